@@ -1,0 +1,46 @@
+"""ECG augmentations on the device: pure functions of one recording [L, T] and its random key.
+
+Formulas of MMCL (Turgut et al. 2025) and its code; strengths come from the config.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def crop(key, ecg, samples: int):
+  """A random window of `samples` samples; random only in time, the same for all leads."""
+  start = jax.random.randint(key, (), 0, ecg.shape[1] - samples + 1)
+  return jax.lax.dynamic_slice_in_dim(ecg, start, samples, axis=1)
+
+
+def phase_noise(key, ecg, strength: float, probability: float = 0.5):
+  """Fourier-transform surrogate: random phases exp(i a phi), phi ~ U[0, 2 pi), the same on all leads."""
+  gate, key = jax.random.split(key)
+  spectrum = jnp.fft.rfft(ecg, axis=1)
+  phase = strength * jax.random.uniform(key, (spectrum.shape[1],), maxval=2 * jnp.pi)
+  phase = phase.at[0].set(0.0)  # the mean keeps its sign
+  noisy = jnp.fft.irfft(spectrum * jnp.exp(1j * phase), n=ecg.shape[1], axis=1)
+  return jnp.where(jax.random.bernoulli(gate, probability), noisy, ecg)
+
+
+def jitter(key, ecg, sigma: float):
+  """Additive white noise of standard deviation `sigma`, in units of the normalised signal."""
+  return ecg + sigma * jax.random.normal(key, ecg.shape)
+
+
+def rescale(key, ecg, sigma: float):
+  """One factor N(1, sigma^2) for the whole recording."""
+  return ecg * (1 + sigma * jax.random.normal(key, ()))
+
+
+def augment(key, ecg, samples: int, *, phase_noise_strength: float, jitter_sigma: float, rescale_sigma: float):
+  """Crop, then phase noise, jitter and rescaling in MMCL's order; [L, T] -> [L, samples]."""
+  keys = jax.random.split(key, 4)
+  ecg = crop(keys[0], ecg, samples)
+  if phase_noise_strength:
+    ecg = phase_noise(keys[1], ecg, phase_noise_strength)
+  if jitter_sigma:
+    ecg = jitter(keys[2], ecg, jitter_sigma)
+  if rescale_sigma:
+    ecg = rescale(keys[3], ecg, rescale_sigma)
+  return ecg

@@ -1,0 +1,38 @@
+"""`mmcl VERB ...` is `python -m mmcl_jax.VERB ...`."""
+
+import importlib
+import os
+import sys
+
+from mmcl_jax.errors import UserError
+
+PROGRAMS = {
+    "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
+    "train": "joint pre-training of an ECG encoder with cardiac MRI",
+    "evaluate": "phenotypes, diseases and retrieval from a saved checkpoint",
+    "embed": "embeddings and predicted phenotypes of new ECG recordings",
+}
+
+
+def run(program, argv=None):
+  """Runs a program's main(argv); a UserError becomes one line on stderr and exit status 2."""
+  try:
+    return program(sys.argv[1:] if argv is None else argv)
+  except UserError as error:
+    print(f"mmcl: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+  except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def main():
+  verb, *rest = sys.argv[1:] or ["--help"]
+  if verb in ("-h", "--help"):
+    print("usage: mmcl VERB [--flags]; mmcl VERB --help tells a verb's flags\n")
+    print("\n".join(f"  {name:10s}{what}" for name, what in PROGRAMS.items()))
+    return
+  if verb not in PROGRAMS:
+    print(f"mmcl: error: no verb {verb!r}; there are {', '.join(PROGRAMS)}", file=sys.stderr)
+    sys.exit(2)
+  run(importlib.import_module(f"mmcl_jax.{verb}").main, rest)

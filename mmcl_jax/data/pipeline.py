@@ -1,0 +1,83 @@
+"""Cohort records -> host batches (grain). NumPy only: no JAX call here or in a worker.
+
+The order of the operations carries the guarantees (each is tested):
+
+    shuffle -> repeat -> number -> take every hosts-th -> batch -> skip to the start step
+
+The global batch at step t is a function of (seed, t) alone: the same records for any number of hosts, threads or
+workers, and starting at step t needs no saved state. All other randomness (crop, augmentation, mask, dropout) is drawn
+on the device from (seed, index), where `index` is the position in the stream given here.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+
+VIEWS = ("ed_es_volumes", "cine_slice")
+SMALL = ("subject", "has_ecg", "has_cmr", "phenotypes", "diseases", "covariates")
+
+
+def to_example(index: int, record: dict[str, np.ndarray], views: tuple[str, ...]) -> dict[str, np.ndarray]:
+  """One stored record -> one row of the batch, still compact (int16, uint8); the device casts."""
+  example = {name: record[name] for name in SMALL}
+  example |= {"ecg": record["ecg"], "ecg_scale": np.float32(record["ecg_scale"]),
+              "cmr": {view: record[view] for view in views},
+              "index": np.uint32(index % 2**32), "mask": np.uint8(1)}
+  if "ecg_parameters" in record:
+    example["ecg_parameters"] = record["ecg_parameters"]
+  return example
+
+
+def train_batches(source, *, seed: int, batch: int, views: tuple[str, ...] = (), start_step: int = 0, host: int = 0,
+                  hosts: int = 1, threads: int = 2, buffer: int = 2, workers: int = 0) -> Iterator[dict]:
+  """This host's part of the endless stream of global batches, from `start_step` on.
+
+  Args:
+    source: random-access records (`Cohort.splits[...]`).
+    seed: of the order of the records.
+    batch: global batch size, a multiple of `hosts`.
+    views: CMR views to carry (VIEWS).
+    start_step: the first step to yield.
+    host, hosts: this process and how many there are.
+    threads, buffer: reading threads, and batches read ahead.
+    workers: reading processes; 0 reads in threads of this one, which is faster for records below 1 MB.
+
+  Yields:
+    dicts of NumPy arrays, leading axis batch / hosts.
+  """
+  records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  rows = records.map_with_index(lambda i, record: to_example(i, record, views))[host::hosts]
+  batches = rows.batch(batch // hosts, drop_remainder=True)[start_step:]
+  return iterate(batches, threads, buffer, workers)
+
+
+def one_pass(source, *, batch: int, views: tuple[str, ...] = (), host: int = 0, hosts: int = 1, threads: int = 2,
+             buffer: int = 2) -> Iterator[dict]:
+  """Every record once, in order; the last batch is padded with rows of mask 0, so all hosts take equally many steps."""
+  padded = -(-len(source) // batch) * batch
+
+  def row(i: int) -> dict[str, np.ndarray]:
+    example = to_example(i, source[min(i, len(source) - 1)], views)
+    if i >= len(source):
+      example = blank(example)
+    return example
+
+  rows = grain.MapDataset.range(padded).map(row)[host::hosts]
+  return iterate(rows.batch(batch // hosts), threads, buffer, workers=0)
+
+
+def blank(example: dict) -> dict:
+  """A row of zeros of the same shapes; its mask is 0 too."""
+  return {name: blank(x) if isinstance(x, dict) else np.zeros_like(x) for name, x in example.items()}
+
+
+def iterate(batches: grain.MapDataset, threads: int, buffer: int, workers: int) -> Iterator[dict]:
+  # The buffer of each reader thread counts whole batches: grain's default of 500 would hold gigabytes.
+  stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+  if workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags, which our programs do not use
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer))
+  return iter(stream)

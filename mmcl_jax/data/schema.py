@@ -1,0 +1,65 @@
+"""What one subject of a cohort is: field names, shapes, units, dtypes and masks.
+
+Letters used for shapes everywhere: B batch, L leads, T samples, P phases (0 = ED, 1 = ES), F frames, Z slices,
+H W pixels, K phenotypes, C diseases, V covariates, N tokens, D width.
+
+A reader or the synthetic heart yields one dict per subject:
+
+  subject     uint32 [2]        keyed hash of the participant's identifier, never the identifier itself
+  has_ecg     bool              False: `ecg` is zeros
+  has_cmr     bool              False: all CMR fields are zeros
+  ecg         float32 [L, T]    mV, leads in the order of LEADS, ECG_RATE_HZ
+  ed_es_volumes  uint8 [P, Z, H, W]  short-axis stacks at ED and ES, intensities scaled to 0..255 over both phases
+  labels      uint8 [P, Z, H, W]     LABELS of the same voxels (all background where there are none)
+  cine_slice  uint8 [F, H, W]   mid-ventricular slice over one beat, frame 0 = ED
+  spacing     float32 [3]       mm between voxels along Z, H, W
+  phenotypes  float32 [K]       in the cohort's order and units; NaN = not measured
+  diseases    float32 [C]       0 or 1; NaN = unknown
+  covariates  float32 [V]       NaN = unknown
+
+On disk (mmcl_jax.data.cohort) the ECG is normalised by a profile and kept as int16 with its scale.
+"""
+
+import hashlib
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+ECG_RATE_HZ = 500
+ECG_SAMPLES = 5000  # 10 s
+
+PHASES = ("ed", "es")
+LABELS = {"background": 0, "LV": 1, "MYO": 2, "RV": 3}  # ukbb_cardiac's convention; readers map others to it
+MYOCARDIUM_G_PER_ML = 1.05
+
+# UK Biobank category 157 names and units; a cohort may hold any subset, in any order.
+PHENOTYPES = {
+    "LVEDV": "ml", "LVESV": "ml", "LVSV": "ml", "LVEF": "%", "LVCO": "l/min", "LVM": "g",
+    "RVEDV": "ml", "RVESV": "ml", "RVSV": "ml", "RVEF": "%",
+    "WT": "mm",   # global myocardial wall thickness at ED
+    "Ecc": "%",   # global circumferential strain at ES, negative = shortening
+}
+DISEASES = ("HF", "CM", "MI", "AF", "CAD", "SCD", "PH", "LVH")
+COVARIATES = {"sex": "1 = male", "age": "years", "height": "cm", "weight": "kg"}
+SPLITS = ("train", "val", "test")
+
+
+def subject_hash(identifier: str, salt: bytes) -> np.ndarray:
+  """Keyed 64-bit hash of a participant identifier as uint32 [2] (device integers are 32-bit)."""
+  digest = hashlib.blake2b(identifier.encode(), key=salt, digest_size=8).digest()
+  return np.frombuffer(digest, "<u4").copy()
+
+
+def split_of(subject: np.ndarray, fractions: tuple[float, float, float]) -> str:
+  """The split of a subject, decided by its hash alone: stable when a cohort grows, equal for all visits of a person.
+
+  Args:
+    subject: uint32 [2].
+    fractions: shares of train, val and test; they sum to 1.
+  """
+  position = (int(subject[1]) * 2**32 + int(subject[0])) / 2**64
+  if position < fractions[0]:
+    return "train"
+  return "val" if position < fractions[0] + fractions[1] else "test"

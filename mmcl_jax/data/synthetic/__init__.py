@@ -1,0 +1,44 @@
+"""A synthetic heart: a 12-lead ECG and a short-axis CMR of the same subject, with known phenotypes.
+
+For demonstrations and tests of the whole path where no cohort is at hand, and for benchmarks with a known ceiling.
+"""
+
+import numpy as np
+
+from mmcl_jax.data import measure, schema
+from mmcl_jax.data.synthetic import cmr, population
+from mmcl_jax.data.synthetic.ecg import ecg
+
+# What a perfect reader of the ECG would know of the heart; see `couplings`.
+ECG_PARAMETERS = ("heart_rate", "qrs_width", "qrs_gain", "t_gain")
+
+
+def identify(seed: int, index: int) -> np.ndarray:
+  """The subject's hash, uint32 [2]; no two (seed, index) share one."""
+  return schema.subject_hash(f"synthetic/{seed}/{index}", salt=b"synthetic")
+
+
+def subject(seed: int, index: int, grid: cmr.Grid = cmr.Grid()) -> dict[str, np.ndarray]:
+  """The record of one subject as in `schema`, the same for (seed, index) in any process and any order.
+
+  The ECG is raw, in mV. Phenotypes are measured on the labels. One key is not part of the schema: `ecg_parameters`,
+  float32 [E], the values of ECG_PARAMETERS behind the recording, free of nuisance and noise.
+  """
+  traits = {name: values[0] for name, values in population.draw(seed, [index]).items()}
+  volumes, labels, cine = cmr.heart(traits, population.generator(seed, index, 2), grid)
+  spacing = np.array(grid.spacing, np.float32)
+  measured = measure.phenotypes(labels, spacing, traits["heart_rate"])
+  return {
+      "subject": identify(seed, index),
+      "has_ecg": np.True_,
+      "has_cmr": np.True_,
+      "ecg": ecg(traits, population.generator(seed, index, 1)),
+      "ed_es_volumes": volumes,
+      "labels": labels,
+      "cine_slice": cine,
+      "spacing": spacing,
+      "phenotypes": np.array(list(measured.values()), np.float32),
+      "diseases": np.array([traits[name] for name in schema.DISEASES], np.float32),
+      "covariates": np.array([traits[name] for name in schema.COVARIATES], np.float32),
+      "ecg_parameters": np.array([traits[name] for name in ECG_PARAMETERS], np.float32),
+  }

@@ -1,0 +1,111 @@
+"""`mmcl evaluate`: phenotypes, diseases and retrieval from a saved checkpoint, with baselines, intervals and figures.
+
+    mmcl evaluate --workdir=W [--step=N] [--cohort=DIR]
+
+Probes are fitted on train, their strength chosen on validation, scores taken on test. Writes W/evaluation/STEP/.
+"""
+
+import argparse
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from mmcl_jax.data import cohort as cohort_room, pipeline, schema
+from mmcl_jax.errors import UserError
+from mmcl_jax.evaluators import diseases, embeddings, figures, phenotypes, report, retrieval
+from mmcl_jax.training import metrics, restore, steps
+
+SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
+
+
+def main(argv):
+  parser = argparse.ArgumentParser(prog="mmcl evaluate", description="Evaluates a checkpoint.", allow_abbrev=False)
+  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--step", type=int, help="checkpoint (default: the last)")
+  parser.add_argument("--cohort", help="another cohort than the one it was trained on")
+  parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
+  args = parser.parse_args(argv)
+  if args.batch < 1:
+    raise UserError(f"--batch is {args.batch}; expected at least 1")
+  evaluate(args.workdir, args.step, args.cohort, args.batch)
+
+
+def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64) -> dict:
+  """Evaluates a checkpoint and writes its report; returns what results.json holds."""
+  run = restore.load_run(workdir, step)
+  cohort = cohort_room.load(cohort_path or run.config.data.cohort)
+  if cohort.info["ecg_profile"] != run.config.data.ecg_profile:
+    raise UserError(f"the cohort {cohort.path} was normalised by profile {cohort.info['ecg_profile']!r}, the encoder was "
+                    f"trained on {run.config.data.ecg_profile!r}; prepare the cohort with --profile={run.config.data.ecg_profile}")
+  if cohort_path is None and cohort.fingerprint != run.manifest["cohort"]:
+    raise UserError(f"{cohort.path} is no longer the cohort that step {run.step} was trained on; name the one to evaluate "
+                    "on with --cohort=DIR")
+  has_cmr = bool(run.config.model.cmr.size)
+
+  with jax.set_mesh(run.mesh):
+    features = embed_splits(run, cohort, batch, views=tuple(run.config.data.views) if has_cmr else ())
+    shown = reconstruction(run, cohort, batch)
+
+  names, units = list(cohort.info["phenotypes"]), list(cohort.info["phenotypes"].values())
+  results, predictions, probe = phenotypes.evaluate(features, names, units)
+  results["diseases"], _, _ = diseases.evaluate(features, cohort.info["diseases"])
+  if has_cmr:
+    test = features["test"]
+    pairs = test["has_cmr"] > 0
+    results["retrieval"] = retrieval.retrieval(test["ecg_projection"][pairs], test["cmr_projection"][pairs],
+                                               test["subject"][pairs])
+  note = SYNTHETIC if cohort.info.get("synthetic") else ""
+  results |= {"note": note, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
+              "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()}}
+  drawings = {
+      "r2": figures.r2_bars(results, note),
+      "predicted_against_true": figures.predicted_against_true(predictions["y_true"], predictions["embedding"],
+                                                               results["phenotypes"], note),
+      "reconstruction": figures.reconstruction(**shown, note=note),
+      "training_curves": figures.training_curves(metrics.read(pathlib.Path(workdir) / "metrics.jsonl"), note),
+  }
+  out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if cohort_path is None else
+                                                f"{run.step}-{pathlib.Path(cohort_path).resolve().name}")
+  report.write(results, predictions, probe, drawings, out)
+  print(report.table(results))
+  if has_cmr:
+    found = results["retrieval"]["ecg_to_cmr"]
+    print(f"retrieval of the CMR by its ECG: R@10 {found['r@10']:.3f} (chance {found['chance_r@10']:.3f}, "
+          f"{found['n_candidates']} candidates)")
+  print(f"{note}\n{out}/report.html" if note else f"{out}/report.html")
+  return results
+
+
+def embed_splits(run, cohort, batch: int, views) -> dict[str, dict[str, np.ndarray]]:
+  """Trained and untrained embeddings of every split; CMR projections of the test split only, where retrieval is scored."""
+  embed = jax.jit(steps.make_embed(run.model, run.config))
+  features = {}
+  for split in schema.SPLITS:
+    start, source = time.monotonic(), cohort.splits[split]
+    collect = lambda variables, views=(): embeddings.collect(embed, variables, source, mesh=run.mesh, batch=batch, views=views)
+    features[split] = collect(run.state.variables, views if split == "test" else ())
+    features[split]["random_embedding"] = collect(run.fresh.variables)["ecg_embedding"]
+    seconds = time.monotonic() - start
+    print(f"embedded {split}: {len(source)} recordings in {seconds:.0f} s ({len(source) / seconds:.0f}/s)", flush=True)
+  return features
+
+
+def reconstruction(run, cohort, batch: int) -> dict:
+  """The masked autoencoder on the first test recording."""
+
+  def rebuild(variables, rows):
+    rows = steps.first_window(steps.to_float(rows), run.config.data.samples)
+    keys = steps.sample_keys(run.config.seed, rows["index"])
+    return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, method="reconstruct")
+
+  rows = next(pipeline.one_pass(cohort.splits["test"], batch=1))
+  ecg, outputs = jax.device_get(jax.jit(rebuild)(run.state.variables, rows))
+  return {"ecg": ecg[0], "rebuilt": outputs["reconstruction"][0], "mask": outputs["patch_mask"][0],
+          "patch": run.config.model.ecg.patch}
+
+
+if __name__ == "__main__":
+  from mmcl_jax import cli
+  cli.run(main)

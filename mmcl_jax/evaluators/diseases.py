@@ -1,0 +1,107 @@
+"""Linear probes of diseases: logistic regression on frozen embeddings, strength chosen on validation, scored on test.
+
+The prevalence stays as it is: no class weights, no resampling, so that the probabilities mean something.
+Letters: N rows, D features, C diseases.
+"""
+
+import warnings
+
+import numpy as np
+from scipy.special import expit
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from mmcl_jax.evaluators import statistics
+from mmcl_jax.evaluators.phenotypes import inputs, standardisation
+
+INVERSE_STRENGTHS = np.logspace(-5, 1, 7)  # sklearn's C, strongest first
+FEWEST_TEST_CASES = 30  # below it, the interval of an AUROC says nothing
+
+
+def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
+  """Probes of every disease from the embedding, the covariates, and both, scored on the test split.
+
+  Args:
+    features: {split: {name: array}}, see phenotypes.inputs; `diseases` [N, C] is 0, 1, or NaN = unknown.
+    names: C, of the columns of `diseases`.
+    draws, seed: of the bootstrap over test subjects.
+
+  Returns:
+    results: {model: {NAME: {cases, n, train_cases, auroc, auroc_ci, C}}} with counts of rows; the first three alone
+      where test has fewer than FEWEST_TEST_CASES cases (or controls), or train has only one class.
+    predictions: probabilities on test: `subject`, `y_true` [N, C], and one [N, C] per model.
+    probe: of the ECG embedding alone, as `fit_probe` returns it, with `names`.
+  """
+  train, val, test = (features[split] for split in ("train", "val", "test"))
+  y = test["diseases"]
+  weights = statistics.bootstrap_weights(test["subject"], draws, seed)
+  results, predicted, probes = {}, {}, {}
+  for model, x in inputs(features).items():
+    if model == "random_encoder":
+      continue
+    probes[model] = fit_probe(x["train"], train["diseases"], x["val"], val["diseases"])
+    predicted[model] = predict(probes[model], x["test"])
+    results[model] = {
+        name: {"cases": int((y[:, c] == 1).sum()), "n": int(np.isfinite(y[:, c]).sum()),
+               "train_cases": int((train["diseases"][:, c] == 1).sum()),
+               **_auroc(y[:, c], predicted[model][:, c], weights, probes[model]["C"][c])}
+        for c, name in enumerate(names)}
+  predictions = {"subject": test["subject"], "y_true": y, **predicted}
+  return results, predictions, {"names": np.array(names), **probes["embedding"]}
+
+
+def fit_probe(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> dict:
+  """L2 logistic regression of each disease on the rows that know it, features standardised on train.
+
+  The strength is the one of best AUROC on validation, or of least log-loss where validation has only one class; ties go
+  to the strongest.
+
+  Args:
+    train_x, val_x: [N, D], finite.
+    train_y, val_y: [N, C], NaN = unknown.
+
+  Returns:
+    coef [D, C] and intercept [C] of the log-odds on the features as they come, and C [C] (sklearn's inverse strength);
+    NaN intercept and C where train has only one class.
+  """
+  mean, scale = standardisation(train_x)
+  train_z, val_z = (train_x - mean) / scale, (val_x - mean) / scale
+  coef, intercept = np.zeros((train_x.shape[1], train_y.shape[1])), np.full(train_y.shape[1], np.nan)
+  inverse_strength = np.full(train_y.shape[1], np.nan)
+  for c, (y, y_val) in enumerate(zip(train_y.T, val_y.T)):
+    known, known_val = np.isfinite(y), np.isfinite(y_val)
+    if len(np.unique(y[known])) < 2:
+      continue
+    best = -np.inf
+    # Each fit starts from the stronger one before it, which makes the path cost little more than its last fit.
+    model = LogisticRegression(warm_start=True, max_iter=200)
+    for strength in INVERSE_STRENGTHS:
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fit stopped early is a little stronger, no worse
+        model.set_params(C=strength).fit(train_z[known], y[known])
+      score = _validation_score(y_val[known_val], model.decision_function(val_z)[known_val])
+      if score > best:
+        best, inverse_strength[c] = score, strength
+        coef[:, c] = model.coef_[0] / scale
+        intercept[c] = model.intercept_[0] - mean @ coef[:, c]
+  return {"coef": coef, "intercept": intercept, "C": inverse_strength}
+
+
+def predict(probe: dict, x: np.ndarray) -> np.ndarray:
+  """Probabilities [N, C] of features [N, D]."""
+  return expit(x @ probe["coef"] + probe["intercept"])
+
+
+def _validation_score(y, log_odds):
+  """Higher is better: AUROC, or minus the log-loss (0 on no rows) where it is not defined."""
+  area = statistics.auroc(y, log_odds)
+  return area if np.isfinite(area) else -np.logaddexp(0.0, np.where(y == 1, -log_odds, log_odds)).sum()
+
+
+def _auroc(y, probability, weights, inverse_strength):
+  """AUROC and its interval, or nothing where there is too little to tell."""
+  if min((y == 1).sum(), (y == 0).sum()) < FEWEST_TEST_CASES or np.isnan(inverse_strength):
+    return {}
+  draws = statistics.auroc(y, probability, weights)
+  return {"auroc": float(statistics.auroc(y, probability)), "auroc_ci": statistics.interval(draws).tolist(),
+          "C": float(inverse_strength)}

@@ -1,0 +1,197 @@
+"""Figures of the report. Each function returns a matplotlib Figure, draws with markers, hatches and line styles that
+survive greyscale, and takes `note`, a line printed at the foot (such as SYNTHETIC_NOTE).
+
+Figures are built directly, without pyplot: nothing global is left behind and no display is needed.
+"""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mmcl_jax.data.schema import ECG_RATE_HZ, LEADS
+
+SYNTHETIC_NOTE = "synthetic cohort: proves the code, not medicine"
+INK, MID, LIGHT, ACCENT = "#222222", "#808080", "#d9d9d9", "#1f5a99"
+LINES = ("-", "--", ":", "-.")
+MODELS = {  # of r2_bars: label, marker, fill
+    "with_covariates": ("ECG + covariates", "D", ACCENT),
+    "covariates": ("covariates", "s", MID),
+    "random_encoder": ("random encoder", "o", "white"),
+}
+
+
+def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict, note: str = "") -> Figure:
+  """One panel per phenotype: prediction against measurement, with the line of identity and the scores.
+
+  Args:
+    y, prediction: [N, K] on test, in the units of the phenotypes.
+    results: `phenotypes` of the results, {NAME: {r2, r2_ci, mae, n, units}}, in the order of the columns.
+  """
+  figure, panels = _grid(len(results), 4, (2.6, 2.75), note)
+  for k, (panel, (name, score)) in enumerate(zip(panels, results.items())):
+    known = np.isfinite(y[:, k]) & np.isfinite(prediction[:, k])
+    true, predicted = y[known, k], prediction[known, k]
+    panel.set_title(name, fontsize=9, fontweight="bold")
+    panel.set(aspect="equal", xlabel=f"measured ({score['units']})", ylabel=f"predicted ({score['units']})")
+    if not known.any():
+      panel.text(0.5, 0.5, "no test labels", ha="center", va="center", fontsize=8, color=MID)
+      panel.set(xticks=[], yticks=[])
+      continue
+    low, high = np.percentile(np.concatenate([true, predicted]), [0.2, 99.8])  # a few outliers may fall outside
+    margin = 0.05 * (high - low) or 1.0
+    limits = (low - margin, high + 4 * margin)  # room above for the scores
+    panel.scatter(true, predicted, s=5, c=ACCENT, alpha=float(np.clip(150 / len(true), 0.08, 0.6)), lw=0)
+    panel.plot(limits, limits, color=INK, lw=0.8, ls="--")
+    panel.set_xlim(limits)
+    panel.locator_params(nbins=5)
+    panel.set(yticks=panel.get_xticks(), ylim=limits)
+    panel.text(0.04, 0.97, f"{_interval(score['r2'], score['r2_ci'])}\nMAE {score['mae']:.3g}, n = {score['n']:,}",
+               transform=panel.transAxes, va="top", fontsize=7, bbox={"fc": "white", "ec": "none", "alpha": 0.8})
+  return figure
+
+
+def r2_bars(results: dict, note: str = "") -> Figure:
+  """R2 of every phenotype from the ECG embedding, bars with 95 % intervals, beside the baselines and the ceiling.
+
+  Args:
+    results: `phenotypes`, and where known `baselines` and `ceiling` ({NAME: R2}), as results.json has them.
+  """
+  names = list(results["phenotypes"])
+  figure = Figure(figsize=(7.2, 1.6 + 0.5 * len(names)), layout="constrained")
+  axes = figure.subplots()
+  place = np.arange(len(names))
+  value, error = _bars(results["phenotypes"], names)
+  axes.barh(place, value, height=0.78, color=LIGHT, edgecolor=INK, lw=0.6, label="ECG embedding")
+  axes.errorbar(value, place - 0.27, xerr=error, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
+  shown = [model for model in MODELS if model in results.get("baselines", {})]
+  for offset, model in zip((-0.03, 0.13, 0.29), shown):
+    label, marker, fill = MODELS[model]
+    baseline, error = _bars(results["baselines"][model], names)
+    axes.errorbar(baseline, place + offset, xerr=error, fmt=marker, ms=4.5, mfc=fill, mec=INK, mew=0.7, ecolor=INK,
+                  elinewidth=0.7, label=label)
+  ceiling = results.get("ceiling", {})
+  if ceiling:
+    axes.vlines([ceiling.get(name, np.nan) for name in names], place - 0.39, place + 0.39, color=INK, lw=2.4)
+    axes.plot([], [], "|", ms=10, mew=2.4, color=INK, label="ceiling")
+  for k in np.flatnonzero(np.isnan(value)):
+    axes.text(0.01, k, "not scored", va="center", fontsize=7, color=MID)
+  axes.axvline(0, color=INK, lw=0.8)
+  axes.set_yticks(place, names)
+  axes.set_ylim(len(names) - 0.45, -0.55)
+  axes.set(xlabel="$R^2$ on the test split (95 % interval over subjects)")
+  axes.set_xlim(max(axes.get_xlim()[0], -0.5), 1.02)  # one hopeless probe must not hide the rest
+  _clean(axes, grid="x")
+  figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8, columnspacing=1.2, handletextpad=0.4)
+  return _finish(figure, note)
+
+
+def reconstruction(ecg: np.ndarray, rebuilt: np.ndarray, mask: np.ndarray, patch: int, leads=("I", "II", "V1", "V5"),
+                   units: str = "normalised", note: str = "") -> Figure:
+  """Some leads of one recording: as recorded, as the masked autoencoder rebuilt it, and what it did not see (shaded).
+
+  Args:
+    ecg, rebuilt: [L, T].
+    mask: bool, True = hidden; [L, T / patch], or [T / patch] for all leads.
+    patch: samples per patch.
+    leads: names of the leads to show.
+    units: of the amplitude.
+  """
+  mask = np.broadcast_to(mask, (len(ecg), np.shape(mask)[-1])).astype(bool)
+  figure = Figure(figsize=(9, 1.0 + 1.25 * len(leads)), layout="constrained")
+  seconds = np.arange(ecg.shape[1]) / ECG_RATE_HZ
+  for panel, lead in zip(np.atleast_1d(figure.subplots(len(leads), 1, sharex=True)), leads):
+    row = LEADS.index(lead)
+    for start in np.flatnonzero(mask[row]) * patch / ECG_RATE_HZ:
+      panel.axvspan(start, start + patch / ECG_RATE_HZ, color="#ebebeb", lw=0)
+    hidden = np.repeat(mask[row], patch)[:ecg.shape[1]]
+    panel.plot(seconds, ecg[row], color="#9a9a9a", lw=1.6, label="recorded")
+    panel.plot(seconds, np.where(hidden, rebuilt[row], np.nan), color="#123a66", lw=0.9, label="reconstructed")
+    panel.set_ylabel(lead, rotation=0, ha="right", va="center", fontweight="bold")
+    panel.margins(x=0)
+    _clean(panel)
+  panel.set_xlabel(f"time (s); amplitude {units}; shaded = hidden from the encoder")
+  figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+  return _finish(figure, note)
+
+
+def training_curves(records: list, note: str = "") -> Figure:
+  """Every metric over the steps, one panel per group: names that agree up to their last '/' share a panel.
+
+  Args:
+    records: rows of metrics.jsonl, {'step': int, NAME: number}.
+  """
+  curves = {}
+  for record in records:
+    for name, value in record.items():
+      if name != "step" and isinstance(value, (int, float)):
+        curves.setdefault(name.rpartition("/")[0] or name, {}).setdefault(name, []).append((record["step"], value))
+  figure, panels = _grid(len(curves), 3, (3.6, 2.5), note)
+  for panel, (group, lines) in zip(panels, curves.items()):
+    for i, (name, points) in enumerate(lines.items()):
+      step, value = np.array(points, np.float64).T
+      panel.plot(step, value, ls=LINES[i % 4], marker="." if len(step) < 30 else None, lw=1.1,
+                 color=(ACCENT, INK, MID)[i // 4 % 3], label=name.rpartition("/")[2])
+    panel.set_title(group if len(lines) > 1 else name, fontsize=9, fontweight="bold")
+    panel.set_xlabel("step")
+    if len(lines) > 1:
+      panel.legend(fontsize=6.5, frameon=False, ncols=1 + len(lines) // 7)
+  return figure
+
+
+def retrieval_ranks(ranks: dict, note: str = "") -> Figure:
+  """Share of queries answered within the first k candidates, against k, for both directions and for chance.
+
+  Args:
+    ranks: {direction: int [N]}, of retrieval.ranks.
+  """
+  figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+  axes = figure.subplots()
+  for style, (direction, found) in zip(LINES, ranks.items()):
+    axes.step(np.sort(found), np.arange(1, len(found) + 1) / len(found), ls=style, color=ACCENT, where="post",
+              label=direction.replace("ecg", "ECG").replace("cmr", "CMR").replace("_to_", r" $\rightarrow$ "))
+  k = np.arange(1, len(found) + 1)
+  axes.plot(k, k / len(found), color=MID, ls=":", label="chance")
+  axes.set(xscale="log", xlim=(1, max(2, len(found))), ylim=(0, 1.02), xlabel=f"first k of {len(found):,} candidates",
+           ylabel="share of queries answered")
+  axes.legend(fontsize=8, frameon=False, loc="upper left")
+  _clean(axes, grid="both")
+  return _finish(figure, note)
+
+
+def _grid(count, columns, size, note):
+  """A figure and its `count` panels, in rows of `columns`, each of `size` inches."""
+  columns = max(1, min(columns, count))
+  rows = max(1, -(-count // columns))
+  figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.3), layout="constrained")
+  panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+  for i, panel in enumerate(panels):
+    _clean(panel) if i < count else panel.remove()
+  return _finish(figure, note), panels[:count]
+
+
+def _clean(axes, grid=None):
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.tick_params(labelsize=7)
+  axes.xaxis.label.set_fontsize(8)
+  axes.yaxis.label.set_fontsize(8)
+  if grid:
+    axes.grid(axis=grid, color=LIGHT, lw=0.5)
+    axes.set_axisbelow(True)
+
+
+def _finish(figure, note):
+  FigureCanvasAgg(figure)
+  if note:
+    figure.supxlabel(note, fontsize=7, style="italic", color=MID, x=0.99, ha="right")
+  return figure
+
+
+def _bars(scores, names):
+  """R2 [K] and the reach of its interval below and above [2, K]."""
+  value = np.array([scores[name]["r2"] for name in names], np.float64)
+  low, high = np.array([scores[name]["r2_ci"] for name in names], np.float64).T
+  return value, np.maximum([value - low, high - value], 0)
+
+
+def _interval(value, ci):
+  return f"$R^2$ {value:z.2f} [{ci[0]:z.2f}, {ci[1]:z.2f}]" if np.isfinite(value) else "not scored"

@@ -1,0 +1,63 @@
+"""Retrieval across modalities: given a subject's ECG, where does the subject's own CMR rank among all, and back.
+
+Letters: N rows (recordings with both an ECG and a CMR), P phases, E projection width.
+"""
+
+import numpy as np
+
+DEPTHS = (1, 5, 10)
+TIE = 1e-6  # cosines nearer than this are equal: it covers the rounding of float32 products
+BLOCK_SCORES = 2**22  # scores held at a time
+
+
+def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
+  """Retrieval over the whole split, in both directions.
+
+  Args:
+    ecg: [N, E].
+    cmr: [N, P, E]; the score of a pair is its cosine, averaged over phases.
+    subject: [N, 2]; rows of one subject are correct answers for each other.
+
+  Returns:
+    {'ecg_to_cmr': ..., 'cmr_to_ecg': ...}, each {r@1, r@5, r@10, median_rank, n_candidates, chance_r@10}.
+  """
+  return {direction: summary(found, subject) for direction, found in ranks(ecg, cmr, subject).items()}
+
+
+def ranks(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
+  """{direction: int [N]}: rank (1 = first) of each row's best correct answer among the rows of other subjects."""
+  ecg = _unit(ecg)
+  cmr = _unit(cmr).mean(axis=1)  # the mean of cosines is the product with the mean of unit vectors
+  person = np.unique(subject, axis=0, return_inverse=True)[1].ravel()
+  return {"ecg_to_cmr": _ranks(ecg, cmr, person), "cmr_to_ecg": _ranks(cmr, ecg, person)}
+
+
+def summary(found: np.ndarray, subject: np.ndarray) -> dict:
+  """Recall at each depth, and what shuffled answers would get, of ranks [N]."""
+  n = len(found)
+  _, person, rows = np.unique(subject, axis=0, return_inverse=True, return_counts=True)
+  others = n - rows[person.ravel()]
+  # Chance: the first ten places, drawn without replacement, all go to other subjects with probability `missed`.
+  places = np.arange(min(10, n))
+  missed = np.prod(np.maximum(others[:, None] - places, 0) / (n - places), axis=1)
+  return {**{f"r@{depth}": float(np.mean(found <= depth)) for depth in DEPTHS},
+          "median_rank": float(np.median(found)), "n_candidates": n, "chance_r@10": float(np.mean(1 - missed))}
+
+
+def _unit(x):
+  """Vectors of length 1 along the last axis; a zero vector stays zero and so scores 0 against all."""
+  x = np.asarray(x, np.float64)
+  return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def _ranks(queries, gallery, person):
+  """Ranks [N] by blocks of queries. Not below counts as above, so ties (a collapsed encoder) and NaN never help."""
+  block = max(1, BLOCK_SCORES // max(1, len(gallery)))
+  found = np.empty(len(queries), np.int64)
+  for start in range(0, len(queries), block):
+    rows = slice(start, start + block)
+    scores = queries[rows] @ gallery.T
+    own = person[rows, None] == person
+    best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
+    found[rows] = 1 + (~own & ~(scores < best - TIE)).sum(axis=1)
+  return found

@@ -1,0 +1,111 @@
+"""Scores and their confidence intervals, vectorised over columns and over bootstrap draws.
+
+Letters: N rows (recordings), K columns (phenotypes), R bootstrap draws. NaN in y means not measured.
+
+Every interval resamples whole subjects (the cluster bootstrap: Field & Welsh, J. R. Stat. Soc. B 69, 2007), because two
+recordings of one person are not two observations. One matrix of weights serves all scores, so comparisons are paired.
+"""
+
+import numpy as np
+
+
+def bootstrap_weights(subject: np.ndarray, draws: int, seed: int) -> np.ndarray:
+  """How often each row occurs in each draw, float64 [R, N]: subjects are drawn with replacement, with all their rows.
+
+  Args:
+    subject: [N, 2], equal for rows of one subject.
+    draws: number R of resampled cohorts, each of as many subjects as the cohort has.
+    seed: of the generator.
+  """
+  subjects, row_subject = np.unique(subject, axis=0, return_inverse=True)
+  count = len(subjects)
+  chosen = np.random.default_rng(seed).integers(count, size=(draws, count))
+  offset = np.arange(draws)[:, None] * count  # one bincount over all draws
+  times = np.bincount((chosen + offset).ravel(), minlength=draws * count).reshape(draws, count)
+  return times[:, row_subject.ravel()].astype(np.float64)
+
+
+def r2(y: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  """Coefficient of determination, 1 - sum w (y - p)^2 / sum w (y - mean_w y)^2; NaN where y does not vary.
+
+  Args:
+    y, prediction: [N] or [N, K]; rows where either is NaN do not count.
+    weights: None, [N], or [R, N].
+
+  Returns:
+    the shape of `weights` without N, followed by the shape of `y` without N.
+  """
+  weights = np.ones(len(y)) if weights is None else weights
+  y, prediction, known = _known(y, prediction)
+  rows = np.maximum(known.sum(axis=0), 1)
+  centre = y.sum(axis=0) / rows
+  deviation = np.where(known, y - centre, 0.0)  # centred first, so that the sums of squares below do not cancel
+  n, total, squares, residual = (weights @ a for a in (known, deviation, deviation**2, (y - prediction) ** 2))
+  spread = squares - total**2 / np.maximum(n, 1)
+  rounding = 1e-12 * squares + 1e-16 * n * centre**2  # what cancellation, or a constant y, leaves in it
+  return 1 - np.divide(residual, spread, out=np.full(np.shape(spread), np.nan), where=spread > rounding)
+
+
+def pearson(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+  """Pearson correlation over the rows known in both; [N] or [N, K] -> [] or [K]. NaN where either does not vary."""
+  y, prediction, known = _known(y, prediction)
+  rows = np.maximum(known.sum(axis=0), 1)
+  a, b = (np.where(known, x - x.sum(axis=0) / rows, 0.0) for x in (y, prediction))
+  norms = [np.sqrt((x**2).sum(axis=0)) for x in (a, b)]
+  rounding = [1e-8 * np.sqrt((x**2).sum(axis=0)) for x in (y, prediction)]
+  varies = (norms[0] > rounding[0]) & (norms[1] > rounding[1])
+  return np.divide((a * b).sum(axis=0), norms[0] * norms[1], out=np.full(np.shape(varies), np.nan), where=varies)
+
+
+def mae(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+  """Mean absolute error, in the units of y; [N] or [N, K] -> [] or [K]. NaN where nothing is known."""
+  y, prediction, known = _known(y, prediction)
+  n = known.sum(axis=0)
+  return np.divide(np.abs(y - prediction).sum(axis=0), n, out=np.full(np.shape(n), np.nan), where=n > 0)
+
+
+def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  """Area under the ROC curve: the weighted share of (case, control) pairs ranked rightly, ties half (Mann-Whitney U).
+
+  Args:
+    y: [N], 1 case, 0 control, NaN unknown.
+    score: [N], higher = more likely a case.
+    weights: None, [N], or [R, N].
+
+  Returns:
+    the shape of `weights` without N; NaN where cases or controls have no weight.
+  """
+  weights = np.ones(len(y)) if weights is None else weights
+  case, control = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
+  control = control[np.argsort(score[control])]
+  below = np.cumsum(weights[..., control], axis=-1)
+  below = np.concatenate([np.zeros_like(weights[..., :1]), below], axis=-1)  # weight of the i lowest controls, from 0
+  lower, not_higher = (np.searchsorted(score[control], score[case], side) for side in ("left", "right"))
+  won = (weights[..., case] * (below[..., lower] + below[..., not_higher])).sum(axis=-1) / 2
+  pairs = weights[..., case].sum(axis=-1) * below[..., -1]
+  return np.divide(won, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
+
+
+def interval(draws: np.ndarray) -> np.ndarray:
+  """Percentile 95 % interval of scores [R, ...] -> [2, ...]; NaN where half of the draws or more have no score."""
+  usable = np.isfinite(draws).mean(axis=0) > 0.5
+  return np.where(usable, np.nanpercentile(np.where(usable, draws, 0.0), [2.5, 97.5], axis=0), np.nan)
+
+
+def paired_difference(y: np.ndarray, a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> tuple:
+  """R2 of prediction `a` minus R2 of prediction `b` on the same rows and the same draws.
+
+  Args:
+    y, a, b: [N, K].
+    weights: [R, N].
+
+  Returns:
+    the difference [K] and its 95 % interval [2, K].
+  """
+  return r2(y, a) - r2(y, b), interval(r2(y, a, weights) - r2(y, b, weights))
+
+
+def _known(y, prediction):
+  """Both in float64 with zeros where either is missing, and where both are there."""
+  known = np.isfinite(y) & np.isfinite(prediction)
+  return np.where(known, y, 0.0).astype(np.float64), np.where(known, prediction, 0.0).astype(np.float64), known

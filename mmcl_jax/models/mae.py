@@ -1,0 +1,49 @@
+"""Masked-autoencoder parts (He et al. 2022): random masking per sample, and the decoder."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmcl_jax.models.vit import Block, sincos_2d
+
+
+def random_mask(keys: jax.Array, tokens: int, ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Hides a share `ratio` of the tokens, independently per sample.
+
+  Args:
+    keys: [B] random keys, one a sample: the mask of a sample does not depend on its neighbours in the batch.
+
+  Returns:
+    keep [B, M] visible tokens; restore [B, N] where each token stands in (visible, hidden); mask [B, N], 1 = hidden.
+  """
+  noise = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys)
+  order = jnp.argsort(noise, axis=1)
+  restore = jnp.argsort(order, axis=1)
+  visible = tokens - round(tokens * ratio)
+  return order[:, :visible], restore, (restore >= visible).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+  """Visible tokens -> the whole signal: mask tokens in the gaps, a few blocks, one linear to samples."""
+
+  width: int
+  depth: int
+  heads: int
+  patch: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens, restore, leads):
+    """Args: tokens [B, 1 + M, D] CLS first; restore [B, N]; leads L. Returns: signal [B, L, T] float32."""
+    B, N = restore.shape
+    dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name)
+    x = dense(self.width, "embed")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(tokens))
+    hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+    hidden = jnp.broadcast_to(hidden, (B, N + 1 - x.shape[1], self.width)).astype(x.dtype)
+    patches = jnp.take_along_axis(jnp.concatenate([x[:, 1:], hidden], axis=1), restore[:, :, None], axis=1)
+    patches += jnp.asarray(sincos_2d(leads, N // leads, self.width), x.dtype)
+    x = jnp.concatenate([x[:, :1], patches], axis=1)
+    for i in range(self.depth):
+      x = Block(self.heads, i, dtype=self.dtype, name=f"block{i}")(x)
+    x = dense(self.patch, "pred")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x))
+    return x[:, 1:].astype(jnp.float32).reshape(B, leads, -1)

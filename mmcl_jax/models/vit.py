@@ -1,0 +1,96 @@
+"""Vision-transformer parts and the ECG encoder.
+
+Letters: B batch, L leads, T samples, N tokens, D width. Parameter names follow timm's structure.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# name -> width, depth, heads of the encoder; width, depth, heads of the MAE decoder.
+SIZES = {
+    "test": (16, 1, 2, 16, 1, 2),
+    "demo": (96, 2, 2, 64, 1, 2),           # for a laptop
+    "tiny": (384, 3, 6, 256, 2, 8),         # MMCL, Turgut et al. 2025: 5.4 M parameters
+    "medium": (576, 12, 8, 256, 2, 8),      # dual-phase, Alvarez-Florez et al. 2026 ("mediumDeep")
+    "base": (768, 12, 12, 256, 2, 8),
+    "large": (1024, 24, 16, 512, 8, 16),    # CardiacNets, Ding et al. 2024 (decoder of He et al. 2022)
+}
+
+
+def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
+  """Fixed 2-D sine-cosine positions [rows * columns, width]; half the width for the row, half for the column.
+
+  As in MAE (He et al. 2022): frequencies 10000^(-2i/(width/2)).
+  """
+  if width % 4:
+    raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
+  frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+
+  def encode(position):
+    angle = np.outer(position, frequency)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+  row, column = np.divmod(np.arange(rows * columns), columns)
+  return np.concatenate([encode(row), encode(column)], axis=1).astype(np.float32)
+
+
+def drop_path(x: jax.Array, keys: jax.Array | None, rate: float, layer: int) -> jax.Array:
+  """Drops a residual branch per sample with probability `rate` (Huang et al. 2016); keys [B] or None (evaluation)."""
+  if keys is None or not rate:
+    return x
+  keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate))(keys)
+  return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block; x [B, N, D]. Exact GELU, qkv in one matrix."""
+
+  heads: int
+  layer: int = 0
+  drop_path: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, keys=None):
+    B, N, D = x.shape
+    dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name)
+    norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
+
+    y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
+    y = jax.nn.dot_product_attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
+    x = x + drop_path(dense(D, "proj")(y), keys, self.drop_path, 2 * self.layer)
+    y = nn.gelu(dense(4 * D, "fc1")(norm("norm2")(x)), approximate=False)
+    return x + drop_path(dense(D, "fc2")(y), keys, self.drop_path, 2 * self.layer + 1)
+
+
+class EcgEncoder(nn.Module):
+  """ViT over patches of one lead x `patch` samples, with a CLS token and fixed 2-D positions (lead, time)."""
+
+  width: int
+  depth: int
+  heads: int
+  patch: int
+  drop_path: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, ecg, keep=None, keys=None):
+    """Args: ecg [B, L, T]; keep [B, M] tokens to look at (None: all); keys [B] for drop-path (None: evaluation).
+
+    Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
+    """
+    B, L, T = ecg.shape
+    x = ecg.reshape(B, L * (T // self.patch), self.patch)
+    position = jnp.asarray(sincos_2d(L, T // self.patch, self.width))[None]
+    if keep is not None:  # masking first: hidden patches need no embedding
+      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
+      position = position[0][keep]
+    x = nn.Dense(self.width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name="patch_embed")(x)
+    cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+    x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, self.width)).astype(x.dtype), x + position.astype(x.dtype)], axis=1)
+    for i in range(self.depth):
+      rate = self.drop_path * i / max(self.depth - 1, 1)
+      x = Block(self.heads, i, rate, self.dtype, name=f"block{i}")(x, keys)
+    return x

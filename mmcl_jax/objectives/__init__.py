@@ -1,0 +1,86 @@
+"""Objectives: what the loop minimises, chosen and weighted by the config alone.
+
+    config.objectives.NAME = dict(fn="dual_phase" | "my_package.my_module:my_loss", weight=1.0, **parameters)
+
+An objective is `fn(outputs, batch, **parameters) -> Loss`. It sees the whole global batch (sharded arrays under jit), so
+its value is the same on 1 or 512 devices. `weight` is a number, or a schedule `dict(steps=(0, 1000), values=(0.0, 1.0))`
+that is interpolated linearly and constant beyond its ends. Nothing in the package changes for a new objective.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmcl_jax.errors import UserError
+
+BUILT_IN = {
+    "mae": "mmcl_jax.objectives.mae:mae",
+    "dual_phase": "mmcl_jax.objectives.contrastive:dual_phase",
+}
+
+
+class Loss(NamedTuple):
+  """values [B] per row; weight [B], 0 for rows that do not count; metrics: name -> scalar, for the log."""
+
+  values: jax.Array
+  weight: jax.Array
+  metrics: dict[str, jax.Array]
+
+
+class Objective(NamedTuple):
+  name: str
+  loss: Callable[[dict, dict], Loss]  # (outputs, batch) -> Loss, parameters bound
+  weight: Callable[[jax.Array], jax.Array]  # step -> weight
+
+
+def build(config) -> list[Objective]:
+  """`config.objectives` -> objectives; a UserError names what is unknown and lists what exists."""
+  if not config:
+    raise UserError("config.objectives is empty; expected at least one entry such as reconstruction = dict(fn='mae', weight=1.0)")
+  return [one(name, entry) for name, entry in sorted(config.to_dict().items())]
+
+
+def one(name: str, entry: dict) -> Objective:
+  where = f"config.objectives.{name}"
+  if "fn" not in entry or "weight" not in entry:
+    raise UserError(f"{where} has the keys {sorted(entry)}; expected fn, weight and the parameters of fn")
+  fn, weight = entry.pop("fn"), entry.pop("weight")
+  loss = find(fn, where)
+  known = [p.name for p in inspect.signature(loss).parameters.values()][2:]
+  unknown = sorted(set(entry) - set(known))
+  if unknown:
+    raise UserError(f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are {', '.join(known)}")
+  return Objective(name, lambda outputs, batch: loss(outputs, batch, **entry), schedule(weight, f"{where}.weight"))
+
+
+def find(fn: str, where: str) -> Callable:
+  path = BUILT_IN.get(fn, fn)
+  module, _, attribute = path.partition(":")
+  if not attribute:
+    raise UserError(f"{where}.fn is {fn!r}; expected one of {', '.join(BUILT_IN)}, or 'package.module:function'")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise UserError(f"{where}.fn is {fn!r}, which cannot be imported ({error}); is its folder on PYTHONPATH?") from None
+
+
+def schedule(weight, where: str) -> Callable:
+  if isinstance(weight, (int, float)):
+    return lambda step: jnp.float32(weight)
+  try:
+    steps, values = (jnp.asarray(weight[key], jnp.float32) for key in ("steps", "values"))
+    if steps.ndim != 1 or steps.shape != values.shape or bool((jnp.diff(steps) <= 0).any()):
+      raise ValueError
+  except (KeyError, TypeError, ValueError):
+    raise UserError(f"{where} is {weight}; expected a number or dict(steps=(0, 1000), values=(0.0, 1.0)) "
+                    "with rising steps and as many values") from None
+  return lambda step: jnp.interp(jnp.float32(step), steps, values)
+
+
+def mean(loss: Loss) -> jax.Array:
+  """Mean over the rows that count; 0 where none does."""
+  return jnp.sum(loss.values * loss.weight) / jnp.maximum(jnp.sum(loss.weight), 1.0)

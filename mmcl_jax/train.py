@@ -1,0 +1,144 @@
+"""`mmcl train`: the joint pre-training loop.
+
+    mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
+
+Running the same command again goes on from the last checkpoint, and ends in the same state bit for bit as if it had
+never stopped (same devices; to float tolerance on others).
+"""
+
+import json
+import math
+import pathlib
+
+import jax
+from clu import parameter_overview
+
+from mmcl_jax import configuration, objectives as objective_room
+from mmcl_jax.data import cohort as cohort_room, pipeline
+from mmcl_jax.errors import UserError
+from mmcl_jax.evaluators import online
+from mmcl_jax.models import pretrainer
+from mmcl_jax.training import checkpoint, metrics, parallel, state as state_room, steps as step_room
+
+USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
+
+
+def main(argv):
+  config, flags = configuration.from_flags("mmcl train", USAGE, argv, {"workdir": "folder of the run, made if absent"})
+  train(config, flags.workdir)
+
+
+def train(config, workdir: str):
+  """Runs or resumes a run; returns its final state."""
+  # -- What is asked for, checked before anything is made or compiled --
+  configuration.check_workdir(config, workdir)
+  if min(config.steps, *config.every.values()) < 1:
+    raise UserError(f"config.steps is {config.steps} and config.every {dict(config.every)}; expected numbers of at least 1")
+  mesh = parallel.make_mesh(**config.mesh)
+  parallel.check_batch(config.batch, mesh)
+  cohort = cohort_room.load(config.data.cohort)
+  check_cohort(cohort, config)
+  objectives = objective_room.build(config.objectives)
+  model = pretrainer.build(config.model, config.data.samples)
+  first_process = jax.process_index() == 0
+
+  with jax.set_mesh(mesh):
+    # -- State: fresh, or the last checkpoint of this workdir --
+    tx = state_room.optimizer(config)
+    batch_of = lambda start: pipeline.train_batches(
+        cohort.splits["train"], seed=config.seed, batch=config.batch, views=tuple(config.data.views), start_step=start,
+        host=jax.process_index(), hosts=jax.process_count(), **config.loader)
+    example = step_room.example(config, cohort.info["shapes"], config.batch)
+    state, where = state_room.create(model, tx, example, config.seed, mesh, config.sharding)
+    step_room.check_outputs(model, objectives, example, state)
+    evaluators = online.build(config, model, objectives, cohort, mesh)
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    start = checkpoint.latest(workdir) or 0
+    if start:
+      abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+      state, _, manifest = checkpoint.restore(workdir, start, abstract)
+      if manifest["cohort"] != cohort.fingerprint:
+        raise UserError(f"{workdir} was trained on the cohort {manifest['cohort']}, {cohort.path} is {cohort.fingerprint}; "
+                        "give the first one or take another --workdir")
+    if first_process:
+      configuration.save(config, workdir)
+      print(config if not start else f"resuming {workdir} from step {start}")
+      print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=8))
+
+    # -- The loop: save -> evaluate on the old state -> take the next batch -> step -> write the metrics of the step before --
+    train_step = jax.jit(step_room.make_train_step(model, objectives, tx, config), donate_argnums=0,
+                         out_shardings=(where, None))
+    writer = metrics.create_writer(workdir, start, just_logging=not first_process)
+    progress = metrics.Progress(start, config.steps, config.batch)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep)
+    batches = batch_of(start)
+    pending = None  # (step, metrics) on the device: fetched one step late, so that fetching never stalls it
+
+    def flush_pending():
+      """Fetches the step before; stops where it was not finite."""
+      if pending is None:
+        return
+      step, values = pending
+      values = {name: float(x) for name, x in jax.device_get(values).items()}
+      if not values.pop("finite"):
+        checkpoints.close()
+        raise UserError(not_finite(step, values, objectives, workdir))
+      if step % config.every.log == 0 or step == config.steps:
+        writer.write_scalars(step, values)
+        if first_process:
+          shown = {"loss": values["loss"]} | {o.name: values[f"{o.name}/loss"] for o in objectives}
+          progress.report(step, shown)
+
+    for step in range(start, config.steps + 1):
+      due = lambda every: step > start and (step % every == 0 or step == config.steps)
+      if due(config.every.save):
+        flush_pending()
+        pending = None
+        checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
+                         meta={"step": step, "cohort": cohort.fingerprint, "shapes": cohort.info["shapes"],
+                               "devices": jax.device_count()})
+      if due(config.every.evaluate):
+        for evaluate in evaluators:
+          scores = dict(evaluate(state))
+          writer.write_scalars(step, scores)
+          if first_process:
+            print(f"validation {step}/{config.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+      if step == config.steps:
+        break
+      batch = parallel.to_global(next(batches), mesh)
+      state, values = train_step(state, batch)
+      flush_pending()
+      pending = step + 1, values
+    checkpoints.close()
+    writer.close()
+  if first_process:
+    print(f"trained to step {config.steps}: {workdir}/checkpoints/{config.steps}")
+  return state
+
+
+def check_cohort(cohort, config):
+  """The cohort must have been prepared the way the config says."""
+  found = cohort.info["ecg_profile"]
+  if found != config.data.ecg_profile:
+    raise UserError(f"the cohort {cohort.path} was normalised by profile {found!r}, config.data.ecg_profile is "
+                    f"{config.data.ecg_profile!r}; set it to {found!r} or prepare the cohort again")
+  unknown = [view for view in config.data.views if view not in pipeline.VIEWS]
+  if unknown:
+    raise UserError(f"config.data.views has {', '.join(unknown)}; expected some of {', '.join(pipeline.VIEWS)}")
+  length = cohort.info["shapes"]["ecg"][1]
+  if not 0 < config.data.samples <= length:
+    raise UserError(f"config.data.samples is {config.data.samples}; the cohort's recordings have {length} samples")
+
+
+def not_finite(step: int, values: dict[str, float], objectives, workdir: str) -> str:
+  guilty = [o.name for o in objectives if not math.isfinite(values[f"{o.name}/loss"])]
+  what = f"objective {', '.join(guilty)} is not finite" if guilty else "the gradient is not finite"
+  last = checkpoint.latest(workdir)
+  return (f"step {step}: {what} (loss {json.dumps(values['loss'])}); the last good checkpoint is "
+          f"{f'{workdir}/checkpoints/{last}' if last else 'none, nothing was saved yet'}; lower the learning rate, or look "
+          "for broken recordings")
+
+
+if __name__ == "__main__":
+  from mmcl_jax import cli
+  cli.run(main)

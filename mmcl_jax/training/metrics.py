@@ -1,0 +1,106 @@
+"""Where metrics go: JSON lines, TensorBoard and the terminal, through the interface of clu's metric writers.
+
+clu's own writers cannot be imported without TensorFlow; these have the same methods and need tensorboardX only.
+"""
+
+import json
+import pathlib
+import time
+
+import tensorboardX
+
+
+class JsonlWriter:
+  """One line a call: {"step": ..., "name": value, ...}. Opened for appending; a resumed run continues the file."""
+
+  def __init__(self, file: pathlib.Path):
+    self.file = open(file, "a")
+
+  def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    self.file.write(json.dumps({"step": step, **{name: float(x) for name, x in scalars.items()}}) + "\n")
+    self.file.flush()
+
+  def flush(self) -> None:
+    self.file.flush()
+
+  def close(self) -> None:
+    self.file.close()
+
+
+class TensorBoardWriter:
+  def __init__(self, folder: pathlib.Path):
+    self.writer = tensorboardX.SummaryWriter(str(folder))
+
+  def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    for name, x in scalars.items():
+      self.writer.add_scalar(name, float(x), step)
+
+  def flush(self) -> None:
+    self.writer.flush()
+
+  def close(self) -> None:
+    self.writer.close()
+
+
+class MultiWriter:
+  """Passes every call to all writers."""
+
+  def __init__(self, writers):
+    self.writers = writers
+
+  def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    for writer in self.writers:
+      writer.write_scalars(step, scalars)
+
+  def flush(self) -> None:
+    for writer in self.writers:
+      writer.flush()
+
+  def close(self) -> None:
+    for writer in self.writers:
+      writer.close()
+
+
+def create_writer(workdir: str, start_step: int, just_logging: bool) -> MultiWriter:
+  """The writers of a run; none on processes other than the first (`just_logging`, as in clu)."""
+  if just_logging:
+    return MultiWriter([])
+  file = pathlib.Path(workdir) / "metrics.jsonl"
+  keep_before(file, start_step)
+  return MultiWriter([JsonlWriter(file), TensorBoardWriter(pathlib.Path(workdir) / "tensorboard")])
+
+
+def read(file: pathlib.Path) -> list[dict]:
+  """Records of a metrics.jsonl; a last line that was cut off is left out."""
+  records = []
+  for line in file.read_text().splitlines() if file.is_file() else []:
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      break
+  return records
+
+
+def keep_before(file: pathlib.Path, start_step: int) -> None:
+  """Drops records after the step a run resumes from: they will be written again."""
+  records = [record for record in read(file) if record["step"] <= start_step]
+  if file.is_file():
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.rename(file)
+
+
+class Progress:
+  """Lines such as `train 120/300  loss 3.21  2.1 steps/s  134 recordings/s  ETA 1:26`."""
+
+  def __init__(self, start: int, end: int, batch: int):
+    self.step, self.end, self.batch, self.time = start, end, batch, time.monotonic()
+
+  def report(self, step: int, scalars: dict[str, float]) -> None:
+    now = time.monotonic()
+    rate = (step - self.step) / max(now - self.time, 1e-9)
+    left = round((self.end - step) / rate) if rate else 0
+    values = "  ".join(f"{name} {x:.4g}" for name, x in scalars.items())
+    print(f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {rate * self.batch:.0f} recordings/s  "
+          f"ETA {left // 60}:{left % 60:02d}", flush=True)
+    self.step, self.time = step, now

@@ -1,0 +1,162 @@
+"""The pure, jitted functions: batch in, state and metrics out. No file is touched here."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from jax.sharding import PartitionSpec as P
+
+from mmcl_jax import objectives as objective_room
+from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
+from mmcl_jax.errors import UserError
+from mmcl_jax.training import state as state_room
+
+
+def to_float(batch):
+  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1]."""
+  batch = dict(batch)
+  batch["ecg"] = batch["ecg"].astype(jnp.float32) * batch.pop("ecg_scale")[:, None, None]
+  batch["cmr"] = {view: x.astype(jnp.float32) / 255 for view, x in batch["cmr"].items()}
+  for name in ("mask", "has_ecg", "has_cmr"):
+    batch[name] = batch[name].astype(jnp.float32)
+  return batch
+
+
+def example(config, shapes: dict[str, list[int]], rows: int):
+  """Shapes of a float batch of `rows` rows, as the model sees it; `shapes` are those of the cohort's records."""
+  f32, u32 = jnp.float32, jnp.uint32
+  array = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype)
+  batch = {"ecg": array((shapes["ecg"][0], config.data.samples), f32), "subject": array((2,), u32), "index": array((), u32)}
+  batch |= {name: array(shapes[name], f32) for name in ("phenotypes", "diseases", "covariates")}
+  batch |= {name: array((), f32) for name in ("mask", "has_ecg", "has_cmr")}
+  batch["cmr"] = {view: array(shapes[view], f32) for view in config.data.views}
+  return batch
+
+
+def sample_keys(seed: int, index):
+  """One key a row from (seed, position in the data stream): independent of hosts, devices and the row's place."""
+  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+
+
+def augment(batch, keys, samples: int, config):
+  """Crops and augments every row with its own key, each device its own rows.
+
+  Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a gather per row.
+  """
+
+  def rows(ecg, cmr, keys):
+    ecg_keys, cmr_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **config.ecg))(ecg_keys, ecg)
+    return ecg, {view: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **config.cmr))(cmr_keys, x)
+                 for view, x in cmr.items()}
+
+  ecg, cmr = jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(batch["ecg"], batch["cmr"], keys)
+  return batch | {"ecg": ecg, "cmr": cmr}
+
+
+def check_outputs(model, objectives, batch, state):
+  """Finds an objective that asks for an output the model does not make, before any compile."""
+  def forward(variables, batch, keys):
+    return model.apply(variables, batch, keys, train=False)
+
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch["mask"].shape[0]))
+  outputs = jax.eval_shape(forward, state.variables, batch, keys)
+  for objective in objectives:
+    try:
+      jax.eval_shape(objective.loss, outputs, batch)
+    except KeyError as error:
+      names = ", ".join(jax.tree_util.keystr(path, simple=True, separator=".")
+                        for path, _ in jax.tree_util.tree_leaves_with_path(outputs))
+      raise UserError(f"config.objectives.{objective.name} asks for {error}, which this model or batch does not make; "
+                      f"outputs are {names}; batch has {', '.join(batch)}") from None
+    except (TypeError, ValueError) as error:
+      raise UserError(f"config.objectives.{objective.name} cannot be computed: {error}") from None
+
+
+def total_loss(outputs, batch, objectives, step):
+  """Weighted sum of the objectives, and their metrics named objective/metric."""
+  total, metrics = 0.0, {}
+  for objective in objectives:
+    loss = objective.loss(outputs, batch)
+    value, weight = objective_room.mean(loss), objective.weight(step)
+    total += weight * value
+    metrics |= {f"{objective.name}/loss": value, f"{objective.name}/weight": weight}
+    metrics |= {f"{objective.name}/{name}": x for name, x in loss.metrics.items()}
+  return total, metrics
+
+
+def make_train_step(model, objectives, tx, config):
+  """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is not finite."""
+  schedule = state_room.learning_rate(config)
+
+  def train_step(state, batch):
+    keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys(config.seed, batch["index"]))
+    batch = augment(to_float(batch), keys, config.data.samples, config.augment)
+
+    def loss_fn(params):
+      variables = {"params": params, "batch_stats": state.statistics}
+      outputs, changed = model.apply(variables, batch, model_keys, train=True, mutable=["batch_stats"])
+      loss, metrics = total_loss(outputs, batch, objectives, state.step)
+      return loss, (metrics, changed.get("batch_stats", {}))
+
+    (loss, (metrics, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    rate = schedule(state.step)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = state_room.cap_temperature(optax.apply_updates(state.params, updates), config.model.max_scale)
+    new = state_room.TrainState(state.step + 1, params, statistics, opt_state)
+    state = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
+    return state, metrics | {"loss": loss, "gradient_norm": norm, "learning_rate": rate,
+                             "finite": finite.astype(jnp.float32)}
+
+  return train_step
+
+
+def first_window(batch, samples: int):
+  """The first `samples` samples of every recording: evaluation does not crop at random."""
+  return batch | {"ecg": batch["ecg"][:, :, :samples]}
+
+
+def make_loss_step(model, objectives, config):
+  """(state, batch) -> clu metrics of every objective in evaluation mode, rows weighted by their mask."""
+
+  def loss_step(state, batch):
+    keys = sample_keys(config.seed, batch["index"])
+    batch = first_window(to_float(batch), config.data.samples)
+    outputs = model.apply(state.variables, batch, keys, train=False)
+    losses = {objective.name: objective.loss(outputs, batch) for objective in objectives}
+    return {name: clu_metrics.Average.from_model_output(loss.values, mask=loss.weight) for name, loss in losses.items()}
+
+  return loss_step
+
+
+def make_embed_ecg(model, samples: int):
+  """(variables, ecg [B, L, T]) -> ecg_embedding [B, D], ecg_projection [B, E].
+
+  A recording longer than the model's window is embedded as the mean over its whole windows.
+  """
+
+  def embed_ecg(variables, ecg):
+    B, L, T = ecg.shape
+    windows = T // samples
+    ecg = ecg[:, :, :windows * samples].reshape(B, L, windows, samples).swapaxes(1, 2).reshape(B * windows, L, samples)
+    outputs = model.apply(variables, ecg, method="encode_ecg")
+    return {name: outputs[name].reshape(B, windows, -1).mean(axis=1) for name in ("ecg_embedding", "ecg_projection")}
+
+  return embed_ecg
+
+
+def make_embed(model, config):
+  """(variables, batch) -> ecg_embedding [B, D], ecg_projection [B, E]; cmr_projection [B, P, E] where it has towers."""
+  embed_ecg = make_embed_ecg(model, config.data.samples)
+
+  def embed(variables, batch):
+    batch = to_float(batch)
+    outputs = embed_ecg(variables, batch["ecg"])
+    if batch["cmr"] and config.model.cmr.size:
+      towers = model.apply(variables, batch, method="encode_cmr")
+      outputs["cmr_projection"] = jnp.stack([tower["projection"] for tower in towers.values()], axis=1)
+    return outputs
+
+  return embed

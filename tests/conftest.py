@@ -1,0 +1,61 @@
+"""A tiny cohort and a tiny config for all tests; devices are simulated only in processes of their own."""
+
+import atexit
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compile time is the test time: runs of one program share it, across processes too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mmcl_test_cache_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+import pytest
+from ml_collections import config_flags  # noqa: F401  (registers its flag types once)
+
+from mmcl_jax import prepare
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+  """48 synthetic subjects."""
+  out = tmp_path_factory.mktemp("data") / "cohort"
+  return prepare.prepare_synthetic(str(out), 48, seed=7, shares=(0.6, 0.2, 0.2), profile="minimal", processes=2)
+
+
+@pytest.fixture
+def config(cohort):
+  return tiny_config(cohort.path)
+
+
+def tiny_config(cohort_path, **objectives):
+  """The joint recipe at its smallest: 60 tokens an ECG, batches of 8, 6 steps."""
+  sys.path.insert(0, str(ROOT / "configs"))
+  import joint
+  c = joint.get_config("test")
+  c.data.cohort, c.data.samples = cohort_path, 500
+  c.every.log, c.every.save, c.every.evaluate = 1, 3, 6
+  c.evaluators = ("losses",)
+  return c
+
+
+def tiny_flags(cohort_path, workdir):
+  """The same as command-line flags of `mmcl train`."""
+  return [f"--config={ROOT}/configs/joint.py:test", f"--workdir={workdir}", f"--config.data.cohort={cohort_path}",
+          "--config.data.samples=500", "--config.every.log=1", "--config.every.save=3", "--config.every.evaluate=6",
+          "--config.evaluators=('losses',)"]
+
+
+def python(code, *args, devices=1, timeout=300):
+  """Runs code in a process of its own with that many simulated devices; returns its stdout, fails with its stderr."""
+  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16",
+                      "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])}
+  done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env,
+                        timeout=timeout)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout

@@ -1,0 +1,548 @@
+"""Real ECG input: the WFDB reader, the preprocessing profiles, and `mmcl embed`."""
+
+import csv
+import os
+import random
+import socket
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wfdb as physionet
+from ml_collections import ConfigDict
+from scipy import signal
+
+from mmcl_jax import cli, embed
+from mmcl_jax.data.preprocess import ecg as preprocess
+from mmcl_jax.data.readers import wfdb
+from mmcl_jax.data.schema import LEADS
+from mmcl_jax.errors import BadRecord, UserError
+
+REAL = Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
+INDEPENDENT = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+  def refuse(*_):
+    raise AssertionError("a reader opened a connection")
+  monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def heart(seconds=10, rate=500, seed=0):
+  """{lead: [T] in mV}, beats of 1 Hz whose size differs by lead; the limb leads obey Einthoven and Goldberger."""
+  t = np.arange(int(seconds * rate)) / rate
+  noise = np.random.default_rng(seed)
+  beat = np.exp(-(((t + 0.5) % 1 - 0.5) / 0.02) ** 2)
+  leads = {name: (1 + k) / 8 * beat + 0.01 * noise.standard_normal(len(t)) for k, name in enumerate(INDEPENDENT)}
+  i, ii = leads["I"], leads["II"]
+  return leads | {"III": ii - i, "aVR": -(i + ii) / 2, "aVL": i - ii / 2, "aVF": ii - i / 2}
+
+
+def record(folder, leads, name="rec", rate=500, unit="mV", fmt="16", gain=1000, **options):
+  """Writes a record in the given order and spelling of `leads`, in mV; returns its header."""
+  folder.mkdir(parents=True, exist_ok=True)
+  per_mv = {"mV": 1, "uV": 1e3, "nV": 1e6, "V": 1e-3}[unit]
+  signals = np.stack(list(leads.values()), axis=1) * per_mv
+  n = len(leads)
+  physionet.wrsamp(name, fs=rate, units=[unit] * n, sig_name=list(leads), p_signal=signals, fmt=[fmt] * n,
+                   adc_gain=[gain / per_mv] * n, baseline=[0] * n, write_dir=str(folder), **options)
+  return folder / f"{name}.hea"
+
+
+def rewrite(header, old, new, count=-1):
+  text = header.read_bytes()
+  assert old in text
+  header.write_bytes(text.replace(old, new, count))
+  return header
+
+
+def stacked(leads):
+  return np.stack([leads[name] for name in LEADS])
+
+
+def rejects(path, *words):
+  with pytest.raises(BadRecord) as caught:
+    wfdb.read(path)
+  message = str(caught.value)
+  assert "\n" not in message
+  for word in words:
+    assert word in message
+
+
+# The reader
+
+
+def test_leads_go_by_name_not_position(tmp_path):
+  leads = heart()
+  names = random.Random(1).sample(LEADS, 12)
+  shuffled = {"vx": 7 * leads["V1"]} | {name.lower(): leads[name] for name in names} | {"Resp": 3 * leads["II"]}
+  for path in (header := record(tmp_path, shuffled), tmp_path / "rec", str(header.with_suffix(".dat"))):
+    ecg, rate, flags = wfdb.read(path)
+    assert ecg.dtype == np.float32 and ecg.shape == (12, 5000) and rate == 500 and flags == ()
+    np.testing.assert_allclose(ecg, stacked(leads), atol=0.00051)
+
+
+@pytest.mark.parametrize("fmt,name", [("16", "a b"), ("212", "[x]*"), ("24", "é"), ("32", "{y}"), ("80", "~")])
+def test_formats_and_odd_folder_names(tmp_path, fmt, name):
+  leads = heart()
+  gain = 80 if fmt == "80" else 1000
+  ecg, _, flags = wfdb.read(record(tmp_path / name, leads, fmt=fmt, gain=gain))
+  np.testing.assert_allclose(ecg, stacked(leads), atol=0.51 / gain)
+  assert fmt == "80" or flags == ()
+
+
+@pytest.mark.parametrize("unit", ["mV", "uV", "nV", "V"])
+def test_units(tmp_path, unit):
+  leads = heart()
+  np.testing.assert_allclose(wfdb.read(record(tmp_path, leads, unit=unit)).ecg_mv, stacked(leads), atol=0.00051)
+
+
+@pytest.mark.parametrize("micro", ["µ".encode(), "μ".encode(), b"\xb5"])
+def test_micro_sign_survives(tmp_path, micro):
+  """wfdb alone drops the sign and reads volts: a million times too much."""
+  leads = heart()
+  header = rewrite(record(tmp_path, leads, unit="uV"), b"/uV", b"/" + micro + b"V")
+  np.testing.assert_allclose(wfdb.read(header).ecg_mv, stacked(leads), atol=0.00051)
+
+
+def test_missing_and_foreign_units(tmp_path):
+  leads = heart()
+  header = rewrite(record(tmp_path, leads), b"/mV", b"")
+  recording = wfdb.read(header)
+  np.testing.assert_allclose(recording.ecg_mv, stacked(leads), atol=0.00051)
+  assert recording.flags == ("unit missing, mV taken",)
+  rejects(rewrite(record(tmp_path, leads), b"/mV", b"/mmHg"), "mmHg", "lead I ")
+
+
+def test_eight_leads_are_completed(tmp_path):
+  leads = heart()
+  recording = wfdb.read(record(tmp_path, {name: leads[name] for name in INDEPENDENT}))
+  np.testing.assert_allclose(recording.ecg_mv, stacked(leads), atol=0.0011)
+  assert recording.flags == ("limb leads derived",)
+
+
+def test_missing_and_doubled_leads(tmp_path):
+  leads = heart()
+  rejects(record(tmp_path, {n: v for n, v in leads.items() if n not in ("V3", "II")}), "no lead II, V3;")
+  rejects(record(tmp_path, leads | {"v3": leads["V3"]}), "V3 occurs twice")
+
+
+def test_limb_lead_check_sees_a_swap(tmp_path):
+  leads = heart()
+  (flag,) = wfdb.read(record(tmp_path, leads | {"I": leads["II"], "II": leads["I"]})).flags
+  assert "disagree" in flag
+
+
+def test_few_gaps_are_filled_and_flagged_many_are_not(tmp_path):
+  leads = heart()
+  truth = leads["V2"].copy()
+  leads["V2"] = np.where(np.isin(np.arange(5000), range(2300, 2340)), np.nan, truth)
+  recording = wfdb.read(record(tmp_path, leads))
+  row = recording.ecg_mv[LEADS.index("V2")]
+  assert recording.flags == ("V2: 40 missing samples interpolated",)
+  line = np.interp(np.arange(2300, 2340), [2299, 2340], truth[[2299, 2340]])
+  np.testing.assert_allclose(row[2300:2340], line, atol=0.001)
+  leads["V2"][1000:1020] = np.nan
+  rejects(record(tmp_path, leads), "V2", "60 of 5000")
+  rejects(record(tmp_path, leads | {"V2": np.full(5000, np.nan)}), "V2", "5000 of 5000")
+
+
+def test_long_records_are_flagged_and_read_in_part(tmp_path):
+  leads = heart(130, 1000)
+  ecg, rate, flags = wfdb.read(record(tmp_path, leads, rate=1000))
+  assert flags == ("130.0 s long",) and rate == 1000
+  np.testing.assert_allclose(ecg, stacked(leads)[:, :120_000], atol=0.00051)
+
+
+def test_signals_that_no_ecg_has(tmp_path):
+  leads = heart()
+  rejects(record(tmp_path, leads | {"V5": np.full(5000, 0.3)}), "flat lead V5")
+  rejects(record(tmp_path, leads | {"V6": 20 * leads["V6"] + 0.2}, gain=100), "V6", "gain and unit")
+  offset = wfdb.read(record(tmp_path, leads | {"V6": leads["V6"] + 30}))  # an electrode's constant voltage is no fault
+  assert offset.flags == ()
+
+
+@pytest.mark.parametrize("gain,unit", [(b"0(0)", b"/mV"), (b"", b""), (b"-", b"/mV"), (b"nan", b"")])
+def test_uncalibrated(tmp_path, gain, unit):
+  rejects(rewrite(record(tmp_path, heart()), b"1000.0(0)/mV", gain + unit))
+
+
+def test_zero_gain_says_so(tmp_path):
+  rejects(rewrite(record(tmp_path, heart()), b" 1000.0(0)", b" 0(0)", 1), "lead I has gain 0", "not calibrated")
+
+
+def test_samples_missing_short_or_altered(tmp_path):
+  header = record(tmp_path, heart())
+  data = header.with_suffix(".dat")
+  samples = data.read_bytes()
+  data.write_bytes(samples[:-2])
+  rejects(header, "119998 bytes", "120000")
+  data.write_bytes(samples[:24] + b"\x10" + samples[25:])
+  assert "I: checksum differs" in wfdb.read(header).flags
+  data.unlink()
+  rejects(header, "rec.dat", "not beside it")
+  rejects(tmp_path / "absent", "no such file")
+  rejects(tmp_path, "a folder")
+  (tmp_path / "ecg.xml").write_text("<xml/>")
+  rejects(tmp_path / "ecg.xml", "another kind of file")
+
+
+@pytest.mark.parametrize("old,new,word", [
+    (b"rec.dat", b"../rec.dat", "own folder"),
+    (b"rec.dat", b"/etc/passwd", "own folder"),
+    (b"rec.dat", b"https://physionet.org/rec.dat", "own folder"),
+    (b"rec.dat", b"..", "own folder"),
+    (b"500 5000", b"500 1000000000000", "1000000000000 samples"),
+    (b"rec 12 ", b"rec 999999999 ", "999999999 signals"),
+    (b"rec 12 ", b"rec/3 12 ", "segment"),
+    (b"rec 12 ", b"rec.mat 12 ", "record line"),
+    (b"rec 12 500", b"rec 12 0", "0 Hz"),
+    (b"500 5000", b"500", "samples"),
+    (b"dat 16", b"dat 99", "format 99"),
+    (b"dat 16", b"dat 16x2", "plain layout"),
+    (b"dat 16", b"dat 16:1000000000000", "plain layout"),
+    (b"dat 16", b"dat 16+999999999999", "claims"),
+    (b"500 5000", b"500 5000" + b"7" * 5000, "header"),
+])
+def test_hostile_headers(tmp_path, old, new, word):
+  record(tmp_path, heart(), name="rec")  # what '../rec.dat' would reach
+  rejects(rewrite(record(tmp_path / "inner", heart()), old, new), word)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n# a comment\n", b"\x00\xff" * 300, b"rec 12 500 5000\n", b"a" * 10**6])
+def test_no_header_at_all(tmp_path, content):
+  (tmp_path / "rec.hea").write_bytes(content)
+  rejects(tmp_path / "rec.hea")
+
+
+def test_scattered_signals_are_not_mixed_up(tmp_path):
+  leads = heart()
+  lines = record(tmp_path, leads).read_text().splitlines()
+  (tmp_path / "other.dat").write_bytes((tmp_path / "rec.dat").read_bytes())
+  lines[2] = lines[2].replace("rec.dat", "other.dat")
+  (tmp_path / "rec.hea").write_text("\n".join(lines))
+  rejects(tmp_path / "rec.hea", "plain layout")
+
+
+def test_colons_in_a_folder_do_not_reach_fsspec(tmp_path):
+  rejects(record(tmp_path / "a::b", heart()), "'::'")
+
+
+def test_only_bad_record_escapes_damaged_headers(tmp_path):
+  header = record(tmp_path, heart())
+  whole = header.read_bytes()
+  dice = random.Random(7)
+  survived = 0
+  for _ in range(400):
+    damaged = bytearray(whole)
+    for _ in range(dice.choice((1, 3, 30))):
+      at = dice.randrange(len(damaged))
+      noise = dice.choice((b"", b"-", b"9" * 12, b"/", bytes([dice.randrange(256)])))
+      damaged[at:at + dice.choice((0, 1, 1, 8))] = noise
+    header.write_bytes(damaged)
+    try:
+      ecg = wfdb.read(header).ecg_mv
+      assert ecg.shape[0] == 12 and np.isfinite(ecg).all()
+      survived += 1
+    except BadRecord:
+      pass
+  assert 0 < survived < 400  # else the damage is too weak or too strong to tell anything
+
+
+# To 10 s at 500 Hz
+
+
+def tone(hertz, rate, seconds=10.0, size=1.0):
+  return np.tile(size * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate), (12, 1))
+
+
+@pytest.mark.parametrize("rate", [100, 250, 257, 360, 1000, 2000])
+def test_resampling_keeps_time_and_size(rate):
+  standard = preprocess.to_standard(tone(7, rate), rate)
+  assert standard.shape == (12, 5000) and standard.dtype == np.float32
+  np.testing.assert_allclose(standard[:, 250:-250], tone(7, 500)[:, 250:-250], atol=0.01)
+
+
+def test_no_aliasing():
+  """400 Hz sampled at 1000 Hz would fold to 100 Hz at 500 Hz."""
+  assert np.abs(preprocess.to_standard(tone(400, 1000), 1000)[:, 250:-250]).max() < 0.01
+  kept = preprocess.to_standard(tone(100, 1000), 1000)
+  np.testing.assert_allclose(kept[:, 250:-250], tone(100, 500)[:, 250:-250], atol=0.01)
+
+
+def test_length_and_rate():
+  ecg = tone(3, 500)
+  np.testing.assert_array_equal(preprocess.to_standard(ecg, 500), ecg.astype(np.float32))
+  np.testing.assert_array_equal(preprocess.to_standard(tone(3, 500, 30), 500), ecg.astype(np.float32))
+  assert preprocess.to_standard(tone(3, 100)[:, :-1], 100).shape == (12, 5000)
+  for bad, rate, words in ((ecg[:, :1000], 500, "2.00 s long; expected at least 10 s"), (ecg[:, :4998], 500, "long"),
+                           (ecg, 0, "0 Hz"), (ecg, 1e6, "Hz"), (ecg, float("nan"), "nan Hz")):
+    with pytest.raises(BadRecord, match=words):
+      preprocess.to_standard(bad, rate)
+  long = preprocess.to_standard(tone(3, 1000, 12), 1000)  # its end is as good as its middle
+  np.testing.assert_allclose(long[:, 250:], ecg[:, 250:], atol=0.005)
+
+
+# Profiles
+
+
+def raw_ecg():
+  drift = 0.5 * np.sin(2 * np.pi * 0.05 * np.arange(5000) / 500)
+  return (stacked(heart()) + drift).astype(np.float32)
+
+
+@pytest.mark.parametrize("profile", list(preprocess.PROFILES))
+@pytest.mark.parametrize("ecg", [np.zeros((12, 5000)), np.full((12, 5000), -3.7), np.arange(60000).reshape(12, 5000)])
+def test_profiles_stay_finite(profile, ecg):
+  out = preprocess.normalise(ecg, profile)
+  assert out.shape == (12, 5000) and out.dtype == np.float32 and np.isfinite(out).all()
+
+
+def test_unknown_profile():
+  with pytest.raises(UserError, match="minimal, mmcl, dual_phase"):
+    preprocess.normalise(raw_ecg(), "maximal")
+
+
+def test_minimal_keeps_voltage():
+  once, twice = (preprocess.normalise(factor * raw_ecg(), "minimal") for factor in (1, 2))
+  np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-5)
+  assert np.abs(once).max() > 2  # nothing was scaled away
+
+
+@pytest.mark.parametrize("profile,hertz,low,high", [
+    ("minimal", 0.05, 0, 0.02), ("minimal", 10, 0.99, 1.01), ("minimal", 40, 0.95, 1.01), ("minimal", 240, 0, 0.01)])
+def test_minimal_frequency_response(profile, hertz, low, high):
+  out = 0.2 * preprocess.normalise(tone(hertz, 500), profile)
+  rms = out[0, 500:-500].std() / tone(hertz, 500)[0, 500:-500].std()
+  assert low <= rms <= high
+
+
+@pytest.mark.parametrize("profile", list(preprocess.PROFILES))
+def test_filters_do_not_move_waves(profile):
+  """A wave symmetric about sample 2500 stays so; any delay would show on its steep flanks."""
+  ecg = np.tile(np.exp(-((np.arange(5000) - 2500) / 10) ** 2), (12, 1))
+  out = preprocess.normalise(ecg, profile)[0]
+  np.testing.assert_allclose(out[2500:2700], out[2500:2300:-1], atol=1e-3 * np.ptp(out))
+
+
+def test_als_baseline_against_dense_algebra():
+  y = np.random.default_rng(3).standard_normal(60).cumsum()
+  difference = np.diff(np.eye(60), 2, axis=0)
+  weights = np.ones(60)
+  for _ in range(5):
+    z = np.linalg.solve(np.diag(weights) + 1e3 * difference.T @ difference, weights * y)
+    weights = np.where(y > z, 0.3, 0.7)
+  np.testing.assert_allclose(preprocess.als_baseline(y, smoothness=1e3), z, atol=1e-9)
+
+
+def test_mmcl_groups():
+  ecg = raw_ecg()
+  out = preprocess.normalise(ecg, "mmcl")
+  for group in (out[:3], out[3:6], out[6:]):
+    assert abs(group.mean()) < 1e-5 and abs(group.std() - 1) < 1e-5
+  assert abs(out[0].std() - 1) > 0.05  # a group's scale, not a lead's
+  spiked = ecg.copy()
+  spiked[7, 1234] = 1e3
+  clipped = np.clip(spiked, -4 * spiked.std(), 4 * spiked.std())
+  chest = clipped[6:] - np.stack([preprocess.als_baseline(lead) for lead in clipped[6:]])
+  chest = (chest - chest.mean()) / chest.std()
+  np.testing.assert_allclose(preprocess.normalise(spiked, "mmcl")[6:], chest, atol=1e-3)
+  gap = np.where(np.arange(5000) == 5, np.nan, ecg)
+  assert np.isfinite(preprocess.normalise(gap, "mmcl")).all()
+
+
+def test_dual_phase_against_its_definition():
+  ecg = raw_ecg() + tone(50, 500, size=0.3)
+  out = preprocess.normalise(ecg, "dual_phase")
+  assert abs(out.mean()) < 1e-5 and abs(out.std() - 1) < 1e-3
+  spectrum = np.abs(np.fft.rfft(out[0] * np.hanning(5000)))
+  assert spectrum[500] < 2 * np.median(spectrum[480:520])  # bin 500 is 50 Hz
+  sos = signal.butter(4, 0.5, "highpass", fs=500, output="sos")
+  notch = signal.tf2sos(*signal.iirnotch(50, 40, fs=500))
+  expected = signal.savgol_filter(signal.sosfiltfilt(np.vstack([sos, notch]), ecg, padlen=1000), 15, 3)
+  expected = (expected - expected.mean()) / expected.std()
+  np.testing.assert_allclose(out[:, 1000:-1000], expected[:, 1000:-1000], rtol=0.01, atol=0.01)  # ends differ a little
+
+
+# Real recordings
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real recordings here")
+def test_real_recordings():
+  headers = sorted(REAL.glob("*.hea"))
+  assert len(headers) == 30
+  for header in headers:
+    recording = wfdb.read(header)
+    ecg = recording.ecg_mv
+    assert ecg.shape == (12, 5000) and recording.rate_hz == 500 and recording.flags == ()
+    assert np.abs(ecg[2] - (ecg[1] - ecg[0])).max() <= 0.005
+    assert 0.3 < np.ptp(ecg, axis=1).max() < 10
+    standard = preprocess.to_standard(ecg, recording.rate_hz)
+    np.testing.assert_array_equal(standard, ecg)
+    for profile in preprocess.PROFILES:
+      out = preprocess.normalise(standard, profile)
+      assert np.isfinite(out).all() and 0.2 < out.std() < 5
+
+
+# mmcl embed
+
+
+WIDTH = 4
+
+
+def signature(batch):
+  """A stand-in for an encoder: mean size of some leads; it depends on each recording alone."""
+  return np.abs(np.asarray(batch))[:, :WIDTH].mean(axis=-1).astype(np.float32)
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+  """Puts a stand-in where load_encoder is imported from; `.shapes` and `.asked` tell how it was used."""
+  config = ConfigDict({"data": {"ecg_profile": "minimal"}})
+  stand_in = types.SimpleNamespace(config=config, step=70, shapes=[], asked=[])
+
+  def embed_batch(batch):
+    stand_in.shapes.append(batch.shape)
+    return signature(batch)
+
+  def load_encoder(workdir, step=None):
+    stand_in.asked.append((workdir, step))
+    return stand_in
+
+  stand_in.embed = embed_batch
+  module = types.ModuleType("mmcl_jax.training.restore")
+  module.load_encoder = load_encoder
+  monkeypatch.setitem(sys.modules, "mmcl_jax.training.restore", module)
+  return stand_in
+
+
+@pytest.fixture
+def recordings(tmp_path):
+  """Five good and three bad recordings in nested folders, each good one of its own voltage."""
+  folder = tmp_path / "ecg"
+  for k, name in enumerate(("b", "a", "nested/d", "nested/e", "z")):
+    leads = {lead: (1 + k) * values for lead, values in heart(seed=k).items()}
+    record(folder / Path(name).parent, leads, name=Path(name).name)
+  record(folder, heart(2), name="brief")
+  record(folder, heart(), name="lost").with_suffix(".dat").unlink()
+  (folder / "nested/junk.hea").write_bytes(b"\x00\x01junk")
+  return folder
+
+
+def table(out):
+  with open(out / "records.csv", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def expected_embedding(path):
+  recording = wfdb.read(path)
+  standard = preprocess.to_standard(recording.ecg_mv, recording.rate_hz)
+  return signature(preprocess.normalise(standard, "minimal")[None])[0]
+
+
+def test_embed_a_mixed_folder(tmp_path, encoder, recordings, capsys):
+  out = tmp_path / "new/out"
+  absent, image = tmp_path / "absent.hea", tmp_path / "image.png"
+  image.write_bytes(b"png")
+  embed.main([f"--workdir={tmp_path}", f"--input={recordings}", str(absent), str(image), f"--out={out}", "--batch=3",
+              "--step=70"])
+  rows = table(out)
+  names = ["a", "b", "brief", "lost", "nested/d", "nested/e", "nested/junk", "z"]
+  paths = [recordings / f"{name}.hea" for name in names] + [absent, image]
+  assert [row["path"] for row in rows] == list(map(str, paths))
+  assert [row["status"] == "ok" for row in rows] == [1, 1, 0, 0, 1, 1, 0, 1, 0, 0]
+  assert list(rows[0]) == ["path", "status", "reason", "flags"]
+  assert all(bool(row["reason"]) == (row["status"] == "rejected") for row in rows)
+  assert "2.00 s long" in rows[2]["reason"] and "no such file" in rows[8]["reason"]
+  embeddings = np.load(out / "embeddings.npy")
+  assert embeddings.dtype == np.float32
+  ok = [row["path"] for row in rows if row["status"] == "ok"]
+  np.testing.assert_allclose(embeddings, [expected_embedding(path) for path in ok], rtol=1e-6)
+  assert encoder.shapes == [(3, 12, 5000)] * 2 and encoder.asked == [(str(tmp_path), 70)]
+  assert sorted(os.listdir(out)) == ["embeddings.npy", "records.csv"]
+  assert "mmcl evaluate" in capsys.readouterr().out
+
+
+def test_embed_predicts_with_probes(tmp_path, encoder, recordings):
+  coef, intercept = np.arange(2.0 * WIDTH).reshape(WIDTH, 2), np.array([50.0, -3.0])
+  folder = tmp_path / "evaluation/70"
+  folder.mkdir(parents=True)
+  np.savez(folder / "probes.npz", names=["LVM", "LVEF"], units=["g", "%"], coef=coef, intercept=intercept)
+  embed.main(["--workdir", str(tmp_path), "--input", str(recordings), "--out", str(tmp_path / "out")])
+  rows = table(tmp_path / "out")
+  good = [row for row in rows if row["status"] == "ok"]
+  found = [[float(row["LVM_g"]), float(row["LVEF_%"])] for row in good]
+  np.testing.assert_allclose(found, np.load(tmp_path / "out/embeddings.npy") @ coef + intercept, rtol=1e-4)
+  assert all(row["LVM_g"] == "" for row in rows if row["status"] == "rejected")
+
+  np.savez(folder / "probes.npz", names=["LVM"], units=["g"], coef=np.ones((WIDTH + 1, 1)), intercept=np.ones(1))
+  with pytest.raises(UserError, match="width 5, the encoder gives 4"):
+    embed.main(["--workdir", str(tmp_path), "--input", str(recordings), "--out", str(tmp_path / "out2")])
+  (folder / "probes.npz").write_bytes(b"PK broken")
+  with pytest.raises(UserError, match="probes.npz"):
+    embed.main(["--workdir", str(tmp_path), "--input", str(recordings), "--out", str(tmp_path / "out2")])
+
+
+def test_embed_takes_inputs_in_any_form_once(tmp_path, encoder, recordings):
+  out = tmp_path / "out"
+  a, b, d = recordings / "a.hea", recordings / "b", recordings / "nested/d.dat"
+  embed.main([f"--input={d}", f"--workdir={tmp_path}", str(a), f"--input={b}", f"--out={out}",
+              str(a.with_suffix(".dat"))])
+  assert [row["path"] for row in table(out)] == [str(d), str(b), str(a)]
+  np.testing.assert_allclose(np.load(out / "embeddings.npy")[1], expected_embedding(b), rtol=1e-6)
+
+
+def test_embed_with_nothing_to_embed(tmp_path, encoder, recordings, capsys):
+  flags = [f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"]
+  embed.main(flags + [f"--input={recordings}"])
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  with pytest.raises(SystemExit) as caught:
+    cli.run(embed.main, flags + [f"--input={recordings / 'brief'}", str(empty)])
+  assert caught.value.code == 2
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "0 of 2 recordings" in message and "2.00 s long" in message and "records.csv" in message
+  assert [row["status"] for row in table(tmp_path / "out")] == ["rejected"] * 2
+  assert os.listdir(tmp_path / "out") == ["records.csv"]  # the earlier run's embeddings would belong to no row
+
+
+def test_embed_rejects_what_the_encoder_cannot_embed(tmp_path, encoder, recordings):
+  encoder.embed = lambda batch: np.where(np.arange(len(batch))[:, None] == 1, np.nan, signature(batch))
+  embed.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", f"--input={recordings}"])
+  rows = table(tmp_path / "out")
+  assert rows[1]["status"] == "rejected" and "finite" in rows[1]["reason"]
+  ok = [row["path"] for row in rows if row["status"] == "ok"]
+  np.testing.assert_allclose(np.load(tmp_path / "out/embeddings.npy"), [expected_embedding(p) for p in ok], rtol=1e-6)
+
+
+def test_embed_leaves_nothing_half_written(tmp_path, encoder, recordings, monkeypatch):
+  out = tmp_path / "out"
+  flags = [f"--workdir={tmp_path}", f"--out={out}", f"--input={recordings}"]
+
+  def crash(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(csv.DictWriter, "writerows", crash)
+    with pytest.raises(KeyboardInterrupt):
+      embed.main(flags)
+  assert os.listdir(out) == []
+  encoder.embed = crash
+  with pytest.raises(KeyboardInterrupt):
+    embed.main(flags)
+  assert os.listdir(out) == []
+
+
+def test_embed_says_what_is_wrong_with_its_flags(tmp_path, encoder, recordings, capsys):
+  good = [f"--workdir={tmp_path}", f"--input={recordings}"]
+  occupied = tmp_path / "occupied"
+  occupied.write_text("")
+  for flags, word in ((good + ["--out=x", "--batch=0"], "batch"), ([good[0], "--out=x"], "--input"),
+                      (good + [f"--out={occupied}"], "cannot write to"), (good, "--out")):
+    with pytest.raises(SystemExit) as caught:
+      cli.run(embed.main, flags)
+    assert caught.value.code == 2
+    assert word in capsys.readouterr().err

@@ -1,0 +1,467 @@
+"""Evaluation from embeddings against independent oracles: scikit-learn, SciPy, and loops written the slow way."""
+
+import csv
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats
+from sklearn.linear_model import Ridge
+from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
+
+from mmcl_jax.errors import UserError
+from mmcl_jax.evaluators import diseases, figures, phenotypes, report, retrieval, statistics
+
+NAMES, UNITS = ["LVEDV", "LVEF", "WT"], ["ml", "%", "mm"]
+
+
+def subjects(ids):
+  return np.stack([np.asarray(ids), np.full(len(ids), 7)], axis=1).astype(np.uint32)
+
+
+def made_up(rng, n, signal=1.0):
+  """One split: three phenotypes and two diseases that the embedding partly knows, with gaps; some subjects twice."""
+  hidden = rng.normal(size=(n, 3))
+  covariates = rng.normal(size=(n, 2))
+  y = np.array([140, 60, 9]) + np.array([30, 8, 1]) * (hidden + 0.5 * covariates[:, :1] + 0.5 * rng.normal(size=(n, 3)))
+  y[rng.random((n, 3)) < 0.1] = np.nan
+  sick = np.stack([hidden[:, 0] > 1, hidden[:, 1] > 2.6], axis=1).astype(np.float32)
+  sick[rng.random((n, 2)) < 0.1] = np.nan
+  covariates[rng.random((n, 2)) < 0.1] = np.nan
+  mix = np.random.default_rng(5).normal(size=(3, 12))
+  return {"subject": subjects(rng.integers(0, n * 3 // 4, n)), "phenotypes": y.astype(np.float32), "diseases": sick,
+          "covariates": covariates.astype(np.float32),
+          "ecg_embedding": (signal * hidden @ mix + 2 * rng.normal(size=(n, 12))).astype(np.float32),
+          "random_embedding": (0.2 * hidden @ mix + 2 * rng.normal(size=(n, 12))).astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def features():
+  rng = np.random.default_rng(0)
+  return {split: made_up(rng, n) for split, n in {"train": 500, "val": 250, "test": 400}.items()}
+
+
+@pytest.fixture(scope="module")
+def evaluated(features):
+  return phenotypes.evaluate(features, NAMES, UNITS, draws=200)
+
+
+# statistics
+
+def test_scores_match_sklearn_and_scipy_with_and_without_missing_labels(features):
+  y = features["test"]["phenotypes"].astype(np.float64)
+  prediction = y + np.random.default_rng(1).normal(size=y.shape) * np.nanstd(y, axis=0)
+  prediction[np.isnan(y)] = 0.0
+  for k in range(3):
+    known = np.isfinite(y[:, k])
+    true, predicted = y[known, k], prediction[known, k]
+    assert statistics.r2(y, prediction)[k] == pytest.approx(r2_score(true, predicted), abs=1e-12)
+    assert statistics.pearson(y, prediction)[k] == pytest.approx(stats.pearsonr(true, predicted)[0], abs=1e-12)
+    assert statistics.mae(y, prediction)[k] == pytest.approx(mean_absolute_error(true, predicted), rel=1e-12)
+  assert statistics.r2(y[known, 2], prediction[known, 2]).shape == ()
+
+
+def test_r2_survives_a_mean_far_larger_than_the_spread():
+  y = 1e6 + np.random.default_rng(0).normal(size=500)
+  prediction = y + 0.3
+  assert statistics.r2(y, prediction) == pytest.approx(r2_score(y, prediction), abs=1e-8)
+  weights = np.random.default_rng(1).integers(0, 3, (5, 500)).astype(float)
+  slow = [r2_score(y, prediction, sample_weight=w) for w in weights]
+  np.testing.assert_allclose(statistics.r2(y, prediction, weights), slow, atol=1e-8)
+
+
+def test_nothing_to_tell_is_nan_and_never_infinite():
+  rng = np.random.default_rng(0)
+  noise = rng.normal(size=300)
+  for y in (np.zeros(300), np.full(300, 0.1), 60.3 * (1 + 2e-16 * rng.integers(0, 3, 300))):
+    assert np.isnan(statistics.r2(y, noise)) and np.isnan(statistics.pearson(y, noise))
+  nearly = np.where(np.arange(300) == 0, 61.7, 60.3)
+  weights = rng.integers(0, 4, (30, 300)) * (np.arange(300.0) > 0)  # draws without the one row that differs
+  for y in (nearly, nearly - nearly.mean()):
+    assert np.isfinite(statistics.r2(y, noise)) and np.isnan(statistics.r2(y, noise, weights)).all()
+  empty = np.full(300, np.nan)
+  assert all(np.isnan(score(empty, noise)) for score in (statistics.r2, statistics.pearson, statistics.mae))
+  assert np.isnan(statistics.interval(np.full((20, 1), np.nan))).all()
+
+
+def test_bootstrap_keeps_subjects_whole_and_draws_as_many_as_there_are():
+  ids = np.array([0, 1, 1, 2, 3, 3, 3, 4])
+  weights = statistics.bootstrap_weights(subjects(ids), draws=400, seed=3)
+  assert weights.shape == (400, 8)
+  np.testing.assert_array_equal(weights[:, 1], weights[:, 2])
+  np.testing.assert_array_equal(weights[:, 4], weights[:, 6])
+  first = np.unique(ids, return_index=True)[1]
+  np.testing.assert_array_equal(weights[:, first].sum(axis=1), 5)
+  np.testing.assert_allclose(weights.mean(axis=0), 1.0, atol=0.2)
+  np.testing.assert_array_equal(weights, statistics.bootstrap_weights(subjects(ids), draws=400, seed=3))
+  assert (weights != statistics.bootstrap_weights(subjects(ids), draws=400, seed=4)).any()
+
+
+def test_weighted_scores_equal_scores_of_repeated_rows(features):
+  y = features["test"]["phenotypes"].astype(np.float64)
+  prediction = np.nan_to_num(y) + np.random.default_rng(1).normal(size=y.shape) * 5
+  weights = statistics.bootstrap_weights(features["test"]["subject"], draws=20, seed=0)
+  fast = statistics.r2(y, prediction, weights)
+  case = features["test"]["diseases"][:, 0]
+  score = np.round(np.nan_to_num(case) + np.random.default_rng(2).normal(size=len(case)), 1)  # with ties
+  fast_auroc = statistics.auroc(case, score, weights)
+  for draw, times in enumerate(weights.astype(int)):
+    rows = np.repeat(np.arange(len(y)), times)
+    for k in range(3):
+      known = rows[np.isfinite(y[rows, k])]
+      assert fast[draw, k] == pytest.approx(r2_score(y[known, k], prediction[known, k]), abs=1e-10)
+    known = rows[np.isfinite(case[rows])]
+    assert fast_auroc[draw] == pytest.approx(roc_auc_score(case[known], score[known]), abs=1e-12)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100_although_subjects_repeat():
+  """Six rows a subject, errors shared within the subject: resampling rows would cover far less."""
+  rng = np.random.default_rng(0)
+  covered = {"subjects": 0, "rows": 0}
+  trials, people, repeats = 150, 80, 6
+  for trial in range(trials):
+    truth, error = rng.normal(size=people), 0.7 * rng.normal(size=people)
+    y, prediction = np.repeat(truth, repeats), np.repeat(truth + error, repeats)
+    ids = np.repeat(np.arange(people), repeats)
+    for unit, identity in (("subjects", ids), ("rows", np.arange(len(ids)))):
+      weights = statistics.bootstrap_weights(subjects(identity), draws=200, seed=trial)
+      low, high = statistics.interval(statistics.r2(y, prediction, weights))
+      covered[unit] += low < 1 - 0.7**2 < high
+  assert 0.87 < covered["subjects"] / trials < 0.995
+  assert covered["rows"] / trials < 0.75
+
+
+def test_difference_is_paired():
+  rng = np.random.default_rng(0)
+  y = rng.normal(size=(300, 1))
+  a = y + rng.normal(size=y.shape)
+  b = a + 0.05 * rng.normal(size=y.shape)
+  weights = statistics.bootstrap_weights(subjects(np.arange(300)), draws=300, seed=0)
+  value, ci = statistics.paired_difference(y, a, b, weights)
+  assert value[0] == pytest.approx(r2_score(y, a) - r2_score(y, b), abs=1e-12)
+  assert ci[0, 0] < value[0] < ci[1, 0]
+  unpaired = np.ptp(statistics.interval(statistics.r2(y, a, weights)), axis=0)
+  assert np.ptp(ci[:, 0]) < 0.3 * unpaired[0]
+  same, nothing = statistics.paired_difference(y, a, a, weights)
+  assert same[0] == 0 and (nothing == 0).all()
+
+
+def test_a_thousand_draws_of_many_probes_take_little_time():
+  rng = np.random.default_rng(0)
+  y = rng.normal(size=(3000, 12))
+  started = time.perf_counter()
+  weights = statistics.bootstrap_weights(subjects(rng.integers(0, 2000, 3000)), draws=1000, seed=0)
+  for _ in range(5):
+    statistics.interval(statistics.r2(y, y + 1, weights))
+  assert time.perf_counter() - started < 6  # about 0.3 s; the loop it replaces takes a minute
+
+
+# phenotypes
+
+def test_probe_is_the_ridge_of_sklearn_at_the_strength_best_on_validation(features):
+  train, val = features["train"], features["val"]
+  probe = phenotypes.fit_probe(train["ecg_embedding"], train["phenotypes"], val["ecg_embedding"], val["phenotypes"])
+  mean, scale = train["ecg_embedding"].mean(axis=0), train["ecg_embedding"].std(axis=0)
+  z, z_val = (train["ecg_embedding"] - mean) / scale, (val["ecg_embedding"] - mean) / scale
+  for k in range(3):
+    known, known_val = np.isfinite(train["phenotypes"][:, k]), np.isfinite(val["phenotypes"][:, k])
+    fits = [Ridge(alpha=s).fit(z[known], train["phenotypes"][known, k]) for s in phenotypes.STRENGTHS]
+    scores = [r2_score(val["phenotypes"][known_val, k], fit.predict(z_val[known_val])) for fit in fits]
+    best = int(np.argmax(scores))
+    assert probe["strength"][k] == phenotypes.STRENGTHS[best]
+    np.testing.assert_allclose(phenotypes.predict(probe, val["ecg_embedding"])[:, k], fits[best].predict(z_val),
+                               rtol=1e-4)
+
+
+def test_strength_follows_the_noise_and_edges_are_told():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(400, 30))
+  clean = x @ rng.normal(size=(30, 1))
+  probe = phenotypes.fit_probe(x[:200], np.hstack([clean, rng.normal(size=clean.shape)])[:200],
+                               x[200:], np.hstack([clean, rng.normal(size=clean.shape)])[200:])
+  assert probe["strength"][0] == phenotypes.STRENGTHS[0] and probe["at_edge"][0]
+  assert probe["strength"][1] > 100
+
+
+def test_probe_with_more_features_than_rows_dead_features_and_absent_labels():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(40, 100)).astype(np.float32)
+  x[:, 3] = 0.1  # a dead unit
+  y = np.stack([x[:, 0], np.full(40, np.nan), np.full(40, 2.5)], axis=1)
+  probe = phenotypes.fit_probe(x[:30], y[:30], x[30:], y[30:])
+  prediction = phenotypes.predict(probe, x)
+  assert np.isfinite(prediction[:, [0, 2]]).all() and np.isnan(prediction[:, 1]).all()
+  np.testing.assert_allclose(prediction[:, 2], 2.5, rtol=1e-6)
+  unseen = phenotypes.fit_probe(x[:30], y[:30], x[30:], np.full_like(y[30:], np.nan))
+  assert unseen["strength"][0] == phenotypes.STRENGTHS[-1]
+  np.testing.assert_allclose(phenotypes.predict(unseen, x)[:, 0], x[:30, 0].mean(), atol=0.01)
+
+
+def test_standardisation_is_exact_in_float32_and_leaves_a_dead_unit_alone():
+  x = np.random.default_rng(0).normal(size=(5000, 2)).astype(np.float32) * [1, 1e-7] + [1000, 1]
+  mean, scale = phenotypes.standardisation(x.astype(np.float32))
+  assert mean[0] == pytest.approx(x[:, 0].mean(), rel=1e-7) and scale[0] == pytest.approx(x[:, 0].std(), rel=1e-4)
+  assert scale[1] == 1
+
+
+def test_evaluate_scores_what_sklearn_scores_and_ranks_the_models(features, evaluated):
+  results, predictions, probe = evaluated
+  for k, name in enumerate(NAMES):
+    known = np.isfinite(predictions["y_true"][:, k])
+    score = results["phenotypes"][name]
+    assert score["r2"] == pytest.approx(
+        r2_score(predictions["y_true"][known, k], predictions["embedding"][known, k]), abs=1e-10)
+    assert score["r2_ci"][0] < score["r2"] < score["r2_ci"][1]
+    assert score["n"] == known.sum() and score["units"] == UNITS[k]
+    baselines = {model: scores[name]["r2"] for model, scores in results["baselines"].items()}
+    assert set(baselines) == {"random_encoder", "covariates", "with_covariates"}
+    assert baselines["with_covariates"] > score["r2"] > baselines["random_encoder"] > 0
+    for a, b in phenotypes.DIFFERENCES:
+      both = {"embedding": score["r2"], **baselines}
+      assert results["differences"][f"{a}_minus_{b}"][name]["value"] == pytest.approx(both[a] - both[b], abs=1e-12)
+    assert results["differences"]["embedding_minus_random_encoder"][name]["ci"][0] > 0
+  np.testing.assert_array_equal(phenotypes.predict(probe, features["test"]["ecg_embedding"].astype(np.float64)),
+                                predictions["embedding"])
+
+
+def test_test_labels_never_reach_the_probe(features, evaluated):
+  changed = {**features, "test": {**features["test"], "phenotypes": features["test"]["phenotypes"][::-1] * 3}}
+  results, _, probe = phenotypes.evaluate(changed, NAMES, UNITS, draws=20)
+  for key in ("coef", "intercept", "strength"):
+    np.testing.assert_array_equal(probe[key], evaluated[2][key])
+  assert results["phenotypes"]["LVEDV"]["r2"] != evaluated[0]["phenotypes"]["LVEDV"]["r2"]
+
+
+def test_few_labels_a_constant_and_missing_inputs_do_not_crash(features):
+  few = {s: {k: v.copy() for k, v in f.items() if k != "random_embedding"} for s, f in features.items()}
+  few["test"]["phenotypes"][9:, 0] = np.nan
+  few["test"]["phenotypes"][:9, 0] = 100
+  few["test"]["phenotypes"][:, 1] = 60
+  for f in few.values():
+    f["covariates"] = f["covariates"][:, :0]
+  results, predictions, _ = phenotypes.evaluate(few, NAMES, UNITS, draws=50)
+  assert results["phenotypes"]["LVEDV"]["n"] == 9
+  assert np.isnan([results["phenotypes"]["LVEDV"][s] for s in ("r2", "pearson", "mae")]).all()
+  assert np.isnan([results["phenotypes"]["LVEF"]["r2"], *results["phenotypes"]["LVEF"]["r2_ci"]]).all()
+  assert np.isfinite(results["phenotypes"]["LVEF"]["mae"]) and np.isfinite(results["phenotypes"]["WT"]["r2"])
+  assert results["baselines"] == {} and results["differences"] == {}
+  assert set(predictions) == {"subject", "y_true", "embedding"}
+
+
+def test_features_that_are_not_finite_are_a_clear_error(features):
+  broken = {**features, "val": {**features["val"], "ecg_embedding": features["val"]["ecg_embedding"] * np.nan}}
+  with pytest.raises(UserError, match="250 of 250 rows of the val split"):
+    phenotypes.evaluate(broken, NAMES, UNITS, draws=10)
+
+
+def test_missing_covariates_become_the_training_mean_and_a_flag():
+  nan = np.nan
+  filled = phenotypes.fill_missing({"train": np.array([[1.0, 5], [3, nan]]), "test": np.array([[nan, nan]])})
+  np.testing.assert_array_equal(filled["train"], [[1, 5, 0], [3, 5, 1]])
+  np.testing.assert_array_equal(filled["test"], [[2, 5, 1]])
+
+
+# diseases
+
+def test_disease_scores_match_sklearn_and_few_cases_are_only_counted(features):
+  results, predictions, probe = diseases.evaluate(features, ["HF", "CM"], draws=100)
+  assert set(results) == {"embedding", "covariates", "with_covariates"}
+  y = features["test"]["diseases"]
+  known = np.isfinite(y[:, 0])
+  score = results["embedding"]["HF"]
+  assert score["auroc"] == pytest.approx(roc_auc_score(y[known, 0], predictions["embedding"][known, 0]), abs=1e-12)
+  assert score["auroc_ci"][0] < score["auroc"] < score["auroc_ci"][1] and score["auroc"] > 0.75
+  assert score["cases"] == (y[:, 0] == 1).sum() and score["n"] == known.sum()
+  assert 0 < results["embedding"]["CM"]["cases"] < diseases.FEWEST_TEST_CASES
+  assert set(results["embedding"]["CM"]) == {"cases", "n", "train_cases"}
+  prevalence = np.nanmean(features["train"]["diseases"][:, 0])
+  assert predictions["embedding"][:, 0].mean() == pytest.approx(prevalence, abs=0.05)
+  changed = {**features, "test": {**features["test"], "diseases": y[::-1]}}
+  np.testing.assert_array_equal(diseases.evaluate(changed, ["HF", "CM"], draws=10)[2]["coef"], probe["coef"])
+
+
+def test_no_cases_in_train_or_in_validation(features):
+  rare = {s: {**f, "diseases": f["diseases"].copy()} for s, f in features.items()}
+  rare["train"]["diseases"][:, 1] = 0
+  rare["test"]["diseases"][:40, 1] = 1
+  rare["val"]["diseases"][:, 0] = 0
+  results, predictions, probe = diseases.evaluate(rare, ["HF", "CM"], draws=20)
+  assert set(results["embedding"]["CM"]) == {"cases", "n", "train_cases"}
+  assert np.isnan(predictions["embedding"][:, 1]).all() and np.isnan(probe["C"][1])
+  assert results["embedding"]["HF"]["auroc"] > 0.75  # its strength chosen by log-loss
+
+
+def test_disease_probe_does_not_mind_the_scale_and_offset_of_the_features(features):
+  train, val = features["train"], features["val"]
+  probes = [diseases.fit_probe(scale * train["ecg_embedding"] + offset, train["diseases"],
+                               scale * val["ecg_embedding"] + offset, val["diseases"])
+            for scale, offset in ((1, 0), (3, 20))]
+  x = features["test"]["ecg_embedding"]
+  np.testing.assert_allclose(diseases.predict(probes[0], x), diseases.predict(probes[1], 3 * x + 20), atol=1e-3)
+
+
+# retrieval
+
+def slow_ranks(ecg, cmr, ids):
+  """The definition, pair by pair."""
+  unit = lambda v: v / max(np.linalg.norm(v), 1e-12)
+  n = len(ecg)
+  scores = np.array([[np.mean([unit(ecg[i]) @ unit(c) for c in cmr[j]]) for j in range(n)] for i in range(n)])
+  found = {}
+  for direction, s in (("ecg_to_cmr", scores), ("cmr_to_ecg", scores.T)):
+    found[direction] = []
+    for i in range(n):
+      best = max(s[i, j] for j in range(n) if ids[j] == ids[i])
+      found[direction].append(1 + sum(ids[j] != ids[i] and s[i, j] >= best - 1e-6 for j in range(n)))
+  return found
+
+
+@pytest.mark.parametrize("block_scores", [2**22, 100])
+def test_retrieval_matches_the_loop_with_repeats_ties_and_zeros(monkeypatch, block_scores):
+  monkeypatch.setattr(retrieval, "BLOCK_SCORES", block_scores)
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 40, 60)
+  ecg = rng.normal(size=(60, 8))
+  cmr = ecg[:, None] + rng.normal(size=(60, 2, 8)) * [[[0.5], [1.5]]]
+  cmr[5], ecg[6], cmr[7] = 0, 0, cmr[8]
+  fast, slow = retrieval.ranks(ecg.astype(np.float32), cmr.astype(np.float32), subjects(ids)), slow_ranks(ecg, cmr, ids)
+  for direction in slow:
+    np.testing.assert_array_equal(fast[direction], slow[direction])
+  scores = retrieval.retrieval(ecg, cmr, subjects(ids))["ecg_to_cmr"]
+  assert scores["r@5"] == np.mean(np.array(slow["ecg_to_cmr"]) <= 5) and scores["n_candidates"] == 60
+  assert scores["median_rank"] == np.median(slow["ecg_to_cmr"])
+
+
+def test_other_recordings_of_the_subject_do_not_push_its_match_down():
+  ecg = np.eye(4)[[0, 0, 0, 1, 2]]
+  scores = retrieval.retrieval(ecg, ecg[:, None], subjects([9, 9, 9, 1, 2]))
+  assert scores["ecg_to_cmr"]["r@1"] == scores["cmr_to_ecg"]["r@1"] == 1
+
+
+def test_the_two_phases_count_alike_whatever_their_lengths():
+  ecg = np.eye(3)
+  cmr = np.stack([ecg, 1000 * np.roll(ecg, 1, axis=0)], axis=1)  # ES is long and wrong: a tie, not a defeat
+  np.testing.assert_array_equal(retrieval.ranks(ecg, cmr, subjects(range(3)))["ecg_to_cmr"], 2)
+
+
+@pytest.mark.parametrize("collapsed", [np.ones((500, 16)), np.zeros((500, 16)), np.full((500, 16), np.nan),
+                                       np.ones((500, 16)) + 1e-7 * np.arange(500)[:, None] % 3])
+def test_collapsed_embeddings_never_look_good(collapsed):
+  collapsed = collapsed.astype(np.float32)
+  for scores in retrieval.retrieval(collapsed, collapsed[:, None], subjects(range(500))).values():
+    assert scores["r@10"] == 0 and scores["median_rank"] == 500
+
+
+def test_random_embeddings_score_at_chance():
+  rng = np.random.default_rng(0)
+  ids = subjects(rng.integers(0, 600, 1000))
+  for scores in retrieval.retrieval(rng.normal(size=(1000, 16)), rng.normal(size=(1000, 2, 16)), ids).values():
+    assert scores["chance_r@10"] == pytest.approx(scores["r@10"], abs=0.02)
+    assert scores["chance_r@10"] > 10 / 1000  # a subject with two recordings has two chances
+  alone = retrieval.summary(np.arange(1, 101), subjects(range(100)))
+  assert alone["chance_r@10"] == pytest.approx(0.1) and alone["r@10"] == pytest.approx(0.1)
+
+
+# report and figures
+
+@pytest.fixture(scope="module")
+def assembled(features, evaluated):
+  results, predictions, probe = evaluated
+  ill = diseases.evaluate(features, ["HF", "CM"], draws=20)[0]
+  embedding = features["test"]["ecg_embedding"]
+  found = retrieval.retrieval(embedding, embedding[:, None], features["test"]["subject"])
+  results = {"note": figures.SYNTHETIC_NOTE, "checkpoint": "<run>&1", **results, "ceiling": {"LVEDV": 0.8},
+             "diseases": ill, "retrieval": found}
+  results["phenotypes"]["WT"] = {**results["phenotypes"]["WT"], "r2": np.nan, "r2_ci": [np.nan, np.nan]}
+  return results, predictions, probe
+
+
+def test_report_holds_everything_and_no_nan(tmp_path, assembled):
+  results, predictions, probe = assembled
+  bars = figures.r2_bars(results, results["note"])
+  out = report.write(results, predictions, probe, {"r2": bars}, tmp_path / "a" / "r")
+  assert {p.name for p in out.iterdir()} == {
+      "results.json", "results.csv", "probes.npz", "predictions.npz", "r2.png", "report.html"}
+
+  def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+  read = json.loads((out / "results.json").read_text(), parse_constant=refuse)
+  assert read["phenotypes"]["WT"]["r2"] is None and read["phenotypes"]["WT"]["r2_ci"] == [None, None]
+  assert read["phenotypes"]["LVEDV"]["r2"] == results["phenotypes"]["LVEDV"]["r2"]
+  assert set(read["baselines"]) == {"random_encoder", "covariates", "with_covariates"}
+  assert {"r@1", "r@5", "r@10", "median_rank", "n_candidates"} <= set(read["retrieval"]["ecg_to_cmr"])
+
+  rows = list(csv.DictReader((out / "results.csv").open()))
+  assert list(rows[0]) == "model phenotype r2 lo hi pearson mae n units".split() and len(rows) == 4 * 3
+  assert rows[2]["phenotype"] == "WT" and rows[2]["r2"] == ""
+  assert float(rows[0]["lo"]) == results["phenotypes"]["LVEDV"]["r2_ci"][0]
+
+  stored, predicted = np.load(out / "probes.npz"), np.load(out / "predictions.npz")
+  assert {"names", "units", "coef", "intercept"} <= set(stored) and list(stored["names"]) == NAMES
+  np.testing.assert_array_equal(predicted["embedding"], predictions["embedding"])
+
+  page = (out / "report.html").read_text()
+  assert "&lt;run&gt;&amp;1" in page and "<run>" not in page and figures.SYNTHETIC_NOTE in page
+  assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower() and "http" not in page
+
+
+def test_a_report_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeypatch, assembled):
+  results, predictions, probe = assembled
+  out = report.write(results, predictions, probe, {}, tmp_path / "r")
+  before = {p.name: p.read_bytes() for p in out.iterdir()}
+  changed = {**results, "checkpoint": "other"}
+
+  def full(*_, **__):
+    raise OSError("No space left on device")
+  with monkeypatch.context() as patch:
+    patch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError):
+      report.write(changed, predictions, probe, {}, out)
+  replace = report.os.replace
+  with monkeypatch.context() as patch:  # the very last rename fails
+    patch.setattr(report.os, "replace", lambda a, b: full() if str(a).endswith("new") else replace(a, b))
+    with pytest.raises(OSError):
+      report.write(changed, predictions, probe, {}, out)
+  assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+  report.write(changed, predictions, probe, {}, out)
+  assert json.loads((out / "results.json").read_text())["checkpoint"] == "other"
+  assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_folder_that_is_no_report_is_not_replaced(tmp_path, assembled):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(UserError, match="not a report"):
+    report.write(*assembled, {}, tmp_path)
+  assert (tmp_path / "thesis.tex").exists()
+
+
+def test_table_is_short_and_aligned(assembled):
+  lines = report.table(assembled[0]).splitlines()
+  assert len(lines) == 4 and max(map(len, lines)) < 100
+  assert len({line.index("  ", line.index("]")) for line in lines[:3]}) == 1
+  assert re.match(r"LVEDV +ml +0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]( +0\.\d{3}){3} +0\.800$", lines[1])
+  assert lines[3].split()[2] == "-"
+  assert report.table({"phenotypes": assembled[0]["phenotypes"]}).splitlines()[0].split()[-1] == "CI]"
+
+
+def test_every_figure_draws_even_from_little(features, assembled):
+  results, predictions, _ = assembled
+  y = predictions["y_true"].copy()
+  y[:, 2] = np.nan
+  rng = np.random.default_rng(0)
+  ecg = rng.normal(size=(12, 1000))
+  records = [{"step": 0, "loss": 2.0, "val/LVEF": np.nan}, {"step": 10, "loss": 1.0, "val/LVEDV": 0.3, "host": "a"}]
+  drawn = [figures.r2_bars({"phenotypes": results["phenotypes"]}), figures.r2_bars(results, "note"),
+           figures.predicted_against_true(y, predictions["embedding"], results["phenotypes"], "note"),
+           figures.reconstruction(ecg, ecg, rng.random(10) < 0.5, 100, note="note"),
+           figures.reconstruction(ecg, ecg, rng.random((12, 10)) < 0.5, 100, leads=("aVR",)),
+           figures.training_curves(records), figures.training_curves([]),
+           figures.retrieval_ranks({"ecg_to_cmr": np.array([1, 1, 3])}, "note")]
+  for figure in drawn:
+    assert isinstance(figure, Figure)
+    figure.canvas.draw()
+  titles = [axes.get_title() for axes in drawn[5].axes]
+  assert titles == ["loss", "val"]

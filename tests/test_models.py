@@ -1,0 +1,173 @@
+"""Model parts against independent forms of the same computation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from scipy import ndimage
+
+from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
+from mmcl_jax.models import mae, resnet, vit
+
+
+def test_positions_are_the_published_formula():
+  table = vit.sincos_2d(rows=3, columns=4, width=8)
+  for token, row in enumerate(table):
+    lead, time = token // 4, token % 4
+    w = [1.0, 10000 ** -0.5]  # 10000^(-i / (width / 4))
+    expected = [f(p * x) for p in (lead, time) for f in (np.sin, np.cos) for x in w]
+    np.testing.assert_allclose(row, expected, rtol=1e-6)
+
+
+def test_block_is_numpy_attention_and_mlp():
+  block = vit.Block(heads=2)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  params = block.init(jax.random.key(1), x)["params"]
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  norm = lambda z, q: (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * q["scale"] + q["bias"]
+  dense = lambda z, q: z @ q["kernel"] + q["bias"]
+  y = np.asarray(x, np.float64)
+  q, k, v = dense(norm(y, p["norm1"]), p["qkv"]).reshape(2, 5, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+  logits = q @ k.swapaxes(-1, -2) / np.sqrt(4)
+  attention = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  y = y + dense((attention @ v).transpose(0, 2, 1, 3).reshape(2, 5, 8), p["proj"])
+  from scipy.special import erf
+  hidden = dense(norm(y, p["norm2"]), p["fc1"])
+  y = y + dense(hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))), p["fc2"])
+  np.testing.assert_allclose(block.apply({"params": params}, x), y, rtol=2e-5, atol=2e-5)
+
+
+def test_mask_hides_the_right_share_and_belongs_to_the_sample():
+  keys = jax.random.split(jax.random.key(0), 6)
+  keep, restore, mask = mae.random_mask(keys, tokens=40, ratio=0.8)
+  assert keep.shape == (6, 8) and (mask.sum(axis=1) == 32).all()
+  for b in range(6):
+    assert set(np.flatnonzero(mask[b] == 0)) == set(np.asarray(keep[b]))
+    order = np.concatenate([keep[b], np.setdiff1d(np.arange(40), keep[b])])
+    np.testing.assert_array_equal(order[restore[b]][np.asarray(mask[b]) == 0], np.flatnonzero(np.asarray(mask[b]) == 0))
+  permuted = mae.random_mask(keys[::-1], 40, 0.8)[2]
+  np.testing.assert_array_equal(permuted, mask[::-1])
+  assert not (mask[0] == mask[1]).all()
+
+
+def test_encoder_of_visible_tokens_sees_only_them():
+  encoder = vit.EcgEncoder(width=16, depth=1, heads=2, patch=10)
+  ecg = jax.random.normal(jax.random.key(0), (2, 3, 40))
+  variables = encoder.init(jax.random.key(1), ecg)
+  keep = jnp.array([[0, 5, 11], [7, 2, 3]])
+  seen = encoder.apply(variables, ecg, keep)
+  hidden = jnp.ones((2, 12)).at[jnp.arange(2)[:, None], keep].set(0).reshape(2, 3, 4).repeat(10, axis=2)
+  np.testing.assert_allclose(encoder.apply(variables, jnp.where(hidden > 0, 99.0, ecg), keep), seen, rtol=1e-6)
+  everything = encoder.apply(variables, ecg, jnp.tile(jnp.arange(12), (2, 1)))
+  np.testing.assert_allclose(everything, encoder.apply(variables, ecg), rtol=1e-5, atol=1e-6)
+
+
+def test_decoder_puts_visible_patches_where_they_were():
+  """With zero blocks and the identity for its layers, visible tokens come out at their own places."""
+  decoder = mae.Decoder(width=4, depth=0, heads=1, patch=4)
+  keep, restore, mask = mae.random_mask(jax.random.split(jax.random.key(0), 2), 12, 0.5)
+  tokens = jnp.concatenate([jnp.zeros((2, 1, 4)), keep[:, :, None] + jnp.arange(4.0)], axis=1)
+  params = decoder.init(jax.random.key(1), tokens, restore, 3)["params"]
+  moved = {}
+  for b in range(2):  # patches of the same content at another place must come out at that place
+    out = decoder.apply({"params": params}, tokens, restore, 3).reshape(2, 12, 4)[b]
+    swapped = decoder.apply({"params": params}, tokens[:, :, :], restore[:, ::-1], 3).reshape(2, 12, 4)[b]
+    moved[b] = (out, swapped)
+    position = vit.sincos_2d(3, 4, 4)
+    embedded = nn.LayerNorm(epsilon=1e-6).apply({"params": params["encoder_norm"]}, tokens) @ params["embed"]["kernel"]
+    for i, token in enumerate(np.asarray(keep[b])):
+      x = embedded[b, 1 + i] + position[token]
+      x = nn.LayerNorm(epsilon=1e-6).apply({"params": params["norm"]}, x) @ params["pred"]["kernel"]
+      np.testing.assert_allclose(out[token], x, rtol=1e-5, atol=1e-5)
+  assert not np.allclose(*moved[0])
+
+
+def test_drop_path_keeps_the_mean_and_belongs_to_the_sample():
+  keys = jax.random.split(jax.random.key(0), 4000)
+  x = vit.drop_path(jnp.ones((4000, 1)), keys, 0.25, layer=3)
+  assert set(np.unique(x)) == {0.0, np.float32(1 / 0.75)}
+  assert abs(float(x.mean()) - 1) < 4 * np.sqrt(0.25 / 0.75 / 4000)
+  np.testing.assert_array_equal(vit.drop_path(jnp.ones((4000, 1)), keys[::-1], 0.25, 3), x[::-1])
+
+
+@pytest.mark.parametrize("stride, span", [(1, 1), (2, 3)])
+def test_bottleneck_is_the_3d_convolutions_it_stands_for(stride, span):
+  block = resnet.Bottleneck(width=3, stride=stride, span=span, dtype=jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8, 8, 4))
+  rows = jnp.ones(2)
+  variables = block.init(jax.random.key(1), x, rows, train=False)
+  p = variables["params"] | {"norm3": {"bn": {"scale": jnp.full(12, 0.7), "bias": jnp.full(12, 0.1)}}}
+  conv = lambda y, w, s, pad: lax.conv_general_dilated(y, w, (1, s, s), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+  still = lambda y, name: y / np.sqrt(1 + 1e-5) * p[name]["bn"]["scale"] + p[name]["bn"]["bias"]  # fresh statistics: 0, 1
+  flat = ((0, 0),) * 3
+  w1 = p["conv1"]["kernel"].reshape(span, 1, 1, 4, 3)  # slices beside each other = kernel over slices
+  y = nn.relu(still(conv(x, w1, 1, ((span // 2,) * 2, (0, 0), (0, 0))), "norm1"))
+  y = nn.relu(still(conv(y, p["conv2"]["kernel"][None], stride, ((0, 0), (1, 1), (1, 1))), "norm2"))
+  y = still(conv(y, p["conv3"]["kernel"].reshape(1, 1, 1, 3, 12), 1, flat), "norm3")
+  skip = still(conv(x, p["skip"]["kernel"].reshape(1, 1, 1, 4, 12), stride, flat), "skip_norm")
+  out = block.apply({"params": p, "batch_stats": variables["batch_stats"]}, x, rows, train=False)
+  np.testing.assert_allclose(out, nn.relu(skip + y), rtol=1e-4, atol=1e-5)
+
+
+def test_max_pool_and_its_gradient_are_flax_s():
+  x = jax.random.normal(jax.random.key(0), (2, 8, 6, 3))
+  theirs = lambda x: nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+  np.testing.assert_array_equal(resnet.max_pool(x), theirs(x))
+  w = jax.random.normal(jax.random.key(1), theirs(x).shape)
+  grads = [jax.grad(lambda x: (f(x) * w).sum())(x) for f in (resnet.max_pool, theirs)]
+  np.testing.assert_allclose(*grads, rtol=1e-6)
+
+
+def test_padding_rows_stay_out_of_the_batch_statistics():
+  norm = resnet.BatchNorm(jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (4, 5, 3))
+  variables = norm.init(jax.random.key(1), x, jnp.ones(4), train=False)
+  rows = jnp.array([1.0, 1.0, 0.0, 1.0])
+  y, changed = norm.apply(variables, x.at[2].set(1e3), rows, train=True, mutable=["batch_stats"])
+  kept = np.asarray(x)[[0, 1, 3]].reshape(-1, 3)
+  np.testing.assert_allclose(changed["batch_stats"]["bn"]["mean"], 0.1 * kept.mean(0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(np.asarray(y)[[0, 1, 3]].reshape(-1, 3), (kept - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5),
+                             rtol=1e-3, atol=1e-4)
+
+
+def test_the_middle_slices_alone_are_seen():
+  model = resnet.SlowResNet(2, ((2, 1, 1),), slices=4, width=3)
+  x = jax.random.uniform(jax.random.key(0), (1, 10, 8, 8))
+  variables = model.init(jax.random.key(1), x, jnp.ones(1), train=False)
+  out = model.apply(variables, x, jnp.ones(1), train=False)
+  np.testing.assert_array_equal(model.apply(variables, x.at[:, :3].set(1).at[:, 7:].set(1), jnp.ones(1), train=False), out)
+  assert not np.array_equal(model.apply(variables, x.at[:, 3].set(1), jnp.ones(1), train=False), out)
+
+
+def test_rotation_is_scipy_s_and_the_same_for_both_phases():
+  key, cmr = jax.random.key(3), jax.random.uniform(jax.random.key(0), (2, 1, 16, 16))
+  cmr = cmr.at[1].set(cmr[0])
+  out = np.asarray(augment_cmr.affine(key, cmr, rotation_deg=30.0, scale=0.0, shift=0.0))
+  np.testing.assert_array_equal(out[0], out[1])
+  angle = np.deg2rad(30.0 * float(jax.random.uniform(key, (4,), minval=-1.0)[0]))
+  turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+  offset = np.array([7.5, 7.5]) - turn @ np.array([7.5, 7.5])
+  expected = ndimage.affine_transform(np.asarray(cmr[0, 0]), turn, offset, order=1, mode="nearest")
+  np.testing.assert_allclose(out[0, 0], expected, atol=1e-4)
+
+
+def test_phase_noise_keeps_the_power_spectrum_and_the_phase_between_leads():
+  ecg = np.asarray(jax.random.normal(jax.random.key(0), (3, 500)))
+  noisy = np.asarray(augment_ecg.phase_noise(jax.random.key(1), ecg, 0.5, probability=1.0))
+  before, after = np.fft.rfft(ecg), np.fft.rfft(noisy)
+  np.testing.assert_allclose(np.abs(after[:, :-1]), np.abs(before[:, :-1]), rtol=1e-2, atol=1e-2)
+  turn = np.angle(after[:, 1:-1] / before[:, 1:-1])
+  np.testing.assert_allclose(np.exp(1j * turn[0]), np.exp(1j * turn[1]), atol=1e-2)
+  assert np.abs(turn).max() > 0.5
+
+
+def test_crop_is_one_window_of_all_leads():
+  ecg = jnp.arange(2 * 100.0).reshape(2, 100)
+  starts = set()
+  for i in range(50):
+    window = np.asarray(augment_ecg.crop(jax.random.key(i), ecg, 90))
+    np.testing.assert_array_equal(window, np.asarray(ecg)[:, int(window[0, 0]):int(window[0, 0]) + 90])
+    starts.add(int(window[0, 0]))
+  assert min(starts) == 0 and max(starts) == 10  # both ends are reached: 50 draws from 11 places

@@ -1,0 +1,72 @@
+"""The data order is a function of (seed, step) alone, and evaluation sees every record once."""
+
+import numpy as np
+import pytest
+
+from mmcl_jax.data import pipeline
+
+COUNT, BATCH = 11, 4  # 11 records: batches of 4 cross the borders of epochs
+
+
+class Records:
+  """Random-access records whose ECG says which record it is."""
+
+  def __len__(self):
+    return COUNT
+
+  def __getitem__(self, i):
+    small = {name: np.zeros(1, np.float32) for name in ("phenotypes", "diseases", "covariates")}
+    return small | {"subject": np.array([i, 0], np.uint32), "has_ecg": np.uint8(1), "has_cmr": np.uint8(1),
+                    "ecg": np.full((12, 4), i, np.int16), "ecg_scale": np.float32(1), "cine_slice": np.full((2, 3, 3), i, np.uint8)}
+
+
+def take(n, **kwargs):
+  stream = pipeline.train_batches(Records(), seed=3, batch=BATCH, views=("cine_slice",), **kwargs)
+  return [next(stream) for _ in range(n)]
+
+
+def rows(batches):
+  """One global batch from the hosts' parts, sorted by position in the stream: [(index, subject, ecg, cmr), ...]."""
+  return sorted((int(i), int(s[0]), int(e[0, 0]), int(c[0, 0, 0])) for b in batches
+                for i, s, e, c in zip(b["index"], b["subject"], b["ecg"], b["cmr"]["cine_slice"]))
+
+
+def test_global_batches_do_not_depend_on_the_number_of_hosts():
+  one = [rows([batch]) for batch in take(8)]
+  for hosts in (2, 4):
+    parts = [take(8, host=h, hosts=hosts) for h in range(hosts)]
+    assert [rows(step) for step in zip(*parts)] == one
+
+
+def test_starting_at_a_step_equals_skipping_to_it():
+  assert [rows([b]) for b in take(3, start_step=5)] == [rows([b]) for b in take(8)][5:]
+
+
+@pytest.mark.parametrize("how", [dict(threads=1, buffer=1), dict(threads=4, buffer=3), dict(workers=2, threads=1, buffer=1)])
+def test_order_does_not_depend_on_threads_or_workers(how):
+  for a, b in zip(take(4), take(4, **how)):
+    np.testing.assert_array_equal(a["index"], b["index"])
+    np.testing.assert_array_equal(a["ecg"], b["ecg"])
+
+
+def test_every_epoch_holds_every_record_once_in_a_new_order():
+  flat = [row for batch in take(3 * COUNT // BATCH + 1) for row in rows([batch])]
+  epochs = [[s for i, s, *_ in flat if i // COUNT == e] for e in range(3)]
+  assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2]
+  assert [i for i, *_ in flat] == list(range(len(flat)))
+
+
+def test_another_seed_gives_another_order():
+  other = pipeline.train_batches(Records(), seed=4, batch=BATCH)
+  assert [int(s[0]) for s in next(other)["subject"]] != [s for _, s, *_ in rows(take(1))]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_one_pass_pads_to_equal_steps_on_every_host(hosts):
+  parts = [list(pipeline.one_pass(Records(), batch=BATCH, host=h, hosts=hosts)) for h in range(hosts)]
+  assert {len(part) for part in parts} == {3}
+  seen = sorted(int(s[0]) for part in parts for b in part for s, m in zip(b["subject"], b["mask"]) if m)
+  assert seen == list(range(COUNT))
+  padding = [e for part in parts for b in part for e, m in zip(b["ecg"], b["mask"]) if not m]
+  assert len(padding) == 1 and not padding[0].any()

@@ -1,0 +1,72 @@
+"""What may import what, and that the programs never load TensorFlow or torch."""
+
+import ast
+import pathlib
+
+import pytest
+
+from conftest import ROOT, python
+
+PACKAGE = ROOT / "mmcl_jax"
+GROUND = ("data", "augment", "models", "objectives")
+FLOOR = {**{room: 0 for room in GROUND}, "training": 1, "evaluators": 1}
+
+
+def imports(file: pathlib.Path) -> set[str]:
+  """Modules a file imports, `from package import name` as package.name."""
+  found = set()
+  for node in ast.walk(ast.parse(file.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return found
+
+
+FILES = {file.relative_to(PACKAGE): imports(file) for file in PACKAGE.rglob("*.py")}
+
+
+def room(module: str) -> str:
+  return module.split(".")[1] if module.startswith("mmcl_jax.") else ""
+
+
+@pytest.mark.parametrize("file", sorted(map(str, FILES)))
+def test_no_arrow_runs_up_or_across_the_ground(file):
+  here = pathlib.Path(file).parts[0]
+  for module in FILES[pathlib.Path(file)]:
+    there = room(module)
+    if here in GROUND and there in FLOOR and (here, there) != ("models", "data"):  # models read the schema's names
+      assert there == here, f"{file} imports {module}"
+    elif here in FLOOR:
+      programs = {f.stem for f in PACKAGE.glob("*.py")} - {"errors", "configuration", "__init__"}
+      assert there not in programs, f"{file} imports the program {module}"
+
+
+@pytest.mark.parametrize("file", sorted(str(f) for f in FILES if f.parts[0] == "data"))
+def test_host_rooms_hold_no_jax(file):
+  assert not {m for m in FILES[pathlib.Path(file)] if m.split(".")[0] in ("jax", "flax", "optax")}
+
+
+@pytest.mark.parametrize("file", sorted(str(f) for f in FILES if f.parts[0] in ("augment", "models", "objectives")
+                                        or str(f) == "training/steps.py"))
+def test_device_rooms_touch_no_file(file):
+  source = (PACKAGE / file).read_text()
+  assert not {m for m in FILES[pathlib.Path(file)] if m.split(".")[0] in ("os", "pathlib", "io", "shutil")}
+  assert "open(" not in source
+
+
+def test_only_one_room_knows_orbax():
+  assert [str(f) for f, found in FILES.items() if any(m.startswith("orbax") for m in found)] == ["training/checkpoint.py"]
+
+
+def test_programs_load_neither_tensorflow_nor_torch(cohort, tmp_path):
+  """Not only at import: a whole run of training, evaluating and embedding."""
+  code = """
+import sys
+from conftest import tiny_flags
+from mmcl_jax import embed, evaluate, prepare, train
+train.main(tiny_flags(sys.argv[1], sys.argv[2]))
+evaluate.main([f"--workdir={sys.argv[2]}"])
+print("loaded", [m for m in ("tensorflow", "torch") if m in sys.modules])
+"""
+  assert python(code, cohort.path, tmp_path / "w").strip().endswith("loaded []")

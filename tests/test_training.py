@@ -1,0 +1,234 @@
+"""The loop: golden step, exact resume, checkpoints that can be trusted, and what stops it."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import tiny_config, tiny_flags
+from mmcl_jax import cli, configuration, train
+from mmcl_jax.data import cohort as cohort_room
+from mmcl_jax.errors import UserError
+from mmcl_jax.training import checkpoint, metrics, restore
+
+# Loss and gradient norm of step 1 of the tiny config on the tiny cohort. If you meant to change the model, the
+# objectives, the augmentation, the data order or the synthetic heart, replace them by what the failing test prints.
+GOLDEN = {"loss": 0.0, "gradient_norm": 0.0}
+
+
+@pytest.fixture(scope="module")
+def finished(cohort, tmp_path_factory):
+  """A workdir trained to step 6 without a break, and its final state."""
+  workdir = tmp_path_factory.mktemp("run") / "w"
+  state = train.train(tiny_config(cohort.path), str(workdir))
+  return workdir, jax.device_get(state)
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_golden_first_step(finished):
+  first = metrics.read(finished[0] / "metrics.jsonl")[0]
+  assert {name: first[name] for name in GOLDEN} == pytest.approx(GOLDEN, rel=2e-4), (
+      "the first step changed; if that was meant, set GOLDEN to the numbers above")
+
+
+def test_total_is_the_weighted_sum_of_the_objectives(finished):
+  for record in metrics.read(finished[0] / "metrics.jsonl"):
+    if "loss" in record:
+      parts = sum(record[f"{name}/loss"] * record[f"{name}/weight"] for name in ("reconstruction", "dual_phase"))
+      assert record["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_training_changes_every_parameter(finished):
+  run = restore.load_run(str(finished[0]))
+  unchanged = [jax.tree_util.keystr(path, simple=True, separator="/") for (path, before), after in zip(
+      jax.tree_util.tree_leaves_with_path(jax.device_get(run.fresh.params)), jax.tree.leaves(finished[1].params))
+      if np.array_equal(before, after)]
+  assert unchanged == []
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished, cohort, tmp_path, monkeypatch):
+  """Killed in step 5, after the checkpoint of step 3; bit for bit the same state and the same log."""
+  calls = []
+
+  class Killed(Exception):
+    pass
+
+  def dying(batch, mesh, real=train.parallel.to_global):
+    calls.append(1)
+    if len(calls) == 5:
+      raise Killed
+    return real(batch, mesh)
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(train.parallel, "to_global", dying)
+    train.train(tiny_config(cohort.path), str(tmp_path))
+  assert checkpoint.latest(str(tmp_path)) in (None, 3)
+  state = train.train(tiny_config(cohort.path), str(tmp_path))
+  same(jax.device_get(state), finished[1])
+  assert (tmp_path / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_resumes_to_itself(finished, cohort):
+  before = (finished[0] / "metrics.jsonl").read_text()
+  state = train.train(tiny_config(cohort.path), str(finished[0]))
+  same(jax.device_get(state), finished[1])
+  assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_checkpoint_says_what_it_is(finished, cohort):
+  assert checkpoint.steps(str(finished[0])) == [3, 6]
+  manifest = checkpoint.manifest(str(finished[0]), 6)
+  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/1"
+  assert any(name.startswith("state/") for name in manifest["files"])
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path / "w")
+  return tmp_path / "w"
+
+
+def array_file(workdir, step):
+  """The largest file of the saved arrays."""
+  return max((f for f in (workdir / f"checkpoints/{step}/state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def damage(kind, workdir):
+  file = array_file(workdir, 6)
+  content = bytearray(file.read_bytes())
+  if kind == "flipped":
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+  elif kind == "truncated":
+    file.write_bytes(content[:len(content) // 2])
+  elif kind == "missing":
+    file.unlink()
+  elif kind == "foreign":
+    manifest = workdir / "checkpoints/6/meta/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": "other/2"}))
+  elif kind == "garbled":
+    (workdir / "checkpoints/6/meta/manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("kind, words", [("flipped", "damaged"), ("truncated", "damaged"), ("missing", "missing"),
+                                         ("foreign", "format 'other/2'"), ("garbled", "not readable")])
+def test_a_damaged_checkpoint_is_refused_with_a_way_out(copy, kind, words):
+  damage(kind, copy)
+  with pytest.raises(UserError, match=f"checkpoints/6.*{words}.*remove .*checkpoints/6 to use step 3"):
+    restore.load_run(str(copy))
+  assert restore.load_run(str(copy), 3).step == 3
+
+
+def test_an_unsigned_checkpoint_does_not_count(copy, finished, cohort):
+  """As a kill while saving leaves it: the run goes on from the step before, to the same end."""
+  shutil.rmtree(copy / "checkpoints/6/meta")
+  (copy / "checkpoints/9").mkdir()
+  assert checkpoint.latest(str(copy)) == 3
+  same(jax.device_get(train.train(tiny_config(cohort.path), str(copy))), finished[1])
+
+
+def test_a_workdir_belongs_to_one_config(copy, cohort):
+  other = tiny_config(cohort.path)
+  other.optimizer.learning_rate = 1.0
+  with pytest.raises(UserError, match="belongs to another config: optimizer.learning_rate was 0.001, now 1.0"):
+    train.train(other, str(copy))
+  free = tiny_config(cohort.path)
+  free.every.log, free.loader.threads = 2, 1
+  configuration.check_workdir(free, str(copy))
+
+
+@pytest.mark.parametrize("objective, name", [("explode", "mine"), ("bad_gradient", "gradient")])
+def test_a_non_finite_step_stops_with_the_last_good_checkpoint(cohort, tmp_path, monkeypatch, objective, name):
+  """An objective from outside the package, named by its path, that breaks at update 4."""
+  (tmp_path / "outside.py").write_text(
+      "import jax.numpy as jnp\n"
+      "from mmcl_jax.objectives import Loss\n"
+      "def explode(outputs, batch, at=0):\n"
+      "  x = outputs['ecg_projection'].mean(axis=1)\n"
+      "  return Loss(jnp.where(batch['index'].max() >= at, jnp.nan, x), batch['mask'], {})\n"
+      "def bad_gradient(outputs, batch, at=0):\n"
+      "  x = outputs['ecg_projection'].mean(axis=1)\n"
+      "  left = jnp.maximum(at - batch['index'].max().astype(jnp.float32), 0.0)\n"
+      "  return Loss(jnp.sqrt(left * x * x), batch['mask'], {})  # at 0 its value is finite, its slope is not\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(__import__("sys").modules, "outside", raising=False)
+  c = tiny_config(cohort.path)
+  c.objectives = dict(mine=dict(fn=f"outside:{objective}", weight=1.0, at=4 * c.batch))
+  with pytest.raises(UserError, match=f"step 5: .*{name}.* not finite.*last good checkpoint is .*/3"):
+    train.train(c, str(tmp_path / "w"))
+  assert checkpoint.steps(str(tmp_path / "w")) == [3]
+  run = restore.load_run(str(tmp_path / "w"))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(run.state.params)))
+
+
+def test_an_objective_without_its_output_is_found_before_compiling(cohort, tmp_path):
+  c = tiny_config(cohort.path)
+  c.model.cmr.size = ""
+  with pytest.raises(UserError, match="objectives.dual_phase asks for 'cmr'.*outputs are .*ecg_projection.*reconstruction"):
+    train.train(c, str(tmp_path / "w"))
+  assert not (tmp_path / "w").exists()
+
+
+def fails(capsys, flags):
+  """Runs `mmcl train` as the console script does; returns its one line of error."""
+  with pytest.raises(SystemExit) as stop:
+    cli.run(train.main, flags)
+  assert stop.value.code == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("mmcl: error: ")
+  return lines[0]
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--config.nope=1", "nope"),
+    ("--config.optimizer.learning_rat=1", "learning_rat"),
+    ("--config.batch=many", "batch"),
+    ("--config.steps=0", "steps is 0"),
+    ("--config.batch=0", "batch is 0"),
+    ("--config.mesh.model=2", "2 devices|1 x model=2"),
+    ("--config.model.ecg.size=huge", "'huge'; expected one of"),
+    ("--config.model.ecg.mask_ratio=1.5", "between 0 and 1"),
+    ("--config.model.ecg.patch=7", "does not divide"),
+    ("--config.objectives.dual_phase.fn=triplet", "'triplet'; expected one of"),
+    ("--config.objectives.dual_phase.temperature=cold", "temperature"),
+    ("--config.evaluators=('nope',)", "nope"),
+    ("--config.data.views=('nope',)", "nope"),
+    ("--config.data.ecg_profile=mmcl", "profile 'minimal'"),
+    ("--config.data.samples=9999", "9999"),
+    ("--config.data.cohort=/nowhere", "no cohort at '/nowhere'"),
+    ("--config=/nowhere.py", "nowhere.py"),
+    ("--unknown=1", "unknown"),
+    ("stray", "stray"),
+])
+def test_a_user_s_mistake_is_one_line_and_leaves_nothing(cohort, tmp_path, capsys, flag, words):
+  import re
+  line = fails(capsys, [*tiny_flags(cohort.path, tmp_path / "w"), flag])
+  assert re.search(words, line), line
+  assert not (tmp_path / "w").exists()
+
+
+def test_missing_flags_are_named(capsys):
+  assert "missing --workdir" in fails(capsys, ["--config=configs/joint.py"])
+
+
+def test_broken_cohorts_are_told_apart(cohort, tmp_path):
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(UserError, match="holds no cohort.json"):
+    cohort_room.load(str(tmp_path / "empty"))
+  other = tmp_path / "other"
+  shutil.copytree(cohort.path, other)
+  info = json.loads((other / "cohort.json").read_text())
+  (other / "cohort.json").write_text(json.dumps(info | {"schema_version": 99}))
+  with pytest.raises(UserError, match="schema version 99, this program reads 1"):
+    cohort_room.load(str(other))
+  (other / "cohort.json").write_text(json.dumps(info))
+  shard = next(pathlib.Path(other).rglob("*train.array_record*"))
+  shard.unlink()
+  with pytest.raises(UserError, match="prepare the cohort again"):
+    cohort_room.load(str(other))
