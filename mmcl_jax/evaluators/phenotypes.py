@@ -22,8 +22,8 @@ def evaluate(features: dict, names: list, units: list, draws: int = 1000, seed: 
     draws, seed: of the bootstrap over test subjects.
 
   Returns:
-    results: `phenotypes.NAME`, `baselines.MODEL.NAME` and `differences.A_minus_B.NAME`, as results.json has them; a
-      score that cannot be told is NaN.
+    results: `phenotypes.NAME`, `baselines.MODEL.NAME`, `differences.A_minus_B.NAME` and, where it is known,
+      `ceiling.NAME` and `share_of_ceiling.NAME`, as results.json has them; a score that cannot be told is NaN.
     predictions: on test, in the units of the phenotypes: `subject`, `y_true` [N, K], and one [N, K] per model.
     probe: of the ECG embedding alone, as `fit_probe` returns it, with `names` and `units`.
   """
@@ -45,19 +45,36 @@ def evaluate(features: dict, names: list, units: list, draws: int = 1000, seed: 
       differences[f"{a}_minus_{b}"] = {
           name: {"value": float(value[k]), "ci": ci[:, k].tolist()} for k, name in enumerate(names)}
 
-  results = {"phenotypes": scores.pop("embedding"), "baselines": scores, "differences": differences}
+  results = {"phenotypes": scores.pop("embedding"), "differences": differences}
+  if "ceiling" in scores:
+    results["ceiling"] = {name: score["r2"] for name, score in scores.pop("ceiling").items()}
+    results["share_of_ceiling"] = share_of_ceiling(y, predicted["embedding"], predicted["ceiling"], weights, names)
+  results["baselines"] = scores
   predictions = {"subject": test["subject"], "y_true": y, **predicted}
   return results, predictions, {"names": np.array(names), "units": np.array(units), **probes["embedding"]}
+
+
+def share_of_ceiling(y, embedding, ceiling, weights, names) -> dict:
+  """{NAME: {value, ci}}: R2 of the embedding over R2 of the ceiling, paired; NaN where the ceiling's interval holds 0."""
+  share = statistics.r2(y, embedding) / statistics.r2(y, ceiling)
+  drawn = statistics.r2(y, ceiling, weights)
+  low, high = statistics.interval(statistics.r2(y, embedding, weights) / drawn)
+  told = statistics.interval(drawn)[0] > 0
+  share, low, high = (np.where(told, x, np.nan) for x in (share, low, high))
+  return {name: {"value": float(share[k]), "ci": [float(low[k]), float(high[k])]} for k, name in enumerate(names)}
 
 
 def inputs(features: dict) -> dict:
   """What each probe sees, {model: {split: float64 [N, D]}}: the ECG embedding, and the baselines it has to beat.
 
-  `random_encoder` is there where `random_embedding` is; `covariates` and `with_covariates` where there are covariates.
+  `random_encoder` is there where `random_embedding` is; `covariates` and `with_covariates` where there are covariates;
+  `ceiling`, the generator's own ECG parameters, where the cohort is synthetic and knows them.
   """
   models = {"embedding": {s: f["ecg_embedding"] for s, f in features.items()}}
   if "random_embedding" in features["train"]:
     models["random_encoder"] = {s: f["random_embedding"] for s, f in features.items()}
+  if "ecg_parameters" in features["train"]:
+    models["ceiling"] = {s: f["ecg_parameters"] for s, f in features.items()}
   for model, splits in models.items():
     for split, x in splits.items():
       bad = int((~np.isfinite(x)).any(axis=1).sum())

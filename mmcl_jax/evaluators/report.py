@@ -13,7 +13,7 @@ import numpy as np
 
 from mmcl_jax.errors import UserError
 
-SECTIONS = ("phenotypes", "baselines", "ceiling", "differences", "diseases", "retrieval")
+SECTIONS = ("phenotypes", "baselines", "ceiling", "share_of_ceiling", "differences", "diseases", "retrieval")
 MODELS = {"random_encoder": "random", "covariates": "covariates", "with_covariates": "emb + cov"}
 DPI = 150
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}

@@ -6,8 +6,7 @@ For demonstrations and tests of the whole path where no cohort is at hand, and f
 import numpy as np
 
 from mmcl_jax.data import measure, schema
-from mmcl_jax.data.synthetic import cmr, population
-from mmcl_jax.data.synthetic.ecg import ecg
+from mmcl_jax.data.synthetic import cmr, ecg, population
 
 # What a perfect reader of the ECG would know of the heart; see `couplings`.
 ECG_PARAMETERS = ("heart_rate", "qrs_width", "qrs_gain", "t_gain")
@@ -32,7 +31,7 @@ def subject(seed: int, index: int, grid: cmr.Grid = cmr.Grid()) -> dict[str, np.
       "subject": identify(seed, index),
       "has_ecg": np.True_,
       "has_cmr": np.True_,
-      "ecg": ecg(traits, population.generator(seed, index, 1)),
+      "ecg": ecg.ecg(traits, population.generator(seed, index, 1)),
       "ed_es_volumes": volumes,
       "labels": labels,
       "cine_slice": cine,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
+from scipy.special import expit
 
 from mmcl_jax.data import schema
 
@@ -84,8 +85,7 @@ def heart(phenotypes: dict, rng: np.random.Generator, grid: Grid = Grid()) -> tu
   stack = image(labels, fields, tissue, rng, grid)
   cine = image(cine_labels[:, None], cine_fields[:, :, None], tissue[:, middle:middle + 1], rng, grid)[:, 0]
   scale = 255 / stack.max()
-  to_bytes = lambda x: np.minimum(x * scale, 255).astype(np.uint8)
-  return to_bytes(stack), labels, to_bytes(cine)
+  return np.rint(stack * scale).astype(np.uint8), labels, np.rint(np.minimum(cine * scale, 255)).astype(np.uint8)
 
 
 def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
@@ -94,7 +94,8 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   radius = (1000 * lvedv / (np.pi * ratio * _FILL)) ** (1 / 3)
   length = (1 + _CUT) * ratio * radius
   z = np.arange(grid.slices, dtype=np.float32)[:, None, None] * grid.spacing[0]
-  depth = z - max((z.max() - length) / 2 + 3 * rng.standard_normal(), 0.0)
+  top = (z.max() - length) / 2 - 5 + 3 * rng.standard_normal()  # mm above the base; the wall needs room below the apex
+  depth = z - max(top, 0.0)
   tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * (depth - length / 2)  # the stack is not quite perpendicular
   shift = 4 * rng.standard_normal(2) + (0, 0.45 * radius)                 # mm; the RV needs room beside the LV
   position = [(np.arange(grid.size) - (grid.size - 1) / 2) * mm for mm in grid.spacing[1:]]
@@ -107,7 +108,8 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   bend = 1 + sum(sd * rng.standard_normal() * np.cos(k * angle + np.float32(rng.uniform(0, 2 * np.pi)))
                  for k, sd in ((2, 0.03), (3, 0.02)))
   rv = 0.88 * np.exp(0.05 * rng.standard_normal()), 1.42 * np.exp(0.05 * rng.standard_normal())
-  return Pose(np.hypot(septal, across) * bend.astype(np.float32), septal, across, depth, length, rng.uniform(10, 14), rv)
+  rho = np.hypot(septal, across) * bend.astype(np.float32)
+  return Pose(rho, septal, across, depth, length, rng.uniform(10, 14), rv)
 
 
 def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
@@ -144,13 +146,12 @@ def sample_tissue(pose: Pose, rng: np.random.Generator) -> np.ndarray:
   and across the septal direction, and 0 at the base to 1 at the apex of the cavity."""
   left, front = pose.septal, 0.35 * pose.septal + 0.94 * pose.across
   level = np.broadcast_to(pose.depth / pose.length, left.shape)
-  edge = lambda distance: 1 / (1 + np.exp(-np.clip(distance / 2, -20, 20)))
-  liver = edge(-pose.across + 0.4 * left - 0.004 * left ** 2 - 44 + 12 * level)
+  liver = expit(0.5 * (-pose.across + 0.4 * left - 0.004 * left ** 2 - 44 + 12 * level))
   outward = front + 0.005 * (left - 25) ** 2 - 60  # mm outside the curved inner surface of the chest
-  chest = edge(outward + 1.5 * np.sin(left / 11 + rng.uniform(0, 6)))
-  ribs = 0.5 + 0.5 * np.sin(outward / 4.5)
+  chest = expit(0.5 * (outward + 1.5 * np.sin(left / 11 + rng.uniform(0, 6))))
+  layers = 0.5 + 0.5 * np.sin(outward / 4.5)
   signal = _LUNG + (_LIVER - _LUNG) * liver
-  signal += (_MUSCLE + (_FAT - _MUSCLE) * ribs - signal) * chest
+  signal += (_MUSCLE + (_FAT - _MUSCLE) * layers - signal) * chest
   direction = rng.normal(0, 0.0012, 2)
   coil = np.exp(direction[0] * left + direction[1] * pose.across + 0.002 * front)
   return np.stack([signal, coil, pose.septal, pose.across, level]).astype(np.float32)
@@ -165,7 +166,7 @@ def image(labels: np.ndarray, fields: np.ndarray, tissue: np.ndarray, rng: np.ra
   signal = np.where(rv < 1.08 * surface, _MYOCARDIUM, signal)              # the base plane, atria and outflow tract
   signal = np.where((rv < 0.8 * surface) | (lv < 0.85), _BLOOD * 0.95, signal)
   signal = np.where(labels == schema.LABELS["MYO"], _MYOCARDIUM, signal)
-  cavity = (labels == schema.LABELS["LV"])
+  cavity = labels == schema.LABELS["LV"]
   signal = np.where(cavity | (labels == schema.LABELS["RV"]), _BLOOD, signal)
 
   radius = np.sqrt(cavity.sum(axis=(2, 3), keepdims=True) * grid.spacing[1] * grid.spacing[2] / np.pi)

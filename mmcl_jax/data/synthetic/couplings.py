@@ -49,7 +49,7 @@ DERIVED = {
 ECG_PARAMETERS = {
     "qrs_duration": Moments((85, 8), (95, 9), "normal", "women: PMC 382 5808 table 2; men: assumption"),    # ms
     "qrs_gain": Moments((0.975, 0.2), (1.025, 0.2), "lognormal", "assumption"),
-    "t_gain": Moments((0.95, 0.25), (1.05, 0.25), "lognormal", "assumption; T waves are taller in men"),
+    "t_gain": Moments((0.60, 0.15), (0.66, 0.165), "lognormal", "assumption; T waves are taller in men"),
 }
 
 

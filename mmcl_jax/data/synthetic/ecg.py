@@ -26,8 +26,8 @@ _DIPOLE = {
 _DIPOLE = {wave: [np.array(axis, np.float32) for axis in axes] for wave, axes in _DIPOLE.items()}
 
 # Dower 1980: (X, Y, Z) -> I, II, V1 ... V6; the other four leads follow from I and II.
-_DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132], [-.515, .157, -.917], [.044, .164, -1.387],
-                   [.882, .098, -1.277], [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])
+DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132], [-.515, .157, -.917], [.044, .164, -1.387],
+                  [.882, .098, -1.277], [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])
 
 _SECONDS = schema.ECG_SAMPLES / schema.ECG_RATE_HZ
 _BEFORE, _AFTER = 0.35, 0.70  # s around an R peak in which a beat is more than nothing
@@ -46,7 +46,7 @@ def ecg(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   """
   peaks, intervals = r_peaks(float(parameters["heart_rate"]), bool(parameters["fibrillating"]), rng)
   vector = dipole(peaks, intervals, parameters)
-  view = parameters["torso_gain"] * _DOWER @ Rotation.from_rotvec(parameters["rotation"]).as_matrix()
+  view = parameters["torso_gain"] * DOWER @ Rotation.from_rotvec(parameters["rotation"]).as_matrix()
   leads = view.astype(np.float32) @ vector + _noise(parameters, rng)
   i, ii, *chest = np.round(leads / _STEP_MV) * np.float32(_STEP_MV)
   return np.stack([i, ii, ii - i, -(i + ii) / 2, i - ii / 2, ii - i / 2, *chest]).astype(np.float32)

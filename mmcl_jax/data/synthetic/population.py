@@ -144,7 +144,8 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
     nuisance: fibrillating (bool), torso_gain, wander, mains and emg in mV, rotation [N, 3] (rotation vector, rad).
   """
   normals = np.stack([generator(seed, int(i), 0).standard_normal(_NORMALS) for i in indices])
-  first, noise, disease_noise, nuisance = np.split(normals, np.cumsum([1, len(SCORES), len(couplings.DISEASES)]), axis=1)
+  parts = np.cumsum([1, len(SCORES), len(couplings.DISEASES)])
+  first, noise, disease_noise, nuisance = np.split(normals, parts, axis=1)
   male = (first[:, 0] < ndtri(couplings.MEN)).astype(float)
   scores = noise @ loadings().T
   out = {"sex": male} | {name: _from_score(MOMENTS[name], scores[:, i], male) for i, name in enumerate(SCORES)}
