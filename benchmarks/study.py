@@ -30,7 +30,7 @@ def main():
   parser.add_argument("--out", default="study")
   parser.add_argument("--subjects", type=int, default=5200)
   parser.add_argument("--seeds", type=int, default=3)
-  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--steps", type=int, default=200)
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
   args = parser.parse_args()
   out = pathlib.Path(args.out)

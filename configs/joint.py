@@ -16,7 +16,7 @@ from mmcl_jax.configuration import parse_arg
 # size -> ECG encoder, CMR encoder, width of the CMR embedding, hidden width of the heads, batch, steps, learning rate
 SIZES = {
     "test": ("test", "test", 16, 32, 8, 6, 1e-3),
-    "demo": ("demo", "demo", 256, 256, 64, 300, 1e-3),
+    "demo": ("demo", "demo", 256, 256, 64, 200, 1e-3),
     "tiny": ("tiny", "r50", 768, 512, 256, 40_000, 3e-4),
     "medium": ("medium", "r50", 768, 768, 256, 80_000, 1e-4),
     "base": ("base", "r50", 768, 768, 1024, 80_000, 1e-4),
