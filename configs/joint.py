@@ -13,14 +13,15 @@ from ml_collections import ConfigDict
 
 from mmcl_jax.configuration import parse_arg
 
-# size -> ECG encoder, CMR encoder, width of the CMR embedding, hidden width of the heads, batch, steps, learning rate
+# size -> ECG encoder, samples it sees, CMR encoder, slices it sees, width of the CMR embedding, hidden width of the heads,
+#         batch, steps, learning rate
 SIZES = {
-    "test": ("test", "test", 16, 32, 8, 6, 1e-3),
-    "demo": ("demo", "demo", 256, 256, 64, 200, 1e-3),
-    "tiny": ("tiny", "r50", 768, 512, 256, 40_000, 3e-4),
-    "medium": ("medium", "r50", 768, 768, 256, 80_000, 1e-4),
-    "base": ("base", "r50", 768, 768, 1024, 80_000, 1e-4),
-    "large": ("large", "r50", 768, 768, 2048, 80_000, 5e-5),
+    "test": ("test", 500, "test", 6, 16, 32, 8, 6, 1e-3),
+    "demo": ("demo", 1000, "demo", 4, 256, 256, 32, 600, 2e-3),
+    "tiny": ("tiny", 2500, "r50", 6, 768, 512, 256, 40_000, 3e-4),
+    "medium": ("medium", 5000, "r50", 6, 768, 768, 256, 80_000, 1e-4),
+    "base": ("base", 5000, "r50", 6, 768, 768, 1024, 80_000, 1e-4),
+    "large": ("large", 5000, "r50", 6, 768, 768, 2048, 80_000, 5e-5),
 }
 
 
@@ -29,7 +30,7 @@ def get_config(arg=None):
   if arg.size not in SIZES or arg.arm not in ("joint", "mae", "contrastive"):
     raise ValueError(f"size={arg.size}, arm={arg.arm}; expected a size out of {', '.join(SIZES)} and an arm out of "
                      "joint, mae, contrastive")
-  ecg, cmr, cmr_width, hidden, batch, steps, learning_rate = SIZES[arg.size]
+  ecg, samples, cmr, slices, cmr_width, hidden, batch, steps, learning_rate = SIZES[arg.size]
   c = ConfigDict()
   c.seed = 0                      # of parameters, order of the data, augmentation and masks
   c.batch = arg.batch or batch    # global batch size; divisible by the devices of the data axis
@@ -38,7 +39,7 @@ def get_config(arg=None):
   c.data = ConfigDict()
   c.data.cohort = ""              # folder made by `mmcl prepare`
   c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
-  c.data.samples = 2500           # samples the model sees at a time: 5 s at 500 Hz
+  c.data.samples = samples        # samples the model sees at a time, at 500 Hz; longer recordings: the mean over windows
   c.data.views = ("ed_es_volumes",) if arg.arm != "mae" else ()
 
   c.augment = ConfigDict()
@@ -47,7 +48,7 @@ def get_config(arg=None):
 
   c.model = ConfigDict()
   c.model.ecg = dict(size=ecg, patch=100, mask_ratio=0.8, drop_path=0.0)  # patch in samples of one lead
-  c.model.cmr = dict(size=cmr if arg.arm != "mae" else "", slices=6, width=cmr_width)  # the middle slices; "": no towers
+  c.model.cmr = dict(size=cmr if arg.arm != "mae" else "", slices=slices, width=cmr_width)  # middle slices; "": no towers
   c.model.projection = dict(hidden=hidden, width=128)
   c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: fixed in the objective
   c.model.max_scale = 100.0          # cap of a learned 1 / temperature

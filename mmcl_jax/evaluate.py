@@ -6,8 +6,8 @@ Probes are fitted on train, their strength chosen on validation, scores taken on
 """
 
 import argparse
+import functools
 import pathlib
-import time
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     features = embed_splits(run, cohort, batch, views=tuple(run.config.data.views) if has_cmr else ())
     shown = reconstruction(run, cohort, batch)
 
+  print("fitting probes, drawing 1,000 bootstrap samples (seconds to a minute)", flush=True)
   names, units = list(cohort.info["phenotypes"]), list(cohort.info["phenotypes"].values())
   results, predictions, probe = phenotypes.evaluate(features, names, units)
   results["diseases"], _, _ = diseases.evaluate(features, cohort.info["diseases"])
@@ -83,12 +84,10 @@ def embed_splits(run, cohort, batch: int, views) -> dict[str, dict[str, np.ndarr
   embed = jax.jit(steps.make_embed(run.model, run.config))
   features = {}
   for split in schema.SPLITS:
-    start, source = time.monotonic(), cohort.splits[split]
-    collect = lambda variables, views=(): embeddings.collect(embed, variables, source, mesh=run.mesh, batch=batch, views=views)
-    features[split] = collect(run.state.variables, views if split == "test" else ())
-    features[split]["random_embedding"] = collect(run.fresh.variables)["ecg_embedding"]
-    seconds = time.monotonic() - start
-    print(f"embedded {split}: {len(source)} recordings in {seconds:.0f} s ({len(source) / seconds:.0f}/s)", flush=True)
+    collect = functools.partial(embeddings.collect, embed, source=cohort.splits[split], mesh=run.mesh, batch=batch)
+    features[split] = collect(run.state.variables, views=views if split == "test" else (), title=f"embed {split}")
+    untrained = collect(run.fresh.variables, title=f"embed {split}, untrained encoder")
+    features[split]["random_embedding"] = untrained["ecg_embedding"]
   return features
 
 

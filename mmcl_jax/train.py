@@ -62,7 +62,7 @@ def train(config, workdir: str):
                         "give the first one or take another --workdir")
     if first_process:
       configuration.save(config, workdir)
-      print(config if not start else f"resuming {workdir} from step {start}")
+      print(f"resuming {workdir} from step {start}" if start else json.dumps(json.loads(config.to_json()), indent=1))
       print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=8))
 
     # -- The loop: save -> evaluate on the old state -> take the next batch -> step -> write the metrics of the step before --

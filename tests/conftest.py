@@ -21,11 +21,14 @@ from ml_collections import config_flags  # noqa: F401  (registers its flag types
 from mmcl_jax import prepare
 
 
+SUBJECTS, SHARES = 64, (0.5, 0.2, 0.3)
+
+
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-  """48 synthetic subjects."""
+  """SUBJECTS synthetic subjects: enough in test for scores, enough in train for batches of 16."""
   out = tmp_path_factory.mktemp("data") / "cohort"
-  return prepare.prepare_synthetic(str(out), 48, seed=7, shares=(0.6, 0.2, 0.2), profile="minimal", processes=2)
+  return prepare.prepare_synthetic(str(out), SUBJECTS, seed=7, shares=SHARES, profile="minimal", processes=2)
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def config(cohort):
   return tiny_config(cohort.path)
 
 
-def tiny_config(cohort_path, **objectives):
+def tiny_config(cohort_path):
   """The joint recipe at its smallest: 60 tokens an ECG, batches of 8, 6 steps."""
   sys.path.insert(0, str(ROOT / "configs"))
   import joint

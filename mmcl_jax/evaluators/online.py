@@ -1,4 +1,7 @@
-"""Evaluators that run while training, on the validation split only. Each is `run(state) -> iterator of (name, value)`."""
+"""Evaluators that run while training, on the validation split only.
+
+Each is built once and then is `run(state) -> iterator of (name, value)`.
+"""
 
 from collections.abc import Callable
 

@@ -1,0 +1,163 @@
+"""The programs one after the other, as a user runs them: train, evaluate, embed."""
+
+import csv
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import wfdb
+from scipy import stats
+from sklearn.metrics import r2_score
+
+from conftest import SHARES, SUBJECTS, tiny_flags
+from mmcl_jax import cli, embed, evaluate, prepare, train
+from mmcl_jax.data import schema, synthetic
+from mmcl_jax.errors import UserError
+
+REAL = pathlib.Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
+
+
+@pytest.fixture(scope="module")
+def workdir(cohort, tmp_path_factory):
+  """Trained for 6 steps and evaluated."""
+  out = tmp_path_factory.mktemp("programs") / "w"
+  train.main(tiny_flags(cohort.path, out))
+  evaluate.main([f"--workdir={out}"])
+  return out
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+  return json.loads((workdir / "evaluation/6/results.json").read_text())
+
+
+def test_results_have_the_documented_layout(report, cohort):
+  names = list(cohort.info["phenotypes"])
+  assert list(report["phenotypes"]) == names == list(schema.PHENOTYPES)
+  for scores in (report["phenotypes"], *report["baselines"].values()):
+    assert all({"r2", "r2_ci", "pearson", "mae", "n"} <= scores[name].keys() for name in names)
+  assert report["baselines"].keys() == {"covariates", "random_encoder", "with_covariates"}
+  assert report["ceiling"].keys() == set(names)
+  assert {"embedding_minus_random_encoder", "with_covariates_minus_covariates"} <= report["differences"].keys()
+  assert all({"value", "ci"} <= d.keys() for d in report["differences"]["embedding_minus_random_encoder"].values())
+  for direction in ("ecg_to_cmr", "cmr_to_ecg"):
+    found = report["retrieval"][direction]
+    assert {"r@1", "r@5", "r@10", "median_rank", "n_candidates"} <= found.keys()
+    assert found["n_candidates"] == cohort.info["counts"]["test"]
+
+
+def test_scores_are_those_of_the_saved_predictions(workdir, report, cohort):
+  saved = np.load(workdir / "evaluation/6/predictions.npz")
+  test = cohort.splits["test"]
+  np.testing.assert_array_equal(saved["subject"], [test[i]["subject"] for i in range(len(test))])
+  for k, name in enumerate(report["phenotypes"]):
+    y, p = saved["y_true"][:, k], saved["covariates"][:, k]
+    assert report["baselines"]["covariates"][name]["r2"] == pytest.approx(r2_score(y, p), abs=1e-9)
+    assert report["baselines"]["covariates"][name]["pearson"] == pytest.approx(stats.pearsonr(y, p)[0], abs=1e-6)
+
+
+def test_ceiling_is_the_one_that_prepare_prints(report, cohort):
+  assert report["ceiling"] == pytest.approx(prepare.ceiling(cohort), abs=1e-6)
+
+
+def test_figures_and_tables_are_there(workdir):
+  made = {file.name for file in (workdir / "evaluation/6").iterdir()}
+  assert {"report.html", "results.csv", "probes.npz", "r2.png", "reconstruction.png", "training_curves.png",
+          "predicted_against_true.png"} <= made
+  assert (workdir / "evaluation/6/report.html").read_text().count("data:image/png") == 4
+
+
+def test_another_cohort_is_reported_beside(workdir, cohort):
+  evaluate.main([f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"])
+  assert (workdir / "evaluation/3-cohort/results.json").is_file()
+
+
+def write_wfdb(folder, name, ecg_mv, rate=500, leads=schema.LEADS):
+  wfdb.wrsamp(name, fs=rate, units=["mV"] * len(leads), sig_name=list(leads), p_signal=ecg_mv.T.astype(np.float64),
+              fmt=["16"] * len(leads), write_dir=str(folder))
+
+
+def test_embedding_a_cohort_s_own_ecg_gives_the_prediction_of_its_evaluation(workdir, cohort, tmp_path):
+  """From a raw WFDB file through reader, profile, encoder and probe, against the way through the cohort."""
+  test = [i for i in range(SUBJECTS) if schema.split_of(synthetic.identify(7, i), SHARES) == "test"]
+  (tmp_path / "in").mkdir()
+  for i in test[:3]:
+    write_wfdb(tmp_path / "in", f"subject{i:03d}", synthetic.subject(7, i)["ecg"])
+  write_wfdb(tmp_path / "in", "zshort", synthetic.subject(7, 0)["ecg"][:, :1000])
+  embed.main([f"--workdir={workdir}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
+  rows = list(csv.DictReader(open(tmp_path / "out/records.csv")))
+  assert [row["status"] for row in rows] == ["ok"] * 3 + ["rejected"]
+  assert "2.00 s long" in rows[3]["reason"]
+  assert np.load(tmp_path / "out/embeddings.npy").shape == (3, 16)
+  saved = np.load(workdir / "evaluation/6/predictions.npz")
+  for row, expected in zip(rows[:3], saved["embedding"]):
+    for (name, unit), value in zip(cohort.info["phenotypes"].items(), expected):
+      column = next(c for c in row if c.startswith(f"{name}_"))
+      # int16 against 5 uV steps of WFDB: a small share of what the phenotype varies by
+      assert float(row[column]) == pytest.approx(value, abs=0.02 * saved["y_true"].std(axis=0).max())
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared real recordings are not here")
+def test_real_recordings_are_embedded(workdir, tmp_path):
+  embed.main([f"--workdir={workdir}", f"--input={REAL}", f"--out={tmp_path / 'out'}"])
+  embeddings = np.load(tmp_path / "out/embeddings.npy")
+  assert embeddings.shape == (30, 16) and np.isfinite(embeddings).all()
+  assert len(np.unique(embeddings.round(5), axis=0)) == 29  # E07509 and E07510 hold the same signal
+  rows = list(csv.DictReader(open(tmp_path / "out/records.csv")))
+  assert len(rows) == 30 and all(np.isfinite(float(row["LVM_g"])) for row in rows)
+
+
+@pytest.mark.parametrize("program, flags, words", [
+    (evaluate, ["--workdir=/nowhere"], "no config.json"),
+    (embed, ["--workdir=/nowhere", "--input=x", "--out=/tmp/never"], "no config.json"),
+    (prepare, ["synthetic", "--subjects=3", "--out={tmp}/c"], "would hold no subject"),
+    (prepare, ["synthetic", "--subjects=0", "--out={tmp}/c"], "--subjects=0"),
+    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--split=1,2"], "three positive shares"),
+    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--profile=nope"], "expected one of minimal"),
+])
+def test_a_user_s_mistake_is_one_line(program, flags, words, capsys, tmp_path):
+  with pytest.raises(SystemExit) as stop:
+    cli.run(program.main, [flag.replace("{tmp}", str(tmp_path)) for flag in flags])
+  assert stop.value.code == 2
+  error = capsys.readouterr().err.strip().splitlines()
+  assert len(error) == 1 and words in error[0]
+  assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_names_the_steps_there_are(workdir):
+  with pytest.raises(UserError, match="no checkpoint of step 5 .* there are 3, 6"):
+    evaluate.main([f"--workdir={workdir}", "--step=5"])
+
+
+def test_prepare_does_not_write_over_anything(tmp_path):
+  (tmp_path / "mine.txt").write_text("keep me")
+  with pytest.raises(UserError, match="not empty"):
+    prepare.main(["synthetic", "--subjects=30", f"--out={tmp_path}"])
+  assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_preparation_that_dies_leaves_nothing(tmp_path, monkeypatch):
+  def dying(*_):
+    raise RuntimeError("disk on fire")
+  monkeypatch.setattr(prepare.cohort_room, "write", dying)
+  with pytest.raises(RuntimeError):
+    prepare.prepare_synthetic(str(tmp_path / "c"), 30, 0, (0.6, 0.2, 0.2), "minimal", 1)
+  assert not list(tmp_path.iterdir())
+
+
+def test_cohort_holds_what_the_synthetic_heart_made(cohort):
+  """Read back from ArrayRecord: images and labels exactly, the ECG to half a step of its int16 scale."""
+  train_keys = [i for i in range(SUBJECTS) if schema.split_of(synthetic.identify(7, i), SHARES) == "train"]
+  for row, i in zip((0, 5), (train_keys[0], train_keys[5])):
+    stored, made = cohort.splits["train"][row], synthetic.subject(7, i)
+    for name in ("subject", "ed_es_volumes", "labels", "cine_slice", "phenotypes", "diseases", "covariates", "spacing"):
+      np.testing.assert_array_equal(stored[name], made[name], err_msg=name)
+    from mmcl_jax.data.preprocess.ecg import normalise
+    error = stored["ecg"] * np.float32(stored["ecg_scale"]) - normalise(made["ecg"], "minimal")
+    assert np.abs(error).max() <= 0.51 * stored["ecg_scale"]
+
+
+def test_no_subject_stands_in_two_splits(cohort):
+  subjects = [tuple(source[i]["subject"]) for source in cohort.splits.values() for i in range(len(source))]
+  assert len(subjects) == len(set(subjects)) == SUBJECTS
