@@ -51,7 +51,7 @@ def get_config(arg=None):
   c.model.ecg = dict(size=ecg, patch=100, mask_ratio=0.8, drop_path=0.0)  # patch in samples of one lead
   c.model.cmr = dict(size=cmr if arg.arm != "mae" else "", slices=slices, width=cmr_width)  # middle slices; "": no towers
   c.model.projection = dict(hidden=hidden, width=128)
-  c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: fixed in the objective
+  c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: the objective's fixed one
   c.model.max_scale = 100.0          # cap of a learned 1 / temperature
   c.model.dtype = "float32"          # of matrix products: float32 or bfloat16
 

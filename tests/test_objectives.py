@@ -88,7 +88,7 @@ def test_rows_that_do_not_count_change_nothing():
 
 def test_learned_temperature_is_the_exponential_of_log_scale():
   outputs, batch = contrastive_case()
-  learned = contrastive.dual_phase(outputs | {"log_scale": jnp.log(1 / 0.2)}, batch, temperature="learned")
+  learned = contrastive.dual_phase(outputs | {"log_scale": jnp.log(1 / 0.2)}, batch)
   np.testing.assert_allclose(objectives.mean(learned), numpy_dual_phase(outputs, batch, tau=0.2), rtol=1e-5)
 
 

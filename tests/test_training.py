@@ -232,3 +232,18 @@ def test_broken_cohorts_are_told_apart(cohort, tmp_path):
   shard.unlink()
   with pytest.raises(UserError, match="prepare the cohort again"):
     cohort_room.load(str(other))
+
+
+def test_bfloat16_and_a_learned_temperature_under_its_cap(finished, cohort, tmp_path):
+  """Temperature starts at 0.02, beyond the cap 1 / 20: the first update projects it back, the next ones may move it."""
+  c = tiny_config(cohort.path)
+  c.model.dtype, c.model.learned_temperature, c.model.max_scale = "bfloat16", 0.02, 20.0
+  state = train.train(c, str(tmp_path / "w"))
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+  records = [r for r in metrics.read(tmp_path / "w/metrics.jsonl") if "loss" in r]
+  temperature = [r["dual_phase/temperature"] for r in records]
+  assert temperature[0] == pytest.approx(0.02, rel=1e-5) and temperature[1] == pytest.approx(0.05, rel=1e-5)
+  assert min(temperature[1:]) >= 0.05 * (1 - 1e-5) and temperature[-1] != temperature[1]
+  exact = metrics.read(finished[0] / "metrics.jsonl")[0]["reconstruction/loss"]
+  assert records[0]["reconstruction/loss"] == pytest.approx(exact, rel=0.02)
+  assert records[0]["reconstruction/loss"] != exact

@@ -46,7 +46,7 @@ def info_nce(a, b, scale, allowed) -> tuple[jax.Array, jax.Array]:
 
 
 def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: float = 1.0,
-               temperature: float | str = 0.07) -> Loss:
+               temperature: float = 0.07) -> Loss:
   """Three-pair contrastive loss tying an ECG to the same heart at ED and ES (Alvarez-Florez et al. 2026).
 
     L = w_ed S(u, a) + w_es S(u, b) + w_edes S(a, b),  weights divided by their sum,
@@ -57,10 +57,10 @@ def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: flo
     outputs: ecg_projection [B, E], cmr.{ed,es}.projection [B, E], log_scale [] where the temperature is learned.
     batch: subject [B, 2], mask, has_ecg, has_cmr [B].
     w_ed, w_es, w_edes: weights of the three pairs.
-    temperature: of the softmax, or "learned" (config.model.learned_temperature sets where it starts).
+    temperature: of the softmax, where the model learns none (config.model.learned_temperature).
   """
   u, a, b = (normalise(z) for z in (outputs["ecg_projection"], *(outputs["cmr"][p]["projection"] for p in ("ed", "es"))))
-  scale = jnp.exp(outputs["log_scale"]) if temperature == "learned" else 1.0 / temperature
+  scale = jnp.exp(outputs["log_scale"]) if "log_scale" in outputs else 1.0 / temperature
   weight = (batch["mask"] * batch["has_ecg"] * batch["has_cmr"]).astype(jnp.float32)
   allowed = may_compare(batch["subject"], weight)
   total = w_ed + w_es + w_edes
