@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -157,7 +159,7 @@ def test_a_non_finite_step_stops_with_the_last_good_checkpoint(cohort, tmp_path,
       "  left = jnp.maximum(at - batch['index'].max().astype(jnp.float32), 0.0)\n"
       "  return Loss(jnp.sqrt(left * x * x), batch['mask'], {})  # at 0 its value is finite, its slope is not\n")
   monkeypatch.syspath_prepend(tmp_path)
-  monkeypatch.delitem(__import__("sys").modules, "outside", raising=False)
+  monkeypatch.delitem(sys.modules, "outside", raising=False)
   c = tiny_config(cohort.path)
   c.objectives = dict(mine=dict(fn=f"outside:{objective}", weight=1.0, at=4 * c.batch))
   with pytest.raises(UserError, match=f"step 5: .*{name}.* not finite.*last good checkpoint is .*/3"):
@@ -207,7 +209,6 @@ def fails(capsys, flags):
     ("stray", "stray"),
 ])
 def test_a_user_s_mistake_is_one_line_and_leaves_nothing(cohort, tmp_path, capsys, flag, words):
-  import re
   line = fails(capsys, [*tiny_flags(cohort.path, tmp_path / "w"), flag])
   assert re.search(words, line), line
   assert not (tmp_path / "w").exists()

@@ -111,7 +111,8 @@ def build(out: str, keys: dict[str, list], read: Callable[[Any], dict], *, info:
       with open(file, "rb") as f:
         digest.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
     whole = {"schema_version": schema.SCHEMA_VERSION, **info, "counts": {s: len(k) for s, k in keys.items()},
-             "shapes": {name: list(x.shape) for name, x in example.items()}, "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
+             "shapes": {name: list(x.shape) for name, x in example.items()},
+             "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
              "fingerprint": digest.hexdigest()}
     (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
