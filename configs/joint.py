@@ -39,6 +39,7 @@ def get_config(arg=None):
 
   c.data = ConfigDict()
   c.data.cohort = ""              # folder made by `mmcl prepare`
+  c.data.mix = ()                 # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
   c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
   c.data.samples = samples        # samples the model sees at a time, at 500 Hz; longer recordings: the mean over windows
   c.data.views = ("ed_es_volumes",) if arg.arm != "mae" else ()

@@ -8,6 +8,7 @@ from mmcl_jax.errors import UserError
 
 PROGRAMS = {
     "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
+    "inspect": "what a cohort holds, and one of its records as a picture",
     "train": "joint pre-training of an ECG encoder with cardiac MRI",
     "evaluate": "phenotypes, diseases and retrieval from a saved checkpoint",
     "embed": "embeddings and predicted phenotypes of new ECG recordings",
@@ -21,6 +22,9 @@ def run(program, argv=None):
   except UserError as error:
     print(f"mmcl: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
+    sys.exit(130)
   except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)

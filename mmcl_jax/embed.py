@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from mmcl_jax.data.preprocess.ecg import normalise, to_standard
-from mmcl_jax.data.readers import wfdb
-from mmcl_jax.data.schema import ECG_SAMPLES, LEADS
+from mmcl_jax.data.preprocess.ecg import normalise, samples, to_standard
+from mmcl_jax.data.readers import ecg_file, find_ecg, read_ecg
+from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord, UserError
 
 COLUMNS = ("path", "status", "reason", "flags")
@@ -55,7 +55,8 @@ def parse(argv):
   parser = argparse.ArgumentParser(prog="mmcl embed", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
   parser.add_argument("--workdir", required=True, help="folder of the training run")
   parser.add_argument("--input", nargs="+", action="extend", default=[], metavar="PATH",
-                      help="WFDB records (.hea, .mat, .dat or stem) and folders, searched for .hea files")
+                      help="ECGs, and folders to search for them: WFDB (.hea, .mat, .dat or stem), GE CardioSoft "
+                           "(.xml), DICOM (.dcm), arrays (.csv, .npy) with a .json that gives their rate")
   parser.add_argument("--out", required=True, help="folder for embeddings.npy and records.csv")
   parser.add_argument("--step", type=int, help="checkpoint to use; the newest unless given")
   parser.add_argument("--batch", type=int, default=32, help="recordings per call of the encoder (default: 32)")
@@ -76,8 +77,8 @@ def find_recordings(inputs) -> list[Path]:
   """
   found = {}
   for path in map(Path, inputs):
-    for recording in (sorted(path.rglob("*.hea")) or [path]) if os.path.isdir(path) else [path]:
-      found.setdefault(wfdb.header_path(recording), recording)
+    for recording in (find_ecg(path) or [path]) if os.path.isdir(path) else [path]:
+      found.setdefault(ecg_file(recording), recording)
   return list(found.values())
 
 
@@ -85,17 +86,18 @@ def embed(encoder, paths, batch):
   """Reads, normalises and embeds recordings; holds one batch of signals at a time.
 
   Args:
-    encoder: `config.data.ecg_profile`, and `embed`: float32 [batch, 12, 5000] -> float32 [batch, D].
+    encoder: `config.data.ecg_profile`, and `embed`: float32 [batch, 12, samples of the profile] -> float32 [batch, D].
     paths: recordings.
     batch: size of every call of the encoder, the last one padded with zeros, so that it compiles once.
 
   Returns:
     (rows, embeddings): one dict of COLUMNS a path in order; float32 [N, D] of the rows whose status is ok, in order.
   """
+  profile = encoder.config.data.ecg_profile
   rows, waiting, embeddings = [], [], []
 
   def flush():
-    signals = np.zeros((batch, len(LEADS), ECG_SAMPLES), np.float32)
+    signals = np.zeros((batch, len(LEADS), samples(profile)), np.float32)
     signals[:len(waiting)] = [signal for _, signal in waiting]
     for (row, _), embedding in zip(waiting, np.asarray(encoder.embed(signals))):
       if np.isfinite(embedding).all():
@@ -108,8 +110,8 @@ def embed(encoder, paths, batch):
     row = {"path": str(path), "status": "ok", "reason": "", "flags": ""}
     rows.append(row)
     try:
-      recording = wfdb.read(path)
-      signal = normalise(to_standard(recording.ecg_mv, recording.rate_hz), encoder.config.data.ecg_profile)
+      recording = read_ecg(path)
+      signal = normalise(to_standard(recording.ecg_mv, recording.rate_hz), profile)
     except BadRecord as error:
       row.update(status="rejected", reason=" ".join(str(error).split()))
       continue

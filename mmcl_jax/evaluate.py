@@ -42,7 +42,10 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if cohort_path is None and cohort.fingerprint != run.manifest["cohort"]:
     raise UserError(f"{cohort.path} is no longer the cohort that step {run.step} was trained on; name the one to evaluate "
                     "on with --cohort=DIR")
-  has_cmr = bool(run.config.model.cmr.size)
+  if lacking := [what for what in ("phenotypes", *schema.SPLITS) if not cohort.info.get(what, cohort.info["counts"].get(what))]:
+    raise UserError(f"the cohort {cohort.path} has no {', '.join(lacking)}; evaluation fits on train, chooses on val and "
+                    "scores phenotypes on test: name another one with --cohort")
+  has_cmr = bool(run.config.model.cmr.size) and all(view in cohort.info["shapes"] for view in run.config.data.views)
 
   with jax.set_mesh(run.mesh):
     features = embed_splits(run, cohort, batch, views=tuple(run.config.data.views) if has_cmr else ())

@@ -1,39 +1,127 @@
-"""`mmcl prepare`: raw data, or the synthetic heart, to a cohort.
+"""`mmcl prepare`: raw recordings and images, or the synthetic heart, to a cohort.
 
+    mmcl prepare ukb --input /data/ecg /data/short_axis --segmentations=/data/seg --tables=main.csv --out=cohort
+    mmcl prepare wfdb --input=/data/ptb-xl --tables=/data/ptb-xl/ptbxl_database.csv --split=1,0,0 --out=ptbxl
     mmcl prepare synthetic --subjects=1600 --seed=0 --out=demo/cohort
+
+Interrupted, the same command goes on where it stopped. docs/your_data.md tells what each source expects.
 """
 
 import argparse
+import csv
 import functools
+import importlib
+import io
 import os
+import pathlib
+import secrets
+import sys
+import types
 
 import numpy as np
 
-from mmcl_jax.data import cohort as cohort_room, schema, synthetic
-from mmcl_jax.data.preprocess import ecg as preprocess_ecg
+from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import phenotypes, statistics
+from mmcl_jax.evaluators import phenotypes, quality, statistics
+
+ROOM = "mmcl_jax.data.sources"
+SOURCES = {  # name -> where its plan is, what it reads
+    "ukb": (f"{ROOM}.ukb:plan", "UK Biobank: ECG XML (field 20205) with short-axis DICOM zips (20209)"),
+    "ukbb_cardiac": (f"{ROOM}.ukb:plan_folders", "UK Biobank: ECG XML with folders of NIfTI as ukbb_cardiac leaves them"),
+    "acdc": (f"{ROOM}.acdc:plan", "ACDC challenge folders, CMR alone"),
+    "mnms": (f"{ROOM}.mnms:plan", "M&Ms challenge folders, CMR alone"),
+    "wfdb": (f"{ROOM}.wfdb:plan", "PTB-XL, MIMIC-IV-ECG, CinC or any WFDB records, ECG alone"),
+    "mmcl_pt": (f"{ROOM}.mmcl_pt:plan", "torch files of the MMCL reference project, read without torch"),
+    "synthetic": (f"{ROOM}.synthetic:plan", "hearts with known phenotypes"),
+}
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(prog="mmcl prepare", description="Makes a cohort.", allow_abbrev=False)
-  sources = parser.add_subparsers(dest="source", required=True)
-  p = sources.add_parser("synthetic", help="a cohort of synthetic hearts with known phenotypes", allow_abbrev=False)
-  p.add_argument("--subjects", type=int, required=True, help="number of subjects")
-  p.add_argument("--seed", type=int, default=0, help="cohorts of different seeds share no subject")
-  p.add_argument("--out", required=True, help="folder to make")
-  p.add_argument("--split", default="0.7,0.1,0.2", help="shares of train,val,test (default %(default)s), drawn by subject")
-  p.add_argument("--profile", default="minimal", help="normalisation of the ECG: " + ", ".join(preprocess_ecg.PROFILES))
-  p.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)")
-  args = parser.parse_args(argv)
-  if args.subjects < 1 or args.seed < 0 or args.processes < 1:
-    raise UserError(f"--subjects={args.subjects} --seed={args.seed} --processes={args.processes}; expected at least 1, 0 and 1")
+  args = parse(argv)
+  shares = fractions(args.split)
+  plan_of = find_source(args.source)
+  if args.source == "synthetic":
+    plan = plan_of(args)
+  else:
+    identities = Identities(args.private or f"{args.out.rstrip('/')}.private")
+    plan = plan_of(args, identities.identify)
+    identities.save()
+  for step, count in plan.steps.items():
+    print(f"{count:8d}  {step}")
+  run = None
+  if args.beam is not None:
+    from mmcl_jax.data import beam  # Apache Beam lives in an environment of its own
+    run = functools.partial(beam.run, options=args.beam.split())
+  cohort = cohort_room.build(args.out, plan, shares=shares, profile=args.profile, processes=args.processes,
+                             report=report, run=run)
+  print(f"{cohort.path}: {', '.join(f'{n} {split}' for split, n in cohort.info['counts'].items())}")
+  if args.source == "synthetic" and min(cohort.info["counts"].values()):
+    print("ceiling, R2 on test of ridge on the generator's own ECG parameters: "
+          + "  ".join(f"{name} {r2:.2f}" for name, r2 in ceiling(cohort).items()))
+
+
+def report(folder, cohort, outcome):
+  quality.write(folder, cohort, outcome)
+  print(f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, {len(outcome.rejected)} rejected: "
+        f"see quality.html")
+
+
+def parse(argv):
+  parser = argparse.ArgumentParser(prog="mmcl prepare", description="Makes a cohort.", allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   epilog="sources:\n" + "\n".join(f"  {name:16s}{what}" for name, (_, what) in SOURCES.items())
+                                   + "\n  my_module:plan  a source of your own (docs/your_data.md)")
+  parser.add_argument("source", metavar="SOURCE", help="one of the sources below")
+  parser.add_argument("--input", nargs="+", action="extend", default=[], metavar="PATH", help="raw files and folders")
+  parser.add_argument("--tables", nargs="+", action="extend", default=[], metavar="FILE",
+                      help="CSV, TSV or Parquet tables of phenotypes, covariates and outcomes")
+  parser.add_argument("--segmentations", metavar="DIR", help="ukb: folders {id}_{visit} with ukbb_cardiac's seg_sa.nii.gz")
+  parser.add_argument("--withdrawn", metavar="FILE", help="ids of participants who have withdrawn, one a line")
+  parser.add_argument("--diseases", default="any", choices=("any", "prevalent", "incident"),
+                      help="which diagnoses count, by their date against the visit (default %(default)s)")
+  parser.add_argument("--codes", metavar="FILE", help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
+  parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+  parser.add_argument("--private", metavar="DIR", help="folder of the salt and of the table from hashes to participants; "
+                      "stays with you. The same folder gives the same hashes and splits (default OUT.private)")
+  parser.add_argument("--split", default="0.7,0.1,0.2", help="shares of train,val,test, drawn by subject (default %(default)s)")
+  parser.add_argument("--profile", default="minimal",
+                      help="normalisation of the ECG: " + ", ".join(preprocess_ecg.PROFILES) + " (default %(default)s)")
+  shape = preprocess_cmr.Shape()
+  parser.add_argument("--slices", type=int, default=shape.slices, help="short-axis slices kept (default %(default)s)")
+  parser.add_argument("--size", type=int, default=shape.size, help="pixels of the square round the heart (default %(default)s)")
+  parser.add_argument("--pixel-mm", type=float, default=shape.pixel_mm, help="size of a pixel in mm (default %(default)s)")
+  parser.add_argument("--frames", type=int, default=shape.frames, help="frames of the cine slice; 0: none (default %(default)s)")
+  parser.add_argument("--subjects", type=int, default=0, help="synthetic: number of subjects")
+  parser.add_argument("--seed", type=int, default=0, help="synthetic: cohorts of different seeds share no subject")
+  parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)")
+  parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam with these pipeline options (docs/beam.md)")
+  parser.add_argument("more", nargs="*", metavar="PATH", help="more inputs")
+  args = parser.parse_intermixed_args(argv)
+  args.input += args.more
+  args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
+  if min(args.slices, args.size, args.processes) < 1 or args.frames < 0 or not 0 < args.pixel_mm < 100:
+    raise UserError(f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} --frames={args.frames} "
+                    f"--processes={args.processes}; expected positive numbers (frames may be 0)")
   if args.profile not in preprocess_ecg.PROFILES:
     raise UserError(f"--profile is {args.profile!r}; expected one of {', '.join(preprocess_ecg.PROFILES)}")
-  made = prepare_synthetic(args.out, args.subjects, args.seed, fractions(args.split), args.profile, args.processes)
-  print(f"{made.path}: {', '.join(f'{n} {split}' for split, n in made.info['counts'].items())}")
-  print("ceiling, R2 on test of ridge on the generator's own ECG parameters: "
-        + "  ".join(f"{name} {r2:.2f}" for name, r2 in ceiling(made).items()))
+  return args
+
+
+def find_source(name: str):
+  """The `plan` function of a source's name or of my_module:plan."""
+  module, found, function = SOURCES.get(name, (name,))[0].partition(":")
+  if not found:
+    raise UserError(f"no source {name!r}; expected one of {', '.join(SOURCES)} or my_module:plan")
+  sys.path.append(os.getcwd())  # where a module of the user's own is
+  try:
+    return getattr(importlib.import_module(module), function)
+  except ModuleNotFoundError as error:
+    if error.name != module:
+      raise
+    raise UserError(f"source {name}: no module {module}; expected it in the current folder or on PYTHONPATH") from None
+  except AttributeError:
+    raise UserError(f"source {name}: the module {module} has no {function}") from None
 
 
 def fractions(text: str) -> tuple[float, float, float]:
@@ -41,25 +129,62 @@ def fractions(text: str) -> tuple[float, float, float]:
     shares = tuple(float(x) for x in text.split(","))
   except ValueError:
     shares = ()
-  if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-    raise UserError(f"--split is {text!r}; expected three positive shares that sum to 1, such as 0.7,0.1,0.2")
+  if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    raise UserError(f"--split is {text!r}; expected three shares that sum to 1, such as 0.7,0.1,0.2")
   return shares
+
+
+class Identities:
+  """Salted hashes of participants, and who they are, in a folder that only its owner can read.
+
+  The salt decides hashes and splits, so a cohort that grows keeps both if it is prepared with the same folder.
+  """
+
+  def __init__(self, folder: str):
+    self.folder, self.known = pathlib.Path(folder), {}
+    salt = self.folder / "salt"
+    try:
+      self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      if not salt.exists():
+        write_private(salt, secrets.token_hex(32) + "\n")
+        print(f"made a new salt: keep {self.folder} to yourself, and give it as --private when this cohort grows")
+      self.salt = bytes.fromhex(salt.read_text().strip())
+    except ValueError:
+      raise UserError(f"{salt} is not a salt; expected 64 hexadecimal digits: give the folder that was made with it") from None
+    except OSError as error:
+      raise UserError(f"cannot use --private={self.folder}: {error.strerror}") from None
+
+  def identify(self, participant: str) -> np.ndarray:
+    """uint32 [2]"""
+    self.known[participant] = schema.subject_hash(participant, self.salt)
+    return self.known[participant]
+
+  def save(self):
+    """Adds to participants.csv whom this run has met."""
+    file = self.folder / "participants.csv"
+    rows = {}
+    if file.exists():
+      with open(file, newline="") as f:
+        rows = dict(list(csv.reader(f))[1:])
+    rows |= {f"{int(h[1]):08x}{int(h[0]):08x}": participant for participant, h in self.known.items()}
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("hash", "participant"), *sorted(rows.items())])
+    write_private(file, text.getvalue())
+
+
+def write_private(file: pathlib.Path, text: str):
+  """Writes a file that only its owner can read, whole or not at all."""
+  temporary = file.with_name(file.name + ".tmp")
+  temporary.unlink(missing_ok=True)
+  with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+    f.write(text)
+  os.replace(temporary, file)
 
 
 def prepare_synthetic(out: str, subjects: int, seed: int, shares, profile: str, processes: int) -> cohort_room.Cohort:
   """Writes a synthetic cohort to the folder `out`."""
-  keys = {split: [] for split in schema.SPLITS}
-  for index in range(subjects):
-    keys[schema.split_of(synthetic.identify(seed, index), shares)].append(index)
-  info = {"source": f"synthetic hearts, seed {seed}", "synthetic": True, "seed": seed, "ecg_profile": profile,
-          "phenotypes": schema.PHENOTYPES, "diseases": list(schema.DISEASES), "covariates": schema.COVARIATES,
-          "ecg_parameters": list(synthetic.ECG_PARAMETERS), "split": list(shares)}
-  read = functools.partial(read_synthetic, seed, profile)
-  return cohort_room.build(out, keys, read, info=info, processes=processes)
-
-
-def read_synthetic(seed: int, profile: str, index: int) -> dict[str, np.ndarray]:
-  return cohort_room.encode(synthetic.subject(seed, index), profile)
+  plan = find_source("synthetic")(types.SimpleNamespace(subjects=subjects, seed=seed))
+  return cohort_room.build(out, plan, shares=shares, profile=profile, processes=processes, report=quality.write)
 
 
 def ceiling(cohort: cohort_room.Cohort) -> dict[str, float]:

@@ -37,7 +37,8 @@ def train(config, workdir: str):
   mesh = parallel.make_mesh(**config.mesh)
   parallel.check_batch(config.batch, mesh)
   cohort = cohort_room.load(config.data.cohort)
-  check_cohort(cohort, config)
+  others = [(cohort_room.load(path), share) for path, share in config.data.mix]
+  check_cohorts(cohort, others, config)
   objectives = objective_room.build(config.objectives)
   model = pretrainer.build(config.model, config.data.samples)
   first_process = jax.process_index() == 0
@@ -47,7 +48,7 @@ def train(config, workdir: str):
     tx = state_room.optimizer(config)
     batch_of = lambda start: pipeline.train_batches(
         cohort.splits["train"], seed=config.seed, batch=config.batch, views=tuple(config.data.views), start_step=start,
-        host=jax.process_index(), hosts=jax.process_count(), **config.loader)
+        host=jax.process_index(), hosts=jax.process_count(), mix=mixed(cohort, others), **config.loader)
     example = step_room.example(config, cohort.info["shapes"], config.batch)
     state, where = state_room.create(model, tx, example, config.seed, mesh, config.sharding)
     step_room.check_outputs(model, objectives, example, state)
@@ -57,9 +58,11 @@ def train(config, workdir: str):
     if start:
       abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
       state, _, manifest = checkpoint.restore(workdir, start, abstract)
-      if manifest["cohort"] != cohort.fingerprint:
-        raise UserError(f"{workdir} was trained on the cohort {manifest['cohort']}, {cohort.path} is {cohort.fingerprint}; "
-                        "give the first one or take another --workdir")
+      fingerprints = [manifest["cohort"], *manifest.get("mixed", [])]
+      for one, fingerprint in zip([cohort, *(other for other, _ in others)], fingerprints, strict=True):
+        if fingerprint != one.fingerprint:
+          raise UserError(f"{workdir} was trained on the cohort {fingerprint}, {one.path} is {one.fingerprint}; "
+                          "give the first one or take another --workdir")
     if first_process:
       configuration.save(config, workdir)
       print(f"resuming {workdir} from step {start}" if start else json.dumps(json.loads(config.to_json()), indent=1))
@@ -96,7 +99,7 @@ def train(config, workdir: str):
         pending = None
         checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
                          meta={"step": step, "cohort": cohort.fingerprint, "shapes": cohort.info["shapes"],
-                               "devices": jax.device_count()})
+                               "mixed": [other.fingerprint for other, _ in others], "devices": jax.device_count()})
       if due(config.every.evaluate):
         for evaluate in evaluators:
           scores = dict(evaluate(state))
@@ -116,18 +119,42 @@ def train(config, workdir: str):
   return state
 
 
-def check_cohort(cohort, config):
-  """The cohort must have been prepared the way the config says."""
-  found = cohort.info["ecg_profile"]
-  if found != config.data.ecg_profile:
-    raise UserError(f"the cohort {cohort.path} was normalised by profile {found!r}, config.data.ecg_profile is "
-                    f"{config.data.ecg_profile!r}; set it to {found!r} or prepare the cohort again")
+def check_cohorts(cohort, others, config):
+  """The cohorts must have been prepared the way the config says, and alike."""
+  for one, _ in [(cohort, 1), *others]:
+    found = one.info["ecg_profile"]
+    if found != config.data.ecg_profile:
+      raise UserError(f"the cohort {one.path} was normalised by profile {found!r}, config.data.ecg_profile is "
+                      f"{config.data.ecg_profile!r}; set it to {found!r} or prepare the cohort again")
+    if one.info["shapes"]["ecg"] != cohort.info["shapes"]["ecg"]:
+      raise UserError(f"the cohort {one.path} has ECG of shape {one.info['shapes']['ecg']}, {cohort.path} of "
+                      f"{cohort.info['shapes']['ecg']}; expected the same")
+    if not one.splits["train"]:
+      raise UserError(f"the cohort {one.path} has no train split; prepare it with a --split whose first share is not 0")
+    if clash := [v for v in config.data.views if v in one.info["shapes"] and v in cohort.info["shapes"]
+                 and one.info["shapes"][v] != cohort.info["shapes"][v]]:
+      raise UserError(f"{', '.join(clash)} of {one.path} and {cohort.path} differ in shape; prepare them with the same "
+                      "--slices, --size and --frames")
+  shares = [share for _, share in others]
+  if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
+    raise UserError(f"config.data.mix has the shares {shares}; expected each in (0, 1), and less than 1 together")
+  if config.evaluators and not cohort.splits["val"]:
+    raise UserError(f"the cohort {cohort.path} has no val split; prepare it with one or set config.evaluators=()")
   unknown = [view for view in config.data.views if view not in pipeline.VIEWS]
   if unknown:
     raise UserError(f"config.data.views has {', '.join(unknown)}; expected some of {', '.join(pipeline.VIEWS)}")
+  if absent := [view for view in config.data.views if view not in cohort.info["shapes"]]:
+    raise UserError(f"the cohort {cohort.path} has no {', '.join(absent)} for config.data.views; it has "
+                    f"{', '.join(cohort.info['shapes'])}")
   length = cohort.info["shapes"]["ecg"][1]
   if not 0 < config.data.samples <= length:
     raise UserError(f"config.data.samples is {config.data.samples}; the cohort's recordings have {length} samples")
+
+
+def mixed(cohort, others) -> list[pipeline.Mixed]:
+  first = cohort.splits["train"][0]
+  return [pipeline.Mixed(other.splits["train"], share, pipeline.conforming(other.info, cohort.info, first))
+          for other, share in others]
 
 
 def not_finite(step: int, values: dict[str, float], objectives, workdir: str) -> str:

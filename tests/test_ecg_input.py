@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import wfdb as physionet
 from ml_collections import ConfigDict
-from scipy import signal
+from scipy import signal, sparse
+from scipy.sparse import linalg
 
 from mmcl_jax import cli, embed
 from mmcl_jax.data.preprocess import ecg as preprocess
@@ -67,7 +68,7 @@ def rejects(path, *words):
   with pytest.raises(BadRecord) as caught:
     wfdb.read(path)
   message = str(caught.value)
-  assert "\n" not in message
+  assert "\n" not in message and "rec.dat" not in message and str(Path(path).parent) not in message
   for word in words:
     assert word in message
 
@@ -183,7 +184,7 @@ def test_samples_missing_short_or_altered(tmp_path):
   data.write_bytes(samples[:24] + b"\x10" + samples[25:])
   assert "I: checksum differs" in wfdb.read(header).flags
   data.unlink()
-  rejects(header, "rec.dat", "not beside it")
+  rejects(header, "not beside it")
   rejects(tmp_path / "absent", "no such file")
   rejects(tmp_path, "a folder")
   (tmp_path / "ecg.xml").write_text("<xml/>")
@@ -195,10 +196,10 @@ def test_samples_missing_short_or_altered(tmp_path):
     (b"rec.dat", b"/etc/passwd", "own folder"),
     (b"rec.dat", b"https://physionet.org/rec.dat", "own folder"),
     (b"rec.dat", b"..", "own folder"),
-    (b"500 5000", b"500 1000000000000", "1000000000000 samples"),
+    (b"500 5000", b"500 1000000000000", "claims 1000000000000"),
     (b"rec 12 ", b"rec 999999999 ", "999999999 signals"),
     (b"rec 12 ", b"rec/3 12 ", "segment"),
-    (b"rec 12 ", b"rec.mat 12 ", "record line"),
+    (b"rec 12 ", b"rec.hea 12 ", "HeaderSyntaxError"),
     (b"rec 12 500", b"rec 12 0", "0 Hz"),
     (b"500 5000", b"500", "samples"),
     (b"dat 16", b"dat 99", "format 99"),
@@ -298,12 +299,19 @@ def raw_ecg():
 @pytest.mark.parametrize("ecg", [np.zeros((12, 5000)), np.full((12, 5000), -3.7), np.arange(60000).reshape(12, 5000)])
 def test_profiles_stay_finite(profile, ecg):
   out = preprocess.normalise(ecg, profile)
-  assert out.shape == (12, 5000) and out.dtype == np.float32 and np.isfinite(out).all()
+  assert out.shape == (12, preprocess.samples(profile)) and out.dtype == np.float32 and np.isfinite(out).all()
+
+
+def test_rates():
+  assert {name: (preprocess.rate_hz(name), preprocess.samples(name)) for name in preprocess.PROFILES} == {
+      "minimal": (500, 5000), "mmcl": (500, 5000), "dual_phase": (500, 5000), "cardionets": (250, 2500)}
 
 
 def test_unknown_profile():
   with pytest.raises(UserError, match="minimal, mmcl, dual_phase"):
     preprocess.normalise(raw_ecg(), "maximal")
+  with pytest.raises(UserError, match="cardionets"):
+    preprocess.samples("maximal")
 
 
 def test_minimal_keeps_voltage():
@@ -322,11 +330,61 @@ def test_minimal_frequency_response(profile, hertz, low, high):
 
 @pytest.mark.parametrize("profile", list(preprocess.PROFILES))
 def test_filters_do_not_move_waves(profile):
-  """A wave symmetric about sample 2500 stays so; any delay would show on its steep flanks."""
+  """A wave symmetric about 5 s stays so; any delay would show on its steep flanks."""
   ecg = np.tile(np.exp(-((np.arange(5000) - 2500) / 10) ** 2), (12, 1))
   out = preprocess.normalise(ecg, profile)[0]
-  np.testing.assert_allclose(out[2500:2700], out[2500:2300:-1], atol=1e-3 * np.ptp(out))
+  middle = len(out) // 2
+  np.testing.assert_allclose(out[middle:middle + 100], out[middle:middle - 100:-1], atol=1e-3 * np.ptp(out))
 
+
+def both_ways(ecg, *filters, edge=2000):
+  """Each (b, a) run forwards and backwards in turn by lfilter, the ends mirrored."""
+  padded = np.concatenate([ecg[:, edge:0:-1], ecg, ecg[:, -2:-edge - 2:-1]], axis=1)
+  for b, a in filters:
+    padded = signal.lfilter(b, a, signal.lfilter(b, a, padded)[:, ::-1])[:, ::-1]
+  return padded[:, edge:-edge]
+
+
+def test_minimal_against_its_definition():
+  """A band-pass of order 2 is one section of order 4; its slow poles are still well placed as one polynomial."""
+  ecg = raw_ecg().astype(float)
+  expected = both_ways(ecg, signal.butter(2, [0.5 / 250, 100 / 250], "band")) / 0.2
+  np.testing.assert_allclose(preprocess.normalise(ecg, "minimal")[:, 1000:-1000], expected[:, 1000:-1000], atol=2e-3)
+
+
+def test_an_end_within_a_qrs_complex_bends_nothing():
+  """Against the same recording going on: what a filter makes of the last second must not hang on where it is cut."""
+  beat = np.exp(-((np.arange(500) - 250) / 8) ** 2)  # 1 mV
+  ecg = np.tile(np.tile(beat, 14), (12, 1))
+  apply = preprocess.PROFILES["minimal"].apply
+  whole, cut = 0.2 * apply(ecg), 0.2 * apply(ecg[:, :5000 - 250])  # ends at the peak of an R wave
+  assert np.abs(whole[:, 4000:4750] - cut[:, 4000:]).max() < 0.05  # mV; 0.95 with ends turned over
+
+
+def test_cardionets_against_its_definition():
+  """On the spectrum: Butterworth gains of the bilinear transform in closed form, squared as both directions do."""
+  ecg = raw_ecg() * signal.windows.tukey(5000, 0.6)  # ends at rest, so that it does not matter how they are continued
+  rest = 20 * 250  # samples, for filters to fade in
+  padded = np.pad(signal.resample(ecg, 2500, axis=1), ((0, 0), (rest, rest)))
+  w, high, low = np.tan(np.pi * np.fft.rfftfreq(padded.shape[1])), np.tan(np.pi * 0.67 / 250), np.tan(np.pi * 40 / 250)
+  gain = w**10 / (w**10 + high**10) * low**10 / (w**10 + low**10)
+  expected = np.fft.irfft(np.fft.rfft(padded) * gain)[:, rest:-rest]
+  expected = (expected - expected.mean()) / expected.std()
+  out = preprocess.normalise(ecg, "cardionets")
+  assert out.shape == (12, 2500) and abs(out.mean()) < 1e-5 and abs(out.std() - 1) < 1e-5
+  np.testing.assert_allclose(out[:, 250:-250], expected[:, 250:-250], atol=0.015)
+  np.testing.assert_allclose(out, expected, atol=0.06)  # less exact where the continued ends begin
+
+
+@pytest.mark.parametrize("hertz,low,high", [(0.1, 0, 0.002), (0.67, 0.49, 0.51), (10, 0.999, 1.001), (40, 0.49, 0.51),
+                                            (90, 0, 0.01), (240, 0, 0.01)])
+def test_cardionets_frequency_response(hertz, low, high):
+  """Both ways, a Butterworth filter leaves half the size at its corner; a 10 Hz tone in another lead is the scale."""
+  ecg = tone(10, 500)
+  ecg[0] = tone(hertz, 500)[0]
+  out = preprocess.normalise(ecg, "cardionets")
+  middle = slice(500, -500)
+  assert low <= out[0, middle].std() / out[1, middle].std() <= high
 
 def test_als_baseline_against_dense_algebra():
   y = np.random.default_rng(3).standard_normal(60).cumsum()
@@ -336,6 +394,16 @@ def test_als_baseline_against_dense_algebra():
     z = np.linalg.solve(np.diag(weights) + 1e3 * difference.T @ difference, weights * y)
     weights = np.where(y > z, 0.3, 0.7)
   np.testing.assert_allclose(preprocess.als_baseline(y, smoothness=1e3), z, atol=1e-9)
+
+
+def test_als_baseline_against_a_sparse_solver():
+  y = (np.random.default_rng(4).standard_normal(5000).cumsum() + tone(1, 500)[0]).astype(float)
+  difference = sparse.diags([1.0, -2.0, 1.0], [0, 1, 2], shape=(4998, 5000))
+  weights = np.ones(5000)
+  for _ in range(5):
+    z = linalg.spsolve(sparse.csc_matrix(sparse.diags(weights) + 1e7 * difference.T @ difference), weights * y)
+    weights = np.where(y > z, 0.3, 0.7)
+  np.testing.assert_allclose(preprocess.als_baseline(y), z, atol=1e-5 * np.ptp(y))
 
 
 def test_mmcl_groups():
@@ -354,17 +422,34 @@ def test_mmcl_groups():
   assert np.isfinite(preprocess.normalise(gap, "mmcl")).all()
 
 
-def test_dual_phase_against_its_definition():
-  ecg = raw_ecg() + tone(50, 500, size=0.3)
+@pytest.mark.parametrize("size", [0.005, 0.05, 0.5])
+@pytest.mark.parametrize("hertz,mains", [(50, 50), (60, 60), (49.8, 50), (60.2, 60), (55, 50), (150, 50)])
+def test_mains_are_found(hertz, mains, size):
+  assert preprocess.mains_hz(raw_ecg() + tone(hertz, 500, size=size)) == mains
+
+
+def test_mains_of_a_clean_ecg():
+  """A regular pulse is a comb of lines, many of them at 60 Hz and not at 50: they are not the mains."""
+  assert preprocess.mains_hz(raw_ecg()) == 50 == preprocess.mains_hz(np.zeros((12, 5000)))
+  for per_minute in range(40, 305, 5):
+    t = np.arange(5000) / 500
+    phase = (t * per_minute / 60) % 1 * 60 / per_minute
+    spiky = np.exp(-((phase - 0.1) / 0.005) ** 2)
+    assert preprocess.mains_hz(np.tile(spiky, (12, 1))) == 50, per_minute
+
+
+@pytest.mark.parametrize("hertz", [50, 60])
+def test_dual_phase_against_its_definition(hertz):
+  ecg = raw_ecg() + tone(hertz, 500, size=0.3)
   out = preprocess.normalise(ecg, "dual_phase")
   assert abs(out.mean()) < 1e-5 and abs(out.std() - 1) < 1e-3
   spectrum = np.abs(np.fft.rfft(out[0] * np.hanning(5000)))
-  assert spectrum[500] < 2 * np.median(spectrum[480:520])  # bin 500 is 50 Hz
+  assert spectrum[10 * hertz] < 2 * np.median(spectrum[10 * hertz - 20:10 * hertz + 20])
   sos = signal.butter(4, 0.5, "highpass", fs=500, output="sos")
-  notch = signal.tf2sos(*signal.iirnotch(50, 40, fs=500))
-  expected = signal.savgol_filter(signal.sosfiltfilt(np.vstack([sos, notch]), ecg, padlen=1000), 15, 3)
+  notch = signal.tf2sos(*signal.iirnotch(hertz, 40, fs=500))
+  expected = signal.savgol_filter(signal.sosfiltfilt(np.vstack([sos, notch]), ecg, padtype="even", padlen=1000), 15, 3)
   expected = (expected - expected.mean()) / expected.std()
-  np.testing.assert_allclose(out[:, 1000:-1000], expected[:, 1000:-1000], rtol=0.01, atol=0.01)  # ends differ a little
+  np.testing.assert_allclose(out[:, 1000:-1000], expected[:, 1000:-1000], rtol=0.01, atol=0.015)  # ends differ a little
 
 
 # Real recordings
@@ -379,6 +464,7 @@ def test_real_recordings():
     ecg = recording.ecg_mv
     assert ecg.shape == (12, 5000) and recording.rate_hz == 500 and recording.flags == ()
     assert np.abs(ecg[2] - (ecg[1] - ecg[0])).max() <= 0.005
+    assert header.name.startswith("E") or preprocess.mains_hz(ecg) == 50  # HR*: PTB-XL, Germany
     assert 0.3 < np.ptp(ecg, axis=1).max() < 10
     standard = preprocess.to_standard(ecg, recording.rate_hz)
     np.testing.assert_array_equal(standard, ecg)
@@ -464,6 +550,26 @@ def test_embed_a_mixed_folder(tmp_path, encoder, recordings, capsys):
   assert encoder.shapes == [(3, 12, 5000)] * 2 and encoder.asked == [(str(tmp_path), 70)]
   assert sorted(os.listdir(out)) == ["embeddings.npy", "records.csv"]
   assert "mmcl evaluate" in capsys.readouterr().out
+
+
+def test_embed_takes_every_format_and_the_rate_of_the_profile(tmp_path, encoder):
+  """Folders are searched for every format; a table that no sidecar calls an ECG is passed over, not rejected."""
+  folder = tmp_path / "ecg"
+  leads = heart()
+  record(folder, leads, name="a")
+  np.savetxt(folder / "b.csv", stacked(leads).T, delimiter=",", header=",".join(LEADS), comments="")
+  (folder / "b.json").write_text('{"rate_hz": 500}')
+  (folder / "records.csv").write_text("path,status\n")
+  np.save(folder / "embeddings.npy", np.zeros((5, 4)))
+  (folder / "note.xml").write_text("<note/>")
+  encoder.config.data.ecg_profile = "cardionets"
+  embed.main([f"--workdir={tmp_path}", f"--input={folder}", f"--out={tmp_path / 'out'}", "--batch=2"])
+  rows = table(tmp_path / "out")
+  assert [(Path(row["path"]).name, row["status"]) for row in rows] == [
+      ("a.hea", "ok"), ("b.csv", "ok"), ("note.xml", "rejected")]
+  assert encoder.shapes == [(2, 12, 2500)]
+  expected = signature(preprocess.normalise(stacked(leads), "cardionets")[None])[0]
+  np.testing.assert_allclose(np.load(tmp_path / "out/embeddings.npy"), [expected] * 2, atol=0.002)
 
 
 def test_embed_predicts_with_probes(tmp_path, encoder, recordings):

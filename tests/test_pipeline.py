@@ -70,3 +70,42 @@ def test_one_pass_pads_to_equal_steps_on_every_host(hosts):
   assert seen == list(range(COUNT))
   padding = [e for part in parts for b in part for e, m in zip(b["ecg"], b["mask"]) if not m]
   assert len(padding) == 1 and not padding[0].any()
+
+
+class EcgOnly:
+  """Records of an ECG-only cohort, subjects from 100 on; of the first cohort's labels it has `age` alone, in another place."""
+
+  def __len__(self):
+    return 7
+
+  def __getitem__(self, i):
+    return {"subject": np.array([100 + i, 0], np.uint32), "has_ecg": np.uint8(1), "has_cmr": np.uint8(0),
+            "ecg": np.full((12, 4), 100 + i, np.int16), "ecg_scale": np.float32(1), "phenotypes": np.zeros(0, np.float32),
+            "diseases": np.array([1], np.float32), "covariates": np.array([5, 60 + i], np.float32)}
+
+
+def take_mixed(n, share=0.25, **kwargs):
+  first = {"phenotypes": {"LVM": "g"}, "diseases": ["AF"], "covariates": {"age": "years"}}
+  other = {"phenotypes": {}, "diseases": ["MI"], "covariates": {"sex": "", "age": "years"}}
+  mix = [pipeline.Mixed(EcgOnly(), share, pipeline.conforming(other, first, Records()[0]))]
+  return take(n, mix=mix, **kwargs)
+
+
+def test_mixed_in_cohorts_keep_their_share_and_count_as_without_cmr():
+  batches = take_mixed(14)
+  names, has_cmr, age, af, lvm, cine = (np.concatenate([np.asarray(pick(b)) for b in batches]) for pick in (
+      lambda b: b["subject"][:, 0], lambda b: b["has_cmr"], lambda b: b["covariates"][:, 0], lambda b: b["diseases"][:, 0],
+      lambda b: b["phenotypes"][:, 0], lambda b: b["cmr"]["cine_slice"].max(axis=(1, 2, 3))))
+  other = names >= 100
+  assert other.sum() == 14 and all(sum(b["subject"][:, 0] >= 100) == 1 for b in batches)
+  assert sorted(names[other]) == sorted([*range(100, 107)] * 2)  # its own epochs, each record once
+  assert not has_cmr[other].any() and has_cmr[~other].all() and not cine[other].any()
+  np.testing.assert_array_equal(age[other], names[other] - 40)   # by name, not by place
+  assert np.isnan(af[other]).all() and np.isnan(lvm[other]).all() and not np.isnan(lvm[~other]).any()
+
+
+def test_mixing_depends_on_neither_hosts_nor_the_start():
+  one = take_mixed(6)
+  assert [rows(step) for step in zip(*(take_mixed(6, host=h, hosts=2) for h in (0, 1)))] == [rows([b]) for b in one]
+  assert [rows([b]) for b in take_mixed(2, start_step=4)] == [rows([b]) for b in one[4:]]
+  assert len({i for b in one for i in b["index"].tolist()}) == 6 * BATCH

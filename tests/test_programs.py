@@ -113,8 +113,14 @@ def test_real_recordings_are_embedded(workdir, tmp_path):
     (embed, ["--workdir=/nowhere", "--input=x", "--out=/tmp/never"], "no config.json"),
     (prepare, ["synthetic", "--subjects=3", "--out={tmp}/c"], "would hold no subject"),
     (prepare, ["synthetic", "--subjects=0", "--out={tmp}/c"], "--subjects=0"),
-    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--split=1,2"], "three positive shares"),
+    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--split=1,2"], "three shares that sum to 1"),
     (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--profile=nope"], "expected one of minimal"),
+    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--size=0"], "--size=0"),
+    (prepare, ["nope", "--out={tmp}/c"], "no source 'nope'; expected one of ukb"),
+    (prepare, ["no_such_module:plan", "--out={tmp}/c"], "no module no_such_module"),
+    (prepare, ["json:plan", "--out={tmp}/c"], "has no plan"),
+    (prepare, ["ukb", "--input={tmp}", "--out={tmp}/c", "--private={tmp}/../p"], "none named ID_20205"),
+    (prepare, ["ukb", "--input=/nowhere", "--out={tmp}/c", "--private={tmp}/../p"], "no file or folder /nowhere"),
 ])
 def test_a_user_s_mistake_is_one_line(program, flags, words, capsys, tmp_path):
   with pytest.raises(SystemExit) as stop:
@@ -135,15 +141,6 @@ def test_prepare_does_not_write_over_anything(tmp_path):
   with pytest.raises(UserError, match="not empty"):
     prepare.main(["synthetic", "--subjects=30", f"--out={tmp_path}"])
   assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_preparation_that_dies_leaves_nothing(tmp_path, monkeypatch):
-  def dying(*_):
-    raise RuntimeError("disk on fire")
-  monkeypatch.setattr(prepare.cohort_room, "write", dying)
-  with pytest.raises(RuntimeError):
-    prepare.prepare_synthetic(str(tmp_path / "c"), 30, 0, (0.6, 0.2, 0.2), "minimal", 1)
-  assert not list(tmp_path.iterdir())
 
 
 def test_cohort_holds_what_the_synthetic_heart_made(cohort):

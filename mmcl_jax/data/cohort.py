@@ -1,28 +1,43 @@
-"""A cohort on disk: ArrayRecord files written by TFDS, one record a recording, and `cohort.json` that says what they hold.
+"""A cohort on disk: ArrayRecord files that TFDS reads, one record a recording, and `cohort.json` that says what they hold.
 
     COHORT/cohort.json               written last: its presence means the cohort is whole
     COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json, ArrayRecord shards)
+    COHORT/quality.{json,html}       what was read, what was rejected and why
+
+The unit of work is a shard: some hundred records of one split, read and written by one process, then renamed. So making a
+cohort takes as much memory for ten subjects as for a million, goes on where it was stopped, and gives the same
+records and fingerprint for any number of processes or machines (mmcl_jax.data.beam).
 """
 
+import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import pathlib
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from tqdm import tqdm
 
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.errors import UserError
+from mmcl_jax.data.sources import Item, Plan
+from mmcl_jax.errors import BadRecord, UserError
 
-
-RECORDS_A_SHARD = 2000  # about 600 MB of 12 x 64 x 64 volumes
+NAME, VERSION = "ecg_cmr", "1.0.0"
+SHARDS_A_SPLIT = 256           # aimed at: a cluster's worth of work, and not too many files to open
+RECORDS_A_SHARD = (50, 2000)   # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
+FIRST_TRIES = 200              # records that may fail before the first good one
 
 
 class Cohort(NamedTuple):
@@ -37,89 +52,313 @@ class Cohort(NamedTuple):
     return self.info["fingerprint"]
 
 
-def features(example: dict[str, np.ndarray]) -> dict[str, tfds.features.Tensor]:
-  """TFDS features of a record as it is stored, read off one encoded example.
+class Shard(NamedTuple):
+  """Items of one split that go to one file, in order."""
+  split: str
+  index: int
+  items: list[Item]
 
-  `encoding="bytes"` is 10 to 20 times faster to write than none; ArrayRecord compresses by itself.
-  """
-  return {name: tfds.features.Tensor(shape=x.shape, dtype=x.dtype, encoding="bytes" if x.size else "none")
-          for name, x in example.items()}
+  @property
+  def name(self) -> str:
+    return f"{self.split}-{self.index:05d}"
 
 
-def encode(record: dict[str, np.ndarray], profile: str) -> dict[str, np.ndarray]:
-  """A reader's record -> what is stored: the ECG normalised by `profile`, as int16 with its scale."""
-  normalised = preprocess_ecg.normalise(record["ecg"], profile) if record["has_ecg"] else record["ecg"]
-  scale = np.float32(max(np.abs(normalised).max(), 1e-6) / 32767)
+class Job(NamedTuple):
+  """What every process needs to write its shards; picklable."""
+  folder: str                              # of shards and their notes
+  read: Callable[[Item], tuple[dict, tuple[str, ...]]]
+  profile: str | None                      # normalisation of the ECG; None: it comes normalised
+  layout: dict[str, tuple[str, list[int]]]  # stored field -> (dtype, shape), the same in all records
+
+
+class Outcome(NamedTuple):
+  """What became of a plan, for the report on its quality. Ids are salted: see `salted_id`."""
+  steps: dict[str, int]
+  rejected: list[dict[str, str]]           # id, reason
+  flags: list[dict[str, Any]]              # id, flags
+  phenotypes: np.ndarray                   # float32 [N, K] of the records kept, in the order of the splits
+  covariates: np.ndarray                   # float32 [N, V]
+  splits: list[str]                        # [N]
+
+
+def salted_id(item: Item) -> str:
+  """What reports call a record: the subject's hash in 16 hexadecimal digits, and the visit."""
+  return f"{int(item.subject[1]):08x}{int(item.subject[0]):08x}/{item.visit}"
+
+
+def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.ndarray]:
+  """A reader's record -> what is stored: the ECG normalised by `profile` (None: as it is), as int16 with its scale."""
+  ecg = np.asarray(record["ecg"], np.float32)
+  if profile:
+    ecg = preprocess_ecg.normalise(ecg, profile)  # zeros where there is no ECG: the length is the profile's
+  if not record["has_ecg"]:
+    ecg = np.zeros_like(ecg)
+  scale = np.float32(max(np.abs(ecg).max(), 1e-6) / 32767)
   stored = {name: np.asarray(x) for name, x in record.items()}
-  stored["ecg"] = np.round(normalised / scale).astype(np.int16)
+  stored["ecg"] = np.round(ecg / scale).astype(np.int16)
   stored["ecg_scale"] = np.asarray(scale)
   stored["has_ecg"], stored["has_cmr"] = np.uint8(record["has_ecg"]), np.uint8(record["has_cmr"])
   return {name: np.asarray(x) for name, x in stored.items()}
 
 
-def write(directory: pathlib.Path, splits: dict[str, Iterable[dict]], example: dict) -> None:
-  """Writes the records of each split, in the order they come, as a TFDS dataset of ArrayRecord shards.
-
-  TFDS's sequential writer streams: its usual one holds a split in memory and, above 1 GB, calls TensorFlow.
-  """
-  directory.mkdir(parents=True)
-  identity = tfds.core.DatasetIdentity(name="ecg_cmr", version=tfds.core.Version("1.0.0"), data_dir=str(directory),
-                                       module_name=__name__)
-  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features(example)),
-                               description="ECG with cardiac MRI of the same person.", disable_shuffling=True)
-  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=RECORDS_A_SHARD, file_format="array_record")
-  writer.initialize_splits(list(splits))
-  for split, records in splits.items():
-    for record in records:
-      writer.add_examples({split: [record]})
-  writer.close_all()
-
-
-def build(out: str, keys: dict[str, list], read: Callable[[Any], dict], *, info: dict[str, Any], processes: int) -> Cohort:
-  """Writes a cohort, atomically: `out` is complete or absent.
+def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: str, processes: int,
+          report: Callable[[str, Cohort, Outcome], None] | None = None, run: Callable | None = None) -> Cohort:
+  """Makes the cohort of a plan; `out` is complete or absent. Started again after an interruption, it goes on.
 
   Args:
-    out: folder to make; it must not hold anything yet.
-    keys: split name -> what `read` takes, one a recording.
-    read: key -> stored record (see `encode`), picklable; run in worker processes.
-    info: goes to cohort.json: `ecg_profile`, `phenotypes` (name -> unit), `diseases`, `covariates`, where it came from.
+    out: folder to make; it must not hold anything yet. Work under way lies in `out`.partial.
+    plan: what to read (mmcl_jax.data.sources).
+    shares: of train, val and test, drawn by subject, unless the plan gives the splits.
+    profile: normalisation of the ECG; of no effect where the source's ECG come normalised.
     processes: worker processes.
+    report: (folder, cohort, outcome) -> None; called before the cohort gets its name, to write into the folder.
+    run: (write, shards, processes) -> None in place of local processes (mmcl_jax.data.beam).
+
+  Raises:
+    UserError: nothing could be read, a split is empty, or `out` is taken.
   """
-  target = pathlib.Path(out)
+  target, partial = pathlib.Path(out), pathlib.Path(f"{out.rstrip('/')}.partial")
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it")
-  empty = [split for split in schema.SPLITS if not keys.get(split)]
-  if empty:
-    raise UserError(f"split {', '.join(empty)} would hold no subject ({sum(map(len, keys.values()))} in all): "
-                    "prepare more subjects or change --split")
-  target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(target.name + f".partial-{os.getpid()}")
-  try:
-    example = read(keys["train"][0])
-    # Spawned: fork is unsafe beside JAX's threads. One pool for all splits: starting one takes seconds.
-    with (multiprocessing.get_context("spawn").Pool(processes) as pool,
-          tqdm(total=sum(map(len, keys.values())), desc="prepare", unit="subject", mininterval=1) as progress):
-
-      def records(split):
-        for record in pool.imap(read, keys[split], chunksize=8):
-          progress.update()
-          yield record
-
-      write(partial / "ecg_cmr" / "1.0.0", {split: records(split) for split in keys}, example)
-    digest, files = hashlib.blake2b(digest_size=16), sorted(partial.rglob("*array_record*"))
-    for file in files:
-      with open(file, "rb") as f:
-        digest.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
-    whole = {"schema_version": schema.SCHEMA_VERSION, **info, "counts": {s: len(k) for s, k in keys.items()},
-             "shapes": {name: list(x.shape) for name, x in example.items()},
-             "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
-             "fingerprint": digest.hexdigest()}
-    (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
+  profile = plan.info.get("ecg_profile", profile)
+  info = {**plan.info, "ecg_profile": profile, "split": list(shares)}
+  splits = split_items(plan, shares)
+  partial.mkdir(parents=True, exist_ok=True)
+  with open(partial / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise UserError(f"another process is preparing {out}; wait for it or choose another --out") from None
+    same_plan(partial, info, splits)
+    as_is = plan.info.get("ecg_is_normalised", False)
+    layout = first_layout(plan, None if as_is else profile, splits)
+    job = Job(str(partial / "shards"), plan.read, None if as_is else profile, layout)
+    shards = [Shard(split, i, items[start:start + size]) for split, items in splits.items()
+              for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
+              for i, start in enumerate(range(0, len(items), size))]
+    pathlib.Path(job.folder).mkdir(exist_ok=True)
+    (run or run_locally)(functools.partial(write_shard, job), shards, processes)
+    notes = [(shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text())) for shard in shards]
+    finish(partial, job, notes, info)
+    if report:
+      report(str(partial), load(str(partial)), collect(plan, notes))
+    if target.exists():
+      target.rmdir()
     partial.rename(target)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  shutil.rmtree(target / "shards")
+  for leftover in ("plan.json", "lock"):
+    os.remove(target / leftover)
   return load(out)
+
+
+def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
+  """Items of each split, in the plan's order; nobody twice, nobody in two splits."""
+  splits, seen, home = {split: [] for split in schema.SPLITS}, set(), {}
+  for item in plan.items:
+    split = plan.split(item) if plan.split else schema.split_of(item.subject, shares)
+    if (name := salted_id(item)) in seen:
+      raise UserError(f"record {name} is planned twice; expected one record a subject and visit")
+    if home.setdefault(name.partition("/")[0], split) != split:
+      raise UserError(f"subject {name.partition('/')[0]} would be in {home[name.partition('/')[0]]} and in {split}; "
+                      "expected all visits of a person in one split")
+    seen.add(name)
+    splits[split].append(item)
+  empty = [split for split, share in zip(schema.SPLITS, shares) if share and not splits[split] and not plan.split]
+  if empty or not plan.items:
+    raise UserError(f"split {', '.join(empty or schema.SPLITS)} would hold no subject ({len(plan.items)} records in all"
+                    f"{''.join(f'; {count} {step}' for step, count in plan.steps.items())}): "
+                    "give more data or change --split")
+  return splits
+
+
+def same_plan(partial: pathlib.Path, info: dict, splits: dict[str, list[Item]]) -> None:
+  """Writes what `partial` is the beginning of; refuses to go on with something else."""
+  wanted = json.dumps([schema.SCHEMA_VERSION, info, {s: list(map(salted_id, items)) for s, items in splits.items()}],
+                      sort_keys=True)
+  digest = json.dumps(hashlib.blake2b(wanted.encode(), digest_size=16).hexdigest())
+  file = partial / "plan.json"
+  if file.is_file() and file.read_text() != digest:
+    raise UserError(f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew")
+  temporary = partial / "plan.json.tmp"
+  temporary.write_text(digest)
+  temporary.rename(file)
+
+
+def first_layout(plan: Plan, profile: str | None, splits: dict[str, list[Item]]) -> dict[str, tuple[str, list[int]]]:
+  """Fields, types and shapes of the records, read off the first one that can be read."""
+  reasons = []
+  for item in [item for items in splits.values() for item in items][:FIRST_TRIES]:
+    try:
+      stored, _ = read_item(plan.read, profile, item)
+      return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
+    except BadRecord as error:
+      reasons.append(f"{salted_id(item)}: {error}")
+  raise UserError(f"none of the first {len(reasons)} records can be read; {'; '.join(reasons[:3])}: check --input")
+
+
+def read_item(read, profile: str | None, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Stored record and remarks of an item; BadRecord, free of all that identifies a person, where it cannot be read."""
+  try:
+    record, flags = read(item)
+    stored = encode({"subject": item.subject, "visit": np.uint16(item.visit), **record}, profile)
+  except BadRecord as error:
+    raise BadRecord(scrub(str(error), item)) from None
+  except OSError as error:  # a disk or a network that fails is no reason to leave a person out
+    raise UserError(f"reading record {salted_id(item)} failed ({error.strerror or type(error).__name__}); "
+                    "the same command goes on from here") from None
+  except Exception as error:  # a reader's own mistake; one record must not cost a long run
+    raise BadRecord(scrub(f"unexpected {type(error).__name__}: {error}", item)) from None
+  return stored, [scrub(flag, item) for flag in flags]
+
+
+def scrub(text: str, item: Item) -> str:
+  """One line without the names that identify the person."""
+  for name in sorted(filter(None, item.private), key=len, reverse=True):
+    text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "<id>", text, flags=re.IGNORECASE)
+  return " ".join(text.split())[:300]
+
+
+def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.FeaturesDict:
+  """TFDS features of a stored record. `encoding="bytes"` is 10 to 20 times faster to write than none."""
+  return tfds.features.FeaturesDict({
+      name: tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes" if np.prod(shape) else "none")
+      for name, (dtype, shape) in layout.items()})
+
+
+def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: None) -> None:
+  """Reads the items of a shard and writes its file, then its note, each under a temporary name first."""
+  folder = pathlib.Path(job.folder)
+  file, note = folder / f"{shard.name}.array_record", folder / f"{shard.name}.json"
+  if note.is_file():
+    return
+  described = features(job.layout)
+  serializer = tfds.core.example_serializer.ExampleSerializer(described.get_serialized_info())
+  kept, rejected, flagged, digests = [], [], [], []
+  temporary = f"{folder / shard.name}.{secrets.token_hex(4)}.tmp"  # a cluster may run one shard twice at a time
+  writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1")
+  for item in shard.items:
+    try:
+      stored, flags = read_item(job.read, job.profile, item)
+      if found := [f"{name} {x.dtype} {list(x.shape)}" for name, x in stored.items()
+                   if (x.dtype.name, list(x.shape)) != tuple(job.layout.get(name, ()))]:
+        raise BadRecord(f"its {', '.join(found)} differ from the first record's")
+      if missing := job.layout.keys() - stored.keys():
+        raise BadRecord(f"no {', '.join(sorted(missing))}, which the first record has")
+    except BadRecord as error:
+      rejected.append({"id": salted_id(item), "reason": str(error)})
+    else:
+      writer.write(serializer.serialize_example(described.encode_example(stored)))
+      # Of the arrays, not of the file: protocol buffers give the same record other bytes in another process.
+      digests.append(hashlib.blake2b(b"".join(stored[name].tobytes() for name in job.layout), digest_size=16).hexdigest())
+      kept.append([stored["phenotypes"].tolist(), stored["covariates"].tolist()])
+      if flags:
+        flagged.append({"id": salted_id(item), "flags": flags})
+    progress()
+  writer.close()
+  if kept:
+    os.replace(temporary, file)
+  else:
+    os.remove(temporary)
+  pathlib.Path(temporary).write_text(json.dumps({"kept": kept, "rejected": rejected, "flags": flagged, "digests": digests}))
+  os.replace(temporary, note)
+
+
+_count = None  # of records done, shared by the local processes
+
+
+def _begin_worker(count):
+  global _count
+  _count = count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _write_counting(write, shard):
+  def one_more():
+    with _count.get_lock():
+      _count.value += 1
+  write(shard, one_more)
+
+
+def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: int) -> None:
+  """Writes shards in processes of this machine, with progress, rate and ETA; what an earlier run has written is kept."""
+  folder = pathlib.Path(write.args[0].folder)
+  left = [shard for shard in shards if not (folder / f"{shard.name}.json").is_file()]
+  total, ahead = (sum(len(shard.items) for shard in some) for some in (shards, left))
+  done = total - ahead
+  with tqdm(total=total, initial=done, desc="prepare", unit="record", mininterval=1) as progress:
+    if processes == 1 or len(left) <= 1:
+      for shard in left:
+        write(shard, progress.update)
+      return
+    # Spawned: fork is unsafe beside JAX's threads. One thread each: as many processes as cores already compute.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+      os.environ.setdefault(name, "1")
+    context = multiprocessing.get_context("spawn")
+    count = context.Value("q", 0)
+    pool = futures.ProcessPoolExecutor(min(processes, len(left)), context, _begin_worker, (count,))
+    waiting = {pool.submit(_write_counting, write, shard) for shard in left}
+    try:
+      while waiting:
+        finished, waiting = futures.wait(waiting, timeout=1, return_when=futures.FIRST_COMPLETED)
+        for future in finished:
+          future.result()
+        progress.update(done + count.value - progress.n)
+    except futures.process.BrokenProcessPool:
+      raise UserError("a worker process died, as when memory runs out; the same command goes on from what is done, give it "
+                      f"fewer --processes than {processes}") from None
+    finally:
+      pool.shutdown(wait=not waiting, cancel_futures=True)
+      if waiting:  # stopped: a shard may take minutes more
+        for process in multiprocessing.active_children():
+          process.terminate()
+
+
+def collect(plan: Plan, notes: list[tuple[Shard, dict]]) -> Outcome:
+  """What the notes of all shards say together, in order."""
+  rejected = [{"id": salted_id(item), "reason": scrub(reason, item)} for item, reason in plan.rejected]
+  rejected += [entry for _, note in notes for entry in note["rejected"]]
+  flags = [entry for _, note in notes for entry in note["flags"]]
+  kept = [row for _, note in notes for row in note["kept"]]
+  splits = [shard.split for shard, note in notes for _ in note["kept"]]
+  phenotypes, covariates = (np.array([row[i] for row in kept], np.float32).reshape(len(kept), -1) for i in (0, 1))
+  steps = plan.steps | {"read": len(plan.items), "kept": len(kept)}
+  return Outcome(steps, rejected, flags, phenotypes, covariates, splits)
+
+
+def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], info: dict) -> None:
+  """Gives the shards their final names and writes what TFDS and `load` want to know of them."""
+  lengths = {split: [(shard, len(note["kept"])) for shard, note in notes if shard.split == split] for split in schema.SPLITS}
+  counts = {split: sum(n for _, n in pairs) for split, pairs in lengths.items()}
+  if empty := [split for split, pairs in lengths.items() if pairs and not counts[split]]:
+    raise UserError(f"every record of split {', '.join(empty)} was rejected; the reasons are in {job.folder}/*.json")
+  records = partial / NAME / VERSION
+  records.mkdir(parents=True, exist_ok=True)
+  identity = tfds.core.DatasetIdentity(name=NAME, version=tfds.core.Version(VERSION), data_dir=str(records),
+                                       module_name=__name__)
+  described = tfds.core.DatasetInfo(builder=identity, features=features(job.layout), disable_shuffling=True,
+                                    description="ECG with cardiac MRI of the same person.")
+  described.set_file_format("array_record")
+  files, split_infos = [], []
+  for split in filter(counts.get, schema.SPLITS):
+    template = tfds.core.ShardedFileTemplate(dataset_name=NAME, data_dir=records, split=split,
+                                             filetype_suffix="array_record")
+    full = [(shard, n) for shard, n in lengths[split] if n]
+    named = [pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(full))) for i in range(len(full))]
+    for (shard, _), file in zip(full, named):
+      if (source := pathlib.Path(job.folder, f"{shard.name}.array_record")).exists():  # else moved before an interruption
+        os.replace(source, file)
+    split_infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[n for _, n in full],
+                                           num_bytes=sum(file.stat().st_size for file in named), filename_template=template))
+    files += named
+  described.set_splits(tfds.core.splits.SplitDict(split_infos))
+  described.write_to_directory(records)
+  content = json.dumps([job.layout, {split: [d for shard, note in notes if shard.split == split for d in note["digests"]]
+                                     for split in schema.SPLITS}])
+  whole = {"schema_version": schema.SCHEMA_VERSION, **info, "counts": counts,
+           "shapes": {name: shape for name, (_, shape) in job.layout.items()},
+           "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
+           "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}
+  (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def load(path: str) -> Cohort:
@@ -130,7 +369,7 @@ def load(path: str) -> Cohort:
   file = folder / "cohort.json"
   if not file.is_file():
     raise UserError(f"{path} holds no cohort.json, so it is empty or its preparation did not finish; "
-                    "make it with `mmcl prepare synthetic --out=DIR`")
+                    "make it with `mmcl prepare`")
   try:
     info = json.loads(file.read_text())
     version = info["schema_version"]
@@ -146,7 +385,7 @@ def load(path: str) -> Cohort:
                       "bytes: copy the file again or prepare the cohort again")
   try:
     read_only = tfds.builder_from_directory(str(next(folder.glob("ecg_cmr/*"))))
-    splits = {split: read_only.as_data_source(split) for split in schema.SPLITS}
+    splits = {split: read_only.as_data_source(split) if info["counts"][split] else [] for split in schema.SPLITS}
   except Exception as error:  # tfds raises whatever the broken file leads to
     raise UserError(f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
                     "prepare the cohort again") from None

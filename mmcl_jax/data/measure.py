@@ -22,13 +22,13 @@ def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> di
     spacing: [3], mm along Z, H, W.
     heart_rate: bpm; NaN if unknown.
   """
-  counts = np.stack([(labels == label).sum(axis=(2, 3)) for label in (_LV, _MYO, _RV)])  # [structure, P, Z]
-  millilitres = counts.sum(axis=2) * (float(np.prod(spacing, dtype=np.float64)) / 1000)
+  millilitres = volumes(labels, spacing).T
   (lvedv, lvesv), (wall, _), (rvedv, rvesv) = np.where(millilitres > 0, millilitres, np.nan).tolist()
 
   closed = closed_rings(labels)
   pixel = float(spacing[1]) * float(spacing[2])
-  endo, epi = (np.sqrt(area * pixel / np.pi) for area in (counts[0], counts[0] + counts[1]))  # [P, Z], mm
+  lv, myo = (np.sum(labels == label, axis=(2, 3)) for label in (_LV, _MYO))
+  endo, epi = (np.sqrt(area * pixel / np.pi) for area in (lv, lv + myo))  # [P, Z], mm
   middle = _middle_third(np.flatnonzero(closed.all(axis=0)))
   mid_wall = (endo + epi)[:, middle] / 2
   values = {
@@ -41,6 +41,12 @@ def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> di
   return {name: values[name] for name in schema.PHENOTYPES}
 
 
+def volumes(labels: np.ndarray, spacing) -> np.ndarray:
+  """Of LV, MYO and RV in ml, float64 [F, 3], from labels [F, Z, H, W]: voxels times the product of `spacing` (mm)."""
+  counts = np.stack([np.count_nonzero(labels == label, axis=(1, 2, 3)) for label in (_LV, _MYO, _RV)], axis=1)
+  return counts * (float(np.prod(spacing, dtype=np.float64)) / 1000)
+
+
 def closed_rings(labels: np.ndarray) -> np.ndarray:
   """Slices whose cavity myocardium encloses: no LV pixel with a 4-neighbour other than LV or MYO, or none at the edge.
 
@@ -50,10 +56,28 @@ def closed_rings(labels: np.ndarray) -> np.ndarray:
   Returns:
     bool [...]; False where a slice has no LV pixel.
   """
-  cavity = labels == _LV
-  outside = np.pad(~cavity & (labels != _MYO), [(0, 0)] * (labels.ndim - 2) + [(1, 1), (1, 1)], constant_values=True)
-  beside = outside[..., 2:, 1:-1] | outside[..., :-2, 1:-1] | outside[..., 1:-1, 2:] | outside[..., 1:-1, :-2]
-  return cavity.any(axis=(-2, -1)) & ~(cavity & beside).any(axis=(-2, -1))
+  on_myocardium, elsewhere = borders(labels, _LV)
+  return (elsewhere == 0) & (on_myocardium > 0)
+
+
+def borders(labels: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
+  """Length of a structure's in-plane border in pixel edges: on myocardium, and on all else or the end of the image.
+
+  Args:
+    labels: [..., H, W].
+    label: the structure, not myocardium.
+
+  Returns:
+    int [...] and int [...], of each slice.
+  """
+  inside, beyond = labels == label, len(schema.LABELS)
+  padded = np.pad(labels, [(0, 0)] * (labels.ndim - 2) + [(1, 1), (1, 1)], constant_values=beyond)
+  on_myocardium = elsewhere = 0
+  for neighbour in (padded[..., 2:, 1:-1], padded[..., :-2, 1:-1], padded[..., 1:-1, 2:], padded[..., 1:-1, :-2]):
+    myocardium = neighbour == _MYO
+    on_myocardium = on_myocardium + np.count_nonzero(inside & myocardium, axis=(-2, -1))
+    elsewhere = elsewhere + np.count_nonzero(inside & ~myocardium & (neighbour != label), axis=(-2, -1))
+  return on_myocardium, elsewhere
 
 
 def _middle_third(slices: np.ndarray) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 The order of the operations carries the guarantees (each is tested):
 
-    shuffle -> repeat -> number -> take every hosts-th -> batch -> skip to the start step
+    shuffle -> repeat -> mix cohorts -> number -> take every hosts-th -> batch -> skip to the start step
 
 The global batch at step t is a function of (seed, t) alone: the same records for any number of hosts, threads or
 workers, and starting at step t needs no saved state. All other randomness (crop, augmentation, mask, dropout) is drawn
 on the device from (seed, index), where `index` is the position in the stream given here.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -30,8 +32,36 @@ def to_example(index: int, record: dict[str, np.ndarray], views: tuple[str, ...]
   return example
 
 
+class Mixed(NamedTuple):
+  """Another cohort's records in a stream: `share` of its rows, each brought into the first cohort's form."""
+  source: Any
+  share: float
+  conform: Callable[[dict], dict]
+
+
+def conforming(info: dict, first_info: dict, first_record: dict) -> Callable[[dict], dict]:
+  """How to bring records of the cohort `info` into the form of `first_record`, of the cohort `first_info`.
+
+  Phenotypes, diseases and covariates go by name, NaN where the cohort does not have them. CMR views that it lacks are
+  zeros, and the row counts as without CMR: an ECG-only cohort trains what needs an ECG alone.
+  """
+  names = {field: list(first_info[field]) for field in ("phenotypes", "diseases", "covariates")}
+  where = {field: [list(info[field]).index(name) if name in info[field] else -1 for name in wanted]
+           for field, wanted in names.items()}
+  blank_record = {name: np.zeros_like(x) for name, x in first_record.items()}
+  return functools.partial(_conform, where, blank_record)
+
+
+def _conform(where, blank_record, record):
+  labels = {field: np.append(record[field], np.float32(np.nan))[columns] for field, columns in where.items()}
+  lacks_cmr = any(name not in record for name in blank_record if name in VIEWS)
+  common = {name: x for name, x in record.items() if name in blank_record and not (lacks_cmr and name in VIEWS)}
+  return blank_record | common | labels | {"has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"])}
+
+
 def train_batches(source, *, seed: int, batch: int, views: tuple[str, ...] = (), start_step: int = 0, host: int = 0,
-                  hosts: int = 1, threads: int = 2, buffer: int = 2, workers: int = 0) -> Iterator[dict]:
+                  hosts: int = 1, threads: int = 2, buffer: int = 2, workers: int = 0,
+                  mix: Sequence[Mixed] = ()) -> Iterator[dict]:
   """This host's part of the endless stream of global batches, from `start_step` on.
 
   Args:
@@ -43,11 +73,15 @@ def train_batches(source, *, seed: int, batch: int, views: tuple[str, ...] = (),
     host, hosts: this process and how many there are.
     threads, buffer: reading threads, and batches read ahead.
     workers: reading processes; 0 reads in threads of this one, which is faster for records below 1 MB.
+    mix: further cohorts; `source` has the share that they leave.
 
   Yields:
     dicts of NumPy arrays, leading axis batch / hosts.
   """
   records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  if mix:
+    others = [grain.MapDataset.source(m.source).seed(seed + i).shuffle().repeat().map(m.conform) for i, m in enumerate(mix, 1)]
+    records = grain.MapDataset.mix([records, *others], [1 - sum(m.share for m in mix), *(m.share for m in mix)])
   rows = records.map_with_index(lambda i, record: to_example(i, record, views))[host::hosts]
   batches = rows.batch(batch // hosts, drop_remainder=True)[start_step:]
   return iterate(batches, threads, buffer, workers)

@@ -17,7 +17,15 @@ A reader or the synthetic heart yields one dict per subject:
   diseases    float32 [C]       0 or 1; NaN = unknown
   covariates  float32 [V]       NaN = unknown
 
-On disk (mmcl_jax.data.cohort) the ECG is normalised by a profile and kept as int16 with its scale.
+A cohort may lack the CMR fields, and may hold more:
+
+  visit           uint16        which visit of the participant, such as UK Biobank's instance; 0 where there is one only
+  event_years     float32 [C]   years from the visit to the first diagnosis, negative before it; NaN = none, or not known
+  followed_years  float32       years from the visit to death or the end of follow-up; NaN = not known
+  three_frames    uint8 [3, H, W]  one slice at three moments, as the MMCL reference project keeps it
+
+All records of a cohort have the same fields and shapes. On disk (mmcl_jax.data.cohort) the ECG is normalised by a profile
+and kept as int16 with its scale; cohort.json says how the source numbered its labels (`source_labels`).
 """
 
 import hashlib

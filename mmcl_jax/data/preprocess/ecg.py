@@ -1,10 +1,13 @@
-"""From an ECG at any sampling rate to what an encoder sees: 10 s at 500 Hz, filtered and scaled by a named profile.
+"""From an ECG at any sampling rate to what an encoder sees: 10 s, filtered and scaled by a named profile.
 
-A profile is a function float32 [12, 5000] in mV -> float32 [12, 5000] without unit. All filters run forwards and
-backwards, so no wave moves in time, and no profile turns finite input into NaN.
+A profile takes float [12, 5000] in mV at 500 Hz and gives 10 s without unit at its own rate: [12, 2500] at 250 Hz for
+`cardionets`, [12, 5000] for the others. All filters run forwards and backwards, so no wave moves in time, and no
+profile turns finite input into NaN.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg, signal
@@ -13,7 +16,8 @@ from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES
 from mmcl_jax.errors import BadRecord, UserError
 
 RATES_HZ = (50, 20_000)
-EDGE = 2 * ECG_RATE_HZ  # samples by which filters extend a recording: several time constants of a 0.5 Hz high-pass
+EDGE_S = 2  # seconds by which filters extend a recording: several time constants of a 0.5 Hz high-pass
+MAINS_RATIO = 10  # of power at the mains to that of its neighbours; the harmonics of a regular pulse of 300/min give 5
 LEAD_GROUPS = (slice(0, 3), slice(3, 6), slice(6, 12))  # I II III, aVR aVL aVF, V1 to V6
 
 
@@ -47,10 +51,24 @@ def to_standard(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
 
 
 def normalise(ecg_mv: np.ndarray, profile: str) -> np.ndarray:
-  """float32 [12, 5000] in mV at 500 Hz -> float32 [12, 5000] by the profile of that name."""
-  if profile not in PROFILES:
-    raise UserError(f"no ECG profile {profile!r}; there are {', '.join(PROFILES)}")
-  return PROFILES[profile](np.asarray(ecg_mv, np.float64)).astype(np.float32)
+  """float32 [12, 5000] in mV at 500 Hz -> float32 [12, samples(profile)] by the profile of that name."""
+  return _profile(profile).apply(np.asarray(ecg_mv, np.float64)).astype(np.float32)
+
+
+def rate_hz(profile: str) -> int:
+  """Samples per second of what a profile gives."""
+  return _profile(profile).rate_hz
+
+
+def samples(profile: str) -> int:
+  """Samples per lead of what a profile gives: 10 s."""
+  return ECG_SAMPLES * rate_hz(profile) // ECG_RATE_HZ
+
+
+def _profile(name):
+  if name not in PROFILES:
+    raise UserError(f"no ECG profile {name!r}; there are {', '.join(PROFILES)}")
+  return PROFILES[name]
 
 
 def _minimal(ecg):
@@ -74,16 +92,50 @@ def _mmcl(ecg):
 
 
 def _dual_phase(ecg):
-  """Bujalance Gomez et al.: ECG with the end-diastolic and end-systolic phase of CMR.
+  """Alvarez-Florez et al. 2026 (dual-phase contrastive learning), from the code that they published.
 
-  Their notch stands at 60 Hz; UK Biobank's mains are 50 Hz, so here it is 50.
+  Their notch stands at 60 Hz, also on recordings from 50 Hz mains; here it is at the recording's own.
   """
-  ecg = _filtered(ecg, 4, 0.5, "highpass")
-  ecg = signal.filtfilt(*signal.iirnotch(50, Q=40, fs=ECG_RATE_HZ), ecg, padlen=EDGE)
+  notch = signal.iirnotch(mains_hz(ecg), Q=40, fs=ECG_RATE_HZ)
+  ecg = signal.filtfilt(*notch, _filtered(ecg, 4, 0.5, "highpass"), padtype="even",
+                        padlen=EDGE_S * ECG_RATE_HZ)
   return _z_score(signal.savgol_filter(ecg, window_length=15, polyorder=3), 1e-5)
 
 
-PROFILES = {"minimal": _minimal, "mmcl": _mmcl, "dual_phase": _dual_phase}
+def _cardionets(ecg):
+  """Ding et al., "Translating Electrocardiograms to CMR" (CardioNets): 250 Hz, 0.67 to 40 Hz, z-score of all leads.
+
+  Order 5 and both directions as in the transforms of ST-MEM (github.com/bakqui/ST-MEM), whose encoder they take. All
+  10 s are kept: their random crop of 9 s (2250 samples) is the recipe's.
+  """
+  ecg = signal.resample_poly(ecg, 1, 2, axis=1, padtype="edge")
+  ecg = _filtered(ecg, 5, 0.67, "highpass", 250, edge_s=4)  # a filter of higher order rings for longer
+  return _z_score(_filtered(ecg, 5, 40, "lowpass", 250), 1e-12)
+
+
+class Profile(NamedTuple):
+  """What a name stands for: `apply`, float64 [12, 5000] in mV -> [12, 10 * rate_hz], and `rate_hz` of its result."""
+  apply: Callable[[np.ndarray], np.ndarray]
+  rate_hz: int = ECG_RATE_HZ
+
+
+PROFILES = {"minimal": Profile(_minimal), "mmcl": Profile(_mmcl), "dual_phase": Profile(_dual_phase),
+            "cardionets": Profile(_cardionets, 250)}
+
+
+def mains_hz(ecg_mv: np.ndarray) -> int:
+  """50 or 60, where the mains show in a recording float [L, T] at 500 Hz; 50 where neither stands out.
+
+  Mean power within 0.5 Hz of each is compared with that 1 to 5 Hz away, over all leads.
+  """
+  hertz, power = signal.periodogram(ecg_mv, ECG_RATE_HZ, "hann")
+  power = power.sum(axis=0)
+
+  def ratio(mains):
+    away = np.abs(hertz - mains)
+    return power[away <= 0.5].mean() / max(power[(1 <= away) & (away <= 5)].mean(), 1e-30)
+
+  return 60 if ratio(60) > max(ratio(50), MAINS_RATIO) else 50
 
 
 def als_baseline(lead: np.ndarray, smoothness=1e7, asymmetry=0.3, iterations=5) -> np.ndarray:
@@ -115,9 +167,10 @@ def _second_difference_gram(n):
   return bands
 
 
-def _filtered(ecg, order, cut_hz, kind):
-  sos = signal.butter(order, cut_hz, kind, fs=ECG_RATE_HZ, output="sos")
-  return signal.sosfiltfilt(sos, ecg, padlen=EDGE)
+def _filtered(ecg, order, cut_hz, kind, rate=ECG_RATE_HZ, edge_s=EDGE_S):
+  sos = signal.butter(order, cut_hz, kind, fs=rate, output="sos")
+  # Mirrored ends: scipy's default turns them over, and a recording that ends within a QRS complex gets a slope of 1 mV.
+  return signal.sosfiltfilt(sos, ecg, padtype="even", padlen=edge_s * rate)
 
 
 def _z_score(ecg, epsilon):

@@ -64,15 +64,7 @@ def heart(phenotypes: dict, rng: np.random.Generator, grid: Grid = Grid()) -> tu
     labels: uint8 [2, Z, H, W]. The wall has one volume at both phases, for muscle is incompressible.
     cine_slice: uint8 [FRAMES, H, W], the mid-ventricular slice; frame 0 = ED.
   """
-  wall = phenotypes["LVM"] / schema.MYOCARDIUM_G_PER_ML
-  volumes = np.array([(phenotypes[f"LV{p}V"], wall, phenotypes[f"RV{p}V"]) for p in ("ED", "ES")])  # [P, 3], ml
-  pose = sample_pose(volumes[0, 0], rng, grid)
-  descents = (0.0, pose.descent)
-  fields = np.stack([gauges(pose, v, d) for v, d in zip(volumes, descents)], axis=1)  # [3, P, Z, H, W]
-  below_base = np.stack([pose.depth > d for d in descents])
-  counts = np.round(volumes / grid.millilitres).astype(int)
-  labels = np.stack([label(fields[:, p], below_base[p], counts[p]) for p in (0, 1)])
-
+  pose, fields, counts, labels = _end_phases(phenotypes, rng, grid)
   slices = np.flatnonzero((labels == schema.LABELS["LV"]).any(axis=(2, 3)).all(axis=0))
   middle = slices[len(slices) // 2]
   areas = np.stack([(labels[:, middle] == k).sum(axis=(1, 2)) for k in (1, 2, 3)], axis=1)  # [P, 3]
@@ -86,6 +78,39 @@ def heart(phenotypes: dict, rng: np.random.Generator, grid: Grid = Grid()) -> tu
   cine = image(cine_labels[:, None], cine_fields[:, :, None], tissue[:, middle:middle + 1], rng, grid)[:, 0]
   scale = 255 / stack.max()
   return np.rint(stack * scale).astype(np.uint8), labels, np.rint(np.minimum(cine * scale, 255)).astype(np.uint8)
+
+
+def cine_stack(phenotypes: dict, rng: np.random.Generator, grid: Grid = Grid()) -> tuple[np.ndarray, np.ndarray]:
+  """The whole beat of the heart that `heart` makes of the same arguments.
+
+  Returns:
+    images: uint8 [FRAMES, Z, H, W]; frames 0 and 9 are `ed_es_volumes`.
+    labels: uint8 [FRAMES, Z, H, W]; frames 0 and 9 are `labels`. Volumes go between them as EJECTED says.
+  """
+  pose, fields, counts, ends = _end_phases(phenotypes, rng, grid)
+  tissue = sample_tissue(pose, rng)
+  stack = image(ends, fields, tissue, rng, grid)
+  scale = 255 / stack.max()
+  labels, images = (np.empty((FRAMES, *ends.shape[1:]), np.uint8) for _ in range(2))
+  for i, f in enumerate(EJECTED.astype(np.float32)):
+    between = (1 - f) * fields[:, 0] + f * fields[:, 1]
+    volumes = np.round(counts[0] + EJECTED[i] * (counts[1] - counts[0])).astype(int)
+    labels[i] = label(between, pose.depth > f * pose.descent, volumes)
+    shown = stack[int(f)] if f in (0, 1) else image(labels[i:i + 1], between[:, None], tissue, rng, grid)[0]
+    images[i] = np.rint(np.minimum(shown * scale, 255))
+  return images, labels
+
+
+def _end_phases(phenotypes, rng, grid):
+  """(pose, gauges [3, P, Z, H, W], voxels of each structure [P, 3], labels [P, Z, H, W]) at ED and ES."""
+  wall = phenotypes["LVM"] / schema.MYOCARDIUM_G_PER_ML
+  volumes = np.array([(phenotypes[f"LV{p}V"], wall, phenotypes[f"RV{p}V"]) for p in ("ED", "ES")])  # [P, 3], ml
+  pose = sample_pose(volumes[0, 0], rng, grid)
+  descents = (0.0, pose.descent)
+  fields = np.stack([gauges(pose, v, d) for v, d in zip(volumes, descents)], axis=1)
+  counts = np.round(volumes / grid.millilitres).astype(int)
+  labels = np.stack([label(fields[:, p], pose.depth > descents[p], counts[p]) for p in (0, 1)])
+  return pose, fields, counts, labels
 
 
 def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:

@@ -1,0 +1,278 @@
+"""From a short-axis cine of any size to what a cohort keeps: stacks at ED and ES and one slice's beat, round the heart.
+
+Phenotypes are measured on the source's own grid. Then each in-plane axis is resampled to one pixel size; slices are
+chosen, never interpolated, for they lie 8 to 18 mm apart. Nothing is scaled to fit: size carries information.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from mmcl_jax.data import measure, schema
+from mmcl_jax.data.preprocess import motion
+from mmcl_jax.data.readers.cine import Cine
+from mmcl_jax.errors import BadRecord
+
+MIN_SLICES = 6           # as the published dual-phase system: fewer do not reach from base to apex
+MIN_FRAMES = 8           # fewer miss end-systole
+MIN_VIEW_MM = 40.0       # of the image; no adult heart is narrower
+MAX_INTENSITY = 1e9      # beyond any scanner's scale; float32 still resolves images below it
+HEART_RATES = (20, 250)  # bpm
+SYSTOLE = (0.15, 0.65)   # shares of the beat between which ES is to be expected, from slow to fast heart rates
+MIN_ENCLOSED = 0.5       # share of the LV's border on myocardium; a wall read as LV has less, its outer side is longer
+STRAY = 0.1              # parts of a label map below this share of its largest part are not the heart
+MARGIN_MM = 10.0         # round the heart, within the crop
+PERCENTILES = (1, 99)    # intensities that become 0 and 255
+
+_LV, _MYO, _RV = (schema.LABELS[name] for name in ("LV", "MYO", "RV"))
+
+
+class Shape(NamedTuple):
+  """What a cohort keeps of each study."""
+  slices: int = 12
+  size: int = 64         # H = W
+  pixel_mm: float = 2.5
+  frames: int = 25       # of `cine_slice`; 0: none is kept
+
+
+class _Axis(NamedTuple):
+  """One axis of the crop. Output pixels tile the image from its edge; the crop holds those from `start` on."""
+  start: int     # negative: the crop is larger than the image
+  size: int
+  ratio: float   # output over source spacing
+  length: int    # of the source
+
+  @property
+  def centres(self):
+    """float64 [size]: where output pixels have their centres, in source indices."""
+    return (self.start + np.arange(self.size) + 0.5) * self.ratio - 0.5
+
+  @property
+  def inside(self):
+    """bool [size]: which of them lie on the image."""
+    return (self.centres >= -0.5) & (self.centres < self.length - 0.5)
+
+
+def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan")) -> tuple[dict, dict, tuple]:
+  """The CMR part of a record.
+
+  Args:
+    cine: as mmcl_jax.data.readers.cine.assemble gives it.
+    shape: of the cohort.
+    heart_rate: bpm; NaN takes 60 / (frames * frame_s), the rate during the scan.
+
+  Returns:
+    fields: as in mmcl_jax.data.schema, slices from base to apex: `ed_es_volumes` uint8 [2, slices, size, size],
+      `labels` of that shape (zeros without segmentation), `cine_slice` uint8 [frames, size, size], `spacing`.
+    phenotypes: all of schema.PHENOTYPES; NaN where not measured.
+    flags: remarks on quality, the cine's own first.
+
+  Raises:
+    BadRecord: the cine cannot be used.
+  """
+  _check(cine)
+  flags = list(cine.flags)
+  spacing = tuple(float(mm) for mm in cine.spacing)
+  images, slices = cine.images, cine.images.shape[1]
+  if cine.labels is not None and len(cine.labelled):
+    ed, es = _phases_of_labels(cine, flags)
+    labels = cine.labels[[ed, es]]
+    _check_label_map(labels, cine.convention, flags)
+    if _base_is_last(labels[0], flags):
+      images, labels = images[:, ::-1], labels[:, ::-1]
+    first, last = _extent(labels[0], flags)
+  else:
+    heart = motion.find_heart(cine)
+    ed, es = _phases_of_images(cine, heart, flags)
+    labels = np.zeros((2, *images.shape[1:]), np.uint8)
+    first, last = (0, *heart.first), (slices - 1, *heart.last)
+    flags += ["no segmentation: no phenotypes, heart located by its motion", "slice order taken as base to apex"]
+  phenotypes = measure.phenotypes(labels, spacing, _heart_rate(cine, heart_rate, flags))
+
+  z, *plane = _crop(first, last, images.shape[1:], spacing, shape, flags)
+  kept = slice(max(z.start, 0), min(z.start + z.size, slices))
+  padding = ((0, 0), (kept.start - z.start, z.start + z.size - kept.stop), (0, 0), (0, 0))
+  with_lv = np.flatnonzero((labels == _LV).any(axis=(2, 3)).all(axis=0))
+  middle = with_lv[len(with_lv) // 2] if len(with_lv) else (kept.start + kept.stop) // 2
+
+  stack = _resampled(images[[ed, es], kept], plane)
+  inside = np.outer(*(axis.inside for axis in plane))
+  darkest, brightest = np.percentile(stack[..., inside], PERCENTILES)
+  if not brightest > darkest:
+    raise BadRecord(f"constant about the heart ({darkest:g}); expected an image")
+
+  def grey(image):
+    return np.rint(np.clip((image - darkest) * (255 / (brightest - darkest)), 0, 255) * inside).astype(np.uint8)
+
+  fields = {"ed_es_volumes": np.pad(grey(stack), padding),
+            "labels": np.pad(_nearest(labels[:, kept], plane), padding),
+            "spacing": np.array((spacing[0], shape.pixel_mm, shape.pixel_mm), np.float32)}
+  if shape.frames:
+    if len(images) < MIN_FRAMES:
+      flags.append(f"cine slice interpolated from {len(images)} frames")
+    fields["cine_slice"] = grey(_beat(_resampled(images[:, middle], plane), ed, shape.frames))
+  return fields, phenotypes, tuple(flags)
+
+
+def _check(cine):
+  """BadRecord where there are too few slices or frames, too small images, or images without a picture."""
+  frames, slices, height, width = cine.images.shape
+  if slices < MIN_SLICES:
+    raise BadRecord(f"{slices} slices; expected at least {MIN_SLICES}")
+  if frames < MIN_FRAMES and (cine.ed is None or cine.es is None):
+    raise BadRecord(f"{frames} frames, ED and ES not named; expected at least {MIN_FRAMES}")
+  height_mm, width_mm = height * cine.spacing[1], width * cine.spacing[2]
+  if min(height_mm, width_mm) < MIN_VIEW_MM:
+    raise BadRecord(f"images of {height_mm:.0f} x {width_mm:.0f} mm; expected at least {MIN_VIEW_MM:.0f} each way")
+  if cine.es is not None and cine.es == (cine.ed or 0):
+    raise BadRecord(f"ED and ES are both frame {cine.es}")
+  darkest, brightest = cine.images.min(axis=(2, 3)), cine.images.max(axis=(2, 3))
+  low, high = float(darkest.min()), float(brightest.max())
+  if not (-MAX_INTENSITY <= low and high <= MAX_INTENSITY):  # NaN is neither
+    raise BadRecord(f"intensities from {low:g} to {high:g}; expected finite ones within {MAX_INTENSITY:g}")
+  for frame, z in np.argwhere(darkest == brightest)[:1]:
+    found = f"constant ({darkest[frame, z]:g})" if darkest[frame, z] else "all zeros"
+    raise BadRecord(f"slice {z} of frame {frame} is {found}; expected an image")
+
+
+def _phases_of_labels(cine, flags):
+  """(ED, ES), as frames. ES is the source's, else the segmented frame of the least LV; never half of the frames."""
+  frames, labelled = len(cine.images), list(cine.labelled)
+  lv = np.full(frames, np.nan)
+  lv[labelled] = measure.volumes(cine.labels[labelled], cine.spacing)[:, 0]
+  ed = cine.ed or 0  # a cine triggered by the R wave starts at ED
+  others = np.where((lv > 0) & (np.arange(frames) != ed), lv, np.inf)
+  if cine.es is None and np.isinf(others).all():
+    raise BadRecord(f"no frame but ED (frame {ed}) is segmented; expected ED and ES")
+  least, largest = int(np.argmin(others)), int(np.nanargmax(lv))
+  es = least if cine.es is None else cine.es
+  for name, frame in (("ED", ed), ("ES", es)):
+    if np.isnan(lv[frame]):
+      raise BadRecord(f"{name} (frame {frame}) is not segmented; {len(labelled)} of {frames} frames are")
+    if lv[frame] == 0:
+      raise BadRecord(f"no LV label at {name} (frame {frame})")
+  if not lv[es] < lv[ed]:
+    raise BadRecord(f"the LV has {lv[es]:.1f} ml at ES (frame {es}), not less than {lv[ed]:.1f} ml at ED (frame {ed})")
+  if empty := int(np.sum(lv == 0)):
+    flags.append(f"{empty} segmented frames have no LV label")
+  if largest != ed:
+    flags.append(f"the largest LV volume is at frame {largest}, ED is taken at frame {ed}")
+  if min(abs(es - least), frames - abs(es - least)) > 1:
+    flags.append(f"the least LV volume is at frame {least}, ES is taken at frame {es}")
+  if cine.es is None and len(labelled) < frames:
+    flags.append(f"ES is the least LV of {len(labelled)} segmented frames, there are {frames}")
+  _remark_on_timing(cine, ed, es, flags)
+  return ed, es
+
+
+def _phases_of_images(cine, heart, flags):
+  """(ED, ES), as frames: the source's, else the first and that of the least blood pool as the images show it."""
+  ed = cine.ed or 0
+  if cine.es is not None:
+    return ed, cine.es
+  es = motion.end_systole(heart, cine.spacing, ed)
+  flags.append("ES from images, no segmentation")
+  _remark_on_timing(cine, ed, es, flags)
+  return ed, es
+
+
+def _remark_on_timing(cine, ed, es, flags):
+  frames = len(cine.images)
+  share = (es - ed) % frames / frames
+  if cine.es is None and not SYSTOLE[0] <= share <= SYSTOLE[1]:
+    flags.append(f"ES at {share:.2f} of the beat")
+
+
+def _check_label_map(labels, convention, flags):
+  """BadRecord where labels [2, Z, H, W] cannot mean what they say: conventions differ, and a wrong one is silent."""
+  for phase, volume in zip(("ED", "ES"), labels):
+    if not (volume == _MYO).any():
+      raise BadRecord(f"no myocardium label at {phase}")
+    if not (volume == _RV).any():
+      flags.append(f"no RV label at {phase}")
+  borders = [np.sum(measure.borders(labels, structure), axis=(1, 2)) for structure in (_LV, _RV)]
+  lv, rv = (on / max(on + off, 1) for on, off in borders)
+  if lv < MIN_ENCLOSED or rv >= lv:
+    raise BadRecord(f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, {rv:.0%} of the RV's "
+                    f"(read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of the RV's")
+
+
+def _base_is_last(labels, flags):
+  """Whether labels [Z, H, W] run from apex to base: the heart tapers to its apex, and the RV ends before it."""
+  areas = np.count_nonzero(labels, axis=(1, 2))
+  taper = np.flatnonzero(areas) - np.flatnonzero(areas).mean()
+  growth = float(taper @ areas[areas > 0])
+  if growth == 0:
+    flags.append("slice order taken as base to apex")
+  return growth > 0
+
+
+def _extent(labels, flags):
+  """(first, last) int [3], indices along Z, H, W of those parts of labels [Z, H, W] that are the heart."""
+  parts, _ = ndimage.label(labels, np.ones((3, 3, 3)))
+  sizes = np.bincount(parts.ravel())
+  sizes[0] = 0
+  heart = sizes >= STRAY * sizes.max()
+  if stray := int(sizes[~heart].sum()):
+    flags.append(f"{stray} labelled voxels lie apart from the heart")
+  found = np.argwhere(heart[parts])
+  return found.min(axis=0), found.max(axis=0)
+
+
+def _crop(first, last, lengths, spacing, shape, flags):
+  """[_Axis] of Z, H and W: about the middle of the heart, yet on the image as far as the image is large enough."""
+  output = (spacing[0], shape.pixel_mm, shape.pixel_mm)
+  axes = []
+  for name, low, high, length, mm, out_mm, size, margin in zip(
+      "ZHW", first, last, lengths, spacing, output, (shape.slices, shape.size, shape.size), (0, MARGIN_MM, MARGIN_MM)):
+    # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go either way.
+    ratio = out_mm / round(mm, 5) if name != "Z" else 1.0
+    whole = int(length / ratio + 0.5)  # output pixels on the image
+    spare = whole - size
+    start = round((low + high + 1) / 2 / ratio - size / 2)
+    axes.append(_Axis(min(max(start, 0), spare) if spare > 0 else spare // 2, size, ratio, length))
+    need = (high + 1 - low) * mm + 2 * margin
+    if spare > 0 and need > size * out_mm:
+      flags.append(f"the heart is cut by the crop: it needs {need:.0f} mm along {name}, {size * out_mm:.0f} are kept")
+  return axes
+
+
+def _resampled(images, plane):
+  """[..., H, W] -> float32 [..., size, size]: linear; where output pixels are larger, a triangle of their width."""
+  rows, columns = (_weights(axis) for axis in plane)
+  # In one order of memory: the sums of a product are rounded in the order that the layout suggests.
+  return rows @ images.astype(np.float32, order="C") @ columns.T
+
+
+def _weights(axis):
+  """float32 [size, length] of one axis; rows sum to 1, and are 0 where they lie beyond the image."""
+  distance = np.abs(np.arange(axis.length) - axis.centres[:, None]) / max(axis.ratio, 1)
+  weights = np.maximum(0, 1 - distance) * axis.inside[:, None]
+  return (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+def _nearest(labels, plane):
+  """uint8 [..., H, W] -> uint8 [..., size, size]: the label under each centre, background beyond the image."""
+  rows, columns = (np.clip(np.floor(axis.centres + 0.5).astype(int), 0, axis.length - 1) for axis in plane)
+  return labels[..., rows[:, None], columns] * np.outer(*(axis.inside for axis in plane))
+
+
+def _beat(images, ed, frames):
+  """float [F, H, W] of one periodic beat -> [frames, H, W] from ED on, linear in time."""
+  at = ed + np.arange(frames) * len(images) / frames
+  before = np.floor(at).astype(int)
+  share = (at - before).astype(np.float32)[:, None, None]
+  return (1 - share) * images[before % len(images)] + share * images[(before + 1) % len(images)]
+
+
+def _heart_rate(cine, heart_rate, flags):
+  """bpm, or NaN where it is neither given nor known from the length of the beat."""
+  if np.isnan(heart_rate) and len(cine.images) >= MIN_FRAMES and cine.frame_s > 0:
+    heart_rate = 60 / (cine.frame_s * len(cine.images))
+  if np.isnan(heart_rate):
+    flags.append("heart rate unknown")
+  elif not HEART_RATES[0] <= heart_rate <= HEART_RATES[1]:
+    flags.append(f"heart rate of {heart_rate:.4g} bpm not believed")
+    return float("nan")
+  return heart_rate

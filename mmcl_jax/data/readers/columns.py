@@ -1,0 +1,137 @@
+"""Columns of CSV, TSV and Parquet files, in batches: memory does not grow with a file, unwanted columns are not kept.
+
+pyarrow parses. Its messages quote cells, so none is passed on: a table is a user's own, and what fails is a UserError
+with the file's name and no content.
+"""
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from mmcl_jax.errors import UserError
+
+MAX_HEADER_BYTES = 4 * 2**20  # 20,000 columns with descriptive names take 2 MB
+BLOCK_BYTES = 4 * 2**20       # of a CSV at a time, read some blocks ahead; the header and each row must fit
+BATCH_CELLS = 2_000_000       # of a Parquet file at a time
+MISSING = ["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "none", "<NA>", "Do not know", "Prefer not to answer"]
+DATES = np.array(["1930-01-01", "2036-12-31"], "datetime64[D]")
+"""Dates that can be: UK Biobank writes 1900 to 1909 and 2037 where a date is unknown or withheld."""
+
+
+def header(path) -> list[str]:
+  """The names of a file's columns. Raises UserError where it cannot be read."""
+  path = Path(path)
+  try:
+    if _is_parquet(path):
+      return pa.parquet.read_schema(path).names
+    line = _header_line(path).decode("utf-8-sig")
+    return next(csv.reader([line], delimiter=_delimiter(line), strict=True), [])
+  except Exception as error:
+    raise unreadable(path, error) from None
+
+
+def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
+  """The columns `names` of a file, some rows at a time; a CSV's cells are strings, null where one of MISSING."""
+  path = Path(path)
+  try:
+    if _is_parquet(path):
+      with pa.parquet.ParquetFile(path) as file:
+        yield from file.iter_batches(max(1, BATCH_CELLS // len(names)), columns=names)
+      return
+    line = _header_line(path).decode("utf-8-sig")
+    parse = pa.csv.ParseOptions(delimiter=_delimiter(line), newlines_in_values=True)
+    convert = pa.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string()),
+                                    null_values=MISSING, strings_can_be_null=True)
+    with pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=BLOCK_BYTES), parse, convert) as reader:
+      yield from reader
+  except Exception as error:  # pyarrow's are many
+    if match := re.match(r"CSV parse error: (?:Row #\d+: )?Expected (\d+) columns, got (\d+)", str(error)):
+      raise UserError(f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut off, or a "
+                      "text not quoted?") from None
+    raise unreadable(path, error) from None
+
+
+def texts(column: pa.Array) -> np.ndarray:
+  """A column as object [n] of str without blanks at the ends; "" where missing. Whole numbers have no ".0"."""
+  if column.null_count == len(column):
+    return np.full(len(column), "", object)
+  if pa.types.is_dictionary(column.type):
+    column = column.dictionary_decode()
+  if pa.types.is_floating(column.type):  # what pandas makes of whole numbers with gaps
+    values = column.to_numpy(zero_copy_only=False)
+    return np.array(["" if np.isnan(x) else f"{x:.0f}" if x == np.round(x) else repr(float(x)) for x in values], object)
+  if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    return np.array(["" if x is None else json.dumps(x, default=str) for x in column.to_pylist()], object)
+  found = pc.utf8_trim_whitespace(column.cast(pa.string()))
+  found = pc.if_else(pc.is_in(found, pa.array(MISSING)), "", found).fill_null("")
+  return np.asarray(found.to_pylist(), object)
+
+
+def numbers(column: pa.Array, name: str, problems: Counter) -> np.ndarray:
+  """A column as float64 [n], NaN where missing; other text is NaN too and counted in `problems`."""
+  if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    try:
+      column = column.cast(pa.float64())  # fast, and fails at the first text that is no number
+    except pa.ArrowInvalid:
+      pass
+  if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+    given = ~np.isnan(values)
+  else:
+    found = texts(column)
+    given = found != ""
+    values = np.full(len(found), np.nan)
+    values[given] = pd.to_numeric(pd.Series(found[given], dtype=object), errors="coerce")
+  values = np.where(np.isfinite(values), values, np.nan)
+  count(problems, f"{name}: not a number", np.sum(given & np.isnan(values)))
+  return values
+
+
+def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
+  """Texts YYYY-MM-DD (what follows is left out) as datetime64[D] [n]; NaT where missing, or not a date and counted."""
+  dates = np.full(len(found), np.datetime64("NaT"), "datetime64[D]")
+  given = found != ""
+  if given.any():
+    parsed = pd.to_datetime(pd.Series([text[:10] for text in found[given]]), format="%Y-%m-%d", errors="coerce")
+    parsed = parsed.to_numpy("datetime64[D]")
+    parsed[~((parsed >= DATES[0]) & (parsed <= DATES[1]))] = np.datetime64("NaT")
+    dates[given] = parsed
+  count(problems, f"{name}: not a date from {DATES[0]} to {DATES[1]}", np.sum(given & np.isnat(dates)))
+  return dates
+
+
+def count(problems, what, times):
+  if times:
+    problems[what] += int(times)
+
+
+def _is_parquet(path):
+  with open(path, "rb") as file:
+    return file.read(4) == b"PAR1"
+
+
+def _header_line(path):
+  with open(path, "rb") as file:
+    line = file.readline(MAX_HEADER_BYTES)
+  if len(line) == MAX_HEADER_BYTES:
+    raise ValueError("its first line is not that of a table")
+  return line
+
+
+def _delimiter(line):
+  return "\t" if "\t" in line else ","
+
+
+def unreadable(path, error) -> UserError:
+  found = str(error) if type(error) is ValueError else type(error).__name__
+  return UserError(f"{path} cannot be read as a table ({found}); expected CSV or TSV (UTF-8) with a header, or Parquet")

@@ -1,0 +1,114 @@
+"""DICOM ECGs (12-lead or general ECG waveform storage) to twelve leads in mV, through pydicom.
+
+Format: DICOM PS3.3 C.10.9 (waveform module); leads are coded by CID 3001 in the schemes MDC and SCPECG, which share
+their numbers, or only named. No element of the data set but its waveforms is read.
+"""
+
+import io
+import re
+import warnings
+
+import numpy as np
+import pydicom
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.waveforms import multiplex_array
+
+from mmcl_jax.data.readers.recording import (
+    DERIVABLE, MAX_SAMPLES, Recording, assemble, bad_record, lead_names, length_flags, mv_per, read_bytes)
+from mmcl_jax.data.schema import LEADS
+from mmcl_jax.errors import BadRecord
+
+KIND = "a DICOM ECG (.dcm)"
+MAX_BYTES = 64 * 2**20  # 10 s of 12 leads take 0.3 MB; 20 min at 1 kHz and 16 bit 29 MB
+SAMPLE_TYPES = {(8, "SB"): "<i1", (8, "UB"): "<u1", (16, "SS"): "<i2", (16, "US"): "<u2", (32, "SL"): "<i4",
+                (32, "UL"): "<u4"}
+REQUIRED = ("NumberOfWaveformChannels", "NumberOfWaveformSamples", "SamplingFrequency", "WaveformBitsAllocated",
+            "WaveformSampleInterpretation", "WaveformData")
+LEAD_OF_CODE = {1: "I", 2: "II", **{2 + n: f"V{n}" for n in range(1, 7)}, 61: "III", 62: "aVR", 63: "aVL", 64: "aVF"}
+
+
+def read(path) -> Recording:
+  """Reads the longest multiplex group that has eight leads or more, at most its first MAX_SAMPLES samples.
+
+  Median beats are passed over. Raises BadRecord, and nothing else, with the reason.
+  """
+  with bad_record("pydicom cannot read it"), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # they quote what the file holds
+    data = read_bytes(path, MAX_BYTES, KIND)
+    # A deflated data set would be inflated without bound, and nobody stores ECGs in big-endian order.
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax not in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
+      raise BadRecord("a compressed or big-endian DICOM; expected little-endian transfer syntax")
+    dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=["WaveformSequence"])
+    groups = dataset.get("WaveformSequence") or []
+    if not groups:
+      raise BadRecord(f"a DICOM without waveforms; expected {KIND}")
+    number, leads = _choose(groups)
+    return _read_group(dataset, number, leads)
+
+
+def _choose(groups):
+  """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be derived."""
+  found = []
+  for number, group in enumerate(groups):
+    if absent := [name for name in REQUIRED if name not in group]:
+      raise BadRecord(f"its multiplex group {number + 1} lacks {', '.join(absent)}")
+    leads = lead_names(_lead(channel) for channel in group.get("ChannelDefinitionSequence") or [])
+    median = "MEDIAN" in str(group.get("MultiplexGroupLabel", "")).upper()
+    if not median and set(LEADS) <= set(leads) | set(DERIVABLE):
+      found.append((group.NumberOfWaveformSamples / float(group.SamplingFrequency), len(leads), number, leads))
+  if not found:
+    raise BadRecord(f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count)")
+  return max(found, key=lambda group: group[:2])[2:]
+
+
+def _lead(channel):
+  """Name of a channel's lead by its code, or by its meaning such as "Lead I (Einthoven)"; None where unknown."""
+  source = (channel.get("ChannelSourceSequence") or [{}])[0]
+  code = re.fullmatch(r"(?:5\.6\.3-9-|2:)(\d+)", str(source.get("CodeValue", "")))  # SCPECG, MDC
+  coded = LEAD_OF_CODE.get(int(code[1])) if code else None
+  meaning = re.fullmatch(r"(?:lead\s+)?(\w+)\s*(?:[(,].*)?", str(source.get("CodeMeaning", "")).strip(), re.I)
+  named = next(iter(lead_names([meaning[1]])), None) if meaning else None
+  if coded and named and coded != named:
+    raise BadRecord(f"a channel is coded as lead {coded} and named {named}")
+  return coded or named
+
+
+def _read_group(dataset, number, leads):
+  """The Recording of a multiplex group, whose sizes are compared with its data before pydicom takes memory for it."""
+  group = dataset.WaveformSequence[number]
+  samples, channels = group.NumberOfWaveformSamples, group.NumberOfWaveformChannels
+  rate_hz = float(group.SamplingFrequency)
+  dtype = SAMPLE_TYPES.get((group.WaveformBitsAllocated, group.WaveformSampleInterpretation))
+  if dtype is None:
+    raise BadRecord("its samples are not signed or unsigned integers of 8, 16 or 32 bits")
+  if not (rate_hz > 0 and samples > 0 and channels == len(group.ChannelDefinitionSequence)):
+    raise BadRecord(f"it announces {samples} samples at {rate_hz:g} Hz of {channels} channels and defines "
+                    f"{len(group.ChannelDefinitionSequence)}")
+  size, need = len(group.WaveformData or b""), samples * channels * np.dtype(dtype).itemsize
+  if size < need:
+    raise BadRecord(f"its samples have {size} bytes; {samples} of {channels} channels take {need}")
+  raw = multiplex_array(dataset, number, as_raw=True)[:MAX_SAMPLES]  # [T, channels], in units of the sensitivity
+  padding = np.frombuffer(group.get("WaveformPaddingValue") or b"", dtype)
+  values = np.where(np.isin(raw, padding), np.nan, raw)
+  signals = {lead: _millivolts(group.ChannelDefinitionSequence[channel], values[:, channel], lead, rate_hz)
+             for lead, channel in leads.items()}
+  return assemble(signals, rate_hz, length_flags(samples, rate_hz))
+
+
+def _millivolts(channel, values, lead, rate_hz):
+  """`values` [T] of a channel in mV."""
+  unit = (channel.get("ChannelSensitivityUnitsSequence") or [{}])[0].get("CodeValue")
+  if unit is None or not (sensitivity := float(channel.get("ChannelSensitivity") or 0)):
+    raise BadRecord(f"lead {lead} has no sensitivity with a unit: its voltage is not calibrated")
+  if max(abs(_optional(channel, "ChannelSampleSkew")), abs(_optional(channel, "ChannelTimeSkew")) * rate_hz) >= 1:
+    raise BadRecord(f"lead {lead} is shifted in time by a sample or more")
+  correction = _optional(channel, "ChannelSensitivityCorrectionFactor", 1.0)
+  return (values * sensitivity * correction + _optional(channel, "ChannelBaseline")) * mv_per(unit, lead)
+
+
+def _optional(channel, name, default=0.0):
+  """The number of an element that may be absent or empty."""
+  value = channel.get(name)
+  return default if value is None or value == "" else float(value)

@@ -1,0 +1,99 @@
+"""Patients of M&Ms (https://www.ub.edu/mnms/): 4-D NIfTI, labels of two frames, and one table about all.
+
+    *_M&Ms_Dataset_information_diagnosis_opendataset.csv    External code, VendorName, Vendor, Centre, ED, ES (0-based),
+                                                           Age, Pathology, Sex, Height, Weight
+    {Training/Labeled,Training/Unlabeled,Validation,Testing}/CODE/
+      CODE_sa.nii.gz       the cine [X, Y, Z, T]
+      CODE_sa_gt.nii.gz    LV 1, MYO 2, RV 3 at ED and ES, zeros elsewhere; zeros throughout under Unlabeled
+"""
+
+import csv
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from mmcl_jax.data.readers import nifti
+from mmcl_jax.data.readers.cine import Cine, assemble
+from mmcl_jax.errors import BadRecord, UserError
+
+NUMBERS = {"LV": 1, "MYO": 2, "RV": 3}
+TABLE = "*_M&Ms_Dataset_information_diagnosis_opendataset.csv"
+COLUMNS = ("External code", "VendorName", "Centre", "ED", "ES", "Age", "Pathology", "Sex", "Height", "Weight")
+PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
+MAX_TABLE_BYTES = 2**22
+
+
+class Study(NamedTuple):
+  """A patient's folder and row of the table."""
+  folder: Path
+  row: dict[str, str]
+
+
+def find(root) -> list[Study]:
+  """The patients in the table whose cine lies under `root`, in the table's order.
+
+  Raises:
+    UserError: not exactly one table in `root`.
+    BadRecord: the table cannot be read.
+  """
+  tables = sorted(Path(root).glob(TABLE))
+  if len(tables) != 1:
+    raise UserError(f"{len(tables)} files {TABLE} in {root}; expected one, as in the folder OpenDataset of M&Ms")
+  folders = {path.parent.name: path.parent for part in PARTS for path in Path(root).glob(f"{part}/*/*_sa.nii.gz")
+             if path.name == f"{path.parent.name}_sa.nii.gz"}
+  return [Study(folders[code], row) for row in _rows(tables[0]) if (code := row["External code"]) in folders]
+
+
+def read(study: Study) -> Cine:
+  """Reads one patient. Raises BadRecord, and nothing else, with the reason."""
+  stem = study.folder / f"{study.folder.name}_sa"
+  images, spacing, frame_s = nifti.read(f"{stem}.nii.gz")
+  ed, es = _frame_number(study.row, "ED"), _frame_number(study.row, "ES")
+  labels = f"{stem}_gt.nii.gz"
+  labels = nifti.read_labels(labels, NUMBERS) if os.path.isfile(labels) else None
+  cine = assemble(images, spacing, frame_s, labels, NUMBERS, ed, es)
+  named = tuple(sorted(frame for frame in (ed, es) if frame is not None))
+  if cine.labelled in ((), named):
+    return cine
+  found, expected = (", ".join(map(str, frames)) or "none" for frames in (cine.labelled, named))
+  return cine._replace(flags=(*cine.flags, f"labels in frames {found}; the table names {expected} (counted from 0)"))
+
+
+def about(study: Study) -> dict[str, str | float]:
+  """{"age": years, "sex": 1 = male, "height": cm, "weight": kg, "pathology", "vendor", "centre"}; NaN, "" = unknown."""
+  row = study.row
+  known = {"sex": {"M": 1.0, "F": 0.0}.get(row["Sex"].upper(), math.nan)}
+  for name in ("Age", "Height", "Weight"):
+    try:
+      value = float(row[name])
+    except ValueError:
+      value = math.nan
+    known[name.lower()] = value if 0 < value < math.inf else math.nan
+  return known | {"pathology": row["Pathology"], "vendor": row["VendorName"], "centre": row["Centre"]}
+
+
+def _rows(path):
+  """The table's rows, column name -> text without surrounding blanks."""
+  if not path.is_file() or path.stat().st_size > MAX_TABLE_BYTES:
+    raise BadRecord(f"the table is no file of at most {MAX_TABLE_BYTES} bytes")
+  try:
+    rows = list(csv.reader(path.read_text("utf-8-sig", "replace").splitlines()))
+  except csv.Error as error:
+    raise BadRecord("the table is no CSV") from error
+  header = [name.strip() for name in rows[0]] if rows else []
+  if lacking := [name for name in COLUMNS if name not in header]:
+    raise BadRecord(f"the table has no column {', '.join(lacking)}")
+  if short := [number for number, row in enumerate(rows, 1) if row and len(row) != len(header)]:
+    raise BadRecord(f"line {short[0]} of the table has another number of columns than its first")
+  return [{name: cell.strip() for name, cell in zip(header, row)} for row in rows[1:] if row]
+
+
+def _frame_number(row, phase):
+  """0-based; None where the cell is empty, as for studies without labels."""
+  text = row[phase].removesuffix(".0")
+  if text.lower() in ("", "nan"):
+    return None
+  if not (text.isascii() and text.isdigit() and len(text) <= 3):
+    raise BadRecord(f"the table's {phase} is no number of a frame")
+  return int(text)

@@ -1,0 +1,156 @@
+"""NIfTI volumes (.nii, .nii.gz) from sources that are not trusted: checked by their header before memory is taken.
+
+nibabel interprets the header and its scaling. Around it stands what it does not do: nibabel believes whatever size a
+header or its extensions claim, and does not notice a .nii.gz that expands beyond it.
+Format: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h
+"""
+
+import gzip
+import math
+import os
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+from nibabel.volumeutils import apply_read_scaling
+
+from mmcl_jax.data.schema import LABELS
+from mmcl_jax.errors import BadRecord
+
+MAX_SHAPE = (1024, 1024, 256, 256)  # X, Y, Z, T: beyond any cine, even one resampled to a cubic grid
+MAX_VOXELS = 2**27                  # 5 times a UK Biobank cine; 256 MiB of int16, 1 GiB of float64
+MAX_FILE_BYTES = 2**30 + 2**21      # that many float64, with header and extensions
+HEADER_BYTES = 348
+MAX_EXTENSION_BYTES = 2**20
+MAX_INTENSITY = 2**24               # float32 holds whole numbers exactly up to it
+FRAME_S = (0.001, 0.2)              # outside it the header does not mean the step of a cine: many writers leave 0 or 1
+MM = {"unknown": 1, "mm": 1, "meter": 1000, "micron": 0.001}
+SECONDS = {"unknown": 1, "sec": 1, "msec": 1e-3, "usec": 1e-6}
+
+
+class Volume(NamedTuple):
+  """`voxels` int16, uint16 or float32 [F, Z, H, W]; `spacing` mm (Z, H, W); `frame_s` seconds, NaN = not known."""
+  voxels: np.ndarray
+  spacing: tuple[float, float, float]
+  frame_s: float
+
+
+def read(path) -> Volume:
+  """Reads images of 3 axes (as one frame) or 4. Raises BadRecord, and nothing else, with the reason."""
+  voxels, header = _load(path)
+  low, high = voxels.min(), voxels.max()
+  if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
+    raise BadRecord(f"intensities from {low:g} to {high:g}; expected finite ones of at most {MAX_INTENSITY}")
+  space, time = header.get_xyzt_units()
+  zooms = [float(zoom) for zoom in header.get_zooms()]
+  x, y, z = (zoom * MM[space] for zoom in zooms[:3])
+  step = zooms[3] * SECONDS.get(time, math.nan) if len(zooms) == 4 else math.nan
+  return Volume(_plain(voxels), (z, y, x), step if FRAME_S[0] <= step <= FRAME_S[1] else math.nan)
+
+
+def read_frame(path) -> Volume:
+  """As `read`, of a file that holds one frame."""
+  volume = read(path)
+  _check_single(volume.voxels)
+  return volume
+
+
+def two_frames(ed: Volume, es: Volume) -> Volume:
+  """ED and ES from files of their own as frames 0 and 1; BadRecord where their grids differ."""
+  if ed.voxels.shape != es.voxels.shape or not np.allclose(ed.spacing, es.spacing, rtol=1e-3):
+    raise BadRecord("ED and ES differ in shape or spacing")
+  return Volume(_plain(np.concatenate([ed.voxels, es.voxels])), ed.spacing, math.nan)
+
+
+def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
+  """Reads a segmentation as uint8 [F, Z, H, W] in schema.LABELS.
+
+  `numbers` has the file's own number of each label in schema.LABELS but background, which is 0. Raises BadRecord.
+  """
+  voxels, _ = _load(path)
+  table = np.zeros(max(numbers.values()) + 1, np.uint8)
+  for name, number in numbers.items():
+    table[number] = LABELS[name]
+  low, high = voxels.min(), voxels.max()
+  if not (low >= 0 and high < len(table)):
+    raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {len(table) - 1}")
+  whole = voxels.astype(np.uint8)
+  if voxels.dtype.kind == "f" and np.any(whole != voxels):
+    raise BadRecord("labels are not whole numbers")
+  return table[whole]
+
+
+def read_frame_labels(path, numbers: dict[str, int]) -> np.ndarray:
+  """As `read_labels`, of a file that holds one frame: uint8 [Z, H, W]."""
+  labels = read_labels(path, numbers)
+  _check_single(labels)
+  return labels[0]
+
+
+def _check_single(voxels):
+  if len(voxels) != 1:
+    raise BadRecord(f"{len(voxels)} frames in a file of one frame")
+
+
+def _plain(voxels):
+  """`voxels` in the smallest of the types of Cine.images that holds them."""
+  if voxels.dtype in (np.int16, np.uint16):
+    return voxels
+  return voxels.astype(np.int16 if voxels.dtype.itemsize == 1 else np.float32)
+
+
+def _load(path):
+  """(voxels scaled by the header [F, Z, H, W], native byte order; header)."""
+  if not os.path.isfile(path):
+    raise BadRecord("no such file")
+  if os.path.getsize(path) > MAX_FILE_BYTES:
+    raise BadRecord(f"the file has {os.path.getsize(path)} bytes; expected at most {MAX_FILE_BYTES}")
+  try:
+    with open(path, "rb") as file:
+      zipped = file.read(2) == b"\x1f\x8b"
+      file.seek(0)
+      stream = gzip.GzipFile(fileobj=file) if zipped else file
+      header = _checked_header(stream.read(HEADER_BYTES))
+      shape, dtype = header.get_data_shape(), header.get_data_dtype()
+      skip = header.get_data_offset() - HEADER_BYTES
+      need = skip + math.prod(shape) * dtype.itemsize
+      body = stream.read(need + 1)  # no more, whatever the stream expands to; gzip compares its checksum at the end
+    if len(body) != need:
+      found = "more than" if len(body) > need else f"{HEADER_BYTES + len(body)} of"
+      raise BadRecord(f"the file holds {found} the {HEADER_BYTES + need} bytes that its header announces")
+    voxels = np.frombuffer(body, dtype, offset=skip).reshape(shape + (1,) * (4 - len(shape)), order="F")
+    slope, intercept = header.get_slope_inter()
+    if slope is not None:
+      voxels = apply_read_scaling(voxels, slope, intercept)
+    return voxels.T.astype(voxels.dtype.newbyteorder("="), copy=False), header
+  except BadRecord:
+    raise
+  except EOFError as error:
+    raise BadRecord("the gzip stream ends early") from error
+  except Exception as error:  # by where gzip, nibabel or NumPy stumble; their texts may hold the path
+    raise BadRecord(f"not a NIfTI file that can be read ({type(error).__name__})") from error
+
+
+def _checked_header(block):
+  """The nibabel header of a file's first HEADER_BYTES, if all that it claims is within bounds."""
+  if len(block) < HEADER_BYTES:
+    raise BadRecord(f"the file holds {len(block)} bytes; a NIfTI header has {HEADER_BYTES}")
+  header = nibabel.Nifti1Header(block, check=False)
+  if header["sizeof_hdr"] != HEADER_BYTES or header["magic"] != b"n+1":
+    raise BadRecord("not a NIfTI-1 file with its voxels in the same file")
+  shape = header.get_data_shape()
+  if len(shape) not in (3, 4) or not all(1 <= n <= most for n, most in zip(shape, MAX_SHAPE)):
+    raise BadRecord(f"the header announces {' x '.join(map(str, shape))} voxels; expected 3 or 4 axes of at most "
+                    f"{' x '.join(map(str, MAX_SHAPE))}")
+  if math.prod(shape) > MAX_VOXELS:
+    raise BadRecord(f"the header announces {math.prod(shape)} voxels; expected at most {MAX_VOXELS}")
+  dtype = header.get_data_dtype()
+  if dtype.kind not in "iuf" or dtype.itemsize > 8:
+    raise BadRecord(f"voxels of type {header.get_value_label('datatype')}; expected integers or real numbers")
+  if not all(0 < zoom < math.inf for zoom in header.get_zooms()[:3]):
+    raise BadRecord("the header's spacing is not positive")
+  if header.get_xyzt_units()[0] not in MM:
+    raise BadRecord("the header's unit of space is unknown")
+  if not 0 <= header.get_data_offset() - HEADER_BYTES <= MAX_EXTENSION_BYTES:
+    raise BadRecord(f"voxels are said to start at byte {header.get_data_offset()}")
+  return header

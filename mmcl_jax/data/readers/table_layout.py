@@ -1,0 +1,95 @@
+"""Which columns of a table of participants hold what: UK Biobank's in any of its styles, or the general form's.
+
+A slot is what one number is, of a person or of a visit. Phenotypes and diseases are slots too, named as in the
+general form.
+"""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from mmcl_jax.data import schema, ukb_fields as ukb
+from mmcl_jax.data.readers import columns
+from mmcl_jax.errors import UserError
+
+IDS = ("eid", "participant.eid", "f.eid", "participant")  # the last: the general form
+PERSON = {ukb.SEX: "sex", ukb.BIRTH_YEAR: "birth year", ukb.BIRTH_MONTH: "birth month"}
+VISIT = {ukb.AGE: "age", ukb.HEIGHT[0]: "height", ukb.WEIGHT[0]: "weight", ukb.HEIGHT[1]: "height at the scanner",
+         ukb.WEIGHT[1]: "weight at the scanner", ukb.VISIT_DATE: "date"}
+PHENOTYPES = {field: f"phenotype:{x.name}:{x.unit}" for field, x in ukb.CARDIAC.items()}
+
+
+class Layout(NamedTuple):
+  """Which columns of a file hold what."""
+  id: str
+  visit: str | None                         # of the general form
+  person: dict[str, str]                    # slot -> column
+  visits: dict[int | None, dict[str, str]]  # visit (None: in the column `visit`, or 0) -> slot -> column
+  lists: dict[int, dict[int | None, str]]   # field of an array -> array index (None: all in one cell) -> column
+
+  @property
+  def wanted(self) -> list[str]:
+    return [name for group in (self.person, *self.visits.values(), *self.lists.values()) for name in group.values()]
+
+  @property
+  def columns(self) -> list[str]:
+    return [self.id, *([self.visit] if self.visit else []), *self.wanted]
+
+
+def read(path, visits) -> Layout:
+  """Reads a file's header. `visits` as in tables.load; UserError where it has no participants or nothing wanted."""
+  names = columns.header(path)
+  ids = [name for name in names if name in IDS]
+  if len(ids) != 1:
+    raise UserError(f"{path} has {'several columns' if ids else 'no column'} of participants: {_styles(names)}; "
+                    f"expected one of {', '.join(IDS)}")
+  general = ids == ["participant"]
+  layout = Layout(ids[0], "visit" if general and "visit" in names else None, {}, {}, {})
+  for name in names:
+    group, key = (_general if general else _ukb)(layout, name, visits)
+    if group and (key in group or None in (key, *group)):
+      raise UserError(f"{path} has two columns for the same thing, the second is {name!r}; expected one")
+    if group is not None:
+      group[key] = name
+  if not layout.wanted:
+    raise UserError(f"{path} has nothing that is wanted beside participants: {_styles(names)}; expected fields such as "
+                    "24100 (LVEDV) of an imaging visit, 31, 53 or 41270 of UK Biobank, or sex, age, "
+                    "phenotype:NAME:UNIT, disease:NAME")
+  return layout
+
+
+def _ukb(layout, name, visits):
+  """(group of the layout, key) where a column of UK Biobank belongs; (None, None) where it is not wanted."""
+  column = ukb.column(name)
+  if column is None:
+    return None, None
+  if column.field in (ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES):
+    return layout.lists.setdefault(column.field, {}), column.array
+  if column.array:
+    return None, None
+  if column.field in (ukb.DEATH_CAUSE, ukb.DEATH_DATE):  # there is a second instance where a certificate was amended
+    return layout.lists.setdefault(column.field, {}), column.instance
+  if column.field in PERSON and column.instance == 0:
+    return layout.person, PERSON[column.field]
+  slot = PHENOTYPES.get(column.field) or VISIT.get(column.field)
+  if slot and column.instance in (ukb.IMAGING_VISITS if visits is None else visits):
+    return layout.visits.setdefault(column.instance, {}), slot
+  return None, None
+
+
+def _general(layout, name, visits):
+  """The same of a column of the general form."""
+  if name == "sex":
+    return layout.person, name
+  kind = name.split(":")[0]
+  if kind in ("phenotype", "disease") and not re.fullmatch(r"phenotype:[^:]+:[^:]*|disease:[^:]+", name):
+    raise UserError(f"the column {name[:80]!r} is not in form; expected phenotype:NAME:UNIT or disease:NAME")
+  if kind in ("phenotype", "disease") or name in schema.COVARIATES:
+    return layout.visits.setdefault(None, {}), name
+  return None, None
+
+
+def _styles(names):
+  """What kinds of columns there are, not their names: those of a file without a header are a participant's cells."""
+  styles = Counter(column.style if (column := ukb.column(name)) else "other" for name in names)
+  return f"{len(names)} columns (" + ", ".join(f"{times} like {style}" for style, times in styles.items()) + ")"

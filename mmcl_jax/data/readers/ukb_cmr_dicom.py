@@ -1,0 +1,416 @@
+"""UK Biobank field 20209: a zip of DICOM files and a manifest -> the short-axis cine.
+
+    manifest.csv (or manifest.cvs)   filename, patientid, studyid, date, series discription (sic), seriesid
+    *.dcm                            one image each; the series CINE_segmented_SAX_b1, b2, ... are the slices in order
+
+Slices, frames and axes are those of ukbb_cardiac's converter (https://github.com/baiwenjia/ukbb_cardiac,
+data/biobank_utils.py), so that a segmentation made from its NIfTI fits. Nothing is extracted to disk, and of each file
+only the tags in TAGS are interpreted: none of them names the participant.
+"""
+
+import csv
+import io
+import math
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import pydicom
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
+                         ImplicitVRLittleEndian)
+
+from mmcl_jax.data.readers import nifti, ukbb_cardiac
+from mmcl_jax.data.readers.cine import Cine, assemble
+from mmcl_jax.errors import BadRecord
+
+SLICE = re.compile(r"CINE_segmented_SAX_b([0-9]{1,3})")  # the whole name: ..._InlineVF and its results are not images
+MIXED = "CINE_segmented_SAX"
+MANIFESTS = ("manifest.csv", "manifest.cvs")  # the second is as common a slip as it looks
+TAGS = ["AcquisitionTime", "BitsAllocated", "CardiacNumberOfImages", "Columns", "ImageOrientationPatient",
+        "ImagePositionPatient", "InstanceNumber", "NominalInterval", "NumberOfFrames", "PixelData",
+        "PixelRepresentation", "PixelSpacing", "Rows", "SamplesPerPixel", "SeriesInstanceUID", "SeriesNumber",
+        "SliceThickness", "SpacingBetweenSlices", "TriggerTime"]
+BYTE_ORDER = {ImplicitVRLittleEndian: "<", ExplicitVRLittleEndian: "<", ExplicitVRBigEndian: ">"}
+
+MAX_MEMBERS = 4096            # a study has about 550
+MAX_DIRECTORY_BYTES = 2**20   # of the zip: 250 bytes a member
+MAX_MEMBER_BYTES = 2**22      # an image of 1024 x 1024 with a header as large
+MAX_IMAGE_BYTES = 2**28       # of all images together: nifti.MAX_VOXELS of 2 bytes
+MAX_FRAMES = nifti.MAX_SHAPE[3]
+MAX_MISSING = 2               # frames of a slice that may be filled by the one before
+SAME_SLICE_MM = 0.5           # images of one slice lie no further apart
+UNEVEN_FLAG, UNEVEN = 0.02, 0.25  # deviation of a slice distance from the median: remarked, refused
+SHIFT_FLAG_MM = 2
+TILT = 0.02                   # sine of the angle between slices that still count as parallel
+
+
+class _Image(NamedTuple):
+  """One file. `uid`, `series` and `time` tell acquisitions apart; what a file does not give is NaN, -1, "" or None."""
+  name: str                    # of the file: only for the order in which the converter takes files
+  pixels: np.ndarray           # [H, W]
+  pixel_mm: np.ndarray | None  # between rows, between columns
+  position: np.ndarray | None  # mm [3], centre of the first pixel
+  axes: np.ndarray | None      # [6], unit vectors along a row and along a column
+  distance: tuple              # (tag, mm) that tells the slice distance where positions do not; () = none
+  uid: str
+  series: float
+  time: str
+  trigger_ms: float
+  instance: float
+  beat_ms: float
+  count: float                 # frames of its slice
+
+
+def read(path, segmentation=None) -> Cine:
+  """Reads a study; pixels are as stored (uint16 or int16, no rescaling).
+
+  Args:
+    path: the zip.
+    segmentation: labels of all frames [X, Y, Z, T] by ukbb_cardiac's network (its seg_sa.nii.gz), or None.
+
+  Raises:
+    BadRecord: and nothing else, with the reason.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # pydicom quotes what it stumbles over
+      return _cine(_series(path), segmentation)
+  except BadRecord:
+    raise
+  except Exception as error:  # by where zipfile, pydicom or NumPy stumble; their texts hold file names
+    raise BadRecord(f"not a zip of DICOM files that can be read ({type(error).__name__})") from error
+
+
+# The zip
+
+
+class _Reader(io.FileIO):
+  """A file whose reads are bounded: zipfile takes the whole directory at the size that the file claims for it."""
+
+  def read(self, size=-1):
+    if (os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size) > MAX_DIRECTORY_BYTES:
+      raise BadRecord(f"the zip's directory has more than {MAX_DIRECTORY_BYTES} bytes")
+    return super().read(size)
+
+
+def _series(path):
+  """{name: its images} of the short-axis cine, in the order of slices."""
+  if not os.path.isfile(path):
+    raise BadRecord("no such file")
+  with _Reader(path) as file, zipfile.ZipFile(file) as archive:
+    members = _members(archive)
+    manifest = next((members[name] for name in MANIFESTS if name in members), None)
+    if manifest is None:
+      raise BadRecord("no manifest.csv in the zip")
+    listed = _listed(_content(archive, manifest, "the manifest").decode("utf-8-sig", "replace"))
+    wanted = _wanted(listed)
+    series, size = {}, 0
+    for name, files in wanted.items():
+      series[name] = []
+      for number, file_name in enumerate(files, 1):
+        if file_name in members:
+          where = f"file {number} of {name}"
+          data = _content(archive, members[file_name], where)
+          size += len(data)
+          if size > MAX_IMAGE_BYTES:
+            raise BadRecord(f"the images take more than {MAX_IMAGE_BYTES} bytes")
+          series[name].append(_image(file_name, data, where))
+  if absent := [name for name, images in series.items() if not images]:
+    raise BadRecord(f"no file of {absent[0]} is in the zip")
+  return series
+
+
+def _members(archive):
+  """{name: entry} of a zip in which nothing is odd."""
+  entries = archive.infolist()
+  if len(entries) > MAX_MEMBERS:
+    raise BadRecord(f"the zip has {len(entries)} members; expected at most {MAX_MEMBERS}")
+  for entry in entries:
+    path = PurePosixPath(entry.orig_filename.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.search("^[A-Za-z]:|\0", entry.orig_filename):
+      raise BadRecord("a member of the zip has a name that leads out of its folder")
+    if stat.S_ISLNK(entry.external_attr >> 16):
+      raise BadRecord("a member of the zip is a symbolic link")
+    if entry.flag_bits & 1:
+      raise BadRecord("a member of the zip is encrypted")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others expand without bound
+      raise BadRecord(f"a member of the zip is compressed by method {entry.compress_type}; expected none or deflate")
+  members = {entry.filename: entry for entry in entries}
+  if len(members) != len(entries):
+    raise BadRecord("two members of the zip have the same name")
+  return members
+
+
+def _content(archive, entry, where):
+  with archive.open(entry) as stream:
+    parts, size = [], 0
+    while part := stream.read(MAX_DIRECTORY_BYTES):  # what the directory says of its size is not believed
+      parts.append(part)
+      size += len(part)
+      if size > MAX_MEMBER_BYTES:
+        raise BadRecord(f"{where} has more than {MAX_MEMBER_BYTES} bytes")
+  return b"".join(parts)
+
+
+# The manifest
+
+
+def _listed(text):
+  """{file name: series description}."""
+  lines = [line for line in text.splitlines() if line.strip()]
+  header = [name.strip().lower() for name in next(csv.reader(lines[:1]), [])]
+  described = next((name for name in ("series discription", "series description") if name in header), None)
+  if "filename" not in header or described is None:
+    raise BadRecord("the manifest has no columns 'filename' and 'series discription'")
+  date = header.index("date") if "date" in header else None
+
+  def field(row, name):
+    """A date such as Aug 30, 2015 without quotes takes two fields: what follows it is counted from the end."""
+    at = header.index(name)
+    return row[at if date is None or at < date else at - len(header)].strip()
+
+  listed = {}
+  for number, line in enumerate(lines[1:], 2):
+    try:
+      row = next(csv.reader([line]))
+    except csv.Error as error:
+      raise BadRecord(f"line {number} of the manifest is no CSV") from error
+    if len(row) < len(header) or len(row) > len(header) + (date is not None):
+      raise BadRecord(f"line {number} of the manifest has {len(row)} fields; expected {len(header)}")
+    listed[field(row, "filename")] = field(row, described)
+  return listed
+
+
+def _wanted(listed):
+  """{series: its files} of the short-axis cine, in the order of slices."""
+  numbered = {}
+  for name, series in listed.items():
+    if match := SLICE.fullmatch(series):
+      numbered.setdefault(int(match[1]), []).append(name)
+  if numbered:
+    if missing := set(range(1, max(numbered) + 1)) - numbered.keys():
+      raise BadRecord(f"series b{min(missing)} is missing: there are {len(numbered)} slices up to b{max(numbered)}")
+    if 0 in numbered:
+      raise BadRecord("a series b0; expected the slices b1 to bN")
+    return {f"series b{number}": numbered[number] for number in sorted(numbered)}
+  if mixed := [name for name, series in listed.items() if series == MIXED]:
+    return {MIXED: mixed}
+  raise BadRecord("no short-axis cine: the manifest lists no series CINE_segmented_SAX_b1, b2, ...")
+
+
+# One image
+
+
+def _image(name, data, where):
+  if DeflatedExplicitVRLittleEndian.encode() in data:  # pydicom would inflate it before anyone can ask how far
+    raise BadRecord(f"{where} is deflated; expected an uncompressed image")
+  try:
+    tags = pydicom.dcmread(io.BytesIO(data), specific_tags=TAGS)
+    syntax = tags.file_meta.TransferSyntaxUID
+    if syntax not in BYTE_ORDER:
+      raise BadRecord(f"{where} is compressed or of an unknown transfer syntax; expected uncompressed pixels")
+    distances = ((tag, _number(tags, tag)) for tag in ("SpacingBetweenSlices", "SliceThickness"))
+    return _Image(
+        name, _pixels(tags, BYTE_ORDER[syntax], where), _vector(tags, "PixelSpacing", 2),
+        _vector(tags, "ImagePositionPatient", 3), _vector(tags, "ImageOrientationPatient", 6),
+        next((distance for distance in distances if distance[1] > 0), ()),
+        str(tags.get("SeriesInstanceUID", "")), np.nan_to_num(_number(tags, "SeriesNumber"), nan=-1),
+        str(tags.get("AcquisitionTime", "")), _number(tags, "TriggerTime"), _number(tags, "InstanceNumber"),
+        _number(tags, "NominalInterval"), _number(tags, "CardiacNumberOfImages"))
+  except BadRecord:
+    raise
+  except Exception as error:
+    raise BadRecord(f"{where} is no DICOM image that can be read ({type(error).__name__})") from error
+
+
+def _number(tags, tag):
+  value = tags.get(tag)
+  value = math.nan if value is None or value == "" else float(value)
+  return value if math.isfinite(value) else math.nan
+
+
+def _vector(tags, tag, length):
+  value = tags.get(tag)
+  vector = np.array([] if value is None else value, float)
+  return vector if vector.shape == (length,) and np.isfinite(vector).all() else None
+
+
+def _pixels(tags, order, where):
+  """[H, W], as stored, native byte order; no copy."""
+  bits, signed = tags.BitsAllocated, tags.PixelRepresentation
+  single = tags.get("SamplesPerPixel", 1) == tags.get("NumberOfFrames", 1) == 1
+  if bits not in (8, 16) or signed not in (0, 1) or not single:
+    raise BadRecord(f"{where} is not one grey image of 8 or 16 bits a pixel")
+  shape = tags.Rows, tags.Columns
+  need = shape[0] * shape[1] * bits // 8
+  if not 0 < need <= len(tags.PixelData) <= need + need % 2:
+    raise BadRecord(f"{where} holds {len(tags.PixelData)} bytes of pixels; {shape[0]} x {shape[1]} take {need}")
+  kind = "ui"[signed]
+  pixels = np.frombuffer(tags.PixelData, f"{order}{kind}{bits // 8}", shape[0] * shape[1]).reshape(shape)
+  return pixels.astype(f"{kind}2", copy=False)
+
+
+# From images to slices and frames
+
+
+def _cine(series, segmentation):
+  flags = []
+  if list(series) == [MIXED]:
+    series = _split(series[MIXED], segmentation)
+    flags.append("one series of all slices, split by their position")
+  count = _count(series, flags)
+  slices, clocks = {}, {}
+  for name, images in series.items():
+    slices[name], clocks[name] = _in_time(name, _one_acquisition(name, images, count, segmentation, flags), flags)
+  source = _source_frames(clocks, count, flags)
+  spacing = _spacing(slices, flags)
+
+  first = next(iter(slices.values()))[0].pixels
+  if any(image.pixels.shape != first.shape or image.pixels.dtype != first.dtype
+         for images in slices.values() for image in images):
+    raise BadRecord("the images differ in size or type")
+  cine = np.empty((count, len(slices), *first.shape), first.dtype)
+  for z, (name, images) in enumerate(slices.items()):
+    for frame, which in enumerate(source[name]):
+      cine[frame, z] = images[which].pixels
+  labels = None if segmentation is None else nifti.read_labels(segmentation, ukbb_cardiac.NUMBERS)
+  if labels is not None and labels.shape == cine.shape:  # its frames are the files in order, gaps closed
+    labels = np.stack([labels[which, z] for z, which in enumerate(source.values())], axis=1)
+
+  return assemble(cine, spacing, _frame_s(slices, count), labels, ukbb_cardiac.NUMBERS, flags=flags)
+
+
+def _split(images, segmentation):
+  """{name: images} of one series of all slices, by their position along the normal.
+
+  They run in the order of file names, in which the converter cuts the series into slices.
+  """
+  if any(image.position is None or image.axes is None for image in images):
+    raise BadRecord("one series of all slices, and images in it without position or orientation")
+  normal = np.cross(images[0].axes[:3], images[0].axes[3:])
+  along = {image.name: image.position @ normal for image in images}
+  slices = []
+  for image in sorted(images, key=lambda image: along[image.name]):
+    if not slices or along[image.name] - along[slices[-1][0].name] > SAME_SLICE_MM:
+      slices.append([])
+    slices[-1].append(image)
+  by_name = sorted(slices, key=lambda images: min(image.name for image in images))
+  if by_name[0] is slices[-1]:
+    slices.reverse()
+  if segmentation is not None and any(a is not b for a, b in zip(slices, by_name)):
+    raise BadRecord("one series of all slices, whose files are not in their order: the segmentation cannot be placed")
+  return {f"slice {number}": images for number, images in enumerate(slices, 1)}
+
+
+def _count(series, flags):
+  """Frames of a slice."""
+  counts = Counter(image.count for images in series.values() for image in images if image.count > 0)
+  if not counts:
+    flags.append("CardiacNumberOfImages is missing, the frames of the longest slice are counted")
+    counts = Counter(max(Counter(image.uid for image in images).values()) for images in series.values())
+    counts = {max(counts): 1}
+  count = max(counts, key=counts.get)
+  if count > MAX_FRAMES or count % 1:
+    raise BadRecord(f"CardiacNumberOfImages is {count:g}; expected at most {MAX_FRAMES}")
+  return int(count)
+
+
+def _one_acquisition(name, images, count, segmentation, flags):
+  """The images of the last acquisition that is complete."""
+  acquisitions = {}
+  for image in images:
+    acquisitions.setdefault(image.uid, []).append(image)
+  last = sorted(acquisitions.values(), key=lambda images: max((i.series, i.time, i.uid) for i in images))
+  chosen = [images for images in last if len(images) >= count - MAX_MISSING][-1:] or last[-1:]
+  images = chosen[0]
+  if len(last) > 1:
+    flags.append(f"{name} was acquired {len(last)} times, the last complete one is taken")
+    if segmentation is not None and images[0].uid != max(acquisitions):  # the converter's choice
+      raise BadRecord(f"{name} was acquired {len(last)} times, and the segmentation belongs to another than the last")
+  if not count - MAX_MISSING <= len(images) <= count:
+    raise BadRecord(f"{name} has {len(images)} images of {count} frames; at most {MAX_MISSING} may be missing")
+  return images
+
+
+def _in_time(name, images, flags):
+  """(images in the order of frames, what orders them: float, TriggerTime in ms or else InstanceNumber)."""
+  for tag in ("trigger_ms", "instance"):
+    clock = np.array([getattr(image, tag) for image in images])
+    if np.isfinite(clock).all() and len(np.unique(clock)) == len(clock):
+      if tag == "instance":
+        flags.append(f"{name} has no distinct trigger times, its frames go by InstanceNumber")
+      order = np.argsort(clock)
+      return [images[i] for i in order], clock[order]
+  raise BadRecord(f"neither TriggerTime nor InstanceNumber puts the frames of {name} in order")
+
+
+def _source_frames(clocks, count, flags):
+  """{name: int [F], the image that each frame takes}: its own; where that is missing, the one before."""
+  steps = {name: np.median(np.diff(clock)) if len(clock) > 1 else 1 for name, clock in clocks.items()}
+  starts = {name: clock[0] / steps[name] for name, clock in clocks.items()}
+  source, missing = {}, []
+  for name, clock in clocks.items():
+    if len(clock) == count:
+      source[name] = np.arange(count)
+      continue
+    at = np.rint((clock - clock[0]) / steps[name])
+    room = count - 1 - at[-1]
+    if room < 0 or not np.diff(at).all():
+      raise BadRecord(f"{name} lacks {count - len(clock)} of {count} frames, and its trigger times do not tell which")
+    at += np.clip(np.rint(starts[name] - np.median(list(starts.values()))), 0, room)  # later than the others: no first
+    source[name] = np.maximum(np.searchsorted(at, np.arange(count), side="right") - 1, 0)
+    missing.append(f"{name} ({count - len(clock)})")
+  if missing:
+    flags.append(f"missing frames filled by the one before: {', '.join(missing)}")
+  return source
+
+
+def _frame_s(slices, count):
+  """Seconds between frames, the mean of slices; NaN = not known."""
+  steps = [np.median(np.diff([image.trigger_ms for image in images])) for images in slices.values() if len(images) > 1]
+  beats = [image.beat_ms / count for images in slices.values() for image in images]
+  for times in steps, beats:
+    if known := [ms for ms in times if ms > 0]:
+      return np.mean(known) / 1000
+  return math.nan
+
+
+def _spacing(slices, flags):
+  """mm between slices, rows, columns, where the slices form a stack."""
+  images = [image for each in slices.values() for image in each]
+  pixel_mm = images[0].pixel_mm
+  if any(image.pixel_mm is None or not np.allclose(image.pixel_mm, pixel_mm, rtol=1e-3) for image in images):
+    raise BadRecord("PixelSpacing is missing or differs between images")
+  if len(slices) == 1 or any(image.position is None or image.axes is None for image in images):
+    if not images[0].distance:
+      raise BadRecord("no slice positions, no SpacingBetweenSlices, no SliceThickness")
+    tag, mm = images[0].distance
+    flags.append(f"slice distance taken from {tag}")
+    return mm, *pixel_mm
+
+  row, column = images[0].axes[:3], images[0].axes[3:]
+  if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=TILT):
+    raise BadRecord("ImageOrientationPatient is no pair of perpendicular unit vectors")
+  if any(np.abs(image.axes - images[0].axes).max() > TILT for image in images):
+    raise BadRecord("the slices are not parallel")
+  for name, each in slices.items():
+    if np.ptp([image.position for image in each], axis=0).max() > SAME_SLICE_MM:
+      raise BadRecord(f"{name} holds images of several positions")
+  normal = np.cross(row, column)
+  steps = np.diff([each[0].position for each in slices.values()], axis=0)
+  along = steps @ normal
+  mm = np.median(along)
+  found = f"slices lie {np.abs(along).min():.1f} to {np.abs(along).max():.1f} mm apart"
+  if abs(mm) < SAME_SLICE_MM or np.abs(along / mm - 1).max() > UNEVEN:
+    raise BadRecord(f"{found}, not in one direction or not evenly")
+  if np.abs(along / mm - 1).max() > UNEVEN_FLAG:
+    flags.append(found)
+  if (shift := np.linalg.norm(steps - np.outer(along, normal), axis=1).max()) > SHIFT_FLAG_MM:
+    flags.append(f"slices are shifted in their plane by up to {shift:.1f} mm from one to the next")
+  return abs(mm), *pixel_mm

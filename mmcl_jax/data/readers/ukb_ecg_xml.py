@@ -1,0 +1,155 @@
+"""UK Biobank's 12-lead resting ECG (field 20205), GE CardioSoft's "CardiologyXML", to twelve leads in mV.
+
+A file holds the strip (10 s at 500 Hz), a median beat, the full disclosure (about 27 s) and the device's measurements,
+and also who the patient is: nothing of `PatientInfo` is looked at. Samples are decimal text in units of `Resolution`.
+"""
+
+import numpy as np
+from defusedxml import DefusedXmlException, ElementTree
+
+from mmcl_jax.data.readers.recording import Recording, assemble, bad_record, lead_names, length_flags, read_bytes
+from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES
+from mmcl_jax.errors import BadRecord
+
+KIND = "a resting ECG of GE CardioSoft (.xml)"
+MAX_BYTES = 8 * 2**20   # real files: 0.3 to 2 MB
+MAX_TAGS = 50_000       # "<" in a file; a real one has hundreds to a few thousand, and each element costs memory
+MEDIAN_SAMPLES = 600    # 1.2 s
+NUMERALS = frozenset("0123456789+-., \t\r\n")
+MEASUREMENTS = {        # of RestingECGMeasurements, with units; *set: ms from the beginning of the median beat
+    "VentricularRate": "bpm", "PQInterval": "ms", "PDuration": "ms", "QRSDuration": "ms", "QTInterval": "ms",
+    "QTCInterval": "ms", "RRInterval": "ms", "PPInterval": "ms", "PAxis": "deg", "RAxis": "deg", "TAxis": "deg",
+    "QTDispersion": "ms", "POnset": "ms", "POffset": "ms", "QOnset": "ms", "QOffset": "ms", "TOffset": "ms"}
+
+
+def read(path) -> Recording:
+  """The strip: 10 s at 500 Hz. Raises BadRecord, and nothing else, with the reason."""
+  with bad_record("its strip cannot be read"):
+    root = _rest_ecg(path)
+    strip = _only(root.findall("StripData") + root.findall("Strip/StripData"), "StripData")  # both occur
+    return assemble(_leads(strip, ECG_SAMPLES), ECG_RATE_HZ)
+
+
+def read_median(path) -> tuple[np.ndarray, float]:
+  """The device's median beat, (float32 [12, T] in mV in the order of LEADS, Hz), without the zeros after LastValid.
+
+  T is at most MEDIAN_SAMPLES. Sample 0 is where the measurements' onsets and offsets count from. Raises as `read`.
+  """
+  with bad_record("its median beat cannot be read"):
+    median = _only(_rest_ecg(path).findall("RestingECGMeasurements/MedianSamples"), "MedianSamples")
+    total, last = (_number(median, name) for name in ("ChannelSampleCountTotal", "LastValid"))
+    if not 0 < last < total <= MEDIAN_SAMPLES:
+      raise BadRecord(f"its median beat has {total:g} samples, the last valid one at {last:g}; expected at most "
+                      f"{MEDIAN_SAMPLES}, the last valid one among them")
+    leads = {name: lead[:int(last) + 1] for name, lead in _leads(median, total).items()}
+    return assemble(leads, ECG_RATE_HZ).ecg_mv, float(ECG_RATE_HZ)
+
+
+def read_full_disclosure(path) -> Recording:
+  """All that was recorded, about 27 s: blocks of one second, each of which holds one lead after the other.
+
+  Raises as `read`.
+  """
+  with bad_record("its full disclosure cannot be read"):
+    full = _only(_rest_ecg(path).findall("FullDisclosure"), "FullDisclosure")
+    names = (full.findtext("LeadOrder") or "").replace(",", " ").split()
+    if len(names) != _number(full, "NumberOfChannels"):
+      raise BadRecord(f"its full disclosure names {len(names)} leads, not as many as it has channels")
+    data = _only(full.findall("FullDisclosureData"), "FullDisclosureData")
+    text = (data.text or "") + "".join(child.tail or "" for child in data)  # SampleCountTotal stands among the samples
+    samples = _samples(text, "of its full disclosure") * _mv_per_lsb(full)
+    block = len(names) * ECG_RATE_HZ
+    _agree(data, "SampleCountTotal", len(samples))
+    if len(samples) % block:
+      raise BadRecord(f"its full disclosure has {len(samples)} samples; expected a multiple of {block}")
+    blocks = samples.reshape(-1, len(names), ECG_RATE_HZ)
+    leads = {lead: blocks[:, place].ravel() for lead, place in lead_names(names).items()}
+    return assemble(leads, ECG_RATE_HZ, length_flags(len(samples) // len(names), ECG_RATE_HZ))
+
+
+def measurements(path) -> dict[str, float]:
+  """What the device measured: all of MEASUREMENTS, in their units; NaN where it gave no number. Raises as `read`."""
+  with bad_record("its measurements cannot be read"):
+    root = _rest_ecg(path)
+    return {name: _float(root.findtext(f"RestingECGMeasurements/{name}")) for name in MEASUREMENTS}
+
+
+def _rest_ecg(path):
+  """The root element of a resting ECG; documents that could make the parser read or build anything else are refused."""
+  data = read_bytes(path, MAX_BYTES, KIND)
+  if data.count(b"<") > MAX_TAGS:
+    raise BadRecord(f"XML of more than {MAX_TAGS} tags; expected {KIND}")
+  try:
+    root = ElementTree.fromstring(data, forbid_dtd=True)
+  except ElementTree.ParseError as error:
+    raise BadRecord(f"not well-formed XML from line {error.position[0]} on; expected {KIND}") from error
+  except DefusedXmlException as error:
+    raise BadRecord(f"XML with a document type or entities, which are not read; expected {KIND}") from error
+  if root.tag != "CardiologyXML":
+    raise BadRecord(f"XML of another kind, its root is not CardiologyXML; expected {KIND}")
+  if (root.findtext("ObservationType") or "").strip() != "RestECG":
+    raise BadRecord(f"its ObservationType is not RestECG (an exercise ECG?); expected {KIND}")
+  return root
+
+
+def _leads(element, length):
+  """{lead: float64 [length] in mV} of an element's WaveformData."""
+  scale = _mv_per_lsb(element)
+  waves = element.findall("WaveformData")
+  _agree(element, "NumberOfLeads", len(waves))
+  _agree(element, "ChannelSampleCountTotal", length)
+  leads = {}
+  for lead, place in lead_names(wave.get("lead") for wave in waves).items():
+    leads[lead] = scale * _samples(waves[place].text or "", f"of lead {lead}")
+    if len(leads[lead]) != length:
+      raise BadRecord(f"lead {lead} has {len(leads[lead])} samples; expected {length:g}")
+  return leads
+
+
+def _mv_per_lsb(element):
+  """mV in a sample's unit; the sampling rate is checked on the way."""
+  if (rate := _number(element, "SampleRate")) != ECG_RATE_HZ:
+    raise BadRecord(f"sampled at {rate:g} Hz; expected {ECG_RATE_HZ}")
+  unit = element.find("Resolution")
+  if unit is None or unit.get("units", "").lower() != "uvperlsb":
+    raise BadRecord("its Resolution is not in uVperLsb: its voltage is not calibrated")
+  if not (resolution := _number(element, "Resolution")) > 0:
+    raise BadRecord(f"its Resolution is {resolution:g} uVperLsb; expected it positive")
+  return resolution / 1000
+
+
+def _samples(text, where):
+  """float64 [T] of decimal numbers between commas."""
+  if not NUMERALS.issuperset(text):
+    raise BadRecord(f"a sample {where} is not a number")
+  try:
+    return np.array(text.rstrip(", \t\r\n").split(","), np.float64)
+  except ValueError:
+    raise BadRecord(f"a sample {where} is missing or not a number") from None
+
+
+def _agree(element, name, found):
+  """Where a count is stated at all, it must be what was found: else the file is cut or altered."""
+  if element.find(name) is not None and (stated := _number(element, name)) != found:
+    raise BadRecord(f"its {name} is {stated:g}; found or expected {found:g}")
+
+
+def _number(element, name):
+  if not np.isfinite(number := _float(element.findtext(name))):
+    raise BadRecord(f"its {name} is missing or not a number")
+  return number
+
+
+def _float(text):
+  """The finite number that a text is, otherwise NaN."""
+  try:
+    number = float(text)
+  except (TypeError, ValueError):
+    return np.nan
+  return number if np.isfinite(number) else np.nan
+
+
+def _only(elements, name):
+  if len(elements) != 1:
+    raise BadRecord(f"it has {len(elements)} {name}; expected one")
+  return elements[0]

@@ -1,0 +1,88 @@
+"""What is said of a person -> the labels of a record: diseases, sex, age, height and weight; NaN = not known.
+
+What ECG statements say of diseases stands in mmcl_jax/data/statements.toml, ICD-10 codes in .../diseases.toml.
+"""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+
+from mmcl_jax.data import schema
+from mmcl_jax.data.readers.tables import COVARIATE_LIMITS
+
+STATEMENTS = tomllib.loads((Path(__file__).parents[1] / "statements.toml").read_text())
+LIKELY = 50      # %; a statement of PTB-XL with a smaller likelihood ("cannot be excluded") decides nothing
+MAX_CELL = 5000  # characters of a cell that is parsed: those of the real tables have some hundred
+SEX = {"m": 1.0, "male": 1.0, "f": 0.0, "female": 0.0}
+
+
+def diseases(known: dict[str, float], names) -> np.ndarray:
+  """float32 [C] in the order of `names`."""
+  return np.array([known.get(name, np.nan) for name in names], np.float32)
+
+
+def covariates(sex=np.nan, **measured) -> np.ndarray:
+  """float32 [V] of numbers or texts; `sex` is 1, 0 or a name in SEX. NaN where it is neither a number nor plausible."""
+  known = {"sex": SEX.get(sex.lower(), np.nan) if isinstance(sex, str) else sex}
+  for name, (_, low, high) in COVARIATE_LIMITS.items():
+    value = number(measured.get(name, np.nan))
+    known[name] = value if low <= value <= high else np.nan
+  return np.array([known[name] for name in schema.COVARIATES], np.float32)
+
+
+def scp(stated: dict[str, float]) -> dict[str, float]:
+  """{disease: 1, 0 or NaN} of {SCP-ECG statement: likelihood in %, 0 = none given}."""
+  doubtful = {code for code, likelihood in stated.items() if 0 < likelihood < LIKELY}
+  return _stated(stated.keys() - doubtful, doubtful, STATEMENTS["scp"])
+
+
+def snomed(stated: set[str], record: str) -> dict[str, float]:
+  """{disease: 1, 0 or NaN} of the SNOMED CT codes of a CinC challenge's record of that name."""
+  known = _stated(stated, set(), STATEMENTS["snomed"])
+  silent = {disease for disease, codes in STATEMENTS["snomed"].items()
+            if any(re.fullmatch(pattern, record) for pattern in codes["silent_in"])}
+  return {disease: np.nan if x == 0 and disease in silent else x for disease, x in known.items()}
+
+
+def icd(hospital: list[str], either: list[str], codes) -> dict[str, float]:
+  """{disease: 1, 0 or NaN} of ICD-10 codes; an emergency department's few can confirm a disease, not exclude it.
+
+  Args:
+    hospital: of a hospital stay, empty where there was none.
+    either: of the stay or of the emergency department.
+    codes: as of ukb_fields.disease_codes.
+  """
+  given = [code.replace(".", "").upper() for code in hospital + either]
+  present = {disease for disease, ranges in codes.items() for first, last in ranges
+             if any(first <= code[:len(first)] <= last for code in given)}
+  return {disease: 1.0 if disease in present else 0.0 if hospital else np.nan for disease in codes}
+
+
+def literal(text: str, kind: type) -> dict | list | None:
+  """A dict {text: number} or a list of texts, written as in Python; None where it is not one. Nothing is run."""
+  if not text:
+    return kind()
+  try:
+    value = ast.literal_eval(text) if len(text) <= MAX_CELL else None
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    return None
+  if not isinstance(value, kind) or not all(isinstance(x, str) for x in value):
+    return None
+  return value if kind is list or all(isinstance(x, (int, float)) for x in value.values()) else None
+
+
+def number(text) -> float:
+  try:
+    return float(text)
+  except ValueError:
+    return np.nan
+
+
+def _stated(certain, doubtful, vocabulary):
+  """{disease: 1, 0 or NaN} of sets of statements, by a section of statements.toml; nothing where nothing is stated."""
+  return {disease: 1.0 if certain & set(codes["present"]) else
+          np.nan if certain & set(codes["unclear"]) or doubtful & {*codes["present"], *codes["unclear"]} else 0.0
+          for disease, codes in vocabulary.items() if certain or doubtful}
