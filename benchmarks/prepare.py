@@ -2,7 +2,7 @@
 
     python benchmarks/prepare.py --subjects=1000 --frames=10 --out=study/prepare
 
-Takes about TIME on 2 CPU cores and 3 GB of disk. Writes raw files of synthetic hearts as UK Biobank gives them
+Takes about 12 minutes on 2 CPU cores and 3 GB of disk. Writes raw files of synthetic hearts as UK Biobank gives them
 (tests/raw_ukb.py; the first subjects each have a fault), makes cohorts of a quarter, a half and all of the subjects,
 and holds every one against the truth with the checks of tests/test_raw_ukb.py. Then times each reader on one core.
 Run again, it goes on; ends with OUT/results.json and tables. Real samples beside the repository (../shared/realdata)
@@ -37,11 +37,27 @@ from mmcl_jax.data.sources import ukb
 REAL = ROOT.parent / "shared" / "realdata"
 SECONDS = 10   # each reader is timed, at least
 NIFTI = 16     # folders written for the timing of NIfTI
-# The program, then the peak memory of its own process and of its largest worker.
-MEASURED = """import resource, sys
+# The program, then the peak memory of its own process and of its largest worker; what getrusage says of a process began
+# with that of the process which started it.
+MEASURED = """import pathlib, sys, threading, time
 from mmcl_jax import prepare
+
+def peak(process):
+  return int(pathlib.Path("/proc", process, "status").read_text().partition("VmHWM:")[2].split()[0])
+
+def watch():
+  while True:
+    for process in [p for task in pathlib.Path("/proc/self/task").glob("*/children") for p in task.read_text().split()]:
+      try:
+        workers.append(peak(process))
+      except (OSError, IndexError):  # it has just ended
+        pass
+    time.sleep(0.2)
+
+workers = [0]
+threading.Thread(target=watch, daemon=True).start()
 prepare.main(sys.argv[1:])
-print("peak KiB", *(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"""
+print("peak KiB", peak("self"), max(workers))"""
 
 
 def main():

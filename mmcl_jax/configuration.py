@@ -65,7 +65,8 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
     return
   kept, now = flatten(load(workdir).to_dict()), flatten(json.loads(config.to_json()))
   differing = [f"{key} was {kept.get(key)!r}, now {now.get(key)!r}" for key in sorted(kept.keys() | now.keys())
-               if kept.get(key) != now.get(key) and key.split(".")[0] not in FREE]
+               if kept.get(key) != now.get(key) and key.split(".")[0] not in FREE
+               and (key in kept or now[key])]  # a key that came with a later version, and is off, changes nothing
   if differing:
     raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
                     f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "

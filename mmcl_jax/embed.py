@@ -115,6 +115,9 @@ def embed(encoder, paths, batch):
     except BadRecord as error:
       row.update(status="rejected", reason=" ".join(str(error).split()))
       continue
+    except (OSError, MemoryError) as error:
+      row.update(status="rejected", reason=f"could not be read now ({getattr(error, 'strerror', '') or type(error).__name__})")
+      continue
     row["flags"] = "; ".join(recording.flags)
     waiting.append((row, signal))
     if len(waiting) == batch:

@@ -1,5 +1,9 @@
 """The two errors a user meets. Both carry one line: what was found, where, what was expected, what to do."""
 
+import errno
+
+OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+
 
 class UserError(Exception):
   """Something the user can put right; the programs print it as one line and exit with 2."""
@@ -7,3 +11,13 @@ class UserError(Exception):
 
 class BadRecord(ValueError):
   """One recording or study that cannot be read; a batch of records goes on without it and reports the reason."""
+
+
+def is_environment(error: BaseException) -> bool:
+  """Whether a disk, a network or memory failed, which may go well another time: no reason to leave a person out.
+
+  OSErrors that tell of a path (OF_A_PATH), and those without errno, such as gzip's, tell of the file instead.
+  """
+  if isinstance(error, OSError):
+    return error.errno is not None and error.errno not in OF_A_PATH
+  return isinstance(error, MemoryError)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mmcl_jax.data import cohort as cohort_room, pipeline, schema
+from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import diseases, embeddings, figures, phenotypes, report, retrieval
 from mmcl_jax.training import metrics, restore, steps
@@ -42,10 +43,13 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if cohort_path is None and cohort.fingerprint != run.manifest["cohort"]:
     raise UserError(f"{cohort.path} is no longer the cohort that step {run.step} was trained on; name the one to evaluate "
                     "on with --cohort=DIR")
-  if lacking := [what for what in ("phenotypes", *schema.SPLITS) if not cohort.info.get(what, cohort.info["counts"].get(what))]:
-    raise UserError(f"the cohort {cohort.path} has no {', '.join(lacking)}; evaluation fits on train, chooses on val and "
-                    "scores phenotypes on test: name another one with --cohort")
-  has_cmr = bool(run.config.model.cmr.size) and all(view in cohort.info["shapes"] for view in run.config.data.views)
+  lacking = [f"ECG in {split}" for split in schema.SPLITS if not cohort.info["with_ecg"][split]]
+  lacking += ["phenotypes"] * (not cohort.info["phenotypes"])
+  if lacking:
+    raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
+                    "phenotypes on test: name another one with --cohort")
+  has_cmr = (bool(run.config.model.cmr.size) and cohort.info["with_cmr"]["test"] > 0
+             and all(view in cohort.info["shapes"] for view in run.config.data.views))
 
   with jax.set_mesh(run.mesh):
     features = embed_splits(run, cohort, batch, views=tuple(run.config.data.views) if has_cmr else ())
@@ -102,10 +106,10 @@ def reconstruction(run, cohort, batch: int) -> dict:
     keys = steps.sample_keys(run.config.seed, rows["index"])
     return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, method="reconstruct")
 
-  rows = next(pipeline.one_pass(cohort.splits["test"], batch=1))
+  rows = next(rows for rows in pipeline.one_pass(cohort.splits["test"], batch=1) if rows["has_ecg"][0])
   ecg, outputs = jax.device_get(jax.jit(rebuild)(run.state.variables, rows))
   return {"ecg": ecg[0], "rebuilt": outputs["reconstruction"][0], "mask": outputs["patch_mask"][0],
-          "patch": run.config.model.ecg.patch}
+          "patch": run.config.model.ecg.patch, "rate_hz": preprocess_ecg.rate_hz(run.config.data.ecg_profile)}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ Interrupted, the same command goes on where it stopped. docs/your_data.md tells 
 import argparse
 import csv
 import functools
+import hashlib
 import importlib
 import io
 import os
 import pathlib
+import re
 import secrets
 import sys
 import types
@@ -22,6 +24,7 @@ import numpy as np
 
 from mmcl_jax.data import cohort as cohort_room, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
+from mmcl_jax.data.sources import synthetic
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import phenotypes, quality, statistics
 
@@ -35,17 +38,20 @@ SOURCES = {  # name -> where its plan is, what it reads
     "mmcl_pt": (f"{ROOM}.mmcl_pt:plan", "torch files of the MMCL reference project, read without torch"),
     "synthetic": (f"{ROOM}.synthetic:plan", "hearts with known phenotypes"),
 }
+EVERY_SOURCE = {"source", "more", "out", "private", "processes", "beam"}  # flags that no source needs to know; others: TAKES
 
 
 def main(argv):
   args = parse(argv)
   shares = fractions(args.split)
-  plan_of = find_source(args.source)
+  cohort_room.check_out(args.out)
+  plan_of = find_source(args)
   if args.source == "synthetic":
     plan = plan_of(args)
   else:
-    identities = Identities(args.private or f"{args.out.rstrip('/')}.private")
+    identities = Identities(args.private or f"{args.out.rstrip('/')}.private", args.out)
     plan = plan_of(args, identities.identify)
+    plan = plan._replace(info=plan.info | {"salt_tag": identities.tag})
     identities.save()
   for step, count in plan.steps.items():
     print(f"{count:8d}  {step}")
@@ -64,7 +70,7 @@ def main(argv):
 def report(folder, cohort, outcome):
   quality.write(folder, cohort, outcome)
   print(f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, {len(outcome.rejected)} rejected: "
-        f"see quality.html")
+        "see quality.html in the cohort")
 
 
 def parse(argv):
@@ -80,6 +86,8 @@ def parse(argv):
   parser.add_argument("--withdrawn", metavar="FILE", help="ids of participants who have withdrawn, one a line")
   parser.add_argument("--diseases", default="any", choices=("any", "prevalent", "incident"),
                       help="which diagnoses count, by their date against the visit (default %(default)s)")
+  parser.add_argument("--censored", metavar="YYYY-MM-DD", help="end of follow-up (default: the last diagnosis or death in the "
+                      "tables)")
   parser.add_argument("--codes", metavar="FILE", help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
   parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
   parser.add_argument("--private", metavar="DIR", help="folder of the salt and of the table from hashes to participants; "
@@ -99,6 +107,7 @@ def parse(argv):
   parser.add_argument("more", nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
   args.input += args.more
+  args.given = {name for name, value in vars(args).items() if value != parser.get_default(name) and value != []}
   args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
   if min(args.slices, args.size, args.processes) < 1 or args.frames < 0 or not 0 < args.pixel_mm < 100:
     raise UserError(f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} --frames={args.frames} "
@@ -108,20 +117,26 @@ def parse(argv):
   return args
 
 
-def find_source(name: str):
-  """The `plan` function of a source's name or of my_module:plan."""
+def find_source(args):
+  """The `plan` function of a source's name or of my_module:plan; a flag that the source has no use for is a mistake."""
+  name = args.source
   module, found, function = SOURCES.get(name, (name,))[0].partition(":")
   if not found:
     raise UserError(f"no source {name!r}; expected one of {', '.join(SOURCES)} or my_module:plan")
   sys.path.append(os.getcwd())  # where a module of the user's own is
   try:
-    return getattr(importlib.import_module(module), function)
+    source = importlib.import_module(module)
+    plan = getattr(source, function)
   except ModuleNotFoundError as error:
     if error.name != module:
       raise
     raise UserError(f"source {name}: no module {module}; expected it in the current folder or on PYTHONPATH") from None
   except AttributeError:
     raise UserError(f"source {name}: the module {module} has no {function}") from None
+  if useless := args.given - set(getattr(source, "TAKES", args.given)) - EVERY_SOURCE:
+    raise UserError(f"source {name} has no use for {', '.join('--' + flag.replace('_', '-') for flag in sorted(useless))}; it takes "
+                    f"{', '.join('--' + flag.replace('_', '-') for flag in source.TAKES)}")
+  return plan
 
 
 def fractions(text: str) -> tuple[float, float, float]:
@@ -137,22 +152,27 @@ def fractions(text: str) -> tuple[float, float, float]:
 class Identities:
   """Salted hashes of participants, and who they are, in a folder that only its owner can read.
 
-  The salt decides hashes and splits, so a cohort that grows keeps both if it is prepared with the same folder.
+  The salt decides hashes and splits, so a cohort that grows keeps both if it is prepared with the same folder. Nothing is
+  written before `save`.
   """
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str, out: str):
     self.folder, self.known = pathlib.Path(folder), {}
-    salt = self.folder / "salt"
+    if pathlib.Path(out).resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
+      raise UserError(f"--private={folder} lies in --out={out}; expected another place, for a cohort may be given away")
+    file = self.folder / "salt"
     try:
-      self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-      if not salt.exists():
-        write_private(salt, secrets.token_hex(32) + "\n")
-        print(f"made a new salt: keep {self.folder} to yourself, and give it as --private when this cohort grows")
-      self.salt = bytes.fromhex(salt.read_text().strip())
-    except ValueError:
-      raise UserError(f"{salt} is not a salt; expected 64 hexadecimal digits: give the folder that was made with it") from None
-    except OSError as error:
-      raise UserError(f"cannot use --private={self.folder}: {error.strerror}") from None
+      text = file.read_text().strip() if file.exists() else secrets.token_hex(32)
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f"cannot read {file} ({error})") from None
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+      raise UserError(f"{file} is not a salt; expected 64 hexadecimal digits: give the folder that was made with it")
+    self.salt = bytes.fromhex(text)
+
+  @property
+  def tag(self) -> str:
+    """Tells whether two cohorts have the same salt, and nothing of the salt."""
+    return hashlib.blake2b(b"tag of a salt", key=self.salt, digest_size=8).hexdigest()
 
   def identify(self, participant: str) -> np.ndarray:
     """uint32 [2]"""
@@ -160,16 +180,24 @@ class Identities:
     return self.known[participant]
 
   def save(self):
-    """Adds to participants.csv whom this run has met."""
-    file = self.folder / "participants.csv"
-    rows = {}
-    if file.exists():
-      with open(file, newline="") as f:
-        rows = dict(list(csv.reader(f))[1:])
-    rows |= {f"{int(h[1]):08x}{int(h[0]):08x}": participant for participant, h in self.known.items()}
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("hash", "participant"), *sorted(rows.items())])
-    write_private(file, text.getvalue())
+    """Writes the salt, if it is new, and adds to participants.csv whom this run has met."""
+    file, rows = self.folder / "participants.csv", {}
+    try:
+      self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      if not (self.folder / "salt").exists():
+        write_private(self.folder / "salt", self.salt.hex() + "\n")
+        print(f"made a new salt: keep {self.folder} to yourself, and give it as --private when this cohort grows")
+      if file.exists():
+        with open(file, newline="") as f:
+          rows = {name: participant for name, participant in list(csv.reader(f))[1:]}
+      rows |= {f"{int(h[1]):08x}{int(h[0]):08x}": participant for participant, h in self.known.items()}
+      text = io.StringIO()
+      csv.writer(text, lineterminator="\n").writerows([("hash", "participant"), *sorted(rows.items())])
+      write_private(file, text.getvalue())
+    except OSError as error:
+      raise UserError(f"cannot write to --private={self.folder}: {error.strerror}") from None
+    except ValueError:
+      raise UserError(f"{file} is not a table of hash,participant; expected the one that was made with this salt") from None
 
 
 def write_private(file: pathlib.Path, text: str):
@@ -183,7 +211,7 @@ def write_private(file: pathlib.Path, text: str):
 
 def prepare_synthetic(out: str, subjects: int, seed: int, shares, profile: str, processes: int) -> cohort_room.Cohort:
   """Writes a synthetic cohort to the folder `out`."""
-  plan = find_source("synthetic")(types.SimpleNamespace(subjects=subjects, seed=seed))
+  plan = synthetic.plan(types.SimpleNamespace(subjects=subjects, seed=seed))
   return cohort_room.build(out, plan, shares=shares, profile=profile, processes=processes, report=quality.write)
 
 

@@ -37,7 +37,7 @@ def train(config, workdir: str):
   mesh = parallel.make_mesh(**config.mesh)
   parallel.check_batch(config.batch, mesh)
   cohort = cohort_room.load(config.data.cohort)
-  others = [(cohort_room.load(path), share) for path, share in config.data.mix]
+  others = load_mix(config.data.mix)
   check_cohorts(cohort, others, config)
   objectives = objective_room.build(config.objectives)
   model = pretrainer.build(config.model, config.data.samples)
@@ -48,7 +48,7 @@ def train(config, workdir: str):
     tx = state_room.optimizer(config)
     batch_of = lambda start: pipeline.train_batches(
         cohort.splits["train"], seed=config.seed, batch=config.batch, views=tuple(config.data.views), start_step=start,
-        host=jax.process_index(), hosts=jax.process_count(), mix=mixed(cohort, others), **config.loader)
+        host=jax.process_index(), hosts=jax.process_count(), mix=mixed(cohort, others, tuple(config.data.views)), **config.loader)
     example = step_room.example(config, cohort.info["shapes"], config.batch)
     state, where = state_room.create(model, tx, example, config.seed, mesh, config.sharding)
     step_room.check_outputs(model, objectives, example, state)
@@ -119,6 +119,14 @@ def train(config, workdir: str):
   return state
 
 
+def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
+  """The cohorts of config.data.mix with their shares."""
+  pairs = [tuple(pair) if isinstance(pair, (tuple, list)) else () for pair in mix] if isinstance(mix, (tuple, list)) else [()]
+  if not all(len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], (int, float)) for pair in pairs):
+    raise UserError(f"config.data.mix is {mix!r}; expected pairs of a cohort and its share, such as (('ptbxl', 0.3),)")
+  return [(cohort_room.load(path), share) for path, share in pairs]
+
+
 def check_cohorts(cohort, others, config):
   """The cohorts must have been prepared the way the config says, and alike."""
   for one, _ in [(cohort, 1), *others]:
@@ -131,10 +139,18 @@ def check_cohorts(cohort, others, config):
                       f"{cohort.info['shapes']['ecg']}; expected the same")
     if not one.splits["train"]:
       raise UserError(f"the cohort {one.path} has no train split; prepare it with a --split whose first share is not 0")
+    if not one.info["with_ecg"]["train"]:
+      raise UserError(f"the cohort {one.path} has no ECG to train on; prepare it with ECG")
+    if units := [name for name, unit in one.info["phenotypes"].items() if cohort.info["phenotypes"].get(name, unit) != unit]:
+      raise UserError(f"{', '.join(units)} of {one.path} and {cohort.path} have different units; prepare them alike")
     if clash := [v for v in config.data.views if v in one.info["shapes"] and v in cohort.info["shapes"]
                  and one.info["shapes"][v] != cohort.info["shapes"][v]]:
       raise UserError(f"{', '.join(clash)} of {one.path} and {cohort.path} differ in shape; prepare them with the same "
                       "--slices, --size and --frames")
+  if config.data.views and not cohort.info["with_cmr"]["train"]:
+    raise UserError(f"the cohort {cohort.path} has no CMR to train on; take a recipe without CMR towers "
+                    "(configs/joint.py:demo,arm=mae) or a cohort of pairs, into which this one is mixed by config.data.mix")
+  check_splits(cohort, others)
   shares = [share for _, share in others]
   if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
     raise UserError(f"config.data.mix has the shares {shares}; expected each in (0, 1), and less than 1 together")
@@ -151,9 +167,22 @@ def check_cohorts(cohort, others, config):
     raise UserError(f"config.data.samples is {config.data.samples}; the cohort's recordings have {length} samples")
 
 
-def mixed(cohort, others) -> list[pipeline.Mixed]:
+def check_splits(cohort, others):
+  """Nobody who is held out in the first cohort may come back to train through another one."""
+  for other, _ in others:
+    if other.info["source"] == cohort.info["source"] and other.info.get("salt_tag") != cohort.info.get("salt_tag"):
+      raise UserError(f"{other.path} and {cohort.path} are both of {cohort.info['source']} and were prepared with different salts, so "
+                      "people held out in one may train in the other unseen; prepare both with the same --private")
+    held_out, trained = cohort_room.subjects(cohort), cohort_room.subjects(other)["train"]
+    held_out = {row.tobytes() for split in ("val", "test") for row in held_out[split]}
+    if both := len({row.tobytes() for row in trained} & held_out):
+      raise UserError(f"{both} people in the train split of {other.path} are held out in {cohort.path}; prepare both with the same "
+                      "--private and the same --split")
+
+
+def mixed(cohort, others, views) -> list[pipeline.Mixed]:
   first = cohort.splits["train"][0]
-  return [pipeline.Mixed(other.splits["train"], share, pipeline.conforming(other.info, cohort.info, first))
+  return [pipeline.Mixed(other.splits["train"], share, pipeline.conforming(other.info, cohort.info, first, views))
           for other, share in others]
 
 

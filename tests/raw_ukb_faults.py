@@ -323,7 +323,7 @@ FAULTS = (
     Fault("withdrawn, a number", withdraw_number, "withdrawn", lost=True),
     Fault("files of other fields", other_field),
     Fault("withdrawn, a word", withdraw, "withdrawn", lost=True),
-    Fault("in no table", in_no_table),
+    Fault("in no table", in_no_table, "this visit is not in the tables"),
     Fault("contradicting rows", contradiction, "two rows of one participant disagree", lost=True),
     Fault("LVEF of 140 %", in_row("phenotypes", **{"24103-2.0": 140}), "in the tables: LVEF: outside"),
     Fault("garbage for a date of diagnosis", bad_diagnosis_date, "in the tables: 41280: not a date"),

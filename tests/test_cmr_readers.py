@@ -414,7 +414,9 @@ def test_nifti_nan_truncation_and_folders(tmp_path):
     rejects(nifti.read, path, "ends early")
   path.write_bytes(whole[:-8] + bytes(8))  # its checksum
   rejects(nifti.read, path, "BadGzipFile")
-  rejects(nifti.read, tmp_path, "no such file")
+  rejects(nifti.read, tmp_path, "a folder")
+  (tmp_path / "link.nii.gz").symlink_to(path)
+  rejects(nifti.read, tmp_path / "link.nii.gz", "a symbolic link")
   rejects(nifti.read, tmp_path / "none.nii.gz", "no such file")
 
 
@@ -731,7 +733,7 @@ def test_files_that_are_no_zip(tmp_path, plain):
   for data in (b"", b"PK", whole[:-30], whole[: len(whole) // 2], whole[1000:], bytes(1000)):
     path.write_bytes(data)
     rejects(ukb_cmr_dicom.read, path, "zip")
-  rejects(ukb_cmr_dicom.read, tmp_path, "no such file")
+  rejects(ukb_cmr_dicom.read, tmp_path, "a folder")
   rejects(ukb_cmr_dicom.read, pack(path, plain[0], plain[1], "list.csv"), "manifest")
   huge = [*plain[0], "x" * ukb_cmr_dicom.MAX_MEMBER_BYTES]
   rejects(ukb_cmr_dicom.read, pack(path, huge, plain[1]), "the manifest has more than")

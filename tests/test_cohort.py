@@ -109,7 +109,12 @@ def test_two_processes_and_an_interruption_change_nothing(built, tmp_path):
   again = build(tmp_path / "c", plan(), processes=2, report=keep_times)
   assert set(done.values()) <= renamed.keys()  # not written anew
   assert again.fingerprint == built[0].fingerprint and again.info["counts"] == built[0].info["counts"]
-  assert sorted(os.listdir(tmp_path)) == ["c"] and sorted(os.listdir(tmp_path / "c")) == ["cohort.json", "ecg_cmr"]
+  assert sorted(os.listdir(tmp_path)) == ["c"] and sorted(os.listdir(tmp_path / "c")) == [
+      "cohort.json", "ecg_cmr", "subjects.npz"]
+
+
+def read_from(where, item):
+  return read(item)
 
 
 def test_another_plan_does_not_go_on_from_a_beginning(tmp_path):
@@ -118,8 +123,10 @@ def test_another_plan_does_not_go_on_from_a_beginning(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     build(tmp_path / "c", plan(), run=stop)
-  with pytest.raises(UserError, match="begun with other inputs"):
-    build(tmp_path / "c", plan(n=219))
+  other_values = [item._replace(key=item.key + 1000) for item in plan().items]  # same people, another table or folder
+  for other in (plan(n=219), plan(items=other_values), plan(read=functools.partial(read_from, "elsewhere"))):
+    with pytest.raises(UserError, match="begun with other inputs"):
+      build(tmp_path / "c", other)
 
 
 def test_a_single_changed_sample_changes_the_fingerprint(tmp_path, built):
@@ -162,7 +169,30 @@ def all_bad(item):
   raise BadRecord("not an ECG")
 
 
+def with_nan(item):
+  found = record(item.key)
+  found["ecg"][2, 7] = np.nan
+  return (found, ()) if item.key % 3 == 0 else read(item)
+
+
+def test_an_ecg_that_is_not_finite_is_no_record(tmp_path):
+  seen = []
+  cohort = build(tmp_path / "c", plan(60, read=with_nan), report=lambda folder, cohort, outcome: seen.append(outcome))
+  assert sum(entry["reason"] == "1 samples of the ECG are not finite" for entry in seen[0].rejected) == 20
+  assert all(np.isfinite(r["ecg_scale"]) and r["phenotypes"][0] % 3 for source in cohort.splits.values() for r in source)
+
+
+def short(item):
+  return record(item.key) | {"ecg": np.zeros((12, 4000), np.float32)}, ()
+
+
+def one_more(item):
+  return record(item.key) | {"diseases": np.zeros(1, np.float32)}, ()
+
+
 @pytest.mark.parametrize("changes, message", [
+    (dict(read=short, info=plan().info | {"ecg_is_normalised": False}), r"ECG of shape \[12, 4000\]; expected \[12, 5000\]"),
+    (dict(read=one_more), r"diseases of shape \[1\] and names 0"),
     (dict(read=all_bad), "none of the first 30 records.*not an ECG"),
     (dict(items=[]), "would hold no subject"),
     (dict(items=plan(2).items * 2), "planned twice"),
@@ -193,11 +223,32 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
   assert os.listdir(tmp_path) == ["c"]
 
 
+@pytest.mark.parametrize("out", ["{tmp}/link", "."])
+def test_a_name_that_a_cohort_cannot_get_is_refused_before_the_work(tmp_path, monkeypatch, out):
+  (tmp_path / "there").mkdir()
+  (tmp_path / "link").symlink_to(tmp_path / "there")
+  monkeypatch.chdir(tmp_path / "there")
+  with pytest.raises(UserError, match="expected the name of a new folder"):
+    build(out.format(tmp=tmp_path), plan(30))
+
+
+def test_a_cohort_tells_who_is_in_it_and_what_they_have(built):
+  cohort, _ = built
+  assert cohort.info["with_ecg"] == cohort.info["counts"] and set(cohort.info["with_cmr"].values()) == {0}
+  for split, source in cohort.splits.items():
+    np.testing.assert_array_equal(cohort_room.subjects(cohort)[split], [r["subject"] for r in source])
+
+
 def test_splits_stay_when_a_cohort_grows(tmp_path):
   """The split depends on the subject's hash alone, and the hash on the private folder's salt."""
   small, large = ({item.key: schema.split_of(item.subject, SHARES) for item in plan(n).items} for n in (50, 200))
   assert small.items() <= large.items()
-  first, same, other = (prepare.Identities(str(tmp_path / name)) for name in ("a", "a", "b"))
+  made = []
+  for name in ("a", "a", "b"):
+    made.append(prepare.Identities(str(tmp_path / name), "c"))
+    made[-1].save()
+  first, same, other = made
+  assert first.tag == same.tag != other.tag
   np.testing.assert_array_equal(first.identify("DEMO1"), same.identify("DEMO1"))
   assert not np.array_equal(first.identify("DEMO1"), other.identify("DEMO1"))
 
@@ -205,16 +256,19 @@ def test_splits_stay_when_a_cohort_grows(tmp_path):
 def test_the_private_folder_is_private_and_remembers(tmp_path):
   folder = tmp_path / "p"
   for name in ("DEMO2", 'a,"b"'):
-    identities = prepare.Identities(str(folder))
+    identities = prepare.Identities(str(folder), "c")
     identities.identify(name)
     identities.save()
   assert stat.S_IMODE(folder.stat().st_mode) == 0o700
   assert {stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()} == {0o600}
   rows = (folder / "participants.csv").read_text().splitlines()
   assert rows[0] == "hash,participant" and sorted(row.split(",", 1)[1] for row in rows[1:]) == ['"a,""b"""', "DEMO2"]
-  (folder / "salt").write_text("no salt")
-  with pytest.raises(UserError, match="is not a salt"):
-    prepare.Identities(str(folder))
+  for text in ("no salt", "", "ab", "ab" * 40):
+    (folder / "salt").write_text(text)
+    with pytest.raises(UserError, match="is not a salt"):
+      prepare.Identities(str(folder), "c")
+  with pytest.raises(UserError, match="lies in --out"):
+    prepare.Identities(str(tmp_path / "c" / "private"), str(tmp_path / "c"))
 
 
 def test_beam_writes_the_same_cohort(tmp_path):

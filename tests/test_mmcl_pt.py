@@ -243,8 +243,8 @@ def test_archives_that_are_not_torchs(tmp_path):
                                ("moved", content.replace(b"PK\x03\x04", b"PK\x03\x05"), "outside the file|damaged")):
     (tmp_path / name).write_bytes(changed)
     refused(tmp_path / name, match)
-  refused(tmp_path / "absent", "FileNotFound")
-  refused(tmp_path, "IsADirectory")
+  refused(tmp_path / "absent", "no such file")
+  refused(tmp_path, "a folder")
   refused(save(tmp_path / "deflated.pt", tensor(np.zeros(9)), compression=zipfile.ZIP_DEFLATED), "compressed")
   refused(save(tmp_path / "two.pt", 1, **{"other/data.pkl": b"N."}), "2 structures")
   with warnings.catch_warnings():
@@ -427,8 +427,8 @@ def test_what_does_not_belong_together_is_a_user_error(tmp_path):
   here = tmp_path / "files"
   here.mkdir()
   options = folder(here)
-  fails("withdrawn", withdrawn="list.csv")
-  fails("no ecgs_train/val/test", input=[str(tmp_path)])
+  (tmp_path / "empty").mkdir()
+  fails("no ecgs_train/val/test", input=[str(tmp_path / "empty")])
   fails("no ecgs_val", input=[str(here / "images_val_ecg_imaging.pt")])
   second = save(here / "ecgs_val_other.pt", [])
   fails("both ecgs of val")
@@ -442,3 +442,9 @@ def test_what_does_not_belong_together_is_a_user_error(tmp_path):
   fails("holds a dict")
   labels.write_bytes(b"hello")
   fails("no zip")
+
+
+def test_a_list_is_not_copied_without_bound(tmp_path):
+  """A small pickle may ask for a size, or a dict, made of one long list again and again."""
+  refused(save(tmp_path / "a.pt", [Call("torch", "Size", list(range(65)))]), "65 axes")
+  refused(save(tmp_path / "b.pt", [Call("collections", "OrderedDict", [(i, i) for i in range(65)])]), "65 pairs")

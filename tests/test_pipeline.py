@@ -87,7 +87,7 @@ class EcgOnly:
 def take_mixed(n, share=0.25, **kwargs):
   first = {"phenotypes": {"LVM": "g"}, "diseases": ["AF"], "covariates": {"age": "years"}}
   other = {"phenotypes": {}, "diseases": ["MI"], "covariates": {"sex": "", "age": "years"}}
-  mix = [pipeline.Mixed(EcgOnly(), share, pipeline.conforming(other, first, Records()[0]))]
+  mix = [pipeline.Mixed(EcgOnly(), share, pipeline.conforming(other, first, Records()[0], ("cine_slice",)))]
   return take(n, mix=mix, **kwargs)
 
 
@@ -109,3 +109,12 @@ def test_mixing_depends_on_neither_hosts_nor_the_start():
   assert [rows(step) for step in zip(*(take_mixed(6, host=h, hosts=2) for h in (0, 1)))] == [rows([b]) for b in one]
   assert [rows([b]) for b in take_mixed(2, start_step=4)] == [rows([b]) for b in one[4:]]
   assert len({i for b in one for i in b["index"].tolist()}) == 6 * BATCH
+
+
+def test_a_view_that_is_not_trained_on_may_be_lacking():
+  first, info = Records()[0] | {"ed_es_volumes": np.ones((2, 3, 3), np.uint8)}, {"phenotypes": {}, "diseases": [], "covariates": []}
+  other = {name: x for name, x in Records()[3].items() if name != "cine_slice"} | {"ed_es_volumes": np.ones((2, 3, 3), np.uint8)}
+  kept = pipeline.conforming(info, info, first, ("ed_es_volumes",))(other)
+  assert kept["has_cmr"] == 1 and kept["ed_es_volumes"].all()
+  lost = pipeline.conforming(info, info, first, ("ed_es_volumes", "cine_slice"))(other)
+  assert lost["has_cmr"] == 0 and not lost["ed_es_volumes"].any() and not lost["cine_slice"].any()

@@ -116,11 +116,12 @@ def test_real_recordings_are_embedded(workdir, tmp_path):
     (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--split=1,2"], "three shares that sum to 1"),
     (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--profile=nope"], "expected one of minimal"),
     (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--size=0"], "--size=0"),
+    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--input=x"], "no use for --input; it takes --subjects"),
     (prepare, ["nope", "--out={tmp}/c"], "no source 'nope'; expected one of ukb"),
     (prepare, ["no_such_module:plan", "--out={tmp}/c"], "no module no_such_module"),
     (prepare, ["json:plan", "--out={tmp}/c"], "has no plan"),
-    (prepare, ["ukb", "--input={tmp}", "--out={tmp}/c", "--private={tmp}/../p"], "none named ID_20205"),
-    (prepare, ["ukb", "--input=/nowhere", "--out={tmp}/c", "--private={tmp}/../p"], "no file or folder /nowhere"),
+    (prepare, ["ukb", "--input={tmp}", "--out={tmp}/c"], "none named ID_20209"),
+    (prepare, ["ukb", "--input=/nowhere", "--out={tmp}/c"], "no file or folder /nowhere"),
 ])
 def test_a_user_s_mistake_is_one_line(program, flags, words, capsys, tmp_path):
   with pytest.raises(SystemExit) as stop:

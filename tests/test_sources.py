@@ -1,8 +1,11 @@
 """Sources without UK Biobank: WFDB databases with their tables, ACDC and M&Ms."""
 
 import argparse
+import builtins
 import csv
+import errno
 import functools
+import os
 import pickle
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import cmr
+from mmcl_jax.data.readers import dicom_ecg, files, mmcl_pt, nifti, ukb_cmr_dicom, ukb_ecg_xml, wfdb as wfdb_files
 from mmcl_jax.data.sources import acdc, mnms, wfdb
 from mmcl_jax.data.ukb_fields import disease_codes
 from mmcl_jax.errors import BadRecord, UserError
@@ -389,7 +393,7 @@ def labels(pool):
 BEATING = np.stack([labels(9 - 4 * np.sin(np.pi * frame / FRAMES)) for frame in range(FRAMES)])  # ED 0, ES 5
 
 
-def nifti(path, volume):
+def write_nifti(path, volume):
   """Writes [F, Z, H, W] or [Z, H, W] as [X, Y, Z(, T)]."""
   path.parent.mkdir(parents=True, exist_ok=True)
   image = nibabel.Nifti1Image(np.ascontiguousarray(volume.T), None)
@@ -408,11 +412,11 @@ def acdc_patient(folder, group="NOR", height="181.0", weight="77.0", cine=True):
   (folder / "Info.cfg").write_text(
       f"ED: 1\nES: 6\nGroup: {group}\nHeight: {height}\nNbFrame: {FRAMES}\nWeight: {weight}\n")
   if cine:
-    nifti(folder / f"{folder.name}_4d.nii.gz", images())
+    write_nifti(folder / f"{folder.name}_4d.nii.gz", images())
   for frame in (0, 5):
-    nifti(folder / f"{folder.name}_frame{frame + 1:02d}.nii.gz", images()[frame])
+    write_nifti(folder / f"{folder.name}_frame{frame + 1:02d}.nii.gz", images()[frame])
     theirs = np.choose(BEATING[frame], (0, 3, 2, 1)).astype(np.uint8)  # ACDC: RV 1, MYO 2, LV 3
-    nifti(folder / f"{folder.name}_frame{frame + 1:02d}_gt.nii.gz", theirs)
+    write_nifti(folder / f"{folder.name}_frame{frame + 1:02d}_gt.nii.gz", theirs)
 
 
 def check_heart(read):
@@ -471,8 +475,8 @@ def test_a_broken_acdc_patient_is_a_bad_record(tmp_path):
     with pytest.raises(BadRecord) as caught:
       made.read(item)
     assert "patient0" not in str(caught.value)
-  for wrong in (tmp_path / "patient001/Info.cfg", tmp_path / "nowhere"):
-    with pytest.raises(UserError, match="Info.cfg"):
+  for wrong, words in ((tmp_path / "patient001/patient001_4d.nii.gz", "Info.cfg"), (tmp_path / "nowhere", "no file or folder")):
+    with pytest.raises(UserError, match=words):
       acdc.plan(options(wrong), identify)
 
 
@@ -491,9 +495,9 @@ MNMS_TABLE = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
 
 
 def mnms_study(root, code, part="Training/Labeled", **cells):
-  nifti(root / part / code / f"{code}_sa.nii.gz", images())
+  write_nifti(root / part / code / f"{code}_sa.nii.gz", images())
   marked = np.where(np.isin(np.arange(FRAMES), (0, 5))[:, None, None, None], BEATING, 0).astype(np.uint8)
-  nifti(root / part / code / f"{code}_sa_gt.nii.gz", marked)
+  write_nifti(root / part / code / f"{code}_sa_gt.nii.gz", marked)
   return {"": 0, "External code": code, "VendorName": "Siemens", "Vendor": "A", "Centre": 1, "ED": 0, "ES": 5,
           "Age": 55, "Pathology": "NOR", "Sex": "F", "Height": 165, "Weight": 60} | cells
 
@@ -543,3 +547,30 @@ def test_the_withdrawn_are_rejected_by_every_source(tmp_path):
       (mnms.plan(options(mnms_folder, withdrawn=str(tmp_path / "gone")), identify), "A1B2C3", 1)):
     assert [item.private[0] for item in made.items] == [kept] and len(made.rejected) == rejected
     assert {reason for _, reason in made.rejected} == {"the participant has withdrawn"}
+
+
+@pytest.mark.parametrize("read, name", [(ukb_ecg_xml.read, "a.xml"), (nifti.read, "a.nii.gz"), (ukb_cmr_dicom.read, "a.zip"),
+                                        (mmcl_pt.load, "a.pt"), (dicom_ecg.read, "a.dcm"), (wfdb_files.read, "a.hea")])
+def test_a_failing_disk_says_nothing_of_a_file(tmp_path, monkeypatch, read, name):
+  """Nobody may be left out for good because a disk or a network failed once."""
+  (tmp_path / name).write_bytes(b"\x1f\x8bgarbage")
+  with pytest.raises(BadRecord):
+    read(tmp_path / name)
+
+  def fail(*args, **kwargs):
+    raise OSError(errno.EIO, "Input/output error")
+
+  for module, function in ((os, "lstat"), (builtins, "open")):
+    if (name, function) == ("a.zip", "open"):  # which opens by another way
+      continue
+    with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+      patch.setattr(module, function, fail)
+      read(tmp_path / name)
+    assert error.value.errno == errno.EIO
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_run(tmp_path, monkeypatch):
+  (tmp_path / "10").mkdir()
+  monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error", str(path))))
+  with pytest.raises(UserError, match="--input: cannot read .* \\(Input/output error\\)"):
+    list(files.walk([tmp_path]))

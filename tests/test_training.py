@@ -113,8 +113,9 @@ def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(finished,
 @pytest.mark.parametrize("change, words", [
     (lambda c, p: c.data.update(mix=((p, 1.0),)), "shares"),
     (lambda c, p: c.data.update(mix=(("/nowhere", 0.5),)), "no cohort at '/nowhere'"),
-    (lambda c, p: c.data.update(cohort=p), "no val split"),
-    (lambda c, p: c.update(evaluators=()) or c.data.update(cohort=p), "has no ed_es_volumes"),
+    (lambda c, p: c.data.update(mix=("ptbxl", 0.5)), "expected pairs of a cohort and its share"),
+    (lambda c, p: c.data.update(cohort=p, views=()), "no val split"),
+    (lambda c, p: c.update(evaluators=()) or c.data.update(cohort=p), "has no CMR to train on; take a recipe without"),
 ])
 def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg_only, tmp_path, change, words):
   config = tiny_config(cohort.path)
@@ -122,6 +123,20 @@ def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg
   with pytest.raises(UserError, match=words):
     train.train(config, str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
+
+
+def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, tmp_path):
+  plan = synthetic_source.plan(types.SimpleNamespace(subjects=64, seed=7))  # the same people, all of them in train
+  again = cohort_room.build(str(tmp_path / "c"), plan, shares=(1, 0, 0), profile="minimal", processes=1)
+  config = tiny_config(cohort.path)
+  config.data.mix = ((again.path, 0.5),)
+  held_out = cohort.info["counts"]["val"] + cohort.info["counts"]["test"]
+  with pytest.raises(UserError, match=f"^{held_out} people in the train split"):
+    train.train(config, str(tmp_path / "w"))
+  description = tmp_path / "c/cohort.json"
+  description.write_text(json.dumps(json.loads(description.read_text()) | {"salt_tag": "another"}))
+  with pytest.raises(UserError, match="prepared with different salts"):
+    train.train(config, str(tmp_path / "w"))
 
 
 def test_a_finished_run_resumes_to_itself(finished, cohort):

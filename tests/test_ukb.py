@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="the shared real data 
 
 
 def options(*inputs, **changes):
-  wanted = dict(input=list(map(str, inputs)), tables=[], segmentations=None, withdrawn=None, diseases="any", codes=None,
+  wanted = dict(input=list(map(str, inputs)), tables=[], segmentations=None, withdrawn=None, diseases="any", codes=None, censored=None,
                 shape=preprocess_cmr.Shape())
   return types.SimpleNamespace(**wanted | changes)
 
@@ -106,5 +106,26 @@ def test_the_program_makes_a_cohort_that_names_nobody(raw, tmp_path, capsys):
 
 
 def test_segmentations_that_are_nowhere_are_a_mistake(raw):
-  with pytest.raises(UserError, match="no file or folder"):
+  with pytest.raises(UserError, match="--segmentations: no file or folder /nowhere"):
     ukb.plan(options(raw / "ecg", segmentations="/nowhere"), identify)
+  with pytest.raises(UserError, match="0 folders ID_VISIT with seg_sa.nii.gz"):
+    ukb.plan(options(raw / "ecg", raw / "cmr", segmentations=str(raw / "ecg")), identify)
+
+
+def test_tables_of_other_people_are_a_mistake(raw, tmp_path):
+  (tmp_path / "t.csv").write_text("eid,31-0.0\nDEMO0002,1\n")
+  with pytest.raises(UserError, match="ids those of another application"):
+    ukb.plan(options(raw / "ecg", raw / "cmr", tables=[str(tmp_path / "t.csv")]), identify)
+
+
+def test_the_second_recording_of_a_visit_stands_in_for_a_bad_first(raw, tmp_path):
+  shutil.copyfile(raw / "ecg/DEMO0001_20205_2_0.xml", tmp_path / "DEMO0001_20205_2_1.xml")
+  (tmp_path / "DEMO0001_20205_2_0.xml").write_text("<CardiologyXML>")
+  plan = ukb.plan(options(tmp_path), identify)
+  _, flags = plan.read(plan.items[0])
+  assert len(plan.items) == 1 and any("ECG number 1 of 2 of the same visit not used" in flag for flag in flags)
+
+
+def test_overlapping_inputs_count_once(raw):
+  plan = ukb.plan(options(raw, raw / "ecg"), identify)
+  assert len(plan.items) == 1 and not plan.rejected and len(plan.items[0].key.ecg) == 1

@@ -2,11 +2,12 @@
 
     COHORT/cohort.json               written last: its presence means the cohort is whole
     COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json, ArrayRecord shards)
+    COHORT/subjects.npz              hashes of the subjects of each split
     COHORT/quality.{json,html}       what was read, what was rejected and why
 
 The unit of work is a shard: some hundred records of one split, read and written by one process, then renamed. So making a
-cohort takes as much memory for ten subjects as for a million, goes on where it was stopped, and gives the same
-records and fingerprint for any number of processes or machines (mmcl_jax.data.beam).
+cohort goes on where it was stopped, gives the same records and fingerprint for any number of processes or machines
+(mmcl_jax.data.beam), and takes memory for the list of what to read and for one record a process, not for the records.
 """
 
 import fcntl
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import secrets
 import shutil
@@ -26,17 +28,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+import threadpoolctl
 from array_record.python import array_record_module
 from tqdm import tqdm
 
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
-from mmcl_jax.errors import BadRecord, UserError
+from mmcl_jax.errors import BadRecord, UserError, is_environment
 
 NAME, VERSION = "ecg_cmr", "1.0.0"
 SHARDS_A_SPLIT = 256           # aimed at: a cluster's worth of work, and not too many files to open
 RECORDS_A_SHARD = (50, 2000)   # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
+LABELS = ("phenotypes", "diseases", "covariates")  # named in the plan
+KEPT = ("subject", "has_ecg", "has_cmr", "phenotypes", "covariates")  # beside a shard, for the reports
 FIRST_TRIES = 200              # records that may fail before the first good one
 
 
@@ -68,7 +73,8 @@ class Job(NamedTuple):
   folder: str                              # of shards and their notes
   read: Callable[[Item], tuple[dict, tuple[str, ...]]]
   profile: str | None                      # normalisation of the ECG; None: it comes normalised
-  layout: dict[str, tuple[str, list[int]]]  # stored field -> (dtype, shape), the same in all records
+  lengths: dict[str, int]                  # of phenotypes, diseases and covariates, as the plan names them
+  layout: dict[str, tuple[str, list[int]]] = {}  # stored field -> (dtype, shape), the same in all records
 
 
 class Outcome(NamedTuple):
@@ -117,9 +123,8 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
   Raises:
     UserError: nothing could be read, a split is empty, or `out` is taken.
   """
+  check_out(out)
   target, partial = pathlib.Path(out), pathlib.Path(f"{out.rstrip('/')}.partial")
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise UserError(f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it")
   profile = plan.info.get("ecg_profile", profile)
   info = {**plan.info, "ecg_profile": profile, "split": list(shares)}
   splits = split_items(plan, shares)
@@ -129,19 +134,20 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise UserError(f"another process is preparing {out}; wait for it or choose another --out") from None
-    same_plan(partial, info, splits)
-    as_is = plan.info.get("ecg_is_normalised", False)
-    layout = first_layout(plan, None if as_is else profile, splits)
-    job = Job(str(partial / "shards"), plan.read, None if as_is else profile, layout)
+    same_plan(partial, plan, info, splits)
+    job = Job(str(partial / "shards"), plan.read, None if plan.info.get("ecg_is_normalised") else profile,
+              {name: len(plan.info[name]) for name in LABELS})
+    job = job._replace(layout=first_layout(job, splits))
     shards = [Shard(split, i, items[start:start + size]) for split, items in splits.items()
               for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
               for i, start in enumerate(range(0, len(items), size))]
     pathlib.Path(job.folder).mkdir(exist_ok=True)
     (run or run_locally)(functools.partial(write_shard, job), shards, processes)
     notes = [(shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text())) for shard in shards]
-    finish(partial, job, notes, info)
+    labels = {split: collect_labels(job, [shard for shard in shards if shard.split == split]) for split in schema.SPLITS}
+    finish(partial, job, notes, labels, info)
     if report:
-      report(str(partial), load(str(partial)), collect(plan, notes))
+      report(str(partial), load(str(partial)), collect(plan, notes, labels))
     if target.exists():
       target.rmdir()
     partial.rename(target)
@@ -149,6 +155,15 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
   for leftover in ("plan.json", "lock"):
     os.remove(target / leftover)
   return load(out)
+
+
+def check_out(out: str) -> None:
+  """Raises a UserError where a cohort cannot get the name `out` in the end."""
+  target = pathlib.Path(out)
+  if target.is_symlink() or os.path.ismount(target) or target.resolve() == pathlib.Path.cwd():
+    raise UserError(f"--out={out} is a link, a mount or the current folder; expected the name of a new folder")
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it")
 
 
 def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
@@ -171,11 +186,17 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
   return splits
 
 
-def same_plan(partial: pathlib.Path, info: dict, splits: dict[str, list[Item]]) -> None:
-  """Writes what `partial` is the beginning of; refuses to go on with something else."""
-  wanted = json.dumps([schema.SCHEMA_VERSION, info, {s: list(map(salted_id, items)) for s, items in splits.items()}],
-                      sort_keys=True)
-  digest = json.dumps(hashlib.blake2b(wanted.encode(), digest_size=16).hexdigest())
+def same_plan(partial: pathlib.Path, plan: Plan, info: dict, splits: dict[str, list[Item]]) -> None:
+  """Writes what `partial` is the beginning of; refuses to go on with something else.
+
+  That is all a record depends on before its files are read: paths, values from tables, settings.
+  """
+  found = hashlib.blake2b(json.dumps([schema.SCHEMA_VERSION, info], sort_keys=True).encode(), digest_size=16)
+  found.update(pickle.dumps(getattr(plan.read, "args", ())))
+  for split, items in splits.items():
+    for item in items:
+      found.update(f"{split} {salted_id(item)} ".encode() + pickle.dumps(item.key))
+  digest = json.dumps(found.hexdigest())
   file = partial / "plan.json"
   if file.is_file() and file.read_text() != digest:
     raise UserError(f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew")
@@ -184,31 +205,48 @@ def same_plan(partial: pathlib.Path, info: dict, splits: dict[str, list[Item]]) 
   temporary.rename(file)
 
 
-def first_layout(plan: Plan, profile: str | None, splits: dict[str, list[Item]]) -> dict[str, tuple[str, list[int]]]:
+def first_layout(job: Job, splits: dict[str, list[Item]]) -> dict[str, tuple[str, list[int]]]:
   """Fields, types and shapes of the records, read off the first one that can be read."""
   reasons = []
   for item in [item for items in splits.values() for item in items][:FIRST_TRIES]:
     try:
-      stored, _ = read_item(plan.read, profile, item)
+      stored, _ = read_item(job, item)
       return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
     except BadRecord as error:
       reasons.append(f"{salted_id(item)}: {error}")
   raise UserError(f"none of the first {len(reasons)} records can be read; {'; '.join(reasons[:3])}: check --input")
 
 
-def read_item(read, profile: str | None, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
   """Stored record and remarks of an item; BadRecord, free of all that identifies a person, where it cannot be read."""
   try:
-    record, flags = read(item)
-    stored = encode({"subject": item.subject, "visit": np.uint16(item.visit), **record}, profile)
+    record, flags = job.read(item)
+    check(record, job)
+    stored = encode({"subject": item.subject, "visit": np.uint16(item.visit), **record}, job.profile)
   except BadRecord as error:
     raise BadRecord(scrub(str(error), item)) from None
-  except OSError as error:  # a disk or a network that fails is no reason to leave a person out
-    raise UserError(f"reading record {salted_id(item)} failed ({error.strerror or type(error).__name__}); "
-                    "the same command goes on from here") from None
-  except Exception as error:  # a reader's own mistake; one record must not cost a long run
+  except UserError:
+    raise
+  except Exception as error:
+    if is_environment(error):  # a disk or a network that fails is no reason to leave a person out
+      raise UserError(f"reading record {salted_id(item)} failed ({getattr(error, 'strerror', '') or type(error).__name__}); "
+                      "the same command goes on from here") from None
+    # A reader's own mistake: one record must not cost a long run.
     raise BadRecord(scrub(f"unexpected {type(error).__name__}: {error}", item)) from None
   return stored, [scrub(flag, item) for flag in flags]
+
+
+def check(record: dict[str, np.ndarray], job: Job) -> None:
+  """A source's record against what its plan and the schema say: UserError where every one would be wrong."""
+  ecg = np.asarray(record["ecg"])
+  if job.profile and ecg.shape != (len(schema.LEADS), schema.ECG_SAMPLES):
+    raise UserError(f"the source gives ECG of shape {list(ecg.shape)}; expected {[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at "
+                    f"{schema.ECG_RATE_HZ} Hz (mmcl_jax.data.preprocess.ecg.to_standard)")
+  for name, length in job.lengths.items():
+    if np.shape(record[name]) != (length,):
+      raise UserError(f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of them in its plan")
+  if not np.isfinite(ecg).all():
+    raise BadRecord(f"{np.sum(~np.isfinite(ecg))} samples of the ECG are not finite")
 
 
 def scrub(text: str, item: Item) -> str:
@@ -225,6 +263,7 @@ def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.Features
       for name, (dtype, shape) in layout.items()})
 
 
+@threadpoolctl.threadpool_limits.wrap(limits=1)  # as many processes as cores already compute
 def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: None) -> None:
   """Reads the items of a shard and writes its file, then its note, each under a temporary name first."""
   folder = pathlib.Path(job.folder)
@@ -233,12 +272,13 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     return
   described = features(job.layout)
   serializer = tfds.core.example_serializer.ExampleSerializer(described.get_serialized_info())
-  kept, rejected, flagged, digests = [], [], [], []
+  digest, rejected, flagged = hashlib.blake2b(digest_size=16), [], []
+  kept = {name: [] for name in KEPT}
   temporary = f"{folder / shard.name}.{secrets.token_hex(4)}.tmp"  # a cluster may run one shard twice at a time
   writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1")
   for item in shard.items:
     try:
-      stored, flags = read_item(job.read, job.profile, item)
+      stored, flags = read_item(job, item)
       if found := [f"{name} {x.dtype} {list(x.shape)}" for name, x in stored.items()
                    if (x.dtype.name, list(x.shape)) != tuple(job.layout.get(name, ()))]:
         raise BadRecord(f"its {', '.join(found)} differ from the first record's")
@@ -249,17 +289,22 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     else:
       writer.write(serializer.serialize_example(described.encode_example(stored)))
       # Of the arrays, not of the file: protocol buffers give the same record other bytes in another process.
-      digests.append(hashlib.blake2b(b"".join(stored[name].tobytes() for name in job.layout), digest_size=16).hexdigest())
-      kept.append([stored["phenotypes"].tolist(), stored["covariates"].tolist()])
+      digest.update(b"".join(stored[name].tobytes() for name in job.layout))
+      for name, values in kept.items():
+        values.append(stored[name])
       if flags:
         flagged.append({"id": salted_id(item), "flags": flags})
     progress()
   writer.close()
-  if kept:
+  count = len(kept["subject"])
+  if count:
     os.replace(temporary, file)
+    np.savez(temporary, **kept)
+    os.replace(f"{temporary}.npz", file.with_suffix(".npz"))
   else:
     os.remove(temporary)
-  pathlib.Path(temporary).write_text(json.dumps({"kept": kept, "rejected": rejected, "flags": flagged, "digests": digests}))
+  pathlib.Path(temporary).write_text(json.dumps({"kept": count, "rejected": rejected, "flags": flagged,
+                                                 "digest": digest.hexdigest()}))
   os.replace(temporary, note)
 
 
@@ -290,10 +335,7 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
       for shard in left:
         write(shard, progress.update)
       return
-    # Spawned: fork is unsafe beside JAX's threads. One thread each: as many processes as cores already compute.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-      os.environ.setdefault(name, "1")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
     count = context.Value("q", 0)
     pool = futures.ProcessPoolExecutor(min(processes, len(left)), context, _begin_worker, (count,))
     waiting = {pool.submit(_write_counting, write, shard) for shard in left}
@@ -313,21 +355,27 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
           process.terminate()
 
 
-def collect(plan: Plan, notes: list[tuple[Shard, dict]]) -> Outcome:
-  """What the notes of all shards say together, in order."""
+def collect_labels(job: Job, shards: list[Shard]) -> dict[str, np.ndarray]:
+  """{field of KEPT: [N, ...]} of all records that these shards hold."""
+  found = [np.load(file) for shard in shards if (file := pathlib.Path(job.folder, f"{shard.name}.npz")).is_file()]
+  if not found:
+    return {name: np.zeros((0, *job.layout[name][1]), job.layout[name][0]) for name in KEPT}
+  return {name: np.concatenate([part[name] for part in found]) for name in KEPT}
+
+
+def collect(plan: Plan, notes: list[tuple[Shard, dict]], labels: dict[str, dict[str, np.ndarray]]) -> Outcome:
+  """What became of the plan, as the notes and labels of all shards say."""
   rejected = [{"id": salted_id(item), "reason": scrub(reason, item)} for item, reason in plan.rejected]
   rejected += [entry for _, note in notes for entry in note["rejected"]]
   flags = [entry for _, note in notes for entry in note["flags"]]
-  kept = [row for _, note in notes for row in note["kept"]]
-  splits = [shard.split for shard, note in notes for _ in note["kept"]]
-  phenotypes, covariates = (np.array([row[i] for row in kept], np.float32).reshape(len(kept), -1) for i in (0, 1))
-  steps = plan.steps | {"read": len(plan.items), "kept": len(kept)}
-  return Outcome(steps, rejected, flags, phenotypes, covariates, splits)
+  splits = [split for split, found in labels.items() for _ in found["subject"]]
+  phenotypes, covariates = (np.concatenate([found[name] for found in labels.values()]) for name in ("phenotypes", "covariates"))
+  return Outcome(plan.steps | {"read": len(plan.items), "kept": len(splits)}, rejected, flags, phenotypes, covariates, splits)
 
 
-def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], info: dict) -> None:
+def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], labels: dict, info: dict) -> None:
   """Gives the shards their final names and writes what TFDS and `load` want to know of them."""
-  lengths = {split: [(shard, len(note["kept"])) for shard, note in notes if shard.split == split] for split in schema.SPLITS}
+  lengths = {split: [(shard, note["kept"]) for shard, note in notes if shard.split == split] for split in schema.SPLITS}
   counts = {split: sum(n for _, n in pairs) for split, pairs in lengths.items()}
   if empty := [split for split, pairs in lengths.items() if pairs and not counts[split]]:
     raise UserError(f"every record of split {', '.join(empty)} was rejected; the reasons are in {job.folder}/*.json")
@@ -352,9 +400,12 @@ def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], inf
     files += named
   described.set_splits(tfds.core.splits.SplitDict(split_infos))
   described.write_to_directory(records)
-  content = json.dumps([job.layout, {split: [d for shard, note in notes if shard.split == split for d in note["digests"]]
-                                     for split in schema.SPLITS}])
+  np.savez(partial / "subjects.npz", **{split: found["subject"] for split, found in labels.items()})
+  content = json.dumps([job.layout, info["ecg_profile"], [(name, list(info[name])) for name in LABELS],
+                        [(shard.split, note["digest"]) for shard, note in notes]])
   whole = {"schema_version": schema.SCHEMA_VERSION, **info, "counts": counts,
+           "with_ecg": {split: int(found["has_ecg"].sum()) for split, found in labels.items()},
+           "with_cmr": {split: int(found["has_cmr"].sum()) for split, found in labels.items()},
            "shapes": {name: shape for name, (_, shape) in job.layout.items()},
            "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
            "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}
@@ -383,6 +434,8 @@ def load(path: str) -> Cohort:
     if found != size:
       raise UserError(f"{folder / name} {'is missing' if found is None else f'has {found} bytes'}; cohort.json says {size} "
                       "bytes: copy the file again or prepare the cohort again")
+  # Cohorts that were made before these were counted hold pairs only.
+  info = {"with_ecg": info["counts"], "with_cmr": info["counts"], **info}
   try:
     read_only = tfds.builder_from_directory(str(next(folder.glob("ecg_cmr/*"))))
     splits = {split: read_only.as_data_source(split) if info["counts"][split] else [] for split in schema.SPLITS}
@@ -390,3 +443,12 @@ def load(path: str) -> Cohort:
     raise UserError(f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
                     "prepare the cohort again") from None
   return Cohort(str(path), info, splits)
+
+
+def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
+  """{split: uint32 [N, 2]}, the hashes of its subjects, without reading a record."""
+  path = pathlib.Path(cohort.path) / "subjects.npz"
+  if not path.is_file():
+    raise UserError(f"{path} is missing: copy it again, or prepare the cohort again with this version")
+  with np.load(path) as file:
+    return {split: file[split] for split in schema.SPLITS}

@@ -39,23 +39,23 @@ class Mixed(NamedTuple):
   conform: Callable[[dict], dict]
 
 
-def conforming(info: dict, first_info: dict, first_record: dict) -> Callable[[dict], dict]:
+def conforming(info: dict, first_info: dict, first_record: dict, views: tuple[str, ...]) -> Callable[[dict], dict]:
   """How to bring records of the cohort `info` into the form of `first_record`, of the cohort `first_info`.
 
-  Phenotypes, diseases and covariates go by name, NaN where the cohort does not have them. CMR views that it lacks are
-  zeros, and the row counts as without CMR: an ECG-only cohort trains what needs an ECG alone.
+  Phenotypes, diseases and covariates go by name, NaN where the cohort does not have them. Where it lacks one of the
+  `views` that are trained on, all are zeros and the row counts as without CMR: ECG alone trains what needs an ECG alone.
   """
   names = {field: list(first_info[field]) for field in ("phenotypes", "diseases", "covariates")}
   where = {field: [list(info[field]).index(name) if name in info[field] else -1 for name in wanted]
            for field, wanted in names.items()}
-  blank_record = {name: np.zeros_like(x) for name, x in first_record.items()}
-  return functools.partial(_conform, where, blank_record)
+  blank_record = {name: np.zeros_like(x) for name, x in first_record.items() if name in views or name not in VIEWS}
+  return functools.partial(_conform, where, blank_record, views)
 
 
-def _conform(where, blank_record, record):
+def _conform(where, blank_record, views, record):
   labels = {field: np.append(record[field], np.float32(np.nan))[columns] for field, columns in where.items()}
-  lacks_cmr = any(name not in record for name in blank_record if name in VIEWS)
-  common = {name: x for name, x in record.items() if name in blank_record and not (lacks_cmr and name in VIEWS)}
+  lacks_cmr = any(view not in record for view in views)
+  common = {name: x for name, x in record.items() if name in blank_record and not (lacks_cmr and name in views)}
   return blank_record | common | labels | {"has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"])}
 
 

@@ -100,7 +100,9 @@ def disease_codes(path=None) -> Codes:
   path = Path(path or Path(__file__).with_name("diseases.toml"))
   try:
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+  except OSError as error:
+    raise UserError(f"the list of diseases {path} cannot be read: {error.strerror}") from None
+  except ValueError as error:
     raise UserError(f"{path} is not a list of diseases ({type(error).__name__}: {str(error)[:200]}); expected TOML "
                     "such as mmcl_jax/data/diseases.toml") from None
   if not entries:

@@ -86,7 +86,7 @@ def r2_bars(results: dict, note: str = "") -> Figure:
 
 
 def reconstruction(ecg: np.ndarray, rebuilt: np.ndarray, mask: np.ndarray, patch: int, leads=("I", "II", "V1", "V5"),
-                   units: str = "normalised", note: str = "") -> Figure:
+                   units: str = "normalised", note: str = "", rate_hz: int = ECG_RATE_HZ) -> Figure:
   """Some leads of one recording: as recorded, as the masked autoencoder rebuilt it, and what it did not see (shaded).
 
   Args:
@@ -95,14 +95,15 @@ def reconstruction(ecg: np.ndarray, rebuilt: np.ndarray, mask: np.ndarray, patch
     patch: samples per patch.
     leads: names of the leads to show.
     units: of the amplitude.
+    rate_hz: samples per second.
   """
   mask = np.broadcast_to(mask, (len(ecg), np.shape(mask)[-1])).astype(bool)
   figure = Figure(figsize=(9, 1.0 + 1.25 * len(leads)), layout="constrained")
-  seconds = np.arange(ecg.shape[1]) / ECG_RATE_HZ
+  seconds = np.arange(ecg.shape[1]) / rate_hz
   for panel, lead in zip(np.atleast_1d(figure.subplots(len(leads), 1, sharex=True)), leads):
     row = LEADS.index(lead)
-    for start in np.flatnonzero(mask[row]) * patch / ECG_RATE_HZ:
-      panel.axvspan(start, start + patch / ECG_RATE_HZ, color="#ebebeb", lw=0)
+    for start in np.flatnonzero(mask[row]) * patch / rate_hz:
+      panel.axvspan(start, start + patch / rate_hz, color="#ebebeb", lw=0)
     hidden = np.repeat(mask[row], patch)[:ecg.shape[1]]
     panel.plot(seconds, ecg[row], color="#9a9a9a", lw=1.6, label="recorded")
     panel.plot(seconds, np.where(hidden, rebuilt[row], np.nan), color="#123a66", lw=0.9, label="reconstructed")

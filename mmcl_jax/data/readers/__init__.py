@@ -4,11 +4,12 @@
     find_ecg(folder) -> [path]     the ECGs below a folder
 """
 
-import contextlib
 import importlib
+import os
 from pathlib import Path
 
-from mmcl_jax.data.readers.recording import Recording, bad_record
+from mmcl_jax.data.readers.files import bad_record, walk
+from mmcl_jax.data.readers.recording import Recording
 
 READERS = {".hea": "wfdb", ".mat": "wfdb", ".dat": "wfdb", ".xml": "ukb_ecg_xml", ".dcm": "dicom_ecg",
            ".csv": "array_ecg", ".npy": "array_ecg"}
@@ -22,20 +23,26 @@ def read_ecg(path) -> Recording:
     path: WFDB (.hea, .mat, .dat or stem), CardioSoft (.xml), DICOM (.dcm), or an array with its sidecar (.csv, .npy).
 
   Raises:
-    BadRecord: it cannot be read, and why.
+    BadRecord: it cannot be read, and why. Errors of disk and memory pass (mmcl_jax.errors.is_environment).
   """
   with bad_record("it cannot be opened"):
     return _reader(path).read(path)
 
 
 def find_ecg(folder) -> list[Path]:
-  """The files below a folder, at any depth, that read_ecg is to read, sorted; one a recording."""
-  return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SEARCHED
+  """The files below a folder, at any depth, that read_ecg is to read, sorted; one a recording.
+
+  Raises UserError where a folder cannot be listed.
+  """
+  return sorted(path for path in map(Path, walk([folder])) if path.suffix.lower() in SEARCHED
                 and (path.suffix.lower() not in (".csv", ".npy") or _reader(path).sidecar(path)))
 
 
 def ecg_file(path) -> Path:
-  """One name for each recording: the header for a WFDB record's samples and stem, every other file itself."""
+  """One name for each recording: the header for a WFDB record's samples and stem, every other file itself.
+
+  OSErrors of the disk pass: files without suffix are opened.
+  """
   reader = _reader(path)
   return reader.header_path(path) if hasattr(reader, "header_path") else Path(path)
 
@@ -48,8 +55,7 @@ def _reader(path):
 
 def _by_content(path):
   """DICOM files often lack their suffix; everything else is a WFDB stem, or told what was expected."""
-  with contextlib.suppress(OSError):
-    if Path(path).is_file():
-      with open(path, "rb") as file:
-        return "dicom_ecg" if file.read(132).endswith(b"DICM") else "wfdb"
-  return "wfdb"
+  if not os.path.isfile(path):  # where looking fails, the reader of WFDB looks again and says so
+    return "wfdb"
+  with open(path, "rb") as file:
+    return "dicom_ecg" if file.read(132).endswith(b"DICM") else "wfdb"

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmcl_jax.data.readers import nifti
 from mmcl_jax.data.readers.cine import ED_ES_ONLY, Cine, assemble
+from mmcl_jax.data.readers.files import present, read_bytes, walk
 from mmcl_jax.errors import BadRecord
 
 NUMBERS = {"RV": 1, "MYO": 2, "LV": 3}
@@ -22,31 +23,31 @@ MAX_CONFIG_BYTES = 65536
 
 
 def find(folder) -> list[Path]:
-  """The folders of patients in a folder or below it, sorted: those that hold an Info.cfg."""
-  return sorted(config.parent for config in Path(folder).glob("**/Info.cfg"))
+  """The folders of patients in a folder or below it, sorted: those that hold an Info.cfg. UserError: cannot be listed."""
+  return sorted(path.parent for path in map(Path, walk([folder])) if path.name == "Info.cfg")
 
 
 def read(folder) -> Cine:
-  """Reads one patient's folder. Raises BadRecord, and nothing else, with the reason."""
+  """Reads one patient's folder. Raises BadRecord with the reason; errors of disk and memory pass."""
   folder, info = Path(folder), _info(folder)
   numbers = {phase: _frame_number(info, phase) for phase in ("ED", "ES")}
   stem = f"{folder.resolve().name}_frame"
   single = {phase: folder / f"{stem}{number:02d}.nii.gz" for phase, number in numbers.items()}
   cine = folder / f"{folder.resolve().name}_4d.nii.gz"
   frames, flags = {phase: number - 1 for phase, number in numbers.items()}, []
-  if cine.is_file():
+  if present(cine):
     images, spacing, frame_s = nifti.read(cine)
     for phase, path in single.items():
-      if path.is_file() and not np.array_equal(nifti.read(path).voxels, images[frames[phase]:][:1]):
+      if present(path) and not np.array_equal(nifti.read(path).voxels, images[frames[phase]:][:1]):
         flags.append(f"the file of {phase} is not frame {numbers[phase]} of the cine")
-  elif all(path.is_file() for path in single.values()):
+  elif all(map(present, single.values())):
     images, spacing, frame_s = nifti.two_frames(*map(nifti.read_frame, single.values()))
     frames, flags = {"ED": 0, "ES": 1}, [ED_ES_ONLY]
   else:
     raise BadRecord(f"no cine (_4d.nii.gz), and not both of its frames {numbers['ED']} and {numbers['ES']}")
   labels = {}
   for phase, number in numbers.items():
-    if (path := folder / f"{stem}{number:02d}_gt.nii.gz").is_file():
+    if present(path := folder / f"{stem}{number:02d}_gt.nii.gz"):
       labels[frames[phase]] = nifti.read_frame_labels(path, NUMBERS)
   return assemble(images, spacing, frame_s, labels or None, NUMBERS, frames["ED"], frames["ES"], flags)
 
@@ -60,13 +61,8 @@ def about(folder) -> dict[str, str | float]:
 
 
 def _info(folder):
-  path = Path(folder) / "Info.cfg"
-  if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-    raise BadRecord(f"no Info.cfg of at most {MAX_CONFIG_BYTES} bytes")
-  try:
-    pairs = [line.partition(":") for line in path.read_text("utf-8", "replace").splitlines()]
-  except OSError as error:
-    raise BadRecord(f"Info.cfg cannot be read ({type(error).__name__})") from error
+  text = read_bytes(Path(folder) / "Info.cfg", MAX_CONFIG_BYTES, "a patient's Info.cfg").decode("utf-8", "replace")
+  pairs = [line.partition(":") for line in text.splitlines()]
   return {key.strip(): value.strip() for key, _, value in pairs}
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl_jax.data.readers.recording import (
-    MAX_SAMPLES, Recording, assemble, bad_record, check_file, lead_names, length_flags, mv_per, read_bytes)
+from mmcl_jax.data.readers.files import bad_record, check_file, present, read_bytes
+from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per
 from mmcl_jax.errors import BadRecord
 
 KIND = "an array (.csv, .npy)"
@@ -29,11 +29,13 @@ DECLARE = '{"rate_hz": 500, "leads": ["I", "II", ...], "unit": "mV"}'
 def sidecar(path) -> Path | None:
   """The file that declares what an array holds: NAME.json, else ecg.json in its folder, else None."""
   path = Path(path)
-  return next((file for file in (path.with_suffix(".json"), path.with_name("ecg.json")) if file.is_file()), None)
+  return next((file for file in (path.with_suffix(".json"), path.with_name("ecg.json")) if present(file)), None)
 
 
 def read(path, rate_hz: float | None = None, leads=None, unit: str | None = None) -> Recording:
-  """Reads one array, at most its first MAX_SAMPLES samples. Raises BadRecord, and nothing else, with the reason.
+  """Reads one array, at most its first MAX_SAMPLES samples.
+
+  Raises BadRecord with the reason; errors of disk and memory pass.
 
   Args:
     path: .csv or .npy.

@@ -5,7 +5,10 @@ with the file's name and no content.
 """
 
 import csv
+import datetime
+import errno
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -98,7 +101,10 @@ def numbers(column: pa.Array, name: str, problems: Counter) -> np.ndarray:
 
 
 def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
-  """Texts YYYY-MM-DD (what follows is left out) as datetime64[D] [n]; NaT where missing, or not a date and counted."""
+  """Texts YYYY-MM-DD (what follows is left out) as datetime64[D] [n]; NaT where missing.
+
+  What is not a date, or is after today, is NaT too and counted in `problems`.
+  """
   dates = np.full(len(found), np.datetime64("NaT"), "datetime64[D]")
   given = found != ""
   if given.any():
@@ -107,6 +113,9 @@ def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
     parsed[~((parsed >= DATES[0]) & (parsed <= DATES[1]))] = np.datetime64("NaT")
     dates[given] = parsed
   count(problems, f"{name}: not a date from {DATES[0]} to {DATES[1]}", np.sum(given & np.isnat(dates)))
+  late = dates > np.datetime64(datetime.date.today())
+  count(problems, f"{name}: after today", np.sum(late))
+  dates[late] = np.datetime64("NaT")
   return dates
 
 
@@ -132,6 +141,14 @@ def _delimiter(line):
   return "\t" if "\t" in line else ","
 
 
-def unreadable(path, error) -> UserError:
+def unreadable(path, error, expected="CSV or TSV (UTF-8) with a header, or Parquet") -> UserError:
+  """What to tell of a file that failed with `error`: where disk or memory failed, that, and else what was expected."""
+  number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+  if number == errno.ENOENT:
+    return UserError(f"{path}: no such file; expected {expected}")
+  if number == errno.EISDIR:
+    return UserError(f"{path} is a folder; expected a file: {expected}")
+  if number:  # in the system's words: those of pyarrow quote
+    return UserError(f"{path} cannot be read: {os.strerror(number)}")
   found = str(error) if type(error) is ValueError else type(error).__name__
-  return UserError(f"{path} cannot be read as a table ({found}); expected CSV or TSV (UTF-8) with a header, or Parquet")
+  return UserError(f"{path} cannot be read as a table ({found}); expected {expected}")

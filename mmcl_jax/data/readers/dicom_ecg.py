@@ -14,8 +14,9 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.waveforms import multiplex_array
 
+from mmcl_jax.data.readers.files import bad_record, read_bytes
 from mmcl_jax.data.readers.recording import (
-    DERIVABLE, MAX_SAMPLES, Recording, assemble, bad_record, lead_names, length_flags, mv_per, read_bytes)
+    DERIVABLE, MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per)
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
@@ -31,7 +32,7 @@ LEAD_OF_CODE = {1: "I", 2: "II", **{2 + n: f"V{n}" for n in range(1, 7)}, 61: "I
 def read(path) -> Recording:
   """Reads the longest multiplex group that has eight leads or more, at most its first MAX_SAMPLES samples.
 
-  Median beats are passed over. Raises BadRecord, and nothing else, with the reason.
+  Median beats are passed over. Raises BadRecord with the reason; errors of disk and memory pass.
   """
   with bad_record("pydicom cannot read it"), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they quote what the file holds

@@ -18,9 +18,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.errors import BadRecord
 
 MAX_PICKLE_BYTES = 64 * 2**20  # a tensor takes about 200 bytes: 300,000 tensors
+MAX_COPIED = 64                # entries of a list that a call copies: a pickle may ask for copies of one again and again
 MAX_MEMBERS = 300_000
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of files before torch 1.6, pickled
 
@@ -40,19 +42,16 @@ def load(path):
   a device a string ("torch.float32", "cuda:0"); a Parameter is its tensor. bfloat16 is ml_dtypes.bfloat16.
 
   Raises:
-    BadRecord: not such a file, damaged, or a pickle that holds or would run anything else. Nothing else is raised.
+    BadRecord: not such a file, damaged, or a pickle that holds or would run anything else. Errors of disk and memory pass.
   """
-  try:
-    with open(path, "rb") as file:
-      if file.read(len(LEGACY)) == LEGACY:
-        raise BadRecord("torch's format from before 1.6; load it in torch and save it again")
-      if not zipfile.is_zipfile(file):
-        raise BadRecord("not a file of torch.save: no zip archive")
-      return _Unpickler(_Archive(file)).load()
-  except BadRecord:
-    raise
-  except Exception as error:  # damaged pickles and archives fail in many ways, and name members in doing so
-    raise BadRecord(f"not a file of torch.save, or a damaged one ({type(error).__name__})") from error
+  check_file(path, "a file of torch.save (.pt)")
+  # Damaged pickles and archives fail in many ways, and name members in doing so.
+  with bad_record("not a file of torch.save, or a damaged one"), open(path, "rb") as file:
+    if file.read(len(LEGACY)) == LEGACY:
+      raise BadRecord("torch's format from before 1.6; load it in torch and save it again")
+    if not zipfile.is_zipfile(file):
+      raise BadRecord("not a file of torch.save: no zip archive")
+    return _Unpickler(_Archive(file)).load()
 
 
 class _Archive:
@@ -101,6 +100,18 @@ class _Storage(NamedTuple):
   values: np.ndarray  # [n]
 
 
+def _size(axes):
+  if len(axes) > MAX_COPIED:
+    raise BadRecord(f"a size of {len(axes)} axes; expected at most {MAX_COPIED}")
+  return tuple(axes)
+
+
+def _ordered(pairs=()):
+  if len(pairs) > MAX_COPIED:  # torch makes it empty and fills it in
+    raise BadRecord(f"an OrderedDict of {len(pairs)} pairs at once; expected at most {MAX_COPIED}")
+  return OrderedDict(pairs)
+
+
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
   """An array over a storage, checked: `size` and `stride` in values, each value within the storage."""
   whole = all(type(n) is int and n >= 0 for n in (*size, *stride, offset))
@@ -127,9 +138,9 @@ CALLS = {
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Call(_tensor_of),
     ("torch._utils", "_rebuild_parameter"): _Call(lambda tensor, requires_grad, hooks: tensor),
-    ("torch", "Size"): _Call(lambda size: tuple(size)),
+    ("torch", "Size"): _Call(_size),
     ("torch", "device"): _Call(lambda kind, index=None: str(kind) if index is None else f"{kind}:{index}"),
-    ("collections", "OrderedDict"): _Call(OrderedDict),
+    ("collections", "OrderedDict"): _Call(_ordered),
 }
 
 

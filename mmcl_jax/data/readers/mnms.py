@@ -8,13 +8,14 @@
 """
 
 import csv
+import fnmatch
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from mmcl_jax.data.readers import nifti
 from mmcl_jax.data.readers.cine import Cine, assemble
+from mmcl_jax.data.readers.files import present, read_bytes, walk
 from mmcl_jax.errors import BadRecord, UserError
 
 NUMBERS = {"LV": 1, "MYO": 2, "RV": 3}
@@ -34,24 +35,25 @@ def find(root) -> list[Study]:
   """The patients in the table whose cine lies under `root`, in the table's order.
 
   Raises:
-    UserError: not exactly one table in `root`.
-    BadRecord: the table cannot be read.
+    UserError: not exactly one table in `root`, or it or a folder below cannot be listed.
+    BadRecord: the table cannot be read; errors of disk and memory pass.
   """
-  tables = sorted(Path(root).glob(TABLE))
+  files = list(map(Path, walk([root])))
+  tables = [path for path in files if path.parent == Path(root) and fnmatch.fnmatchcase(path.name, TABLE)]
   if len(tables) != 1:
     raise UserError(f"{len(tables)} files {TABLE} in {root}; expected one, as in the folder OpenDataset of M&Ms")
-  folders = {path.parent.name: path.parent for part in PARTS for path in Path(root).glob(f"{part}/*/*_sa.nii.gz")
-             if path.name == f"{path.parent.name}_sa.nii.gz"}
+  folders = {path.parent.name: path.parent for part in PARTS for path in files
+             if path.parents[1:2] == (Path(root, part),) and path.name == f"{path.parent.name}_sa.nii.gz"}
   return [Study(folders[code], row) for row in _rows(tables[0]) if (code := row["External code"]) in folders]
 
 
 def read(study: Study) -> Cine:
-  """Reads one patient. Raises BadRecord, and nothing else, with the reason."""
+  """Reads one patient. Raises BadRecord with the reason; errors of disk and memory pass."""
   stem = study.folder / f"{study.folder.name}_sa"
   images, spacing, frame_s = nifti.read(f"{stem}.nii.gz")
   ed, es = _frame_number(study.row, "ED"), _frame_number(study.row, "ES")
   labels = f"{stem}_gt.nii.gz"
-  labels = nifti.read_labels(labels, NUMBERS) if os.path.isfile(labels) else None
+  labels = nifti.read_labels(labels, NUMBERS) if present(labels) else None
   cine = assemble(images, spacing, frame_s, labels, NUMBERS, ed, es)
   named = tuple(sorted(frame for frame in (ed, es) if frame is not None))
   if cine.labelled in ((), named):
@@ -75,10 +77,9 @@ def about(study: Study) -> dict[str, str | float]:
 
 def _rows(path):
   """The table's rows, column name -> text without surrounding blanks."""
-  if not path.is_file() or path.stat().st_size > MAX_TABLE_BYTES:
-    raise BadRecord(f"the table is no file of at most {MAX_TABLE_BYTES} bytes")
+  text = read_bytes(path, MAX_TABLE_BYTES, "the table of patients").decode("utf-8-sig", "replace")
   try:
-    rows = list(csv.reader(path.read_text("utf-8-sig", "replace").splitlines()))
+    rows = list(csv.reader(text.splitlines()))
   except csv.Error as error:
     raise BadRecord("the table is no CSV") from error
   header = [name.strip() for name in rows[0]] if rows else []

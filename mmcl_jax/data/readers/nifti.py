@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 from nibabel.volumeutils import apply_read_scaling
 
+from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.data.schema import LABELS
 from mmcl_jax.errors import BadRecord
 
@@ -36,7 +37,7 @@ class Volume(NamedTuple):
 
 
 def read(path) -> Volume:
-  """Reads images of 3 axes (as one frame) or 4. Raises BadRecord, and nothing else, with the reason."""
+  """Reads images of 3 axes (as one frame) or 4. Raises BadRecord with the reason; errors of disk and memory pass."""
   voxels, header = _load(path)
   low, high = voxels.min(), voxels.max()
   if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
@@ -101,11 +102,10 @@ def _plain(voxels):
 
 def _load(path):
   """(voxels scaled by the header [F, Z, H, W], native byte order; header)."""
-  if not os.path.isfile(path):
-    raise BadRecord("no such file")
-  if os.path.getsize(path) > MAX_FILE_BYTES:
-    raise BadRecord(f"the file has {os.path.getsize(path)} bytes; expected at most {MAX_FILE_BYTES}")
-  try:
+  check_file(path, "a NIfTI file (.nii, .nii.gz)")
+  if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+    raise BadRecord(f"the file has {size} bytes; expected at most {MAX_FILE_BYTES}")
+  with bad_record("not a NIfTI file that can be read"):  # by where gzip, nibabel or NumPy stumble
     with open(path, "rb") as file:
       zipped = file.read(2) == b"\x1f\x8b"
       file.seek(0)
@@ -114,7 +114,10 @@ def _load(path):
       shape, dtype = header.get_data_shape(), header.get_data_dtype()
       skip = header.get_data_offset() - HEADER_BYTES
       need = skip + math.prod(shape) * dtype.itemsize
-      body = stream.read(need + 1)  # no more, whatever the stream expands to; gzip compares its checksum at the end
+      try:
+        body = stream.read(need + 1)  # no more, whatever the stream expands to; gzip compares its checksum at the end
+      except EOFError as error:
+        raise BadRecord("the gzip stream ends early") from error
     if len(body) != need:
       found = "more than" if len(body) > need else f"{HEADER_BYTES + len(body)} of"
       raise BadRecord(f"the file holds {found} the {HEADER_BYTES + need} bytes that its header announces")
@@ -123,12 +126,6 @@ def _load(path):
     if slope is not None:
       voxels = apply_read_scaling(voxels, slope, intercept)
     return voxels.T.astype(voxels.dtype.newbyteorder("="), copy=False), header
-  except BadRecord:
-    raise
-  except EOFError as error:
-    raise BadRecord("the gzip stream ends early") from error
-  except Exception as error:  # by where gzip, nibabel or NumPy stumble; their texts may hold the path
-    raise BadRecord(f"not a NIfTI file that can be read ({type(error).__name__})") from error
 
 
 def _checked_header(block):

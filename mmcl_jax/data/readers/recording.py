@@ -1,7 +1,5 @@
 """What every ECG reader ends in: leads by name, in any number and order -> twelve leads in mV, checked."""
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -54,34 +52,6 @@ def length_flags(samples: int, rate_hz: float) -> list[str]:
   """A remark where a recording is longer than the cohort's, of which the first part is taken."""
   seconds = samples / rate_hz
   return [f"{seconds:.1f} s long"] if seconds >= ECG_SAMPLES / ECG_RATE_HZ + 0.1 else []
-
-
-def check_file(path, kind: str):
-  """BadRecord unless `path` is a regular file; `kind` says what was expected, such as "a DICOM ECG (.dcm)"."""
-  if not os.path.isfile(path):  # opening a pipe would wait for its writer
-    found = "a folder" if os.path.isdir(path) else "no regular file" if os.path.lexists(path) else "no such file"
-    raise BadRecord(f"{found}; expected {kind}")
-
-
-def read_bytes(path, most: int, kind: str) -> bytes:
-  """The whole of a regular file of at most `most` bytes; BadRecord for anything else."""
-  check_file(path, kind)
-  with open(path, "rb") as file:
-    data = file.read(most + 1)
-  if len(data) > most:
-    raise BadRecord(f"more than {most} bytes; expected {kind}, which is smaller")
-  return data
-
-
-@contextlib.contextmanager
-def bad_record(why: str):
-  """Turns whatever a format's library raises into a BadRecord; its text may name files and people and is left out."""
-  try:
-    yield
-  except BadRecord:
-    raise
-  except Exception as error:
-    raise BadRecord(f"{why} ({type(error).__name__})") from error
 
 
 def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recording:

@@ -99,6 +99,20 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
       so_far.diagnoses.append((at[filled].astype(np.int32), codes, date[filled]))
 
 
+def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
+  """The latest day of a diagnosis or death in some rows of a file, whoever's; NaT where there is none."""
+  cells = set()
+  for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE):
+    for index, name in layout.lists.get(field, {}).items():
+      column = batch.column(name)
+      while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+      for text in columns.texts(column.unique()):
+        cells.update([text] if index is not None else _listed(text))
+  days = columns.days(np.array(list(cells), object), "", Counter())  # what is no date is counted by `gather`
+  return np.fmax.reduce(days, initial=np.datetime64("NaT", "D"))
+
+
 def _cells(slot, column, problems):
   """One column as float64 [n]; NaN where missing, and where it cannot be, which is counted."""
   if slot == "date":

@@ -19,13 +19,18 @@ import pyarrow as pa
 
 from mmcl_jax.data import ukb_fields as ukb
 from mmcl_jax.data.readers import columns, table_layout
-from mmcl_jax.data.readers.table_rows import DATED, Gathered, Rows, as_dates, drop, gather, name_of
+from mmcl_jax.data.readers.table_rows import DATED, Gathered, Rows, as_dates, drop, gather, latest, name_of
 from mmcl_jax.errors import UserError
 
 COVARIATE_LIMITS = {"age": ("years", 0, 120), "height": ("cm", 50, 250), "weight": ("kg", 10, 400)}
 DAYS_A_YEAR = 365.25
+ID = re.compile(r"[A-Za-z0-9_-]+")
 DISAGREE = "two rows of one participant disagree"
 MODES = ("any", "prevalent", "incident")
+ID_HEADERS = {"eid", "f_eid", "n_eid", "participant", "participant_eid", "participant_id", "patient", "patient_id",
+              "subject", "subject_id"}
+"""Of a list of withdrawals, in small letters, _ for what is no letter or digit; not "id", which may number the rows."""
+
 
 class Table(NamedTuple):
   """All tables of a cohort together. Participants are named by `canonical` ids.
@@ -47,13 +52,17 @@ class Table(NamedTuple):
   codes: np.ndarray                 # str [E]: ICD-10 without point, three or four characters; causes of death too
   code_dates: np.ndarray            # [E], ascending for each person, NaT last
   dated: bool                       # the tables have dates of diagnoses and of visits
-  censored: np.datetime64           # end of everybody's follow-up
+  censored: np.datetime64           # end of everybody's follow-up, NaT = not known
   problems: dict[str, int]          # what was dropped -> cells or rows
   rejected: dict[str, str]          # participant -> why nothing of them is kept
 
 
 def canonical(identifier) -> str:
-  """An id as it is compared everywhere: no blanks or quotes around it; whole numbers without ".0" and leading zeros."""
+  """An id as it is compared everywhere: no blanks or quotes around it; whole numbers without ".0" and leading zeros.
+
+  Everywhere: in tables, in lists of withdrawals, and in the names of files and folders, so that 0012 in one is 12 in
+  another. Letters keep their case, and zeros stay where there are letters: DEMO0001.
+  """
   text = str(identifier).strip().strip("\"'").strip()
   match = re.fullmatch(r"0*([0-9]+)(?:\.0*)?", text)
   return match[1] if match else text
@@ -69,7 +78,8 @@ def load(files: Iterable, visits: Iterable[int] | None = None, participants: Ite
     files: paths, UK Biobank's or the general form.
     visits: the visits to keep; None: ukb_fields.IMAGING_VISITS of UK Biobank's columns, all of the general form.
     participants: keeps these only, so that memory goes with the cohort and not with the biobank; None: everybody.
-    censored: YYYY-MM-DD, the end of follow-up: what comes later is dropped. None: the latest diagnosis or death found.
+    censored: YYYY-MM-DD, the end of follow-up: what comes later is dropped. None: the latest diagnosis or death up to
+      today of anybody in the tables, whether kept or not.
 
   Raises:
     UserError: a file cannot be read, or has no participants or nothing that is wanted.
@@ -93,18 +103,22 @@ def load(files: Iterable, visits: Iterable[int] | None = None, participants: Ite
                     rows=Rows([*phenotypes, *diseases_given, *table_layout.VISIT.values()]),
                     diagnoses=[], diagnosed=set(), problems=Counter())
   keep = None if participants is None else {canonical(participant) for participant in participants}
+  dates = [end]
   for path, layout in layouts.items():
     try:
       for batch in columns.batches(path, layout.columns):
+        if np.isnat(end):
+          dates.append(latest(layout, batch))
         ids = [canonical(text) for text in columns.texts(batch.column(layout.id))]
         columns.count(so_far.problems, "rows without a participant", ids.count(""))
         chosen = [i for i, name in enumerate(ids) if name and (keep is None or name in keep)]
         if chosen:
           gather(so_far, layout, [ids[i] for i in chosen], batch.take(pa.array(chosen)), visits)
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # a type of Parquet that holds neither text nor numbers
+    except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
+      # the first: a type of Parquet that holds neither text nor numbers
       raise columns.unreadable(path, error) from None
   dated = "date" in slots and any(ukb.DIAGNOSIS_DATES in layout.lists for layout in layouts.values())
-  return _table(so_far, names, tuple(name_of(slot) for slot in diseases_given), end, dated)
+  return _table(so_far, names, tuple(name_of(slot) for slot in diseases_given), np.fmax.reduce(dates), dated)
 
 
 def _date(text):
@@ -120,7 +134,7 @@ def _table(so_far, phenotypes, given, end, dated):
   _drop_implausible(rows, phenotypes, problems)
   rejected = dict.fromkeys(sorted(people.clashes | {name for name, _ in rows.clashes}), DISAGREE)
   values = rows.values[:len(rows.index)]
-  who, codes, code_dates, deaths, end = _until(end, so_far.diagnoses, as_dates(people["death"]))
+  who, codes, code_dates, deaths = _until(end, so_far.diagnoses, as_dates(people["death"]))
   return Table(
       rows={key: i for key, i in rows.index.items() if key[0] not in rejected}, phenotypes=phenotypes,
       phenotype_values=values[:, :len(phenotypes)], body=_body(rows), dates=as_dates(rows["date"]),
@@ -161,15 +175,12 @@ def _body(rows):
 
 
 def _until(end, diagnoses, deaths):
-  """(person, code, date of each diagnosis by person and date, deaths, end of follow-up); nothing after the end."""
+  """(person, code, date of each diagnosis by person and date, deaths); nothing after the end of follow-up."""
   none = (np.empty(0, np.int32), np.empty(0, "U4"), np.empty(0, "datetime64[D]"))
   who, codes, dates = (np.concatenate(parts) for parts in zip(none, *diagnoses))
-  if np.isnat(end):
-    known = np.concatenate([x[~np.isnat(x)] for x in (dates, deaths)])
-    end = known.max() if len(known) else end
   order = np.lexsort((dates, who))  # NaT comes last
   order = order[~(dates[order] > end)]
-  return who[order], codes[order], dates[order], np.where(deaths > end, np.datetime64("NaT", "D"), deaths), end
+  return who[order], codes[order], dates[order], np.where(deaths > end, np.datetime64("NaT", "D"), deaths)
 
 
 def measured(table: Table, participant: str, visit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +207,8 @@ def diseases(table: Table, participant: str, visit: int, codes: ukb.Codes, mode:
 
   Args:
     mode: "any" time; "prevalent", first code on or before the day of the visit; "incident", after it, NaN for who had
-      it already. Where a missing date leaves it open, it is NaN.
+      it already and, without a code, where follow-up ended before the visit. Where a missing date leaves it open, it
+      is NaN.
   """
   if mode not in MODES:
     raise UserError(f"diseases {mode!r}; expected one of {', '.join(MODES)}")
@@ -208,6 +220,8 @@ def diseases(table: Table, participant: str, visit: int, codes: ukb.Codes, mode:
   happened = events(table, name)
   seen = None if row is None else table.dates[row].item()
   without = 0.0 if person is not None and table.diagnosed[person] else np.nan
+  if mode == "incident" and seen is not None and np.isnan(followed_years(table, participant, visit)):
+    without = np.nan  # nobody looked after the visit
   values = []
   for disease, ranges in codes.items():
     dates = [date for code, date in happened if _within(code, ranges)]
@@ -242,12 +256,13 @@ def event_years(table: Table, participant: str, visit: int, codes: ukb.Codes) ->
 
 
 def followed_years(table: Table, participant: str, visit: int) -> float:
-  """Years from the visit to death or the end of follow-up, whichever is first; NaN = not known."""
+  """Years from the visit to death or the end of follow-up, whichever is first; NaN = not known, or before the visit."""
   name = canonical(participant)
   if (name, visit) not in table.rows:
     return float("nan")
   end = np.fmin(table.deaths[table.people[name]], table.censored)
-  return float((end - table.dates[table.rows[name, visit]]) / np.timedelta64(1, "D") / DAYS_A_YEAR)
+  years = float((end - table.dates[table.rows[name, visit]]) / np.timedelta64(1, "D") / DAYS_A_YEAR)
+  return years if years >= 0 else float("nan")
 
 
 def _within(code, ranges):
@@ -255,22 +270,61 @@ def _within(code, ranges):
 
 
 def withdrawn(path) -> set[str]:
-  """Canonical ids of a list of participants who withdrew: the first column, with or without a header.
+  """Canonical ids of a list of participants who withdrew: one a line, or the column under one of ID_HEADERS.
+
+  A list that was misread would withdraw nobody, so whatever else is on a line is refused. Cells are apart by commas,
+  semicolons or tabs.
 
   Raises:
-    UserError: the file cannot be read, holds no id, or ids that a spreadsheet rounded.
+    UserError: the file cannot be read or holds no id; it is not known which column holds ids; a line has none that
+      looks like one (letters, digits, - and _), or one that a spreadsheet rounded.
   """
+  expected = "text with one id a line"
+  form = "one id a line, of letters, digits, - and _"
   try:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-      cells = [row[0] for row in csv.reader(file) if row and row[0].strip()]
-  except (OSError, UnicodeDecodeError, csv.Error) as error:
-    raise UserError(f"{path} is not a list of participants ({type(error).__name__}); expected text with one id a "
-                    "line") from None
-  if cells and not re.search(r"\d", cells[0]):
-    del cells[0]  # a header
-  if any(re.fullmatch(r"[\d.]+[eE]\+?\d+", canonical(cell)) for cell in cells):
-    raise UserError(f"{path} holds ids in scientific notation, as spreadsheets write long numbers: digits are lost; "
-                    "take the list as it was sent")
-  if not cells:
+    with open(path, encoding="utf-8-sig") as file:
+      lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+  except UnicodeDecodeError:
+    raise UserError(f"{path} is not a list of participants (not UTF-8); expected {expected}") from None
+  except (OSError, MemoryError) as error:
+    raise columns.unreadable(path, error, expected) from None
+  delimiter = next((mark for mark in "\t;" if lines and mark in lines[0][1]), ",")
+  rows = [(number, cells) for number, line in lines if any(cells := _cells(path, number, line, delimiter))]
+  rows, place = _without_header(path, rows)
+  for number, cells in rows:
+    name = cells[place] if place < len(cells) else ""
+    if re.fullmatch(r"[\d.]+[eE]\+?\d+", name):
+      raise UserError(f"{path}, line {number}: an id in scientific notation, as spreadsheets write long numbers; digits "
+                      "are lost, take the list as it was sent")
+    if not ID.fullmatch(name):
+      raise UserError(f"{path}, line {number}: {'no id' if not name else 'what stands there is no id'} of a participant; "
+                      f"expected {form}")
+  if not rows:
     raise UserError(f"{path} holds no participant; expected one id a line")
-  return {canonical(cell) for cell in cells}
+  return {cells[place] for _, cells in rows}
+
+
+def _cells(path, number, line, delimiter):
+  """The canonical cells of one line: read by itself, so that a quote that is not closed swallows no other."""
+  try:
+    return [canonical(cell) for cell in next(csv.reader([line], delimiter=delimiter, strict=True))]
+  except csv.Error:
+    raise UserError(f"{path}, line {number}: quotes that do not match; expected one id a line") from None
+
+
+def _without_header(path, rows):
+  """(rows [(number of the line, cells)] without their header, which of the cells is the id)."""
+  header = rows[0][1] if rows else []
+  named = [k for k, cell in enumerate(header) if re.sub(r"[\W_]+", "_", cell.lower()) in ID_HEADERS]
+  if len(named) == 1:
+    if wide := [number for number, cells in rows if any(cells[len(header):])]:  # as where rows are numbered in front
+      raise UserError(f"{path}, line {wide[0]}: more cells than in the header; expected as many")
+    return rows[1:], named[0]
+  used = {k for _, cells in rows for k, cell in enumerate(cells) if cell}
+  if len(used) > 1:
+    raise UserError(f"{path} has several columns and {'several headers' if named else 'no header'} that "
+                    f"name{'' if named else 's'} the ids; expected one id a line")
+  place = min(used, default=0)
+  if rows and not ID.fullmatch(header[place]) and not re.search(r"\d", header[place]):
+    rows = rows[1:]  # a header; one that looks like an id counts as an id, which does no harm
+  return rows, place

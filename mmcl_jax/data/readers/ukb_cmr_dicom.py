@@ -27,6 +27,7 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Ex
 
 from mmcl_jax.data.readers import nifti, ukbb_cardiac
 from mmcl_jax.data.readers.cine import Cine, assemble
+from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.errors import BadRecord
 
 SLICE = re.compile(r"CINE_segmented_SAX_b([0-9]{1,3})")  # the whole name: ..._InlineVF and its results are not images
@@ -75,16 +76,11 @@ def read(path, segmentation=None) -> Cine:
     segmentation: labels of all frames [X, Y, Z, T] by ukbb_cardiac's network (its seg_sa.nii.gz), or None.
 
   Raises:
-    BadRecord: and nothing else, with the reason.
+    BadRecord: it cannot be read, and why; errors of disk and memory pass.
   """
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # pydicom quotes what it stumbles over
-      return _cine(_series(path), segmentation)
-  except BadRecord:
-    raise
-  except Exception as error:  # by where zipfile, pydicom or NumPy stumble; their texts hold file names
-    raise BadRecord(f"not a zip of DICOM files that can be read ({type(error).__name__})") from error
+  with bad_record("not a zip of DICOM files that can be read"), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # pydicom quotes what it stumbles over
+    return _cine(_series(path), segmentation)
 
 
 # The zip
@@ -101,8 +97,7 @@ class _Reader(io.FileIO):
 
 def _series(path):
   """{name: its images} of the short-axis cine, in the order of slices."""
-  if not os.path.isfile(path):
-    raise BadRecord("no such file")
+  check_file(path, "a zip of DICOM files")
   with _Reader(path) as file, zipfile.ZipFile(file) as archive:
     members = _members(archive)
     manifest = next((members[name] for name in MANIFESTS if name in members), None)
@@ -210,7 +205,7 @@ def _wanted(listed):
 def _image(name, data, where):
   if DeflatedExplicitVRLittleEndian.encode() in data:  # pydicom would inflate it before anyone can ask how far
     raise BadRecord(f"{where} is deflated; expected an uncompressed image")
-  try:
+  with bad_record(f"{where} is no DICOM image that can be read"):
     tags = pydicom.dcmread(io.BytesIO(data), specific_tags=TAGS)
     syntax = tags.file_meta.TransferSyntaxUID
     if syntax not in BYTE_ORDER:
@@ -223,10 +218,6 @@ def _image(name, data, where):
         str(tags.get("SeriesInstanceUID", "")), np.nan_to_num(_number(tags, "SeriesNumber"), nan=-1),
         str(tags.get("AcquisitionTime", "")), _number(tags, "TriggerTime"), _number(tags, "InstanceNumber"),
         _number(tags, "NominalInterval"), _number(tags, "CardiacNumberOfImages"))
-  except BadRecord:
-    raise
-  except Exception as error:
-    raise BadRecord(f"{where} is no DICOM image that can be read ({type(error).__name__})") from error
 
 
 def _number(tags, tag):

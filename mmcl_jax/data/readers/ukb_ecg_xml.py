@@ -7,7 +7,8 @@ and also who the patient is: nothing of `PatientInfo` is looked at. Samples are 
 import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
 
-from mmcl_jax.data.readers.recording import Recording, assemble, bad_record, lead_names, length_flags, read_bytes
+from mmcl_jax.data.readers.files import bad_record, read_bytes
+from mmcl_jax.data.readers.recording import Recording, assemble, lead_names, length_flags
 from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES
 from mmcl_jax.errors import BadRecord
 
@@ -23,7 +24,7 @@ MEASUREMENTS = {        # of RestingECGMeasurements, with units; *set: ms from t
 
 
 def read(path) -> Recording:
-  """The strip: 10 s at 500 Hz. Raises BadRecord, and nothing else, with the reason."""
+  """The strip: 10 s at 500 Hz. Raises BadRecord with the reason; errors of disk and memory pass."""
   with bad_record("its strip cannot be read"):
     root = _rest_ecg(path)
     strip = _only(root.findall("StripData") + root.findall("Strip/StripData"), "StripData")  # both occur

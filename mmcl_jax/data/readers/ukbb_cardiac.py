@@ -13,6 +13,7 @@ import numpy as np
 
 from mmcl_jax.data.readers import nifti
 from mmcl_jax.data.readers.cine import ED_ES_ONLY, Cine, assemble
+from mmcl_jax.data.readers.files import present
 from mmcl_jax.errors import BadRecord
 
 NUMBERS = {"LV": 1, "MYO": 2, "RV": 3}
@@ -22,12 +23,12 @@ PHASES = ("ED", "ES")
 def read(folder) -> Cine:
   """Reads one participant's folder; ES is the frame that equals sa_ES, ED frame 0 unless sa_ED equals another.
 
-  Raises BadRecord, and nothing else, with the reason.
+  Raises BadRecord with the reason; errors of disk and memory pass.
   """
   folder = Path(folder)
-  phases = {phase: nifti.read_frame(path) for phase in PHASES if (path := folder / f"sa_{phase}.nii.gz").is_file()}
+  phases = {phase: nifti.read_frame(path) for phase in PHASES if present(path := folder / f"sa_{phase}.nii.gz")}
   cine = folder / "sa.nii.gz"
-  if cine.is_file():
+  if present(cine):
     images, spacing, frame_s = nifti.read(cine)
     frames = {"ED": 0} | {phase: _frame_of(phase, volume.voxels[0], images) for phase, volume in phases.items()}
     labels, flags = _labels(folder, frames, whole=True), ()
@@ -51,9 +52,9 @@ def _frame_of(phase, image, images):
 def _labels(folder, frames, whole):
   """The best labels there are: of all frames uint8 [F, Z, H, W], or {frame: [Z, H, W]}, or None."""
   for name in ("label_sa", "seg_sa"):
-    if whole and (path := folder / f"{name}.nii.gz").is_file():
+    if whole and present(path := folder / f"{name}.nii.gz"):
       return nifti.read_labels(path, NUMBERS)
-    paths = {phase: path for phase in PHASES if (path := folder / f"{name}_{phase}.nii.gz").is_file()}
+    paths = {phase: path for phase in PHASES if present(path := folder / f"{name}_{phase}.nii.gz")}
     if unplaced := paths.keys() - frames.keys():
       raise BadRecord(f"{name}_{unplaced.pop()}.nii.gz without the images that tell which frame it is")
     if paths:

@@ -14,23 +14,27 @@ from pathlib import Path
 import wfdb
 from wfdb.io.header import parse_header_content, rx_signal
 
-from mmcl_jax.data.readers.recording import (
-    MAX_SAMPLES, Recording, assemble, bad_record, lead_names, length_flags, mv_per, read_bytes)
+from mmcl_jax.data.readers.files import bad_record, check_file, present, read_bytes
+from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per
 from mmcl_jax.errors import BadRecord
 
 # FLAC formats (508, 516, 524) have no fixed size.
 BYTES_PER_SAMPLE = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3,
                     "311": 4 / 3, "508": 0, "516": 0, "524": 0}
+KIND = "a WFDB header (.hea), or the .mat or .dat beside one"
 MAX_HEADER_BYTES = 65536
 MAX_LINE = 500            # characters; the patterns of wfdb take quadratic time in the length of a line
 
 
 def header_path(path) -> Path:
-  """The .hea of a record named by its header, its samples (.mat, .dat) or its stem; another file is left as it is."""
+  """The .hea of a record named by its header, its samples (.mat, .dat) or its stem; another file is left as it is.
+
+  Errors of the disk pass.
+  """
   path = Path(path)
   if path.suffix in (".mat", ".dat"):
     return path.with_suffix(".hea")
-  if path.suffix == ".hea" or os.path.isfile(path) or not path.name:
+  if path.suffix == ".hea" or not path.name or present(path) and not os.path.isdir(path):
     return path
   return path.with_name(path.name + ".hea")
 
@@ -38,7 +42,7 @@ def header_path(path) -> Path:
 def read(path) -> Recording:
   """Reads one record from local files, at most its first MAX_SAMPLES samples.
 
-  `path` is the header, its stem, or the samples beside it. Raises BadRecord, and nothing else, with the reason.
+  `path` is the header, its stem, or the samples beside it. Raises BadRecord with the reason; errors of disk and memory pass.
   """
   with bad_record("wfdb cannot read it"):  # what it raises depends on where its parsing stumbles
     header, (record, *lines), _ = _header(path)
@@ -90,12 +94,14 @@ def _read_leads(folder, stem, lines):
 def _header(path):
   """(path of the header, its record and signal lines, its comments), checked before wfdb opens anything they name."""
   header = header_path(path)
-  if header.suffix != ".hea" or not os.path.isfile(header):
-    found = "a folder" if os.path.isdir(path) else "another kind of file" if os.path.isfile(path) else "no such file"
-    raise BadRecord(f"{found}; expected a WFDB header (.hea), or the .mat or .dat beside one")
+  if os.path.isdir(path):
+    raise BadRecord(f"a folder; expected {KIND}")
+  if header.suffix != ".hea":
+    check_file(header, KIND)
+    raise BadRecord(f"another kind of file; expected {KIND}")
   if "::" in os.path.abspath(header):
     raise BadRecord("its path holds '::', which fsspec, under wfdb, takes for a chain of remote files; rename it")
-  raw = read_bytes(header, MAX_HEADER_BYTES, "a WFDB header")
+  raw = read_bytes(header, MAX_HEADER_BYTES, KIND)
   for micro in ("µ".encode(), "μ".encode(), b"\xb5"):  # micro sign and Greek mu in UTF-8, micro sign in Latin-1
     raw = raw.replace(micro, b"u")
   lines, comments = parse_header_content(raw.decode("ascii", "ignore"))  # as wfdb decodes it
@@ -142,8 +148,9 @@ def _scales(channels, lines):
 
 def _check_samples(folder, name, about):
   """Refuses a file of samples that is absent, shorter than the header claims, or not laid out plainly."""
-  if not (folder / name).is_file():
+  if not present(folder / name):
     raise BadRecord("the header names a file of samples that is not beside it")
+  check_file(folder / name, "a file of samples")
   inside = [channel for channel, file in enumerate(about.file_name) if file == name]
   first = inside[0]
   if about.fmt[first] not in BYTES_PER_SAMPLE:

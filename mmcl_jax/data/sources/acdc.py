@@ -16,6 +16,7 @@ from mmcl_jax.data.sources import Item, Plan, labels
 from mmcl_jax.data.ukb_fields import disease_codes
 from mmcl_jax.errors import UserError
 
+TAKES = ("input", "withdrawn", "codes", "split", "slices", "size", "pixel_mm", "frames")
 GROUPS = {
     "NOR": dict.fromkeys(schema.DISEASES, 0.0),
     "MINF": {"MI": 1.0},  # after an infarction, with reduced ejection fraction

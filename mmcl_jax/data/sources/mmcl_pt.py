@@ -20,10 +20,12 @@ import numpy as np
 
 from mmcl_jax.data import schema
 from mmcl_jax.data.readers import mmcl_pt as reader
+from mmcl_jax.data.readers.files import walk
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError
 
 NAME = re.compile(rf"(ecgs|images)_({'|'.join(schema.SPLITS)})_.+\.pt|labels_({'|'.join(schema.SPLITS)})_(.+)_all\.pt")
+TAKES = ("input",)
 PROFILE = "mmcl"  # of mmcl_jax.data.preprocess.ecg: what "noBase_gn" in the files' names stands for
 load = functools.lru_cache(maxsize=16)(reader.load)  # mapped: an open file takes little memory, whatever its size
 
@@ -39,8 +41,6 @@ class Key(NamedTuple):
 
 def plan(options, identify) -> Plan:
   """`options`: `input` (folders, or the files themselves)."""
-  if getattr(options, "withdrawn", None) or getattr(options, "tables", None):
-    raise UserError("--withdrawn and --tables go by participant, and these files name none; prepare from the raw files")
   files, unused = _files(options.input)
   parts = {split: {kind: _open(path) for kind, path in found.items()} for split, found in files.items()}
   for split, found in parts.items():
@@ -113,7 +113,7 @@ def to_uint8(image, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]
 
 def _files(inputs):
   """({split: {"ecgs", "images" or a target: path}}, number of .pt files with other names)."""
-  paths = sorted({path for start in map(Path, inputs) for path in (start.glob("*.pt") if start.is_dir() else [start])})
+  paths = sorted(path for path in map(Path, walk(inputs)) if path.suffix == ".pt")
   files, unused = {}, 0
   for path in paths:
     match = NAME.fullmatch(path.name)

@@ -12,6 +12,7 @@ from mmcl_jax.data.sources import Item, Plan, labels
 from mmcl_jax.data.sources.acdc import plan_of, record_of
 from mmcl_jax.errors import BadRecord, UserError
 
+TAKES = ("input", "withdrawn", "codes", "split", "slices", "size", "pixel_mm", "frames")
 PATHOLOGIES = {  # others, such as HHD, AHS and ARV, are no disease of the schema, nor do they exclude one
     "NOR": dict.fromkeys(schema.DISEASES, 0.0),
     "DCM": {"CM": 1.0},

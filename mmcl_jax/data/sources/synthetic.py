@@ -7,6 +7,9 @@ from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import UserError
 
 
+TAKES = ("subjects", "seed", "profile", "split")
+
+
 def plan(options, identify=None) -> Plan:
   """`options`: `subjects`, `seed`. Cohorts of different seeds share no subject."""
   if options.subjects < 1 or options.seed < 0:

@@ -8,30 +8,32 @@ ECG it is CMR alone; with both, what has no partner is left out and told.
 import functools
 import os
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from mmcl_jax.data import schema, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
-from mmcl_jax.data.readers import tables, ukb_cmr_dicom, ukb_ecg_xml, ukbb_cardiac
+from mmcl_jax.data.readers import files, tables, ukb_cmr_dicom, ukb_ecg_xml, ukbb_cardiac
 from mmcl_jax.data.sources import Item, Plan
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import BadRecord, UserError
 
 ECG_FILE = re.compile(r"([A-Za-z0-9]+)_20205_(\d+)_(\d+)\.xml", re.IGNORECASE)
 CMR_FILE = re.compile(r"([A-Za-z0-9]+)_20209_(\d+)_(\d+)\.zip", re.IGNORECASE)
 FOLDER = re.compile(r"([A-Za-z0-9]+)(?:_20209)?(?:_(\d+))?(?:_(\d+))?")  # ID, ID_VISIT or ID_20209_VISIT_ARRAY
 FIRST_IMAGING_VISIT = 2  # what a folder named by the participant alone is taken for
+TAKES = ("input", "tables", "segmentations", "withdrawn", "diseases", "codes", "censored", "profile", "split", "slices", "size",
+         "pixel_mm", "frames")
 DISAGREEMENT = 0.25      # of LVEDV between tables and segmentation: another definition, or another person
 
 
 class Visit(NamedTuple):
   """What `read` needs of one participant at one visit."""
-  ecg: str | None           # path
-  cmr: str | None           # path of a zip, or of a folder of NIfTI files
+  ecg: tuple[str, ...]      # paths in the order of their array index: the first that can be used is taken
+  cmr: tuple[str, ...]      # paths of zips, or of folders of NIfTI files
   segmentation: str | None  # path, for a zip
   phenotypes: np.ndarray | None  # float32 [K] of the tables; None: measured on the segmentation
+  remarks: tuple[str, ...]
   labels: dict[str, np.ndarray]  # diseases, covariates and, where there are dates, event_years and followed_years
 
 
@@ -40,46 +42,54 @@ def plan(options, identify, folders: bool = False) -> Plan:
 
   `folders`: the CMR are folders ID_VISIT of NIfTI files, as the ukbb_cardiac pipeline leaves them, instead of zips.
   """
-  files = list(walk(options.input))
-  ecgs, cmrs = index(files, ECG_FILE), index_folders(files, "sa.nii.gz") if folders else index(files, CMR_FILE)
-  if not ecgs and not cmrs:
-    raise UserError(f"--input={' '.join(options.input)}: {len(files)} files, none named ID_20205_VISIT_ARRAY.xml or "
-                    f"{'sa.nii.gz in a folder ID_VISIT' if folders else 'ID_20209_VISIT_ARRAY.zip'}; give the folders of both")
+  listed = list(files.walk(options.input))
+  ecgs, cmrs = index(listed, ECG_FILE), index_folders(listed, "sa.nii.gz") if folders else index(listed, CMR_FILE)
+  images = "sa.nii.gz in a folder ID_VISIT" if folders else "ID_20209_VISIT_ARRAY.zip"
+  if not cmrs and (folders or not ecgs):
+    raise UserError(f"--input {' '.join(options.input)}: {len(listed)} files, none named {images}"
+                    f"{'' if ecgs else ' or ID_20205_VISIT_ARRAY.xml'}; give the folders of both")
   segmentations = {}
   if options.segmentations:
-    segmentations = {key: os.path.join(found[0], "seg_sa.nii.gz")
-                     for key, found in index_folders(list(walk([options.segmentations])), "seg_sa.nii.gz").items()}
+    segmentations = index_folders(list(files.walk([options.segmentations], "--segmentations")), "seg_sa.nii.gz")
+    if folders or not segmentations.keys() & cmrs.keys():
+      raise UserError(f"--segmentations={options.segmentations}: {len(segmentations)} folders ID_VISIT with seg_sa.nii.gz, none of "
+                      "a visit with a CMR zip; expected those that ukbb_cardiac made of these zips")
   everybody = {participant for participant, _ in ecgs | cmrs}
-  table = tables.load(options.tables, participants=everybody) if options.tables else None
+  table = None
+  if options.tables:
+    table = tables.load(options.tables, participants=everybody, censored=options.censored)
+    if not table.people and not table.rows:
+      raise UserError(f"--tables {' '.join(options.tables)}: none of its participants has a file under --input; are the ids those "
+                      "of another application?")
+  elif options.diseases != "any" or options.censored:
+    raise UserError("--diseases and --censored tell how to read diagnoses, of which there are none without --tables")
   codes = ukb_fields.disease_codes(options.codes)
   codes |= dict.fromkeys(table.given if table else (), ())
   gone = tables.withdrawn(options.withdrawn) if options.withdrawn else set()
 
   items, rejected = [], []
   for participant, visit in sorted(ecgs.keys() | cmrs.keys()):
-    found = [paths.get((participant, visit), []) for paths in (ecgs, cmrs)]
+    key = participant, visit
+    found = [tuple(paths.get(key, ())) for paths in (ecgs, cmrs)]
+    segmented = [os.path.join(folder, "seg_sa.nii.gz") for folder in segmentations.get(key, ())]
     private = (participant, *{os.path.basename(path) for paths in found for path in paths})
     item = Item(identify(participant), visit, None, private)
-    reject = lambda reason: rejected.append((item, reason))
     if participant in gone:
-      reject("the participant has withdrawn")
+      rejected.append((item, "the participant has withdrawn"))
     elif table and participant in table.rejected:
-      reject(table.rejected[participant])
+      rejected.append((item, table.rejected[participant]))
     elif ecgs and not found[0]:
-      reject("no ECG of this visit")
+      rejected.append((item, "no ECG of this visit"))
     elif cmrs and not found[1]:
-      reject("no CMR of this visit")
+      rejected.append((item, "no CMR of this visit"))
     elif visit not in ukb_fields.IMAGING_VISITS:
-      reject(f"visit {visit}; expected an imaging visit, {' or '.join(map(str, ukb_fields.IMAGING_VISITS))}")
-    elif linked := [path for paths in found for path in paths[:1] if os.path.islink(path)]:
-      reject(f"{len(linked)} of its files are symbolic links; expected the files themselves")
+      rejected.append((item, f"visit {visit}; expected an imaging visit, {' or '.join(map(str, ukb_fields.IMAGING_VISITS))}"))
+    elif len(segmented) > 1:
+      rejected.append((item, f"{len(segmented)} segmentations of this visit; expected one"))
     else:
-      for kind, paths in zip(("ECG", "CMR"), found):
-        if len(paths) > 1:
-          rejected.append((item, f"{len(paths) - 1} further {kind} of the same visit left out, the first is kept"))
-      ecg, cmr = (paths[0] if paths else None for paths in found)
       values, labels = of_tables(table, participant, visit, codes, options.diseases)
-      items.append(item._replace(key=Visit(ecg, cmr, segmentations.get((participant, visit)), values, labels)))
+      remarks = ("this visit is not in the tables",) if table and key not in table.rows else ()
+      items.append(item._replace(key=Visit(*found, segmented[0] if segmented else None, values, remarks, labels)))
   items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))
 
   measured = not (table and table.phenotypes)
@@ -99,32 +109,19 @@ def plan(options, identify, folders: bool = False) -> Plan:
 plan_folders = functools.partial(plan, folders=True)
 
 
-def walk(inputs: Iterable[str]) -> Iterable[str]:
-  """All files under the inputs, sorted; links to folders are not followed."""
-  for path in inputs:
-    if os.path.isfile(path):
-      yield path
-    elif os.path.isdir(path):
-      for folder, folders, names in os.walk(path):
-        folders.sort()
-        yield from (os.path.join(folder, name) for name in sorted(names))
-    else:
-      raise UserError(f"--input: no file or folder {path}")
-
-
-def index(files: list[str], pattern: re.Pattern) -> dict[tuple[str, int], list[str]]:
+def index(listed: list[str], pattern: re.Pattern) -> dict[tuple[str, int], list[str]]:
   """(participant, visit) -> files whose name says so, in the order of their array index."""
   found = {}
-  for path in files:
+  for path in listed:
     if match := pattern.fullmatch(os.path.basename(path)):
       found.setdefault((tables.canonical(match[1]), int(match[2])), []).append((int(match[3]), path))
   return {key: [path for _, path in sorted(paths)] for key, paths in found.items()}
 
 
-def index_folders(files: list[str], name: str) -> dict[tuple[str, int], list[str]]:
+def index_folders(listed: list[str], name: str) -> dict[tuple[str, int], list[str]]:
   """(participant, visit) -> folders that hold a file `name`."""
   found = {}
-  for path in files:
+  for path in listed:
     folder, file = os.path.split(path)
     if file == name and (match := FOLDER.fullmatch(os.path.basename(folder))):
       found.setdefault((tables.canonical(match[1]), int(match[2] or FIRST_IMAGING_VISIT)), []).append(folder)
@@ -146,16 +143,16 @@ def of_tables(table, participant: str, visit: int, codes, mode: str):
 
 def read(shape: preprocess_cmr.Shape, names: list[str], item: Item) -> tuple[dict, tuple[str, ...]]:
   """Reads one visit: the record as in mmcl_jax.data.schema, and remarks. `names` are those of the phenotypes."""
-  visit, flags, fields, measured = item.key, [], {}, None
+  visit, flags, fields, measured = item.key, list(item.key.remarks), {}, None
   ecg = np.zeros((len(schema.LEADS), schema.ECG_SAMPLES), np.float32)
   if visit.ecg:
-    recording = ukb_ecg_xml.read(visit.ecg)
+    recording = first_good("ECG", visit.ecg, ukb_ecg_xml.read, flags)
     ecg = preprocess_ecg.to_standard(recording.ecg_mv, recording.rate_hz)
     flags += [f"ECG: {flag}" for flag in recording.flags]
   if visit.cmr:
-    zipped = os.path.isfile(visit.cmr)
-    cine = ukb_cmr_dicom.read(visit.cmr, visit.segmentation) if zipped else ukbb_cardiac.read(visit.cmr)
-    fields, measured, found = preprocess_cmr.to_record(cine, shape)
+    zipped = os.path.isfile(visit.cmr[0])
+    read_cine = functools.partial(ukb_cmr_dicom.read, segmentation=visit.segmentation) if zipped else ukbb_cardiac.read
+    fields, measured, found = preprocess_cmr.to_record(first_good("CMR", visit.cmr, read_cine, flags), shape)
     flags += [f"CMR: {flag}" for flag in found]
   values = visit.phenotypes
   if values is None:
@@ -164,6 +161,21 @@ def read(shape: preprocess_cmr.Shape, names: list[str], item: Item) -> tuple[dic
     told, seen = values[names.index("LVEDV")], measured["LVEDV"]
     if abs(told - seen) > DISAGREEMENT * max(told, seen):  # False where one is NaN
       flags.append(f"LVEDV is {told:.0f} ml in the tables and {seen:.0f} ml on the segmentation")
-  record = {"has_ecg": np.bool_(visit.ecg), "has_cmr": np.bool_(visit.cmr), "ecg": ecg, **fields, "phenotypes": values,
+  record = {"has_ecg": np.bool_(bool(visit.ecg)), "has_cmr": np.bool_(bool(visit.cmr)), "ecg": ecg, **fields, "phenotypes": values,
             **visit.labels}
   return record, tuple(flags)
+
+
+def first_good(kind: str, paths: tuple[str, ...], read, flags: list[str]):
+  """What `read` makes of the first path that it can read; `flags` gets a word on the others of this visit."""
+  for i, path in enumerate(paths):
+    try:
+      found = read(path)
+    except BadRecord as error:
+      if i == len(paths) - 1:
+        raise
+      flags.append(f"{kind} number {i + 1} of {len(paths)} of the same visit not used: {error}")
+    else:
+      if further := len(paths) - 1 - i:
+        flags.append(f"{further} further {kind} of the same visit left out")
+      return found

@@ -19,11 +19,12 @@ import numpy as np
 
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess.ecg import to_standard
-from mmcl_jax.data.readers import columns, tables, wfdb as reader
+from mmcl_jax.data.readers import columns, files, tables, wfdb as reader
 from mmcl_jax.data.sources import Item, Plan, labels
 from mmcl_jax.data.ukb_fields import disease_codes
 from mmcl_jax.errors import UserError
 
+TAKES = ("input", "tables", "withdrawn", "codes", "profile", "split")
 AGE_ABOVE_89 = 300  # PTB-XL's code, which hides the oldest; 90 is taken, its lower bound
 MAX_VISIT = 65_535  # what a record holds
 KNOWN_TABLES = {"ptbxl_database.csv", "record_list.csv"}  # files that the databases come with
@@ -40,14 +41,11 @@ class Row(NamedTuple):
 
 
 def plan(options, identify) -> Plan:
-  """`options`: `input` (folders, or records by any of their files); may have tables, codes, withdrawn, diseases.
+  """`options`: `input` (folders, or records by any of their files); may have tables, codes, withdrawn.
 
   With tables, a recording that none of them lists is left out (its participant is not known); one that lies there
   twice, or at 100 and 500 Hz, is taken once, at 500 Hz. Visits are numbered by time over the rows of a participant.
   """
-  if getattr(options, "diseases", "any") != "any":
-    raise UserError(f"--diseases={options.diseases} needs the dates of diagnoses, which none of these databases has; "
-                    "expected any")
   names = getattr(options, "tables", None) or []
   codes = disease_codes(getattr(options, "codes", None))
   headers = _headers(options.input, names)
@@ -90,9 +88,6 @@ def _headers(inputs, listed):
   """Absolute paths of headers, each once, sorted within each input."""
   headers = []
 
-  def refuse(error):
-    raise UserError(f"--input {error.filename}: {error.strerror}")
-
   for start in map(os.path.abspath, inputs):
     if not os.path.isdir(start):
       header = reader.header_path(start)
@@ -100,12 +95,12 @@ def _headers(inputs, listed):
         raise UserError(f"--input {start} is neither a folder nor a WFDB record; expected a .hea, .mat, .dat or stem")
       headers.append(str(header))
       continue
-    for folder, folders, files in os.walk(start, onerror=refuse):
-      folders.sort()
-      if not listed and (known := KNOWN_TABLES & set(files)):
-        raise UserError(f"{folder} holds {known.pop()}, which says who was recorded; give it with --tables, or one "
-                        "person's recordings fall into both train and test")
-      headers += [os.path.join(folder, file) for file in sorted(files) if file.endswith(".hea")]
+    for path in files.walk([start]):
+      if not listed and os.path.basename(path) in KNOWN_TABLES:
+        raise UserError(f"{path} says who was recorded; give it with --tables, or one person's recordings fall into both "
+                        "train and test")
+      if path.endswith(".hea"):
+        headers.append(path)
   return list(dict.fromkeys(headers))
 
 
