@@ -2,7 +2,9 @@
 
 import csv
 import datetime
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from mmcl_jax.data import schema, ukb_fields as ukb
 from mmcl_jax.data.readers import columns, tables
+from mmcl_jax.data.sources import ukb as source
 from mmcl_jax.errors import UserError
 
 STYLES = {  # eid, column of a field with instances, of a field with arrays
@@ -507,3 +510,105 @@ def test_withdrawals_that_could_be_misread_are_refused(tmp_path, text, match):
   with pytest.raises(UserError, match=match) as error:
     tables.withdrawn(tmp_path / "w.csv")
   assert "12" not in str(error.value).rpartition("w.csv")[2].replace("line", "")
+
+
+def test_a_date_counts_up_to_today(tmp_path):
+  today = datetime.date.today()
+  tomorrow = today + datetime.timedelta(1)
+  table = tables.load([one(tmp_path, eid=["A", "B"], p53_i2=["2015-01-01"] * 2, p41270=["I48", "I48"],
+                           p41280_a0=[str(today), str(tomorrow)], p40000_i0=["", str(tomorrow)])])
+  assert table.censored == np.datetime64(today) and np.isnat(table.deaths).all()
+  assert tables.events(table, "A") == [("I48", today)] and tables.events(table, "B") == [("I48", None)]
+  assert table.problems == {"40000: after today": 1, "41280: after today": 1}
+  af = {"AF": CODES["AF"]}
+  np.testing.assert_array_equal([tables.diseases(table, p, 2, af, "incident")[0] for p in "AB"], [1, np.nan])
+
+
+def test_a_visit_after_the_end_of_follow_up_or_after_death_is_not_followed(tmp_path):
+  """The end is 2015-01-02; C died the day before the visit."""
+  table = tables.load([one(tmp_path, eid=list("ABC"), p53_i2=["2015-01-02", "2015-01-03", "2014-01-02"],
+                           p41270_a0=["", "", ""], p41280_a0=["2015-01-02", "", ""], p40000_i0=["", "", "2014-01-01"])])
+  af = {"AF": CODES["AF"]}
+  np.testing.assert_array_equal([tables.followed_years(table, p, 2) for p in "ABC"], [0, np.nan, np.nan])
+  np.testing.assert_array_equal([tables.diseases(table, p, 2, af, "incident")[0] for p in "ABC"], [0, np.nan, np.nan])
+  assert [tables.diseases(table, p, 2, af, "prevalent")[0] for p in "ABC"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dates", (["2019-01-01|2020-02-03", ""], [["2020-02-03", None], ["2018-01-01"]],
+                                   [[datetime.date(2020, 2, 3)], None],
+                                   [datetime.datetime(2020, 2, 3, 9), datetime.datetime(2018, 1, 1)]))
+def test_the_end_of_follow_up_of_dates_in_one_cell(tmp_path, dates):
+  pa.parquet.write_table(pa.table({"eid": ["A", "B"], "p53_i2": ["2015-01-01"] * 2, "p41270": ["I48", "I48"],
+                                   "p41280": dates}), tmp_path / "x.parquet")
+  assert tables.load([tmp_path / "x.parquet"], participants=["B"]).censored == np.datetime64("2020-02-03")
+
+
+def test_tables_of_other_participants_leave_nothing(tmp_path):
+  table = tables.load([write(tmp_path / "x.csv", cells_of("24100-2.0"))], participants=["DEMO0101"])
+  assert table.people == table.rows == table.rejected == {}
+  assert tables.events(table, "DEMO0001") == [] and np.isnan(tables.followed_years(table, "DEMO0001", 2))
+
+
+def test_ids_in_names_of_files_are_those_of_tables(tmp_path):
+  names = ["a/0012_20205_2_0.xml", "b/12_20205_2_1.xml", "DEMO0012_20205_2_0.xml"]
+  assert source.index(names, source.ECG_FILE) == {("12", 2): names[:2], ("DEMO0012", 2): names[2:]}
+  assert source.index_folders(["0012_2/sa.nii.gz"], "sa.nii.gz") == {("12", 2): ["0012_2"]}
+  assert tables.load([one(tmp_path, eid=["00012.0"], p31=["1"])], participants=["0012"]).people == {"12": 0}
+
+
+@pytest.mark.parametrize("read", (lambda path: tables.load([path]), tables.withdrawn))
+def test_what_is_no_file_and_what_the_machine_fails_at(tmp_path, monkeypatch, read):
+  with pytest.raises(UserError, match="absent.csv: no such file; expected"):
+    read(tmp_path / "absent.csv")
+  with pytest.raises(UserError, match="is a folder; expected"):
+    read(tmp_path)
+  file = one(tmp_path, eid=["1"], p31=["1"])
+
+  for error, reason in ((OSError(errno.EIO, SECRET), os.strerror(errno.EIO)),
+                        (MemoryError(SECRET), os.strerror(errno.ENOMEM)),
+                        (PermissionError(errno.EACCES, SECRET), os.strerror(errno.EACCES))):
+    def fail(*_, error=error, **__):
+      raise error
+
+    with monkeypatch.context() as patch:
+      for room in (columns, tables):
+        patch.setattr(room, "open", fail, raising=False)
+      with pytest.raises(UserError, match=f"x.csv cannot be read: {reason}$"):
+        read(file)
+
+
+def test_the_machine_fails_half_way(tmp_path, monkeypatch):
+  file = one(tmp_path, eid=["1"], p31=["1"])
+  for place, name, error in ((pa.csv, "open_csv", OSError(errno.ENOSPC, SECRET)),
+                             (pa.csv, "open_csv", pa.ArrowMemoryError(SECRET)),
+                             (tables, "gather", MemoryError(SECRET))):
+    def fail(*_, error=error, **__):
+      raise error
+
+    with monkeypatch.context() as patch:
+      patch.setattr(place, name, fail)
+      with pytest.raises(UserError, match="cannot be read: (No space left|Cannot allocate memory)") as caught:
+        tables.load([file])
+    assert SECRET not in str(caught.value) and "expected" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ("Withdrawn participants\n12\n34\n", "12,\n34,,\n", "\n,,\n,12\n,34\n",
+                                  "n_eid;note\n12;a, b\n34;\n", "Participant ID\r12\r34\r"))
+def test_withdrawals_with_one_column_that_matters(tmp_path, text):
+  (tmp_path / "w.csv").write_text(text, newline="")
+  assert tables.withdrawn(tmp_path / "w.csv") == {"12", "34"}
+
+
+@pytest.mark.parametrize("text, match", (
+    (f"{SECRET}\t2023\n", "several columns and no header"), (f"eid,participant\n1,{SECRET}\n", "several headers"),
+    (f"id;note\n1;{SECRET}\n", "no header"), (f"1\n2,{SECRET}\n", "several columns"),
+    (f"eid,date\n1,{SECRET},2023\n", "line 2: more cells"), (f"eid\n1,{SECRET}\n", "line 2: more cells"),
+    (f"date,eid\n2023\n2023,{SECRET}\n", "line 2: no id"), (f"1\n\n{SECRET}|2023\n", "line 3"),
+    (f"eid\n{SECRET};2023\n", "line 2"), (f'eid,note\n1,"a\n{SECRET},b"\n', "line 2: quotes"),
+    (f"{SECRET}.5\n", "line 1"),
+    (f"1\x002\x00\n{SECRET}\n", "line 1")))
+def test_lists_that_would_withdraw_others_are_refused_and_not_quoted(tmp_path, text, match):
+  (tmp_path / "w.csv").write_text(text)
+  with pytest.raises(UserError, match=match) as caught:
+    tables.withdrawn(tmp_path / "w.csv")
+  assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
