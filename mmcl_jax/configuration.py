@@ -32,6 +32,58 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
   return config
 
 
+def defaults(batch: int, steps: int) -> ConfigDict:
+  """Every key that a recipe has (configs/), at a neutral value; a recipe states what it is about.
+
+  Towers of `model.cmr` and `objectives` are the recipe's: there are none here.
+
+  Args:
+    batch: global batch size; divisible by the devices of the data axis.
+    steps: updates; a tenth of them is warm-up, and a third lies between two checkpoints.
+  """
+  c = ConfigDict()
+  c.seed = 0                      # of parameters, order of the data, augmentation and masks
+  c.batch, c.steps = batch, steps
+  c.init_from = dict(ecg="")      # module -> workdir of an earlier stage; "": starts fresh
+  c.init_except = ()              # regexes of parameters that are not carried over: left behind there, or fresh here
+  c.freeze = ()                   # regexes of parameters that are not trained (CMR towers: model.cmr.NAME.frozen)
+
+  c.data = ConfigDict()
+  c.data.cohort = ""              # folder made by `mmcl prepare`
+  c.data.mix = ()                 # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
+  c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
+  c.data.samples = 5000           # samples the model sees at a time; longer recordings: the mean over windows
+  c.data.targets = ()             # phenotypes that objectives may learn from; (): all of the cohort
+
+  c.augment = ConfigDict()
+  c.augment.ecg = dict(phase_noise_strength=0.0, jitter_sigma=0.0, rescale_sigma=0.0,  # sigmas: units of the normalised ECG
+                       gain_noise_sigma=0.0, time_flip=0.0, sign_flip=0.0)             # flips: probabilities
+  c.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)    # shift: share of the image's side
+  c.augment.twice = False         # a second augmentation of every row, for objectives that compare two (outputs.again)
+
+  c.model = ConfigDict()
+  c.model.ecg = dict(size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
+                     drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False)
+  c.model.cmr = {}                # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
+  c.model.regression = ()         # towers with a linear read-out of the targets, e.g. ("ecg",)
+  c.model.projection = dict(hidden=512, width=128, norm=False)  # of every tower's head; norm: with batch norm
+  c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: the objective's fixed one
+  c.model.learned_bias = 0.0      # where a learned bias of the logits starts (siglip); 0: none
+  c.model.max_scale = 100.0       # cap of a learned 1 / temperature
+  c.model.dtype = "float32"       # of matrix products: float32 or bfloat16
+  c.objectives = ConfigDict()     # name -> dict(fn, weight, parameters of fn)
+
+  c.optimizer = dict(learning_rate=1e-3, warmup=max(steps // 10, 1), b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0,
+                     rates=(), layer_decay=1.0)  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
+  c.mesh = dict(data=-1, model=1)  # devices along each axis; -1: all that are left
+  c.sharding = ()                 # (regex, spec) rules for parameters and optimiser; nothing matched: replicated
+  c.loader = dict(threads=2, buffer=4, workers=0)
+  c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1))  # steps
+  c.keep = 2                      # checkpoints kept
+  c.evaluators = ("losses", "phenotypes")  # on the validation split, every.evaluate steps
+  return c
+
+
 def from_flags(program: str, usage: str, argv: list[str], required: dict[str, str]) -> tuple[ConfigDict, flags.FlagValues]:
   """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and the `required` flags (name -> help)."""
   values = flags.FlagValues()

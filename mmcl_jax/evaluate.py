@@ -15,6 +15,7 @@ import numpy as np
 from mmcl_jax.data import cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import pretrainer
 from mmcl_jax.evaluators import diseases, embeddings, figures, phenotypes, report, retrieval
 from mmcl_jax.training import metrics, restore, steps
 
@@ -43,23 +44,26 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if cohort_path is None and cohort.fingerprint != run.manifest["cohort"]:
     raise UserError(f"{cohort.path} is no longer the cohort that step {run.step} was trained on; name the one to evaluate "
                     "on with --cohort=DIR")
-  lacking = [f"ECG in {split}" for split in schema.SPLITS if not cohort.info["with_ecg"][split]]
+  model = run.config.model
+  reads = "ECG" if model.ecg.size else "CMR"  # a run without an ECG tower is judged by its CMR embedding
+  lacking = [f"{reads} in {split}" for split in schema.SPLITS if not cohort.info[f"with_{reads.lower()}"][split]]
   lacking += ["phenotypes"] * (not cohort.info["phenotypes"])
   if lacking:
     raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
                     "phenotypes on test: name another one with --cohort")
-  has_cmr = (bool(run.config.model.cmr.size) and cohort.info["with_cmr"]["test"] > 0
-             and all(view in cohort.info["shapes"] for view in run.config.data.views))
+  fields = pretrainer.fields(model)
+  has_cmr = bool(fields) and cohort.info["with_cmr"]["test"] > 0 and all(name in cohort.info["shapes"] for name in fields)
 
   with jax.set_mesh(run.mesh):
-    features = embed_splits(run, cohort, batch, views=tuple(run.config.data.views) if has_cmr else ())
-    shown = reconstruction(run, cohort, batch)
+    features = embed_splits(run, cohort, batch, fields if has_cmr else ())
+    shown = reconstruction(run, cohort, batch) if model.ecg.size and model.ecg.mask_ratio else None
 
   print("fitting probes, drawing 1,000 bootstrap samples (seconds to a minute)", flush=True)
   names, units = list(cohort.info["phenotypes"]), list(cohort.info["phenotypes"].values())
   results, predictions, probe = phenotypes.evaluate(features, names, units)
   results["diseases"], _, _ = diseases.evaluate(features, cohort.info["diseases"])
-  if has_cmr:
+  paired = has_cmr and reads == "ECG"
+  if paired:
     test = features["test"]
     pairs = test["has_cmr"] > 0
     results["retrieval"] = retrieval.retrieval(test["ecg_projection"][pairs], test["cmr_projection"][pairs],
@@ -71,14 +75,15 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
       "r2": figures.r2_bars(results, note),
       "predicted_against_true": figures.predicted_against_true(predictions["y_true"], predictions["embedding"],
                                                                results["phenotypes"], note),
-      "reconstruction": figures.reconstruction(**shown, note=note),
       "training_curves": figures.training_curves(metrics.read(pathlib.Path(workdir) / "metrics.jsonl"), note),
   }
+  if shown:
+    drawings["reconstruction"] = figures.reconstruction(**shown, note=note)
   out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if cohort_path is None else
                                                 f"{run.step}-{pathlib.Path(cohort_path).resolve().name}")
   report.write(results, predictions, probe, drawings, out)
   print(report.table(results))
-  if has_cmr:
+  if paired:
     found = results["retrieval"]["ecg_to_cmr"]
     print(f"retrieval of the CMR by its ECG: R@10 {found['r@10']:.3f} (chance {found['chance_r@10']:.3f}, "
           f"{found['n_candidates']} candidates)")
@@ -86,15 +91,17 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   return results
 
 
-def embed_splits(run, cohort, batch: int, views) -> dict[str, dict[str, np.ndarray]]:
-  """Trained and untrained embeddings of every split; CMR projections of the test split only, where retrieval is scored."""
-  embed = jax.jit(steps.make_embed(run.model, run.config))
-  features = {}
+def embed_splits(run, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:
+  """Trained and untrained embeddings of every split; of ECG encoders, CMR projections of the test split only, where
+  retrieval is scored."""
+  embed = jax.jit(steps.make_embed(run.model, run.config, run.scales))
+  reads_ecg, features = bool(run.config.model.ecg.size), {}
   for split in schema.SPLITS:
-    collect = functools.partial(embeddings.collect, embed, source=cohort.splits[split], mesh=run.mesh, batch=batch)
-    features[split] = collect(run.state.variables, views=views if split == "test" else (), title=f"embed {split}")
-    untrained = collect(run.fresh.variables, title=f"embed {split}, untrained encoder")
-    features[split]["random_embedding"] = untrained["ecg_embedding"]
+    collect = functools.partial(embeddings.collect, embed, source=cohort.splits[split], mesh=run.mesh, batch=batch,
+                                needs="has_ecg" if reads_ecg else "has_cmr")
+    features[split] = collect(run.state.variables, fields=fields if split == "test" or not reads_ecg else (), title=f"embed {split}")
+    untrained = collect(run.fresh.variables, fields=() if reads_ecg else fields, title=f"embed {split}, untrained encoder")
+    features[split]["random_embedding"] = untrained["embedding"]
   return features
 
 
@@ -102,9 +109,9 @@ def reconstruction(run, cohort, batch: int) -> dict:
   """The masked autoencoder on the first test recording."""
 
   def rebuild(variables, rows):
-    rows = steps.first_window(steps.to_float(rows), run.config.data.samples)
+    rows = steps.first_window(steps.to_float(rows, run.scales), run.config.data.samples)
     keys = steps.sample_keys(run.config.seed, rows["index"])
-    return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, method="reconstruct")
+    return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, rows["conditions"], method="reconstruct")
 
   rows = next(rows for rows in pipeline.one_pass(cohort.splits["test"], batch=1) if rows["has_ecg"][0])
   ecg, outputs = jax.device_get(jax.jit(rebuild)(run.state.variables, rows))

@@ -29,7 +29,8 @@ MEANING = {
     "ed_es_volumes": "[ED ES, slice, row, column], base to apex, grey values",
     "labels": "[ED ES, slice, row, column], " + ", ".join(f"{value} {name}" for name, value in schema.LABELS.items()),
     "cine_slice": "[frame, row, column], frame 0 = ED",
-    "three_frames": "[frame, row, column]",
+    "three_frames": "[ED half-way ES, row, column], the mid-ventricular slice",
+    "lax": "[frame, row, column], long axis and septum, frame 0 = ED",
     "spacing": "mm along slice, row, column",
     "phenotypes": "in the units below, NaN = not measured",
     "diseases": "0, 1, NaN = unknown",
@@ -74,7 +75,7 @@ def parse(argv):
 
 
 def tell(cohort: cohort_room.Cohort) -> list[str]:
-  """Lines on the cohort: counts, fields, phenotypes, covariates and diseases."""
+  """Lines on the cohort: counts, fields, views for config.model.cmr, phenotypes, covariates and diseases."""
   info, total, records = cohort.info, sum(cohort.info["counts"].values()), []
   for split, index in quality.sample(info["counts"], COUNTED):
     record = cohort.splits[split][index]
@@ -92,6 +93,7 @@ def tell(cohort: cohort_room.Cohort) -> list[str]:
   lines += table(["field", "type", "shape", ""],
                  [[name, np.asarray(x).dtype.name, " x ".join(map(str, np.shape(x))) or "-", meaning.get(name, "")]
                   for name, x in records[0].items()])
+  lines += table(["view", "taken from"], [[view, field] for view, field in schema.VIEWS.items() if field in records[0]])
   for kind in ("phenotypes", "covariates"):
     values = np.stack([r[kind] for r in records]).astype(np.float64)
     moments = [quality.statistics(column) for column in values.T]

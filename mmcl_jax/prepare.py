@@ -102,6 +102,7 @@ def parse(argv):
   parser.add_argument("--frames", type=int, default=shape.frames, help="frames of the cine slice; 0: none (default %(default)s)")
   parser.add_argument("--subjects", type=int, default=0, help="synthetic: number of subjects")
   parser.add_argument("--seed", type=int, default=0, help="synthetic: cohorts of different seeds share no subject")
+  parser.add_argument("--lax", action="store_true", help="synthetic: the long-axis view too")
   parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)")
   parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam with these pipeline options (docs/beam.md)")
   parser.add_argument("more", nargs="*", metavar="PATH", help="more inputs")

@@ -18,7 +18,8 @@ from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import checkpoint, metrics, parallel, state as state_room, steps as step_room
+from mmcl_jax.training import (checkpoint, frozen, initialise, metrics, parallel, restore, state as state_room,
+                               steps as step_room)
 
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 
@@ -38,22 +39,19 @@ def train(config, workdir: str):
   parallel.check_batch(config.batch, mesh)
   cohort = cohort_room.load(config.data.cohort)
   others = load_mix(config.data.mix)
-  check_cohorts(cohort, others, config)
+  scales = targets(cohort, config)
   objectives = objective_room.build(config.objectives)
-  model = pretrainer.build(config.model, config.data.samples)
+  online.check(config.evaluators)
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  check_cohorts(cohort, others, config)
   first_process = jax.process_index() == 0
 
   with jax.set_mesh(mesh):
-    # -- State: fresh, or the last checkpoint of this workdir --
-    tx = state_room.optimizer(config)
-    batch_of = lambda start: pipeline.train_batches(
-        cohort.splits["train"], seed=config.seed, batch=config.batch, views=tuple(config.data.views), start_step=start,
-        host=jax.process_index(), hosts=jax.process_count(), mix=mixed(cohort, others, tuple(config.data.views)), **config.loader)
-    example = step_room.example(config, cohort.info["shapes"], config.batch)
+    # -- State: the last checkpoint of this workdir, else fresh, with what earlier stages have learned --
+    example = step_room.example(config, cohort.info["shapes"], len(scales.names), config.batch)
+    tx = state_room.optimizer_for(model, example, config)
     state, where = state_room.create(model, tx, example, config.seed, mesh, config.sharding)
     step_room.check_outputs(model, objectives, example, state)
-    evaluators = online.build(config, model, objectives, cohort, mesh)
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     start = checkpoint.latest(workdir) or 0
     if start:
       abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
@@ -63,13 +61,27 @@ def train(config, workdir: str):
         if fingerprint != one.fingerprint:
           raise UserError(f"{workdir} was trained on the cohort {fingerprint}, {one.path} is {one.fingerprint}; "
                           "give the first one or take another --workdir")
+    else:
+      state, carried = initialise.carry_over(state, config, restore.load_variables)
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+
+    # -- Data: towers that do not learn look at every heart once, before the loop --
+    fields = pretrainer.fields(config.model, frozen=False)
+    records = lambda one, split: frozen.with_features(one, split, model, state.variables, mesh, config.batch, config.loader.threads)
+    train_records, mix = records(cohort, "train"), mixed(cohort, others, config, records)
+    batch_of = lambda start: pipeline.train_batches(
+        train_records, seed=config.seed, batch=config.batch, fields=fields, start_step=start,
+        host=jax.process_index(), hosts=jax.process_count(), mix=mix, **config.loader)
+    evaluators = online.build(config, model, objectives, cohort, records(cohort, "val"), scales, mesh)
     if first_process:
       configuration.save(config, workdir)
       print(f"resuming {workdir} from step {start}" if start else json.dumps(json.loads(config.to_json()), indent=1))
       print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=8))
+      if any(config.init_from.values()) and not start:
+        print(initialise.describe(carried))
 
     # -- The loop: save -> evaluate on the old state -> take the next batch -> step -> write the metrics of the step before --
-    train_step = jax.jit(step_room.make_train_step(model, objectives, tx, config), donate_argnums=0,
+    train_step = jax.jit(step_room.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
                          out_shardings=(where, None))
     writer = metrics.create_writer(workdir, start, just_logging=not first_process)
     progress = metrics.Progress(start, config.steps, config.batch)
@@ -98,8 +110,8 @@ def train(config, workdir: str):
         flush_pending()
         pending = None
         checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
-                         meta={"step": step, "cohort": cohort.fingerprint, "shapes": cohort.info["shapes"],
-                               "mixed": [other.fingerprint for other, _ in others], "devices": jax.device_count()})
+                         meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales,
+                                           mixed=[other.fingerprint for other, _ in others]))
       if due(config.every.evaluate):
         for evaluate in evaluators:
           scores = dict(evaluate(state))
@@ -117,6 +129,17 @@ def train(config, workdir: str):
   if first_process:
     print(f"trained to step {config.steps}: {workdir}/checkpoints/{config.steps}")
   return state
+
+
+def targets(cohort, config) -> step_room.Scales:
+  """config.data.targets (empty: all of the cohort's phenotypes) and how they and the covariates are standardised."""
+  known = list(cohort.info["phenotypes"])
+  if unknown := [name for name in config.data.targets if name not in known]:
+    raise UserError(f"config.data.targets has {', '.join(unknown)}; the cohort {cohort.path} has {', '.join(known) or 'no phenotypes'}")
+  names = tuple(config.data.targets) or tuple(known)
+  columns = [known.index(name) for name in names]
+  mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
+  return step_room.Scales(names, tuple(columns), (mean[columns], sd[columns]), cohort_room.train_statistics(cohort, "covariates"))
 
 
 def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
@@ -143,25 +166,24 @@ def check_cohorts(cohort, others, config):
       raise UserError(f"the cohort {one.path} has no ECG to train on; prepare it with ECG")
     if units := [name for name, unit in one.info["phenotypes"].items() if cohort.info["phenotypes"].get(name, unit) != unit]:
       raise UserError(f"{', '.join(units)} of {one.path} and {cohort.path} have different units; prepare them alike")
-    if clash := [v for v in config.data.views if v in one.info["shapes"] and v in cohort.info["shapes"]
-                 and one.info["shapes"][v] != cohort.info["shapes"][v]]:
+    fields = pretrainer.fields(config.model)
+  for one, _ in others:
+    if clash := [name for name in fields if name in one.info["shapes"] and one.info["shapes"][name] != cohort.info["shapes"].get(name)]:
       raise UserError(f"{', '.join(clash)} of {one.path} and {cohort.path} differ in shape; prepare them with the same "
                       "--slices, --size and --frames")
-  if config.data.views and not cohort.info["with_cmr"]["train"]:
+  if fields and not cohort.info["with_cmr"]["train"]:
     raise UserError(f"the cohort {cohort.path} has no CMR to train on; take a recipe without CMR towers "
                     "(configs/joint.py:demo,arm=mae) or a cohort of pairs, into which this one is mixed by config.data.mix")
+  if absent := [name for name in fields if name not in cohort.info["shapes"]]:
+    raise UserError(f"the cohort {cohort.path} has no {', '.join(absent)} for config.model.cmr; it has "
+                    f"{', '.join(cohort.info['shapes'])}")
+  pretrainer.check(config.model, cohort.info["shapes"])
   check_splits(cohort, others)
   shares = [share for _, share in others]
   if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
     raise UserError(f"config.data.mix has the shares {shares}; expected each in (0, 1), and less than 1 together")
   if config.evaluators and not cohort.splits["val"]:
     raise UserError(f"the cohort {cohort.path} has no val split; prepare it with one or set config.evaluators=()")
-  unknown = [view for view in config.data.views if view not in pipeline.VIEWS]
-  if unknown:
-    raise UserError(f"config.data.views has {', '.join(unknown)}; expected some of {', '.join(pipeline.VIEWS)}")
-  if absent := [view for view in config.data.views if view not in cohort.info["shapes"]]:
-    raise UserError(f"the cohort {cohort.path} has no {', '.join(absent)} for config.data.views; it has "
-                    f"{', '.join(cohort.info['shapes'])}")
   length = cohort.info["shapes"]["ecg"][1]
   if not 0 < config.data.samples <= length:
     raise UserError(f"config.data.samples is {config.data.samples}; the cohort's recordings have {length} samples")
@@ -180,10 +202,14 @@ def check_splits(cohort, others):
                       "--private and the same --split")
 
 
-def mixed(cohort, others, views) -> list[pipeline.Mixed]:
-  first = cohort.splits["train"][0]
-  return [pipeline.Mixed(other.splits["train"], share, pipeline.conforming(other.info, cohort.info, first, views))
-          for other, share in others]
+def mixed(cohort, others, config, records) -> list[pipeline.Mixed]:
+  """The other cohorts' records in the form of the first one's; `records(cohort, split)` reads them."""
+  fields, found = pretrainer.fields(config.model), []
+  for other, share in others:
+    has_all = all(name in other.info["shapes"] for name in fields)
+    source = records(other, "train") if has_all else other.splits["train"]
+    found.append(pipeline.Mixed(source, share, pipeline.conforming(other.info, cohort.info, records(cohort, "train")[0], fields)))
+  return found
 
 
 def not_finite(step: int, values: dict[str, float], objectives, workdir: str) -> str:

@@ -225,6 +225,27 @@ def test_cine_slice_is_one_beat_from_ed_at_the_middle_of_the_lv(beat):
   assert np.abs(half[1::2] - between)[inner].max() <= 1.01
 
 
+def test_three_frames_are_ed_half_way_and_es_of_the_cine_slice(people, beat):
+  """Of the synthetic heart frames 0, 4 and 9, wherever the beat begins, whatever frames are kept, ES named or found."""
+  made = synthetic.heart(row(people, 0), np.random.default_rng(0))[2][[0, 4, 9]]
+  fields = cmr.to_record(beat)[0]
+  three = fields["three_frames"]
+  np.testing.assert_array_equal(three, fields["cine_slice"][[0, 4, 9]])
+  likeness = np.corrcoef(three.reshape(3, -1), made.reshape(3, -1))[:3, 3:]  # noise is drawn anew but at ED and ES
+  assert likeness.diagonal().min() > 0.96 and np.array_equal(likeness.argmax(axis=1), [0, 1, 2])
+  rolled = beat._replace(images=np.roll(beat.images, 20, 0), labels=np.roll(beat.labels, 20, 0), ed=20)
+  for cine, frames in ((rolled, 25), (beat, 7), (unlabelled(beat)._replace(ed=0, es=9), 25)):
+    np.testing.assert_array_equal(cmr.to_record(cine, cmr.Shape(frames=frames))[0]["three_frames"], three)
+  later = cmr.to_record(beat._replace(es=12))[0]
+  np.testing.assert_array_equal(later["three_frames"], later["cine_slice"][[0, 6, 12]])
+  assert "three_frames" not in cmr.to_record(beat, cmr.Shape(frames=0))[0]
+  ends = beat._replace(images=beat.images[[0, 9]], labels=beat.labels[[0, 9]], labelled=(0, 1), ed=0, es=1)
+  few = cmr.to_record(ends)[0]["three_frames"].astype(int)  # nothing was recorded between: the mean
+  np.testing.assert_array_equal(few[[0, 2]], three[[0, 2]])
+  inner = ((few[[0, 2]] > 0) & (few[[0, 2]] < 255)).all(axis=0)
+  assert inner.mean() > 0.8 and np.abs(few[1] - few[[0, 2]].mean(axis=0))[inner].max() <= 1.01
+
+
 def test_es_of_images_of_forty_hearts(beats):
   """Without segmentation, with noise of 1/5 of the blood's signal. The true frame is 9; a frame beside it has ejected
   96 to 98 % of the stroke volume, so one frame of error is no other heart."""
@@ -511,6 +532,7 @@ def test_any_cine_gives_a_record_or_a_reason(parts, shape):
   expected = {"ed_es_volumes": ("uint8", stack), "labels": ("uint8", stack), "spacing": ("float32", (3,))}
   if shape.frames:
     expected["cine_slice"] = ("uint8", (shape.frames, shape.size, shape.size))
+    expected["three_frames"] = ("uint8", (3, shape.size, shape.size))
   assert {name: (value.dtype.name, value.shape) for name, value in fields.items()} == expected
   assert fields["labels"].max() <= 3 and np.all(fields["spacing"] > 0)
   assert fields["ed_es_volumes"].max() > fields["ed_es_volumes"].min()

@@ -239,6 +239,39 @@ def test_a_cohort_tells_who_is_in_it_and_what_they_have(built):
     np.testing.assert_array_equal(cohort_room.subjects(cohort)[split], [r["subject"] for r in source])
 
 
+def test_training_statistics_are_those_of_the_training_split(built):
+  cohort, outcome = built
+  train = np.array(outcome.splits) == "train"
+  mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
+  known = outcome.phenotypes[train, 0].astype(np.float64)
+  assert (mean[0], sd[0]) == (np.float32(known.mean()), np.float32(known.std())) and mean.dtype == np.float32
+  assert known.mean() != outcome.phenotypes[:, 0].mean()
+  assert cohort.info["train_statistics"]["phenotypes"]["LVEF"] is None  # never measured
+  assert np.isnan([mean[1], sd[1]]).all()
+  mean, sd = cohort_room.train_statistics(cohort, "covariates")
+  np.testing.assert_array_equal([mean, sd], np.float32([[known.mean()] * 4, [known.std()] * 4]))
+  older = cohort._replace(info={name: x for name, x in cohort.info.items() if name != "train_statistics"})
+  with pytest.raises(UserError, match="no train_statistics.*prepare the cohort again"):
+    cohort_room.train_statistics(older, "phenotypes")
+
+
+def test_moments_against_numpy_and_where_there_are_none():
+  values = np.random.default_rng(0).normal(100, 1e-3, (500, 6)).astype(np.float32)
+  values[::3, 1], values[1:, 2], values[:, 3], values[:, 4], values[:-2, 5] = np.nan, np.nan, 0.1, np.nan, np.nan
+  found = cohort_room.moments(values)
+  assert found[2:5] == [None] * 3  # one value, one value many times, none
+  wide = values.astype(np.float64)
+  for column in (0, 1, 5):
+    np.testing.assert_allclose(found[column], [np.nanmean(wide[:, column]), np.nanstd(wide[:, column])], rtol=1e-12)
+  assert cohort_room.moments(values[:0]) == [None] * 6 and cohort_room.moments(values[:, :0]) == []
+
+
+def test_a_cohort_without_phenotypes_has_empty_statistics(built):
+  cohort, _ = built
+  bare = cohort._replace(info=cohort.info | {"phenotypes": {}, "train_statistics": {"phenotypes": {}}})
+  assert [x.shape for x in cohort_room.train_statistics(bare, "phenotypes")] == [(0,), (0,)]
+
+
 def test_splits_stay_when_a_cohort_grows(tmp_path):
   """The split depends on the subject's hash alone, and the hash on the private folder's salt."""
   small, large = ({item.key: schema.split_of(item.subject, SHARES) for item in plan(n).items} for n in (50, 200))

@@ -13,7 +13,7 @@ import json, re, sys
 import jax, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from conftest import tiny_config
-from mmcl_jax import objectives as objective_room
+from mmcl_jax import objectives as objective_room, train
 from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.models import pretrainer
 from mmcl_jax.training import parallel, state as state_room, steps
@@ -21,8 +21,9 @@ from mmcl_jax.training import parallel, state as state_room, steps
 config = tiny_config(sys.argv[1])
 config.batch = 16
 cohort = cohort_room.load(sys.argv[1])
+scales = train.targets(cohort, config)
 model, objectives = pretrainer.build(config.model, config.data.samples), objective_room.build(config.objectives)
-batch = next(pipeline.train_batches(cohort.splits["train"], seed=0, batch=16, views=tuple(config.data.views)))
+batch = next(pipeline.train_batches(cohort.splits["train"], seed=0, batch=16, fields=("ed_es_volumes",)))
 batch["subject"][5] = batch["subject"][2]  # two visits of one person, on different devices
 batch["mask"][11] = 0
 tx = optax.sgd(1.0)  # new parameters are the old ones minus the gradient
@@ -31,10 +32,10 @@ for devices in (1, 8):
   mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1), ("data", "model"),
               axis_types=(jax.sharding.AxisType.Auto,) * 2)
   with jax.set_mesh(mesh):
-    example = steps.example(config, cohort.info["shapes"], 16)
+    example = steps.example(config, cohort.info["shapes"], len(scales.names), 16)
     state, where = state_room.create(model, tx, example, 0, mesh, ())
     rows = parallel.to_global(batch, mesh)
-    step = jax.jit(steps.make_train_step(model, objectives, tx, config), out_shardings=(where, None))
+    step = jax.jit(steps.make_train_step(model, objectives, tx, config, scales), out_shardings=(where, None))
     compiled = step.lower(state, rows).compile()
     new, metrics = compiled(state, rows)
     grads = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), state.params, new.params)

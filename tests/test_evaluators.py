@@ -34,7 +34,7 @@ def made_up(rng, n, signal=1.0):
   mix = np.random.default_rng(5).normal(size=(3, 12))
   return {"subject": subjects(rng.integers(0, n * 3 // 4, n)), "phenotypes": y.astype(np.float32), "diseases": sick,
           "covariates": covariates.astype(np.float32),
-          "ecg_embedding": (signal * hidden @ mix + 2 * rng.normal(size=(n, 12))).astype(np.float32),
+          "embedding": (signal * hidden @ mix + 2 * rng.normal(size=(n, 12))).astype(np.float32),
           "random_embedding": (0.2 * hidden @ mix + 2 * rng.normal(size=(n, 12))).astype(np.float32)}
 
 
@@ -163,16 +163,16 @@ def test_a_thousand_draws_of_many_probes_take_little_time():
 
 def test_probe_is_the_ridge_of_sklearn_at_the_strength_best_on_validation(features):
   train, val = features["train"], features["val"]
-  probe = phenotypes.fit_probe(train["ecg_embedding"], train["phenotypes"], val["ecg_embedding"], val["phenotypes"])
-  mean, scale = train["ecg_embedding"].mean(axis=0), train["ecg_embedding"].std(axis=0)
-  z, z_val = (train["ecg_embedding"] - mean) / scale, (val["ecg_embedding"] - mean) / scale
+  probe = phenotypes.fit_probe(train["embedding"], train["phenotypes"], val["embedding"], val["phenotypes"])
+  mean, scale = train["embedding"].mean(axis=0), train["embedding"].std(axis=0)
+  z, z_val = (train["embedding"] - mean) / scale, (val["embedding"] - mean) / scale
   for k in range(3):
     known, known_val = np.isfinite(train["phenotypes"][:, k]), np.isfinite(val["phenotypes"][:, k])
     fits = [Ridge(alpha=s).fit(z[known], train["phenotypes"][known, k]) for s in phenotypes.STRENGTHS]
     scores = [r2_score(val["phenotypes"][known_val, k], fit.predict(z_val[known_val])) for fit in fits]
     best = int(np.argmax(scores))
     assert probe["strength"][k] == phenotypes.STRENGTHS[best]
-    np.testing.assert_allclose(phenotypes.predict(probe, val["ecg_embedding"])[:, k], fits[best].predict(z_val),
+    np.testing.assert_allclose(phenotypes.predict(probe, val["embedding"])[:, k], fits[best].predict(z_val),
                                rtol=1e-4)
 
 
@@ -223,7 +223,7 @@ def test_evaluate_scores_what_sklearn_scores_and_ranks_the_models(features, eval
       both = {"embedding": score["r2"], **baselines}
       assert results["differences"][f"{a}_minus_{b}"][name]["value"] == pytest.approx(both[a] - both[b], abs=1e-12)
     assert results["differences"]["embedding_minus_random_encoder"][name]["ci"][0] > 0
-  np.testing.assert_array_equal(phenotypes.predict(probe, features["test"]["ecg_embedding"].astype(np.float64)),
+  np.testing.assert_array_equal(phenotypes.predict(probe, features["test"]["embedding"].astype(np.float64)),
                                 predictions["embedding"])
 
 
@@ -252,7 +252,7 @@ def test_few_labels_a_constant_and_missing_inputs_do_not_crash(features):
 
 
 def test_features_that_are_not_finite_are_a_clear_error(features):
-  broken = {**features, "val": {**features["val"], "ecg_embedding": features["val"]["ecg_embedding"] * np.nan}}
+  broken = {**features, "val": {**features["val"], "embedding": features["val"]["embedding"] * np.nan}}
   with pytest.raises(UserError, match="250 of 250 rows of the val split"):
     phenotypes.evaluate(broken, NAMES, UNITS, draws=10)
 
@@ -296,10 +296,10 @@ def test_no_cases_in_train_or_in_validation(features):
 
 def test_disease_probe_does_not_mind_the_scale_and_offset_of_the_features(features):
   train, val = features["train"], features["val"]
-  probes = [diseases.fit_probe(scale * train["ecg_embedding"] + offset, train["diseases"],
-                               scale * val["ecg_embedding"] + offset, val["diseases"])
+  probes = [diseases.fit_probe(scale * train["embedding"] + offset, train["diseases"],
+                               scale * val["embedding"] + offset, val["diseases"])
             for scale, offset in ((1, 0), (3, 20))]
-  x = features["test"]["ecg_embedding"]
+  x = features["test"]["embedding"]
   np.testing.assert_allclose(diseases.predict(probes[0], x), diseases.predict(probes[1], 3 * x + 20), atol=1e-3)
 
 
@@ -371,7 +371,7 @@ def test_random_embeddings_score_at_chance():
 def assembled(features, evaluated):
   results, predictions, probe = evaluated
   ill = diseases.evaluate(features, ["HF", "CM"], draws=20)[0]
-  embedding = features["test"]["ecg_embedding"]
+  embedding = features["test"]["embedding"]
   found = retrieval.retrieval(embedding, embedding[:, None], features["test"]["subject"])
   results = {"note": figures.SYNTHETIC_NOTE, "checkpoint": "<run>&1", **results, "ceiling": {"LVEDV": 0.8},
              "diseases": ill, "retrieval": found}

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from ml_collections import ConfigDict
 from scipy import ndimage
 from scipy.special import erf
 
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
-from mmcl_jax.models import mae, resnet, vit
+from mmcl_jax.models import ecg, mae, pretrainer, resnet, vit
 
 
 def test_positions_are_the_published_formula():
@@ -52,16 +53,41 @@ def test_mask_hides_the_right_share_and_belongs_to_the_sample():
   assert not (mask[0] == mask[1]).all()
 
 
+def ecg_tower(**changes):
+  config = dict(size=(16, 1, 2, 16, 1, 2), patch=10, mask_ratio=0.5, drop_path=0.0, pool="mean", positions="sincos", head=0,
+                film=False, siamese=False) | changes
+  return ecg.EcgTower(ConfigDict(config), samples=40, projection=ConfigDict(dict(hidden=8, width=4)))
+
+
 def test_encoder_of_visible_tokens_sees_only_them():
-  encoder = vit.EcgEncoder(width=16, depth=1, heads=2, patch=10)
-  ecg = jax.random.normal(jax.random.key(0), (2, 3, 40))
-  variables = encoder.init(jax.random.key(1), ecg)
-  keep = jnp.array([[0, 5, 11], [7, 2, 3]])
-  seen = encoder.apply(variables, ecg, keep)
-  hidden = jnp.ones((2, 12)).at[jnp.arange(2)[:, None], keep].set(0).reshape(2, 3, 4).repeat(10, axis=2)
-  np.testing.assert_allclose(encoder.apply(variables, jnp.where(hidden > 0, 99.0, ecg), keep), seen, rtol=1e-6)
-  everything = encoder.apply(variables, ecg, jnp.tile(jnp.arange(12), (2, 1)))
-  np.testing.assert_allclose(everything, encoder.apply(variables, ecg), rtol=1e-5, atol=1e-6)
+  encoder = ecg_tower()
+  x = jax.random.normal(jax.random.key(0), (2, 12, 40))
+  variables = encoder.init(jax.random.key(1), x)
+  tokens = lambda *args: encoder.apply(variables, *args, method="tokens")
+  keep = jnp.array([[0, 5, 47], [7, 2, 3]])
+  seen = tokens(x, keep)
+  hidden = jnp.ones((2, 48)).at[jnp.arange(2)[:, None], keep].set(0).reshape(2, 12, 4).repeat(10, axis=2)
+  np.testing.assert_allclose(tokens(jnp.where(hidden > 0, 99.0, x), keep), seen, rtol=1e-6)
+  everything = tokens(x, jnp.tile(jnp.arange(48), (2, 1)))
+  np.testing.assert_allclose(everything, tokens(x), rtol=1e-5, atol=1e-6)
+
+
+def test_learned_positions_start_as_the_fixed_ones_and_pools_differ_as_they_say():
+  x = jax.random.normal(jax.random.key(0), (2, 12, 40))
+  fixed, learned = ecg_tower(), ecg_tower(positions="learned")
+  variables = learned.init(jax.random.key(1), x)
+  params = dict(variables["params"])
+  table = params.pop("pos_embed")
+  assert table.shape == (1, 49, 16) and (table[:, 0] == 0).all()
+  np.testing.assert_allclose(learned.apply(variables, x)[1], fixed.apply({"params": params}, x)[1], rtol=1e-5, atol=1e-6)
+  moved = learned.apply({"params": params | {"pos_embed": table.at[:, 0].add(1.0)}}, x, method="tokens")
+  assert not np.allclose(moved, learned.apply(variables, x, method="tokens"))
+  by_cls = ecg_tower(pool="cls")
+  cls = by_cls.init(jax.random.key(1), x)
+  tokens = by_cls.apply(cls, x, method="tokens")
+  z = np.asarray(tokens[:, 0], np.float64)
+  expected = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(by_cls.apply(cls, x)[1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_decoder_puts_visible_patches_where_they_were():
@@ -75,7 +101,7 @@ def test_decoder_puts_visible_patches_where_they_were():
   norm = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
   for b in range(2):
     for i, place in enumerate(np.asarray(keep[b])):
-      x = norm(tokens[b, 1 + i]) @ params["embed"]["kernel"] + position[place]
+      x = tokens[b, 1 + i] @ params["embed"]["kernel"] + position[place]
       np.testing.assert_allclose(out[b, place], norm(x) @ params["pred"]["kernel"], rtol=1e-4, atol=1e-5)
 
 
@@ -127,13 +153,14 @@ def test_padding_rows_stay_out_of_the_batch_statistics():
                              rtol=1e-3, atol=1e-4)
 
 
-def test_the_middle_slices_alone_are_seen():
-  model = resnet.SlowResNet(2, ((2, 1, 1),), slices=4, width=3)
-  x = jax.random.uniform(jax.random.key(0), (1, 10, 8, 8))
-  variables = model.init(jax.random.key(1), x, jnp.ones(1), train=False)
-  out = model.apply(variables, x, jnp.ones(1), train=False)
-  np.testing.assert_array_equal(model.apply(variables, x.at[:, :3].set(1).at[:, 7:].set(1), jnp.ones(1), train=False), out)
-  assert not np.array_equal(model.apply(variables, x.at[:, 3].set(1), jnp.ones(1), train=False), out)
+def test_a_tower_sees_the_planes_that_it_names():
+  cmr = {"ed_es_volumes": np.arange(2 * 10.0).reshape(1, 2, 10, 1, 1), "cine_slice": np.arange(25.0).reshape(1, 25, 1, 1),
+         "three_frames": np.arange(3.0).reshape(1, 3, 1, 1)}
+  seen = lambda view, planes: list(pretrainer.look(cmr, ConfigDict(dict(view=view, planes=planes))).ravel())
+  assert seen("ed_volume", 4) == [3, 4, 5, 6] and seen("es_volume", 4) == [13, 14, 15, 16]
+  assert seen("ed_slice", 99) == [4] == seen("ed_volume", 1)
+  assert seen("cine_slice", 5) == [0, 5, 10, 15, 20] and seen("cine_slice", 25) == list(range(25))
+  assert seen("three_frames", 0) == [0, 1, 2]
 
 
 def test_rotation_is_scipy_s_and_the_same_for_both_phases():

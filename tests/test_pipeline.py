@@ -21,7 +21,7 @@ class Records:
 
 
 def take(n, **kwargs):
-  stream = pipeline.train_batches(Records(), seed=3, batch=BATCH, views=("cine_slice",), **kwargs)
+  stream = pipeline.train_batches(Records(), seed=3, batch=BATCH, fields=("cine_slice",), **kwargs)
   return [next(stream) for _ in range(n)]
 
 

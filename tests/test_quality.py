@@ -404,6 +404,9 @@ def test_inspect_tells_what_the_cohort_holds(cohort, capsys):
   assert f"fingerprint: {cohort.fingerprint}" in lines and "ecg profile: minimal" in lines
   rows = {line.split()[0]: line.split() for line in lines if line}
   assert rows["ecg"][1:5] == ["int16", "12", "x", "5000"] and "500 Hz" in " ".join(rows["ecg"])
+  assert {view: rows[view][1] for view in schema.VIEWS if view in rows} == {
+      "ed_volume": "ed_es_volumes", "es_volume": "ed_es_volumes", "ed_slice": "ed_es_volumes",
+      "cine_slice": "cine_slice", "three_frames": "three_frames"}  # the cohort was made without lax
   outcome = outcome_of(cohort)
   records = [source[i] for source in cohort.splits.values() for i in range(len(source))]
   for k, (name, unit) in enumerate(schema.PHENOTYPES.items()):
@@ -426,6 +429,7 @@ def test_inspect_of_a_cohort_without_cmr(ecg_only, capsys):
   inspect.main([ecg_only.path])
   out = capsys.readouterr().out
   assert "96.9% with ECG, 0.0% with CMR" in out and "ed_es_volumes" not in out and "250 Hz" in out
+  assert "ed_volume" not in out and "view" not in out
   assert re.search(r"AF +16 +32 +50.00%", out) and re.search(r"MI +0 +0 +-", out)
 
 

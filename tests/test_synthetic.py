@@ -12,8 +12,10 @@ from scipy import ndimage, signal
 from scipy.spatial.transform import Rotation
 
 from conftest import python
+from mmcl_jax import prepare
 from mmcl_jax.data import measure, schema, synthetic
 from mmcl_jax.data.synthetic import cmr, couplings, ecg, population
+from mmcl_jax.errors import UserError
 
 N, RECORDED, HEARTS = 20_000, 1_200, 24
 LOGNORMAL = 0.015  # the table's correlations are solved for scores; exponentials of them correlate a little less
@@ -37,6 +39,12 @@ def recordings(people):
 @pytest.fixture(scope="module")
 def hearts(people):
   return [cmr.heart(row(people, i), np.random.default_rng(i)) for i in range(HEARTS)]
+
+
+@pytest.fixture(scope="module")
+def planes(people):
+  """(images, labels) of the long axis of the same hearts."""
+  return [cmr.long_axis(row(people, i), np.random.default_rng(i), np.random.default_rng(1000 + i)) for i in range(HEARTS)]
 
 
 def row(people, i):
@@ -286,6 +294,79 @@ def test_cine_starts_at_ed_and_is_smallest_at_es(hearts):
   assert np.argmin(1 - cmr.EJECTED) == 9 and cmr.EJECTED[0] == 0 and cmr.EJECTED[9] == 1
 
 
+# The long axis.
+
+MM = 2.5  # a pixel
+
+
+def area_length_ml(cavity):
+  """V = 8 A^2 / (3 pi L) of a mask [H, W]: A its area, L its length along its first principal axis (Dodge 1960)."""
+  area, length = cavity.sum() * MM ** 2, (np.ptp(np.argwhere(cavity) @ axis_of(cavity)) + 1) * MM
+  return 8 * area ** 2 / (3 * np.pi * length) / 1000
+
+
+def axis_of(mask):
+  """First principal axis of [H, W] as (row, column)."""
+  points = np.argwhere(mask)
+  return np.linalg.svd(points - points.mean(axis=0), full_matrices=False)[2][0]
+
+
+def wall_mm(labels):
+  """Median distance from the wall's outer pixels to the cavity."""
+  outer = (labels == MYO) & ndimage.binary_dilation((labels == 0) | (labels == RV))
+  return MM * np.median(ndimage.distance_transform_edt(labels != LV)[outer])
+
+
+@pytest.mark.parametrize("frame, name", [(0, "LVEDV"), (9, "LVESV")])
+def test_area_length_volume_of_the_long_axis_is_the_heart_s(people, planes, frame, name):
+  """Measured: r = 0.97 over 60 hearts, bias below 1 %, SD 6 %: the cavity is not quite round."""
+  found = np.array([area_length_ml(labels[frame] == LV) for _, labels in planes])
+  truth = people[name][:HEARTS]
+  assert np.corrcoef(found, truth)[0, 1] > 0.93
+  assert abs(np.mean(found / truth) - 1) < 0.04 and np.std(found / truth) < 0.1
+
+
+def test_long_axis_and_stack_are_one_heart(people, planes):
+  """Labels of the plane against the nearest voxel of the stack, at both phases; slices are 10 mm thick."""
+  for i, (_, labels) in enumerate(planes):
+    _, stack, _ = cmr.heart(row(people, i), np.random.default_rng(i))
+    pose = cmr._end_phases(row(people, i), np.random.default_rng(i), cmr.Grid())[0]
+    plane = cmr.sample_plane(pose, np.random.default_rng(1000 + i), cmr.Grid())
+    assert not plane.across.any()
+    pairs = []
+    for phase, frame in enumerate((0, 9)):
+      for z, depth in enumerate(pose.depth.ravel()):
+        near = np.abs(plane.depth[0] - depth) < MM / 2
+        voxels = [np.argmin((pose.septal[z] - s) ** 2 + pose.across[z] ** 2) for s in plane.septal[0][near]]
+        pairs += [*zip(stack[phase, z].ravel()[voxels], labels[frame][near])]
+    pairs = np.array([pair for pair in pairs if any(pair)])
+    assert len(pairs) > 300 and np.mean(pairs[:, 0] == pairs[:, 1]) > 0.85, i
+
+
+def test_long_axis_shows_wall_and_beat(people, hearts, planes):
+  stack, ends = [], []
+  for i, (images, labels) in enumerate(planes):
+    assert images.shape == labels.shape == (cmr.FRAMES, 64, 64) and images.dtype == np.uint8 and images.max() == 255
+    areas = (labels == LV).sum(axis=(1, 2))
+    assert np.argmax(areas) == 0 and np.argmin(areas) == 9 and (labels[0] == RV).sum() > (labels[9] == RV).sum()
+    for frame in (0, 4, 9):  # labels are what is seen; RV left of the LV, apex below
+      muscle, cavity = labels[frame] == MYO, labels[frame] == LV
+      blood, wall, lung = (np.median(images[frame][labels[frame] == k]) for k in (LV, MYO, 0))
+      assert blood > 1.6 * wall and np.median(images[frame][labels[frame] == RV]) > 1.6 * wall and wall > 1.6 * lung
+      assert np.argwhere(labels[frame] == RV)[:, 1].mean() < np.argwhere(cavity)[:, 1].mean()
+      assert np.argwhere(muscle)[:, 0].max() > np.argwhere(cavity)[:, 0].max()
+      border = np.ones((64, 64), bool)
+      border[1:-1, 1:-1] = False
+      assert not labels[frame][border].any()
+    ends.append([wall_mm(labels[frame]) for frame in (0, 9)])
+    stack.append(measure.phenotypes(hearts[i][1], cmr.Grid().spacing, 60)["WT"])
+  ed, es = np.transpose(ends)
+  assert np.corrcoef(ed, stack)[0, 1] > 0.6 and np.all(es > ed) and abs(ed.mean() - np.mean(stack)) < 1.25
+  assert np.std([np.argwhere(labels[0] == LV).mean(axis=0) for _, labels in planes], axis=0).min() > 1  # in its own place
+  row_column = np.array([axis_of(labels[0] == LV) for _, labels in planes])
+  assert 5 < np.std(np.degrees(np.arctan(row_column[:, 1] / row_column[:, 0]))) < 20
+
+
 # Measuring.
 
 def test_phenotypes_of_a_cylinder():
@@ -329,14 +410,43 @@ def test_subject_is_a_record_and_its_own():
   assert shapes == {
       "subject": ("uint32", (2,)), "has_ecg": ("bool", ()), "has_cmr": ("bool", ()), "ecg": ("float32", (12, 5000)),
       "ed_es_volumes": ("uint8", (2, 12, 64, 64)), "labels": ("uint8", (2, 12, 64, 64)),
-      "cine_slice": ("uint8", (25, 64, 64)), "spacing": ("float32", (3,)), "phenotypes": ("float32", (12,)),
+      "cine_slice": ("uint8", (25, 64, 64)), "three_frames": ("uint8", (3, 64, 64)), "spacing": ("float32", (3,)), "phenotypes": ("float32", (12,)),
       "diseases": ("float32", (8,)), "covariates": ("float32", (4,)),
       "ecg_parameters": ("float32", (len(synthetic.ECG_PARAMETERS),))}
+  np.testing.assert_array_equal(first["three_frames"], first["cine_slice"][[0, 4, 9]])
   traits = population.draw(5, [9, 3])
   np.testing.assert_allclose(first["ecg_parameters"], [traits[name][1] for name in synthetic.ECG_PARAMETERS], rtol=1e-6)
   for name, voxels in (("LVEDV", 1), ("RVESV", 1), ("LVM", schema.MYOCARDIUM_G_PER_ML)):
     measured = first["phenotypes"][list(schema.PHENOTYPES).index(name)]
     assert abs(measured - traits[name][1]) < 0.51 * voxels * cmr.Grid().millilitres
+
+
+def test_the_long_axis_changes_nothing_else():
+  without, first, again, other = (synthetic.subject(5, *key) for key in (
+      (3, cmr.Grid()), (3, cmr.Grid(), True), (3, cmr.Grid(), True), (4, cmr.Grid(), True)))
+  assert first.keys() - without.keys() == {"lax"}
+  for name, value in without.items():
+    np.testing.assert_array_equal(first[name], value)
+  assert first["lax"].shape == (25, 64, 64) and first["lax"].dtype == np.uint8
+  np.testing.assert_array_equal(first["lax"], again["lax"])
+  assert not np.array_equal(first["lax"], other["lax"])
+  traits = {name: values[0] for name, values in population.draw(5, [3]).items()}
+  expected, _ = cmr.long_axis(traits, population.generator(5, 3, 2), population.generator(5, 3, 3))
+  np.testing.assert_array_equal(first["lax"], expected)
+
+
+def test_the_long_axis_is_prepared_only_when_asked_for():
+  for flags, held in (([], False), (["--lax"], True)):
+    args = prepare.parse(["synthetic", "--subjects=2", "--out=c", *flags])
+    plan = prepare.find_source(args)(args)
+    assert ("lax" in plan.read(plan.items[1])[0]) is held
+  with pytest.raises(UserError, match="source acdc has no use for --lax"):
+    prepare.find_source(prepare.parse(["acdc", "--input=x", "--out=c", "--lax"]))
+
+
+def test_every_view_is_a_field_of_the_synthetic_heart():
+  fields = synthetic.subject(5, 3, lax=True)
+  assert {fields[name].dtype for name in schema.VIEWS.values()} == {np.dtype(np.uint8)}
 
 
 def test_subject_is_the_same_in_another_process():

@@ -2,6 +2,10 @@
 
 All phases and slices of a study move together: ED and ES stay one heart. There is no left-right flip, which would
 swap the ventricles.
+
+A random resized crop (RandomResizedCrop) of an area share a is a zoom by 1 / sqrt(a) and a shift of up to
+(1 - sqrt(a)) / 2 of the view. Zooms here go as far out as in, about 1, so area shares (0.6, 1), zooms 1 to 1.29, are as
+wide as `scale` 0.14 with `shift` 0.11, and (0.8, 1) as `scale` 0.06 with `shift` 0.05.
 """
 
 import jax

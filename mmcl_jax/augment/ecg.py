@@ -23,6 +23,21 @@ def phase_noise(key, ecg, strength: float, probability: float = 0.5):
   return jnp.where(jax.random.bernoulli(gate, probability), noisy, ecg)
 
 
+def reverse(key, ecg, probability: float):
+  """Time flip of the whole recording (CardiacNets, Ding et al. 2024: probability 0.33)."""
+  return jnp.where(jax.random.bernoulli(key, probability), ecg[:, ::-1], ecg)
+
+
+def invert(key, ecg, probability: float):
+  """Sign flip, all leads together (CardiacNets: probability 0.33)."""
+  return jnp.where(jax.random.bernoulli(key, probability), -ecg, ecg)
+
+
+def gain_noise(key, ecg, sigma: float):
+  """x + 0.6 x n with n ~ N(0, sigma^2) for every sample: what MMCL's code calls jitter; it leaves zeros as they are."""
+  return ecg + 0.6 * ecg * (sigma * jax.random.normal(key, ecg.shape, ecg.dtype))
+
+
 def jitter(key, ecg, sigma: float):
   """Additive white noise of standard deviation `sigma`, in units of the normalised signal."""
   return ecg + sigma * jax.random.normal(key, ecg.shape)
@@ -33,12 +48,22 @@ def rescale(key, ecg, sigma: float):
   return ecg * (1 + sigma * jax.random.normal(key, ()))
 
 
-def augment(key, ecg, samples: int, *, phase_noise_strength: float, jitter_sigma: float, rescale_sigma: float):
-  """Crop, then phase noise, jitter and rescaling in MMCL's order; [L, T] -> [L, samples]."""
-  keys = jax.random.split(key, 4)
+def augment(key, ecg, samples: int, *, phase_noise_strength: float, jitter_sigma: float, rescale_sigma: float,
+            gain_noise_sigma: float = 0, time_flip: float = 0, sign_flip: float = 0):
+  """Crop, flips, then phase noise, jitter and rescaling in MMCL's order; [L, T] -> [L, samples]. 0 leaves one out.
+
+  MMCL's jitter is `gain_noise_sigma` 0.25; `jitter_sigma` adds white noise. Flips are probabilities.
+  """
+  keys = jax.random.split(key, 7)
   ecg = crop(keys[0], ecg, samples)
+  if time_flip:
+    ecg = reverse(keys[4], ecg, time_flip)
+  if sign_flip:
+    ecg = invert(keys[5], ecg, sign_flip)
   if phase_noise_strength:
     ecg = phase_noise(keys[1], ecg, phase_noise_strength)
+  if gain_noise_sigma:
+    ecg = gain_noise(keys[6], ecg, gain_noise_sigma)
   if jitter_sigma:
     ecg = jitter(keys[2], ecg, jitter_sigma)
   if rescale_sigma:

@@ -407,9 +407,17 @@ def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], lab
            "with_ecg": {split: int(found["has_ecg"].sum()) for split, found in labels.items()},
            "with_cmr": {split: int(found["has_cmr"].sum()) for split, found in labels.items()},
            "shapes": {name: shape for name, (_, shape) in job.layout.items()},
+           "train_statistics": {field: dict(zip(info[field], moments(labels["train"][field])))
+                                for field in ("phenotypes", "covariates")},
            "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
            "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}
   (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def moments(values: np.ndarray) -> list[list[float] | None]:
+  """[mean, SD] of each column of [N, K] in float64, NaN left out; None where fewer than two values or no spread."""
+  columns = [column[np.isfinite(column)] for column in values.astype(np.float64).T]
+  return [[column.mean(), column.std()] if column.size > 1 and np.ptp(column) else None for column in columns]
 
 
 def load(path: str) -> Cohort:
@@ -452,3 +460,20 @@ def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
     raise UserError(f"{path} is missing: copy it again, or prepare the cohort again with this version")
   with np.load(path) as file:
     return {split: file[split] for split in schema.SPLITS}
+
+
+def train_statistics(cohort: Cohort, field: str) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and SD over the training split of the columns of `field`, "phenotypes" or "covariates".
+
+  Returns:
+    mean, sd: float32 [K], in the cohort's order and units; NaN where fewer than two values are known or all are equal.
+
+  Raises:
+    UserError: the cohort was made before these were kept.
+  """
+  if "train_statistics" not in cohort.info:
+    raise UserError(f"{cohort.path}/cohort.json has no train_statistics, so an earlier version made it; expected means and "
+                    f"SDs of its {field}: prepare the cohort again")
+  found = cohort.info["train_statistics"][field]
+  mean, sd = np.array([found[name] or (np.nan, np.nan) for name in cohort.info[field]], np.float32).reshape(-1, 2).T
+  return mean, sd

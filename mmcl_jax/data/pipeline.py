@@ -17,19 +17,39 @@ import grain
 import numpy as np
 from absl import flags
 
-VIEWS = ("ed_es_volumes", "cine_slice")
+from mmcl_jax.data import schema
+
 SMALL = ("subject", "has_ecg", "has_cmr", "phenotypes", "diseases", "covariates")
 
 
-def to_example(index: int, record: dict[str, np.ndarray], views: tuple[str, ...]) -> dict[str, np.ndarray]:
+def to_example(index: int, record: dict[str, np.ndarray], fields: tuple[str, ...]) -> dict[str, np.ndarray]:
   """One stored record -> one row of the batch, still compact (int16, uint8); the device casts."""
   example = {name: record[name] for name in SMALL}
   example |= {"ecg": record["ecg"], "ecg_scale": np.float32(record["ecg_scale"]),
-              "cmr": {view: record[view] for view in views},
+              "cmr": {field: record[field] for field in fields},
               "index": np.uint32(index % 2**32), "mask": np.uint8(1)}
-  if "ecg_parameters" in record:
-    example["ecg_parameters"] = record["ecg_parameters"]
-  return example
+  return example | {name: record[name] for name in ("ecg_parameters", "features") if name in record}
+
+
+class WithFeatures:
+  """Records with what frozen towers made of their images (training.frozen) in `record["features"]`.
+
+  Picklable, for reading processes: a file of features is mapped where it is first read.
+  """
+
+  def __init__(self, source, files: dict[str, str]):
+    self.source, self.files, self.mapped = source, files, None
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, i):
+    if self.mapped is None:
+      self.mapped = {name: np.load(file, mmap_mode="r") for name, file in self.files.items()}
+    return self.source[i] | {"features": {name: np.asarray(x[i]) for name, x in self.mapped.items()}}
+
+  def __getstate__(self):
+    return self.__dict__ | {"mapped": None}
 
 
 class Mixed(NamedTuple):
@@ -39,27 +59,28 @@ class Mixed(NamedTuple):
   conform: Callable[[dict], dict]
 
 
-def conforming(info: dict, first_info: dict, first_record: dict, views: tuple[str, ...]) -> Callable[[dict], dict]:
+def conforming(info: dict, first_info: dict, first_record: dict, fields: tuple[str, ...]) -> Callable[[dict], dict]:
   """How to bring records of the cohort `info` into the form of `first_record`, of the cohort `first_info`.
 
   Phenotypes, diseases and covariates go by name, NaN where the cohort does not have them. Where it lacks one of the
-  `views` that are trained on, all are zeros and the row counts as without CMR: ECG alone trains what needs an ECG alone.
+  `fields` that towers look at, all are zeros and the row counts as without CMR: ECG alone trains what needs an ECG alone.
   """
   names = {field: list(first_info[field]) for field in ("phenotypes", "diseases", "covariates")}
   where = {field: [list(info[field]).index(name) if name in info[field] else -1 for name in wanted]
            for field, wanted in names.items()}
-  blank_record = {name: np.zeros_like(x) for name, x in first_record.items() if name in views or name not in VIEWS}
-  return functools.partial(_conform, where, blank_record, views)
+  blank_record = blank({name: x for name, x in first_record.items() if name in fields or name not in schema.VIEWS.values()})
+  return functools.partial(_conform, where, blank_record, fields)
 
 
-def _conform(where, blank_record, views, record):
+def _conform(where, blank_record, fields, record):
   labels = {field: np.append(record[field], np.float32(np.nan))[columns] for field, columns in where.items()}
-  lacks_cmr = any(view not in record for view in views)
-  common = {name: x for name, x in record.items() if name in blank_record and not (lacks_cmr and name in views)}
+  lacks_cmr = any(field not in record for field in fields)
+  common = {name: x for name, x in record.items()
+            if name in blank_record and not (lacks_cmr and (name in fields or name == "features"))}
   return blank_record | common | labels | {"has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"])}
 
 
-def train_batches(source, *, seed: int, batch: int, views: tuple[str, ...] = (), start_step: int = 0, host: int = 0,
+def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = (), start_step: int = 0, host: int = 0,
                   hosts: int = 1, threads: int = 2, buffer: int = 2, workers: int = 0,
                   mix: Sequence[Mixed] = ()) -> Iterator[dict]:
   """This host's part of the endless stream of global batches, from `start_step` on.
@@ -68,7 +89,7 @@ def train_batches(source, *, seed: int, batch: int, views: tuple[str, ...] = (),
     source: random-access records (`Cohort.splits[...]`).
     seed: of the order of the records.
     batch: global batch size, a multiple of `hosts`.
-    views: CMR views to carry (VIEWS).
+    fields: stored CMR fields to carry.
     start_step: the first step to yield.
     host, hosts: this process and how many there are.
     threads, buffer: reading threads, and batches read ahead.
@@ -82,18 +103,18 @@ def train_batches(source, *, seed: int, batch: int, views: tuple[str, ...] = (),
   if mix:
     others = [grain.MapDataset.source(m.source).seed(seed + i).shuffle().repeat().map(m.conform) for i, m in enumerate(mix, 1)]
     records = grain.MapDataset.mix([records, *others], [1 - sum(m.share for m in mix), *(m.share for m in mix)])
-  rows = records.map_with_index(lambda i, record: to_example(i, record, views))[host::hosts]
+  rows = records.map_with_index(lambda i, record: to_example(i, record, fields))[host::hosts]
   batches = rows.batch(batch // hosts, drop_remainder=True)[start_step:]
   return iterate(batches, threads, buffer, workers)
 
 
-def one_pass(source, *, batch: int, views: tuple[str, ...] = (), host: int = 0, hosts: int = 1, threads: int = 2,
+def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), host: int = 0, hosts: int = 1, threads: int = 2,
              buffer: int = 2) -> Iterator[dict]:
   """Every record once, in order; the last batch is padded with rows of mask 0, so all hosts take equally many steps."""
   padded = -(-len(source) // batch) * batch
 
   def row(i: int) -> dict[str, np.ndarray]:
-    example = to_example(i, source[min(i, len(source) - 1)], views)
+    example = to_example(i, source[min(i, len(source) - 1)], fields)
     if i >= len(source):
       example = blank(example)
     return example

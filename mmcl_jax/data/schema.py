@@ -22,7 +22,21 @@ A cohort may lack the CMR fields, and may hold more:
   visit           uint16        which visit of the participant, such as UK Biobank's instance; 0 where there is one only
   event_years     float32 [C]   years from the visit to the first diagnosis, negative before it; NaN = none, or not known
   followed_years  float32       years from the visit to death or the end of follow-up; NaN = not known
-  three_frames    uint8 [3, H, W]  one slice at three moments, as the MMCL reference project keeps it
+  three_frames    uint8 [3, H, W]  the mid-ventricular slice at ED, half way to ES, and ES, grey values as in `cine_slice`;
+                  what the three channels of MMCL's images are is inferred (Turgut et al., Medical Image Analysis 2025)
+  lax             uint8 [F, H, W]  one beat in the plane of the long axis and the septum (about four chambers), base
+                  above, RV left, frame 0 = ED, on a grey scale of its own
+
+A view is what one CMR tower looks at; VIEWS says which field it is taken from. Of 64 x 64 pixels, `ed_es_volumes` of 12
+slices take 98 kB a record, as `labels` do, 25 frames of `cine_slice` or `lax` 102 kB, `three_frames` 12 kB; 10 s of ECG
+take 120 kB.
+
+  ed_volume       the middle slices of the stack at ED
+  es_volume       the middle slices of the stack at ES
+  ed_slice        the middle slice of the stack at ED
+  cine_slice      frames of the mid-ventricular slice, evenly spread over the beat
+  three_frames    the three moments as the channels of one image
+  lax             frames of the long-axis plane, evenly spread over the beat
 
 All records of a cohort have the same fields and shapes. On disk (mmcl_jax.data.cohort) the ECG is normalised by a profile
 and kept as int16 with its scale; cohort.json says how the source numbered its labels (`source_labels`).
@@ -39,6 +53,8 @@ ECG_RATE_HZ = 500
 ECG_SAMPLES = 5000  # 10 s
 
 PHASES = ("ed", "es")
+VIEWS = {"ed_volume": "ed_es_volumes", "es_volume": "ed_es_volumes", "ed_slice": "ed_es_volumes",
+         "cine_slice": "cine_slice", "three_frames": "three_frames", "lax": "lax"}  # view -> stored field
 LABELS = {"background": 0, "LV": 1, "MYO": 2, "RV": 3}  # ukbb_cardiac's convention; readers map others to it
 MYOCARDIUM_G_PER_ML = 1.05
 

@@ -70,7 +70,7 @@ def inputs(features: dict) -> dict:
   `random_encoder` is there where `random_embedding` is; `covariates` and `with_covariates` where there are covariates;
   `ceiling`, the generator's own ECG parameters, where the cohort is synthetic and knows them.
   """
-  models = {"embedding": {s: f["ecg_embedding"] for s, f in features.items()}}
+  models = {"embedding": {s: f["embedding"] for s, f in features.items()}}
   if "random_embedding" in features["train"]:
     models["random_encoder"] = {s: f["random_embedding"] for s, f in features.items()}
   if "ecg_parameters" in features["train"]:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax.models.vit import Block, sincos_2d
+from mmcl_jax.models.vit import Block, at_least_float32, sincos_2d
 
 
 def random_mask(keys: jax.Array, tokens: int, ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -34,10 +34,10 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, restore, leads):
-    """Args: tokens [B, 1 + M, D] CLS first; restore [B, N]; leads L. Returns: signal [B, L, T] float32."""
+    """Args: tokens [B, 1 + M, D] CLS first, normed; restore [B, N]; leads L. Returns: signal [B, L, T], at least float32."""
     B, N = restore.shape
     dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name)
-    x = dense(self.width, "embed")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(tokens))
+    x = dense(self.width, "embed")(tokens)
     hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
     hidden = jnp.broadcast_to(hidden, (B, N + 1 - x.shape[1], self.width)).astype(x.dtype)
     patches = jnp.take_along_axis(jnp.concatenate([x[:, 1:], hidden], axis=1), restore[:, :, None], axis=1)
@@ -46,4 +46,4 @@ class Decoder(nn.Module):
     for i in range(self.depth):
       x = Block(self.heads, i, dtype=self.dtype, name=f"block{i}")(x)
     x = dense(self.patch, "pred")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x))
-    return x[:, 1:].astype(jnp.float32).reshape(B, leads, -1)
+    return at_least_float32(x[:, 1:]).reshape(B, leads, -1)

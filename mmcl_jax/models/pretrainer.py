@@ -1,4 +1,7 @@
-"""The whole pre-training model: an ECG tower with its MAE decoder, one CMR tower per phase, projection heads."""
+"""The whole pre-training model, assembled from `config.model`: an ECG tower, any number of CMR towers, their heads.
+
+Parameters of a tower stand under its name: `ecg`, `cmr_NAME`, with `head_NAME` (projection) and `regression_NAME`.
+"""
 
 import flax.linen as nn
 import jax
@@ -7,92 +10,199 @@ from ml_collections import ConfigDict
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import mae, resnet, vit
+from mmcl_jax.models import backbones, ecg, vit
+from mmcl_jax.models.heads import Projection
+
+DTYPES = ("float32", "bfloat16", "float64")
 
 
-class Projection(nn.Module):
-  """Linear - ReLU - Linear with bias and without batch norm (MMCL)."""
+class CmrTower(nn.Module):
+  """A backbone over planes of one view (models.backbones), and a Linear after it."""
 
-  hidden: int
-  width: int
+  config: ConfigDict
+  dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(self.width, name="fc2")(nn.relu(nn.Dense(self.hidden, name="fc1")(x)))
+  def setup(self):
+    self.backbone = backbones.build(self.config, self.dtype)
+    if self.config.width:
+      self.fc = nn.Dense(self.config.width)
+
+  def features(self, planes, rows, train=False, keys=None):
+    """planes [B, Z, H, W] in [0, 1] -> features [B, F]. A frozen backbone runs in evaluation mode, without gradient."""
+    if self.config.frozen:
+      return jax.lax.stop_gradient(self.backbone(planes, rows, False, None))
+    return self.backbone(planes, rows, train, keys)
+
+  def embed(self, features):
+    """features [B, F] -> embedding [B, D], at least float32."""
+    features = vit.at_least_float32(features)
+    return self.fc(features) if self.config.width else features
+
+  def reconstruct(self, planes, keys):
+    return self.backbone.reconstruct(planes, keys, self.config.mask_ratio)
 
 
 class Pretrainer(nn.Module):
-  """Built by `build` from `config.model`.
+  """Built by `build`.
 
-  Outputs, a dict of what an objective or evaluator may want (jit removes what nobody uses):
-    ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E], reconstruction [B, L, T] float32,
-    patch_mask [B, L, T / patch] (1 = hidden), cmr.PHASE.{embedding,projection}, log_scale [] (learned 1/temperature).
+  Outputs, a dict of what an objective or evaluator may want (jit removes what nobody uses); a key is missing where the
+  config does not ask for it:
+    ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E],
+    reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden), siamese.{projection, prediction} [2, B, E],
+    cmr.NAME.{features [B, F], embedding [B, D], projection [B, E]} and, of a masked video transformer, {patches,
+    reconstruction [B, N, P], patch_mask [B, N]},
+    regression.NAME [B, K], again.{ecg_embedding, ecg_projection, cmr.NAME.{...}} of the second augmentation,
+    log_scale [] (learned 1 / temperature), bias [].
   """
 
   config: ConfigDict
+  samples: int
+  targets: int
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    width, depth, heads, *decoder = size(vit.SIZES, c.ecg.size, "model.ecg.size")
-    self.ecg_encoder = vit.EcgEncoder(width, depth, heads, c.ecg.patch, c.ecg.drop_path, dtype)
-    self.ecg_norm = nn.LayerNorm(epsilon=1e-6)
-    self.decoder = mae.Decoder(*decoder, c.ecg.patch, dtype)
-    self.ecg_head = Projection(c.projection.hidden, c.projection.width)
-    if c.cmr.size:
-      self.cmr_encoders = {phase: resnet.SlowResNet(*size(resnet.SIZES, c.cmr.size, "model.cmr.size"), c.cmr.slices,
-                                                     c.cmr.width, dtype)
-                           for phase in schema.PHASES}
-      self.cmr_heads = {phase: Projection(c.projection.hidden, c.projection.width) for phase in schema.PHASES}
+    head = lambda: Projection(c.projection.hidden, c.projection.width, c.projection.norm)
+    names = list(c.cmr)
+    if c.ecg.size:
+      self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype)
+      names.append("ecg")
+    self.cmr = {name: CmrTower(spec, dtype) for name, spec in c.cmr.items()}
+    self.head = {name: head() for name in names}
+    self.regression = {name: nn.Dense(self.targets) for name in c.regression}
     if c.learned_temperature:
       self.log_scale = self.param("log_scale", nn.initializers.constant(-jnp.log(c.learned_temperature)), ())
+    if c.learned_bias:
+      self.bias = self.param("bias", nn.initializers.constant(c.learned_bias), ())
 
-  def encode_ecg(self, ecg, keys=None):
-    """ecg [B, L, T] -> tokens [B, N, D], embedding [B, D] (normed mean of the patch tokens), projection [B, E]."""
-    tokens = self.ecg_encoder(ecg, keys=keys)[:, 1:].astype(jnp.float32)
-    embedding = self.ecg_norm(tokens.mean(axis=1))
-    return {"ecg_tokens": tokens, "ecg_embedding": embedding, "ecg_projection": self.ecg_head(embedding)}
+  def encode_ecg(self, ecg, conditions=None, keys=None, rows=None, train=False):
+    """ecg [B, L, T], conditions [B, V] (standardised covariates, for FiLM) -> ecg_{tokens, embedding, projection}."""
+    tokens, embedding = self.ecg(ecg, keys, conditions)
+    return {"ecg_tokens": tokens, "ecg_embedding": embedding,
+            "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train)}
 
-  def encode_cmr(self, batch, train=False):
-    """Volumes [B, P, Z, H, W] in [0, 1] -> {phase: embedding [B, D], projection [B, E]}."""
-    rows, cmr = batch["mask"] * batch["has_cmr"], {}
-    for i, phase in enumerate(schema.PHASES):
-      embedding = self.cmr_encoders[phase](batch["cmr"]["ed_es_volumes"][:, i], rows, train)
-      cmr[phase] = {"embedding": embedding, "projection": self.cmr_heads[phase](embedding)}
-    return cmr
+  def encode_cmr(self, batch, keys=None, train=False):
+    """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken where the batch has them."""
+    rows, cached, found = batch["mask"] * batch["has_cmr"], batch.get("features", {}), {}
+    for name, tower in self.cmr.items():
+      if name in cached:
+        features = cached[name]
+      else:
+        features = tower.features(look(batch["cmr"], self.config.cmr[name]), rows, train, keys)
+      embedding = tower.embed(features)
+      found[name] = {"features": features, "embedding": embedding, "projection": self.head[name](embedding, rows, train)}
+    return found
 
-  def reconstruct(self, ecg, keys):
-    """Hides patches by `keys` [B] and fills them in: the masked autoencoder."""
-    B, L, T = ecg.shape
-    N = L * T // self.config.ecg.patch
-    keep, restore, mask = mae.random_mask(keys, N, self.config.ecg.mask_ratio)
-    return {"reconstruction": self.decoder(self.ecg_encoder(ecg, keep), restore, L), "patch_mask": mask.reshape(B, L, -1)}
+  def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False):
+    """See models.ecg.EcgTower.reconstruct."""
+    return self.ecg.reconstruct(ecg, keys, conditions, rows, train)
+
+  def encode(self, batch, keys, train):
+    outputs = {}
+    if self.config.ecg.size:
+      rows = batch["mask"] * batch["has_ecg"]
+      outputs |= self.encode_ecg(batch["ecg"], batch.get("conditions"), keys if train else None, rows, train)
+    if self.config.cmr:
+      outputs["cmr"] = self.encode_cmr(batch, keys if train else None, train)
+    return outputs
 
   def __call__(self, batch, keys, train=False):
-    """Args: batch on the device (training.steps.to_float); keys [B] random keys, one a sample; train: drop-path, statistics."""
+    """Args: batch on the device (training.steps); keys [B] random keys, one a sample; train: drop-path, batch statistics."""
+    c = self.config
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    outputs = self.encode_ecg(batch["ecg"], path_keys if train else None) | self.reconstruct(batch["ecg"], mask_keys)
-    if self.config.cmr.size:
-      outputs["cmr"] = self.encode_cmr(batch, train)
-    if self.config.learned_temperature:
-      outputs["log_scale"] = self.log_scale
+    if "again" in batch:  # both augmentations go through together, so that batch statistics are of both
+      second = jax.vmap(lambda key: jax.random.fold_in(key, 1))(path_keys)
+      whole = self.encode(interleave(batch, batch | batch["again"]), interleave(path_keys, second), train)
+      outputs, again = (jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i], whole) for i in (0, 1))
+      outputs["again"] = again
+    else:
+      outputs = self.encode(batch, path_keys, train)
+    embeddings = {name: found["embedding"] for name, found in outputs.get("cmr", {}).items()}
+    if c.ecg.size:
+      embeddings["ecg"] = outputs["ecg_embedding"]
+      if c.ecg.mask_ratio:
+        rows = batch["mask"] * batch["has_ecg"]
+        outputs |= self.reconstruct(batch["ecg"], mask_keys, batch.get("conditions"), rows, train)
+    for name, spec in c.cmr.items():
+      if spec.mask_ratio and not spec.frozen:
+        outputs["cmr"][name] |= self.cmr[name].reconstruct(look(batch["cmr"], spec), mask_keys)
+    if c.regression:
+      outputs["regression"] = {name: self.regression[name](embeddings[name]) for name in c.regression}
+    outputs |= {name: getattr(self, name) for name, on in (("log_scale", c.learned_temperature), ("bias", c.learned_bias)) if on}
     return outputs
 
 
-def size(sizes: dict, name: str, key: str):
-  if name not in sizes:
-    raise UserError(f"config.{key} is {name!r}; expected one of {', '.join(sizes)}")
-  return sizes[name]
+def interleave(a, b):
+  """Rows of two batches in turn, [2B, ...]: every row stays on its device, as a concatenation's would not."""
+  a = {name: x for name, x in a.items() if name != "again"} if isinstance(a, dict) else a
+  b = {name: b[name] for name in a} if isinstance(a, dict) else b
+  return jax.tree.map(lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:]), a, b)
 
 
-def build(config: ConfigDict, samples: int) -> Pretrainer:
-  """The model that `config.model` names, for recordings of `samples` samples."""
-  width, _, heads, *_ = size(vit.SIZES, config.ecg.size, "model.ecg.size")
-  if samples % config.ecg.patch:
-    raise UserError(f"config.model.ecg.patch is {config.ecg.patch}, which does not divide config.data.samples = {samples}")
-  if not 0 < config.ecg.mask_ratio < 1:
-    raise UserError(f"config.model.ecg.mask_ratio is {config.ecg.mask_ratio}; expected a number between 0 and 1")
-  if config.cmr.size:
-    size(resnet.SIZES, config.cmr.size, "model.cmr.size")
-  if config.dtype not in ("float32", "bfloat16"):
-    raise UserError(f"config.model.dtype is {config.dtype!r}; expected float32 or bfloat16")
-  return Pretrainer(config)
+def look(cmr: dict, spec) -> jax.Array:
+  """The planes [B, Z, H, W] that a tower sees: the middle slices of a stack, or frames evenly spread over the beat."""
+  x = cmr[schema.VIEWS[spec.view]]
+  if spec.view in ("ed_volume", "es_volume", "ed_slice"):
+    x = x[:, int(spec.view == "es_volume")]
+    planes = 1 if spec.view == "ed_slice" else spec.planes
+    first = (x.shape[1] - planes) // 2
+    return x[:, first:first + planes]
+  if spec.view in ("cine_slice", "lax"):
+    return x[:, [i * x.shape[1] // spec.planes for i in range(spec.planes)]]
+  return x
+
+
+def fields(config: ConfigDict, frozen: bool = True) -> tuple[str, ...]:
+  """Stored fields of the cohort that the CMR towers look at; frozen=False leaves out those that only frozen ones need."""
+  return tuple(sorted({schema.VIEWS[spec.view] for spec in config.cmr.values() if frozen or not spec.frozen}))
+
+
+def sees_all(config: ConfigDict, batch: dict) -> bool:
+  """Does the batch hold what every CMR tower needs: its view, or its cached features?"""
+  return all(name in batch.get("features", {}) or schema.VIEWS[spec.view] in batch["cmr"] for name, spec in config.cmr.items())
+
+
+def build(config: ConfigDict, samples: int, targets: int = 0) -> Pretrainer:
+  """The model that `config.model` names, for recordings of `samples` samples and `targets` phenotypes to read out.
+
+  What depends on the cohort's images is checked by `check`.
+  """
+  if config.dtype not in DTYPES:
+    raise UserError(f"config.model.dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}")
+  if not config.ecg.size and not config.cmr:
+    raise UserError("config.model names no tower; set model.ecg.size, or an entry in model.cmr")
+  if config.ecg.size:
+    check_ecg(config.ecg, samples)
+  known = [*config.cmr, *(["ecg"] if config.ecg.size else [])]
+  if "ecg" in config.cmr:
+    raise UserError("config.model.cmr names a tower 'ecg', which is the name of the ECG tower; take another one")
+  if unknown := [name for name in config.regression if name not in known]:
+    raise UserError(f"config.model.regression names {', '.join(unknown)}; expected some of {', '.join(known)}")
+  if config.regression and not targets:
+    raise UserError("config.model.regression asks for phenotypes, the cohort has none of config.data.targets")
+  for name, spec in config.cmr.items():
+    if spec.view not in schema.VIEWS:
+      raise UserError(f"config.model.cmr.{name}.view is {spec.view!r}; expected one of {', '.join(schema.VIEWS)}")
+  return Pretrainer(config, samples, targets)
+
+
+def check_ecg(c: ConfigDict, samples: int):
+  for key, known in (("size", vit.SIZES), ("pool", ecg.POOLS), ("positions", ecg.POSITIONS)):
+    if isinstance(c[key], str) and c[key] not in known:
+      raise UserError(f"config.model.ecg.{key} is {c[key]!r}; expected one of {', '.join(known)}")
+  if samples % c.patch:
+    raise UserError(f"config.model.ecg.patch is {c.patch}, which does not divide config.data.samples = {samples}")
+  if not 0 <= c.mask_ratio < 1:
+    raise UserError(f"config.model.ecg.mask_ratio is {c.mask_ratio}; expected a number from 0 (no decoder) to below 1")
+  if c.siamese and not c.mask_ratio:
+    raise UserError("config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0")
+
+
+def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
+  """Do the cohort's images, of these stored `shapes`, suit the towers?"""
+  for name, spec in config.cmr.items():
+    where, shape = f"config.model.cmr.{name}", shapes[schema.VIEWS[spec.view]]
+    planes = {"ed_slice": 1, "three_frames": 3}.get(spec.view, spec.planes)
+    held = shape[-3]
+    if not 1 <= planes <= held:
+      raise UserError(f"{where}.planes is {spec.planes}; the cohort's {spec.view} has {held} planes")
+    backbones.check(spec, (planes, *shape[-2:]), where)

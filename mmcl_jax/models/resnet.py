@@ -1,21 +1,20 @@
-"""The 'slow' 3-D ResNet for a stack of short-axis slices (slow_r50 of Feichtenhofer et al. 2019, slices as its time axis).
+"""ResNets for CMR: 2-D (He et al. 2016) and 'slow' 3-D (slow_r50, Feichtenhofer et al. 2019; slices are its time axis).
 
-Its kernels span either the slice plane or the slice axis, never both, so every layer here is a 2-D convolution over
-folded slices or a matrix product over neighbouring slices: the same numbers as 3-D convolutions, several times faster
-on a CPU.
+Both are one body over x [B, Z, H, W, C]. The slow kernels span either the plane or the slice axis, never both, so every
+layer is a 2-D convolution over folded slices or a matrix product over neighbouring slices: the same numbers as 3-D
+convolutions, several times faster on a CPU. A 2-D image is a stack of one slice.
 """
 
 import functools
+import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-# name -> stem channels, then (bottleneck width, blocks, slices a kernel spans) a stage.
-SIZES = {
-    "test": (4, ((4, 1, 3),)),
-    "demo": (8, ((8, 1, 1), (16, 1, 3), (32, 1, 3))),
-    "r50": (64, ((64, 3, 1), (128, 4, 1), (256, 6, 3), (512, 3, 3))),
-}
+from mmcl_jax.models.vit import at_least_float32
+
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, as torchvision has it
 
 
 def per_slice(layer, x):
@@ -36,9 +35,12 @@ def max_pool(x):
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation of x [B, ..., C]; rows of weight 0 (padding, no CMR) count for nothing in the statistics.
+  """Batch normalisation of x [B, ..., C] (Ioffe & Szegedy 2015).
 
-  Under jit the mean over a sharded axis is the mean over all devices, so the statistics are those of the global batch.
+  Rows of weight 0 (padding, no CMR) count for nothing in the statistics; a batch of nothing else is normalised by the
+  running ones and leaves them as they are. Under jit the mean over a sharded axis is that over all devices, so the
+  statistics are of the global batch. As in torch, running statistics keep 0.9 of themselves at every step, and the
+  running variance is the unbiased one (n - 1), where flax's own BatchNorm keeps the biased one.
   """
 
   dtype: jnp.dtype
@@ -46,63 +48,130 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, train):
-    mask = jnp.broadcast_to(rows.reshape(-1, *[1] * (x.ndim - 1)) > 0, x.shape) if train else None
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype,
-                        scale_init=self.scale_init, name="bn")(x, mask=mask)
+    channels = x.shape[-1:]
+    scale = self.param("scale", self.scale_init, channels, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+    x, mean, var = at_least_float32(x), running_mean.value, running_var.value
+    if train:
+      counted = rows.reshape(-1, *[1] * (x.ndim - 1)) > 0
+      n = counted.sum(dtype=x.dtype) * math.prod(x.shape[1:-1])
+      average = lambda x: x.sum(axis=range(x.ndim - 1), where=counted) / jnp.maximum(n, 1)
+      keep = jnp.where(n > 0, 0.9, 1.0)
+      mean = jnp.where(n > 0, average(x), mean)
+      var = jnp.where(n > 0, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0), var)
+      if not self.is_initializing():
+        running_mean.value = keep * running_mean.value + (1 - keep) * mean
+        running_var.value = keep * running_var.value + (1 - keep) * var * n / jnp.maximum(n - 1, 1)
+    return ((x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias).astype(self.dtype)
 
 
-class Bottleneck(nn.Module):
-  """1x1 over `span` slices -> 3x3 -> 1x1, with a residual; x [B, Z, H, W, C]."""
+class Residual(nn.Module):
+  """relu(skip(x) + branch(x)) over x [B, Z, H, W, C]; the skip is a strided 1x1 convolution where the shapes differ."""
 
   width: int
-  stride: int
-  span: int
-  dtype: jnp.dtype
+  stride: int = 1
+  span: int = 1
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x, rows, train):
     norm = lambda name, **kwargs: functools.partial(BatchNorm(self.dtype, **kwargs, name=name), rows=rows, train=train)
-    dense = lambda width, name: nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)  # a 1x1 convolution
-    conv = nn.Conv(self.width, (3, 3), (self.stride, self.stride), padding=1, use_bias=False, dtype=self.dtype, name="conv2")
-
-    y, Z = x, x.shape[1]
-    if self.span > 1:  # neighbours along the slice axis beside each other, then one matrix product
-      reach = self.span // 2
-      padded = jnp.pad(y, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
-      y = jnp.concatenate([padded[:, i:i + Z] for i in range(self.span)], axis=-1)
-    y = nn.relu(norm("norm1")(dense(self.width, "conv1")(y)))
-    y = nn.relu(norm("norm2")(per_slice(conv, y)))
-    y = norm("norm3", scale_init=nn.initializers.zeros)(dense(4 * self.width, "conv3")(y))  # a block starts as identity
-    if x.shape != y.shape:
-      x = norm("skip_norm")(dense(4 * self.width, "skip")(x[:, :, ::self.stride, ::self.stride]))
+    y = self.branch(x, norm)
+    if self.stride > 1 or x.shape[-1] != y.shape[-1]:
+      x = norm("skip_norm")(self.pointwise(y.shape[-1], "skip")(x[:, :, ::self.stride, ::self.stride]))
     return nn.relu(x + y)
 
+  def pointwise(self, width, name):
+    return nn.Dense(width, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name=name)  # a 1x1 convolution
 
-class SlowResNet(nn.Module):
-  """Volume [B, Z, H, W] in [0, 1] -> embedding [B, width].
+  def plane(self, stride, name):
+    conv = nn.Conv(self.width, (3, 3), (stride, stride), padding=1, use_bias=False, kernel_init=kernel_init,
+                   dtype=self.dtype, name=name)
+    return functools.partial(per_slice, conv)
 
-  Spatial mean, then a learned weighting over slices, then a linear layer, as in the dual-phase system.
-  """
+
+class Basic(Residual):
+  """3x3 -> 3x3, of ResNet-18."""
+
+  def branch(self, x, norm):
+    y = nn.relu(norm("norm1")(self.plane(self.stride, "conv1")(x)))
+    return norm("norm2", scale_init=nn.initializers.zeros)(self.plane(1, "conv2")(y))  # a block starts as identity
+
+
+class Bottleneck(Residual):
+  """1x1 over `span` slices -> 3x3 with the stride -> 1x1 to 4 times the width, of ResNet-50 and slow_r50."""
+
+  def branch(self, x, norm):
+    Z = x.shape[1]
+    if self.span > 1:  # neighbours along the slice axis beside each other, then one matrix product
+      reach = self.span // 2
+      x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
+      x = jnp.concatenate([x[:, i:i + Z] for i in range(self.span)], axis=-1)
+    y = nn.relu(norm("norm1")(self.pointwise(self.width, "conv1")(x)))
+    y = nn.relu(norm("norm2")(self.plane(self.stride, "conv2")(y)))
+    return norm("norm3", scale_init=nn.initializers.zeros)(self.pointwise(4 * self.width, "conv3")(y))
+
+
+# name -> stem channels, block, then (width, blocks) a stage.
+SIZES = {
+    "test": (4, Basic, ((4, 1), (8, 1))),
+    "demo": (16, Basic, ((16, 1), (32, 1), (64, 1))),
+    "r18": (64, Basic, ((64, 2), (128, 2), (256, 2), (512, 2))),
+    "r50": (64, Bottleneck, ((64, 3), (128, 4), (256, 6), (512, 3))),  # v1.5, as torchvision's: MMCL
+}
+
+# name -> stem channels, block, then (width, blocks, slices that a kernel spans) a stage.
+SLOW_SIZES = {
+    "test": (4, Bottleneck, ((4, 1, 3),)),
+    "demo": (8, Bottleneck, ((8, 1, 1), (16, 1, 3), (32, 1, 3))),
+    "r50": (64, Bottleneck, ((64, 3, 1), (128, 4, 1), (256, 6, 3), (512, 3, 3))),  # slow_r50: dual-phase
+}
+
+
+class Body(nn.Module):
+  """From the image to the last feature map; the two networks below differ in what goes in and how it is pooled."""
 
   stem: int
+  block: type[Residual]
   stages: tuple
-  slices: int
-  width: int
   dtype: jnp.dtype = jnp.float32
 
-  @nn.compact
-  def __call__(self, volume, rows, train):
-    """Args: volume, of which the middle `slices` slices are seen; rows [B] weight of each row in the batch statistics, 0 for padding; train: update the statistics."""
-    stem = nn.Conv(self.stem, (7, 7), (2, 2), padding=3, use_bias=False, dtype=self.dtype, name="stem")
-    first = (volume.shape[1] - self.slices) // 2
-    volume = volume[:, first:first + self.slices]
-    x = per_slice(stem, (2 * volume - 1).astype(self.dtype)[..., None])
-    x = nn.relu(BatchNorm(self.dtype, name="stem_norm")(x, rows, train))
+  def body(self, x, rows, train):
+    """x [B, Z, H, W, C] -> [B, Z, H', W', F], at least float32; every stage halves H and W, the stem by four."""
+    stem = nn.Conv(self.stem, (7, 7), (2, 2), padding=3, use_bias=False, kernel_init=kernel_init, dtype=self.dtype,
+                   name="stem")
+    x = nn.relu(BatchNorm(self.dtype, name="stem_norm")(per_slice(stem, x.astype(self.dtype)), rows, train))
     x = per_slice(max_pool, x)
-    for i, (bottleneck, blocks, span) in enumerate(self.stages):
+    for i, (width, blocks, *span) in enumerate(self.stages):
       for j in range(blocks):
         stride = 2 if i > 0 and j == 0 else 1
-        x = Bottleneck(bottleneck, stride, span, self.dtype, name=f"stage{i}_block{j}")(x, rows, train)
-    x = x.astype(jnp.float32).mean(axis=(2, 3))  # [B, Z, C]
-    weights = self.param("slice_weights", nn.initializers.constant(1 / x.shape[1]), (x.shape[1],))
-    return nn.Dense(self.width, name="fc")(jnp.einsum("bzc,z->bc", x, weights))
+        x = self.block(width, stride, *span, dtype=self.dtype, name=f"stage{i}_block{j}")(x, rows, train)
+    return at_least_float32(x)
+
+
+class ResNet(Body):
+  """Image [B, C, H, W], planes as channels -> features [B, F]: torchvision's ResNet without its fc.
+
+  Intensities in [0, 1] go in as they are, as MMCL feeds its image encoder.
+  """
+
+  @nn.compact
+  def __call__(self, image, rows, train, keys=None):
+    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them; keys: unused."""
+    return self.body(jnp.moveaxis(image, 1, -1)[:, None], rows, train).mean(axis=(1, 2, 3))
+
+
+class SlowResNet(Body):
+  """Volume [B, Z, H, W] in [0, 1] -> features [B, F].
+
+  Intensities are taken to [-1, 1]; spatial mean, then one Linear(Z -> 1) over the slices, as in the dual-phase system.
+  """
+
+  @nn.compact
+  def __call__(self, volume, rows, train, keys=None):
+    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them; keys: unused."""
+    x = self.body((2 * volume - 1)[..., None], rows, train).mean(axis=(2, 3))  # [B, Z, F]
+    pool = nn.Dense(1, kernel_init=nn.initializers.constant(1 / x.shape[1]), name="slice_pool")  # starts as the mean
+    return pool(x.swapaxes(1, 2))[..., 0]

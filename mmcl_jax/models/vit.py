@@ -1,7 +1,4 @@
-"""Vision-transformer parts and the ECG encoder.
-
-Letters: B batch, L leads, T samples, N tokens, D width. Parameter names follow timm's structure.
-"""
+"""Vision-transformer parts. Letters: B batch, N tokens, D width. Parameter names follow timm's structure."""
 
 import flax.linen as nn
 import jax
@@ -19,8 +16,18 @@ SIZES = {
 }
 
 
+def numbers(size) -> tuple[int, ...]:
+  """The numbers of a size: a name of SIZES, or the numbers themselves (as read off foreign weights)."""
+  return SIZES[size] if isinstance(size, str) else tuple(size)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """bfloat16 becomes float32; float32 and float64 stay."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
-  """Fixed 2-D sine-cosine positions [rows * columns, width]; half the width for the row, half for the column.
+  """Fixed 2-D sine-cosine positions, float64 [rows * columns, width]; half the width for the row, half for the column.
 
   As in MAE (He et al. 2022): frequencies 10000^(-2i/(width/2)).
   """
@@ -33,7 +40,7 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
   row, column = np.divmod(np.arange(rows * columns), columns)
-  return np.concatenate([encode(row), encode(column)], axis=1).astype(np.float32)
+  return np.concatenate([encode(row), encode(column)], axis=1)
 
 
 def drop_path(x: jax.Array, keys: jax.Array | None, rate: float, layer: int) -> jax.Array:
@@ -63,34 +70,3 @@ class Block(nn.Module):
     x = x + drop_path(dense(D, "proj")(y), keys, self.drop_path, 2 * self.layer)
     y = nn.gelu(dense(4 * D, "fc1")(norm("norm2")(x)), approximate=False)
     return x + drop_path(dense(D, "fc2")(y), keys, self.drop_path, 2 * self.layer + 1)
-
-
-class EcgEncoder(nn.Module):
-  """ViT over patches of one lead x `patch` samples, with a CLS token and fixed 2-D positions (lead, time)."""
-
-  width: int
-  depth: int
-  heads: int
-  patch: int
-  drop_path: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, ecg, keep=None, keys=None):
-    """Args: ecg [B, L, T]; keep [B, M] tokens to look at (None: all); keys [B] for drop-path (None: evaluation).
-
-    Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
-    """
-    B, L, T = ecg.shape
-    x = ecg.reshape(B, L * (T // self.patch), self.patch)
-    position = jnp.asarray(sincos_2d(L, T // self.patch, self.width))[None]
-    if keep is not None:  # masking first: hidden patches need no embedding
-      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
-      position = position[0][keep]
-    x = nn.Dense(self.width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name="patch_embed")(x)
-    cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-    x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, self.width)).astype(x.dtype), x + position.astype(x.dtype)], axis=1)
-    for i in range(self.depth):
-      rate = self.drop_path * i / max(self.depth - 1, 1)
-      x = Block(self.heads, i, rate, self.dtype, name=f"block{i}")(x, keys)
-    return x

@@ -2,9 +2,9 @@
 
     config.objectives.NAME = dict(fn="dual_phase" | "my_package.my_module:my_loss", weight=1.0, **parameters)
 
-An objective is `fn(outputs, batch, **parameters) -> Loss`. It sees the whole global batch (sharded arrays under jit), so
-its value is the same on 1 or 512 devices. `weight` is a number, or a schedule `dict(steps=(0, 1000), values=(0.0, 1.0))`
-that is interpolated linearly and constant beyond its ends. Nothing in the package changes for a new objective.
+An objective is `fn(outputs, batch, **parameters) -> Loss`. It sees the whole global batch (sharded arrays under jit):
+its value is the same on 1 or 512 devices. `weight` is a number, or `dict(steps=(0, 1000), values=(0.0, 1.0))`, a
+schedule that is linear in between and constant beyond its ends. Nothing in the package changes for a new objective.
 """
 
 import importlib
@@ -20,6 +20,17 @@ from mmcl_jax.errors import UserError
 BUILT_IN = {
     "mae": "mmcl_jax.objectives.mae:mae",
     "dual_phase": "mmcl_jax.objectives.contrastive:dual_phase",
+    "clip": "mmcl_jax.objectives.contrastive:clip",
+    "nt_xent": "mmcl_jax.objectives.ntxent:nt_xent",
+    "siglip": "mmcl_jax.objectives.sigmoid:siglip",
+    "phenotype_weighted": "mmcl_jax.objectives.phenotypes:phenotype_weighted",
+    "soft_positive": "mmcl_jax.objectives.phenotypes:soft_positive",
+    "false_negative_removal": "mmcl_jax.objectives.phenotypes:false_negative_removal",
+    "relational": "mmcl_jax.objectives.phenotypes:relational",
+    "phenotype_regression": "mmcl_jax.objectives.supervised:phenotype_regression",
+    "vicreg": "mmcl_jax.objectives.noncontrastive:vicreg",
+    "simsiam": "mmcl_jax.objectives.noncontrastive:simsiam",
+    "cmr_mae": "mmcl_jax.objectives.mae:cmr_mae",
 }
 
 
@@ -40,7 +51,8 @@ class Objective(NamedTuple):
 def build(config) -> list[Objective]:
   """`config.objectives` -> objectives; a UserError names what is unknown and lists what exists."""
   if not config:
-    raise UserError("config.objectives is empty; expected at least one entry such as reconstruction = dict(fn='mae', weight=1.0)")
+    raise UserError("config.objectives is empty; expected at least one entry such as "
+                    "reconstruction = dict(fn='mae', weight=1.0)")
   return [one(name, entry) for name, entry in sorted(config.to_dict().items())]
 
 
@@ -53,7 +65,8 @@ def one(name: str, entry: dict) -> Objective:
   known = [p.name for p in inspect.signature(loss).parameters.values()][2:]
   unknown = sorted(set(entry) - set(known))
   if unknown:
-    raise UserError(f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are {', '.join(known)}")
+    raise UserError(f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are "
+                    f"{', '.join(known)}")
   return Objective(name, lambda outputs, batch: loss(outputs, batch, **entry), schedule(weight, f"{where}.weight"))
 
 
@@ -70,15 +83,15 @@ def find(fn: str, where: str) -> Callable:
 
 def schedule(weight, where: str) -> Callable:
   if isinstance(weight, (int, float)):
-    return lambda step: jnp.float32(weight)
+    return lambda step: jnp.asarray(float(weight))
   try:
-    steps, values = (jnp.asarray(weight[key], jnp.float32) for key in ("steps", "values"))
+    steps, values = (jnp.asarray(weight[key], float) for key in ("steps", "values"))
     if steps.ndim != 1 or steps.shape != values.shape or bool((jnp.diff(steps) <= 0).any()):
       raise ValueError
   except (KeyError, TypeError, ValueError):
     raise UserError(f"{where} is {weight}; expected a number or dict(steps=(0, 1000), values=(0.0, 1.0)) "
                     "with rising steps and as many values") from None
-  return lambda step: jnp.interp(jnp.float32(step), steps, values)
+  return lambda step: jnp.interp(jnp.asarray(step, float), steps, values)
 
 
 def mean(loss: Loss) -> jax.Array:

@@ -1,19 +1,20 @@
-"""Contrastive objectives over the global batch. Everything here is float32: logits at low temperature need it."""
+"""Softmax contrastive objectives over the global batch. All here is at least float32: low temperatures need it."""
 
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax.objectives import Loss
+from mmcl_jax.objectives import Loss, common
+
+HIDDEN = -1e30  # logit of what is not compared; finite: its exponential is 0 and its gradient too
 
 
 def normalise(z: jax.Array) -> jax.Array:
-  """z / sqrt(|z|^2 + 1e-6) row by row.
+  """z / max(|z|, 1e-3) row by row.
 
-  Unlike z / (|z| + eps) its gradient exists at z = 0, where it is 1,000: a smaller constant would let one dead row
-  (all ReLUs of a head off) outweigh the batch.
+  Its gradient at z = 0 is 1,000: a smaller constant would let one dead row (all ReLUs of a head off) outweigh the rest.
   """
-  z = z.astype(jnp.float32)
-  return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True) + 1e-6)
+  z = common.at_least_float32(z)
+  return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-6))
 
 
 def may_compare(subject: jax.Array, valid: jax.Array) -> jax.Array:
@@ -27,22 +28,44 @@ def may_compare(subject: jax.Array, valid: jax.Array) -> jax.Array:
   return jnp.eye(len(subject), dtype=bool) | (~same & counts)
 
 
-def info_nce(a, b, scale, allowed) -> tuple[jax.Array, jax.Array]:
-  """Symmetric InfoNCE (Oord et al. 2018; CLIP): cross-entropy of rows and of columns of scale * a b^T.
+def similarities(a: jax.Array, b: jax.Array, scale) -> jax.Array:
+  """scale * a b^T, [B, B], for a, b [B, E] of unit length."""
+  return scale * jnp.einsum("ie,je->ij", a, b, precision="highest")
 
-  Args: a, b [B, E] of unit length; scale = 1 / temperature; allowed [B, B] (see `may_compare`).
 
-  Returns: values [B], the mean of both directions; rank-one hits [B], whether a row's best candidate is its own.
+def log_sum_exp(logits: jax.Array, compared: jax.Array, axis: int) -> jax.Array:
+  """[B] over the compared entries of each row (axis 1) or column (axis 0).
+
+  Columns are summed where they lie: a transpose of row-sharded logits would send all of them round the devices.
   """
-  logits = scale * jnp.einsum("ie,je->ij", a, b, precision="highest")
-  own_column = jnp.eye(len(a), dtype=bool)
-  hidden = jnp.float32(-1e30)  # finite: exp(hidden) is 0 and its gradient too
+  return jax.nn.logsumexp(jnp.where(compared, logits, HIDDEN), axis=axis)
+
+
+def own_and_hit(logits: jax.Array, compared: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Each row's own logit [B], and whether no compared one reaches it (rank one; a tie is none)."""
+  own_column = jnp.eye(len(logits), dtype=bool)
   own = jnp.where(own_column, logits, 0.0).sum(axis=1)
-  compared = jnp.where(allowed, logits, hidden)
-  # Columns are summed where they lie: a transpose of row-sharded logits would send all of them round the devices.
-  rows, columns = (jax.nn.logsumexp(compared, axis=axis) for axis in (1, 0))
-  others = jnp.where(allowed & ~own_column, logits, hidden).max(axis=1)
-  return 0.5 * (rows + columns) - own, own > others
+  return own, own > jnp.where(compared & ~own_column, logits, HIDDEN).max(axis=1)
+
+
+def info_nce(a, b, scale, allowed, b_to_a: float = 0.5, log_weight=0.0) -> tuple[jax.Array, jax.Array]:
+  """InfoNCE in both directions (Oord et al. 2018; CLIP, Radford et al. 2021): with s = scale * a b^T,
+
+    value_i = (1 - b_to_a) log sum_k w_ik e^{s_ik} + b_to_a log sum_k w_ki e^{s_ki} - s_ii.
+
+  Args:
+    a, b: [B, E] of unit length.
+    scale: 1 / temperature.
+    allowed: [B, B], which k are summed over (see `may_compare`).
+    b_to_a: share of the direction in which each b looks for its own a among all of them.
+    log_weight: log w [B, B], 0 on the diagonal.
+
+  Returns: values [B]; rank-one hits [B], whether the b nearest to a row's a is its own.
+  """
+  logits = similarities(a, b, scale)
+  own, hit = own_and_hit(logits, allowed)
+  rows, columns = (log_sum_exp(logits + log_weight, allowed, axis) for axis in (1, 0))
+  return (1 - b_to_a) * rows + b_to_a * columns - own, hit
 
 
 def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: float = 1.0,
@@ -59,16 +82,41 @@ def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: flo
     w_ed, w_es, w_edes: weights of the three pairs.
     temperature: of the softmax, where the model learns none (config.model.learned_temperature).
   """
-  u, a, b = (normalise(z) for z in (outputs["ecg_projection"], *(outputs["cmr"][p]["projection"] for p in ("ed", "es"))))
-  scale = jnp.exp(outputs["log_scale"]) if "log_scale" in outputs else 1.0 / temperature
-  weight = (batch["mask"] * batch["has_ecg"] * batch["has_cmr"]).astype(jnp.float32)
-  allowed = may_compare(batch["subject"], weight)
+  common.require_not_negative(w_ed=w_ed, w_es=w_es, w_edes=w_edes)
   total = w_ed + w_es + w_edes
+  common.require_positive(**{"w_ed + w_es + w_edes": total})
+  u, a, b = (normalise(common.projection(outputs, name)) for name in ("ecg", "ed", "es"))
+  scale = common.inverse_temperature(outputs, temperature)
+  weight = common.row_weight(batch, "ecg", "ed", "es")
+  allowed = may_compare(batch["subject"], weight)
   values, metrics = 0.0, {}
   for name, x, y, w in (("ed", u, a, w_ed), ("es", u, b, w_es), ("edes", a, b, w_edes)):
     pair, hit = info_nce(x, y, scale, allowed)
     values += w / total * pair
-    metrics |= {f"{name}_loss": (pair * weight).sum() / jnp.maximum(weight.sum(), 1.0),
-                f"{name}_r@1": (hit * weight).sum() / jnp.maximum(weight.sum(), 1.0)}
-  metrics["temperature"] = 1.0 / jnp.asarray(scale, jnp.float32)
+    metrics |= {f"{name}_loss": common.average(pair, weight), f"{name}_r@1": common.average(hit, weight)}
+  metrics["temperature"] = 1.0 / jnp.asarray(scale)
   return Loss(values, weight, metrics)
+
+
+def clip(outputs, batch, a: str = "ecg", b: str = "ed", b_to_a: float = 0.5, temperature: float = 0.1) -> Loss:
+  """Two-tower contrastive loss (CLIP, Radford et al. 2021) with a weight for its directions (MMCL, Turgut et al. 2025).
+
+    L = b_to_a CE(each b among all a) + (1 - b_to_a) CE(each a among all b),
+
+  over unit-length projections at 1 / temperature. MMCL: a="ecg", b the CMR tower, b_to_a=0.75 (its lambda, the weight
+  of CMR -> ECG), temperature=0.1.
+
+  Args:
+    outputs: projections [B, E] of both, log_scale [] where the temperature is learned.
+    batch: subject [B, 2], mask, has_ecg, has_cmr [B].
+    a, b: "ecg" or a CMR tower, or either with ".again".
+    b_to_a: share of the direction b -> a, 0 to 1.
+    temperature: of the softmax, where the model learns none.
+  """
+  if not (common.is_number(b_to_a) and 0 <= b_to_a <= 1):
+    raise ValueError(f"b_to_a is {b_to_a!r}; expected a number from 0 to 1")
+  x, y = map(normalise, common.pair(outputs, a, b))
+  scale = common.inverse_temperature(outputs, temperature)
+  weight = common.row_weight(batch, a, b)
+  values, hit = info_nce(x, y, scale, may_compare(batch["subject"], weight), b_to_a)
+  return Loss(values, weight, {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)})

@@ -5,9 +5,16 @@ clu's own writers cannot be imported without TensorFlow; these have the same met
 
 import json
 import pathlib
+import sys
 import time
 
+# tensorboardX loads torch where it is installed, seconds of start-up for tensors that it is never given.
+without_torch = "torch" not in sys.modules
+if without_torch:
+  sys.modules["torch"] = None
 import tensorboardX
+if without_torch:
+  del sys.modules["torch"]
 
 
 class JsonlWriter:

@@ -36,7 +36,7 @@ def shardings(tree, rules, mesh: Mesh):
   """Sharding of every leaf: the first rule whose regex is found in the leaf's path decides; none means replicated.
 
   Args:
-    tree: arrays or ShapeDtypeStructs. A path reads like `params/ecg_encoder/block0/qkv/kernel`.
+    tree: arrays or ShapeDtypeStructs. A path reads like `params/ecg/block0/qkv/kernel`.
     rules: (regex, spec) pairs; spec names a mesh axis or None a dimension, e.g. (None, "model").
   """
   def place(path, leaf):

@@ -1,5 +1,6 @@
 """A run from its workdir: config, model and trained state, with no cohort needed."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class Run(NamedTuple):
   step: int
   state: state_room.TrainState
   fresh: state_room.TrainState
+  scales: steps.Scales
   manifest: dict
 
 
@@ -40,20 +42,65 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   step = checkpoint.latest(workdir) if step is None else step
   if step is None:
     raise UserError(f"{workdir} has no checkpoint yet; train it with `mmcl train`")
-  shapes = checkpoint.manifest(workdir, step)["shapes"]
+  about = checkpoint.manifest(workdir, step)
+  scales = scales_from_json(about["scales"])
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(config.model, config.data.samples)
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
   with jax.set_mesh(mesh):
-    fresh, where = state_room.create(model, state_room.optimizer(config), steps.example(config, shapes, 1), config.seed,
-                                     mesh, rules=())
+    example = steps.example(config, about["shapes"], len(scales.names), 1)
+    fresh, where = state_room.create(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), fresh, where)
     state, _, manifest = checkpoint.restore(workdir, step, abstract)
-  return Run(config, model, mesh, step, state, fresh, manifest)
+  return Run(config, model, mesh, step, state, fresh, scales, manifest)
+
+
+def load_variables(workdir: str) -> dict:
+  """params and batch_stats of the last checkpoint, on the host: what a later stage starts from."""
+  return jax.device_get(load_run(workdir).state.variables)
 
 
 def load_encoder(workdir: str, step: int | None = None) -> Encoder:
   """The ECG tower of a checkpoint alone."""
   run = load_run(workdir, step)
+  if not run.config.model.ecg.size:
+    raise UserError(f"{workdir} has no ECG encoder (config.model.ecg.size is empty); take a run that has one")
+  if run.config.model.ecg.film:
+    raise UserError(f"the ECG encoder of {workdir} also takes covariates (config.model.ecg.film), which ECG files do not hold; "
+                    "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False")
   embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples))
   variables = run.state.variables
   return Encoder(run.config, run.step, lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
+
+
+def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str) -> None:
+  """A workdir with one checkpoint, step 0, made of weights that were trained elsewhere.
+
+  Args:
+    variables: params and batch_stats of the whole model that `config` builds, host arrays.
+    shapes: of the cohort records that it reads, as cohort.json has them.
+    origin: where the weights come from, for the manifest.
+  """
+  mesh = parallel.make_mesh(data=-1, model=1)
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  with jax.set_mesh(mesh):
+    example = steps.example(config, shapes, len(scales.names), 1)
+    state, _ = state_room.create(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
+    state = state.replace(params=jax.device_put(variables["params"], jax.tree.map(lambda x: x.sharding, state.params)),
+                          statistics=variables["batch_stats"])
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+    checkpoints.save(0, state, data={"next_step": 0}, meta=meta(0, "", shapes, scales, origin=origin))
+    checkpoints.close()
+  configuration.save(config, workdir)
+
+
+def meta(step: int, cohort: str, shapes: dict, scales: steps.Scales, **more) -> dict:
+  """What the manifest of a checkpoint says beside its checksums."""
+  numbers = {name: [np.asarray(x, float).tolist() for x in getattr(scales, name)] for name in ("target", "covariate")}
+  return {"step": step, "cohort": cohort, "shapes": shapes, "devices": jax.device_count(),
+          "scales": {"names": list(scales.names), "columns": list(scales.columns), **numbers}, **more}
+
+
+def scales_from_json(found: dict) -> steps.Scales:
+  pair = lambda name: tuple(np.asarray(x, np.float32) for x in found[name])
+  return steps.Scales(tuple(found["names"]), tuple(found["columns"]), pair("target"), pair("covariate"))

@@ -1,13 +1,15 @@
 """The training state, a plain pytree, and the optimiser that changes it."""
 
+import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
 import optax
 
+from mmcl_jax.errors import UserError
 from mmcl_jax.training import parallel
 
 
@@ -25,22 +27,167 @@ class TrainState:
     return {"params": self.params, "batch_stats": self.statistics}
 
 
+class Treatment(NamedTuple):
+  """What the optimiser does to one parameter; `factor` multiplies its learning rate, and with it its weight decay."""
+
+  frozen: bool
+  decayed: bool
+  factor: float
+
+
 def learning_rate(config):
   """Linear warm-up, then a half cosine to 0 at `config.steps`."""
   c = config.optimizer
   return optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup, max(config.steps, c.warmup + 1))
 
 
+def path_name(path) -> str:
+  """Path of a leaf as the config's regexes see it: `ecg/block0/qkv/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def decayed(params):
-  """Weight decay on matrices and kernels only: not on biases, norms, tokens or the temperature."""
+  """Weight decay on matrices and kernels only: not on biases, norms, tokens, positions or the temperature."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def optimizer(config) -> optax.GradientTransformation:
-  """Clip by global norm, then AdamW, all in float32."""
-  c = config.optimizer
-  return optax.chain(optax.clip_by_global_norm(c.clip),
-                     optax.adamw(learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decayed))
+def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
+  """Clip by the global norm of the trained parameters (clip 0: none), then AdamW; frozen parameters get updates of 0.
+
+  AdamW (Loshchilov & Hutter 2019), eps 1e-8: p -= rate(step) factor (m / (sqrt(v) + eps) + weight_decay p). Moments are
+  kept for trained parameters only, in their dtype.
+
+  Args:
+    params: the model's parameters, arrays or ShapeDtypeStructs.
+    statistics: its batch statistics, likewise; see `treatments`.
+
+  Raises:
+    UserError: see `treatments`.
+  """
+  c, treatment = config.optimizer, treatments(config, params, statistics)
+  if not c.clip >= 0:
+    raise UserError(f"config.optimizer.clip is {c.clip}; expected a norm, or 0 for no clipping")
+  by_path = lambda f, tree: jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
+  trained = optax.chain(
+      optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
+      optax.scale_by_adam(b1=c.b1, b2=c.b2),
+      optax.add_decayed_weights(c.weight_decay, mask=decayed),
+      optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
+      optax.scale_by_learning_rate(learning_rate(config)))
+  return optax.partition({"trained": trained, "frozen": optax.set_to_zero()},
+                         lambda tree: by_path(lambda t, _: "frozen" if t.frozen else "trained", tree))
+
+
+def stop_frozen(params, treatment: dict[str, Treatment]):
+  """The same parameters, no gradient into the frozen ones: none is computed, and none counts in a norm."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: jax.lax.stop_gradient(x) if treatment[path_name(path)].frozen else x, params)
+
+
+def treatments(config, params, statistics=None) -> dict[str, Treatment]:
+  """Path of every parameter -> whether it is frozen, whether it decays, what multiplies its learning rate.
+
+  Frozen: what a regex of `config.freeze` finds, and the backbones of the towers with `config.model.cmr.NAME.frozen`.
+  Factor: of the first entry of `config.optimizer.rates` whose regex is found, times `layer_factor`.
+
+  Args:
+    params: arrays or ShapeDtypeStructs.
+    statistics: batch statistics, likewise. Where given, a regex of `config.freeze` must not touch a module that has
+      some: it would stay in training mode, and its statistics would go on changing.
+
+  Raises:
+    UserError: an entry is malformed or decides nothing, or nothing is left to train.
+  """
+  paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  decays = dict(zip(paths, jax.tree.leaves(decayed(params)), strict=True))
+  shown = f"{', '.join(paths[::max(len(paths) // 5, 1)][:5])}, ..."
+
+  towers = [f"^cmr_{re.escape(name)}/backbone/" for name, tower in config.model.cmr.items() if tower.frozen]
+  frozen = {path for path in paths if any(re.search(regex, path) for regex in towers)}
+  for regex in regexes(config.freeze, "config.freeze"):
+    found = [path for path in paths if re.search(regex, path)]
+    if not found:
+      raise UserError(f"config.freeze has {regex!r}, which matches no parameter; parameters are {shown}")
+    check_statistics(regex, sorted(set(found) - frozen), statistics)
+    frozen |= set(found)
+  if len(frozen) == len(paths):
+    raise UserError(f"config.freeze {tuple(config.freeze)} and config.model.cmr.*.frozen leave no parameter to train; "
+                    f"parameters are {shown}")
+
+  factors, taken = {}, set()
+  for regex, factor in rates(config.optimizer.rates):
+    found = {path for path in paths if re.search(regex, path)} - frozen - taken
+    if not found:
+      raise UserError(f"config.optimizer.rates has {regex!r}, which matches no trained parameter that an entry before "
+                      f"it has not taken; parameters are {shown}")
+    taken |= found
+    factors |= dict.fromkeys(found, factor)
+  layers = layer_factors(config.optimizer.layer_decay, paths)
+  return {path: Treatment(path in frozen, decays[path], factors.get(path, 1.0) * layers[path]) for path in paths}
+
+
+def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
+  """Layer-wise learning-rate decay of the ECG tower (BEiT, Bao et al. 2022): decay^(depth + 1 - layer).
+
+  patch_embed, cls_token and pos_embed are layer 0, block i is layer i + 1, all else of the tower is layer depth + 1. So
+  are the other modules, whose factor is 1: heads, read-outs, and the CMR towers, which have no layer decay.
+  """
+  if not 0 < decay <= 1:
+    raise UserError(f"config.optimizer.layer_decay is {decay}; expected a number in (0, 1], 1: off")
+  blocks = {path: int(found[1]) for path in paths if (found := re.match(r"ecg/block(\d+)/", path))}
+  if decay < 1 and not blocks:
+    raise UserError(f"config.optimizer.layer_decay is {decay}, but this model has no ECG tower; set it to 1.0")
+  depth = max(blocks.values(), default=-1) + 1
+  first = lambda path: re.match("ecg/(patch_embed|cls_token|pos_embed)(/|$)", path)
+  return {path: decay ** (depth + 1 - (0 if first(path) else blocks.get(path, depth) + 1)) for path in paths}
+
+
+def check_statistics(regex: str, found: list[str], statistics) -> None:
+  """Refuses to freeze by regex what has batch statistics: `cmr_NAME/backbone`, `head_ecg/norm1`."""
+  part = lambda path: "/".join(path.split("/")[:2])
+  moving = {part(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(statistics or {})}
+  if touched := [path for path in found if part(path) in moving]:
+    module = part(touched[0])
+    tower = re.fullmatch("cmr_(.+)/backbone", module)
+    way_out = (f"set config.model.cmr.{tower[1]}.frozen=True, which keeps all of it in evaluation mode" if tower else
+               "leave it out of config.freeze")
+    raise UserError(f"config.freeze has {regex!r}, which freezes {touched[0]}, but the batch statistics of {module} "
+                    f"would go on changing; {way_out}")
+
+
+def regexes(entries, key: str) -> tuple[str, ...]:
+  """The regexes of a config entry, or a UserError."""
+  if not isinstance(entries, (tuple, list)) or not all(isinstance(entry, str) for entry in entries):
+    raise UserError(f"{key} is {entries!r}; expected a tuple of regexes, such as ('^ecg/block0/',)")
+  for entry in entries:
+    try:
+      re.compile(entry)
+    except re.error as error:
+      raise UserError(f"{key} has {entry!r}, which is no regex: {error}") from None
+  return tuple(entries)
+
+
+def rates(entries) -> list[tuple[str, float]]:
+  pairs = [tuple(entry) if isinstance(entry, (tuple, list)) else () for entry in entries] \
+      if isinstance(entries, (tuple, list)) else [()]
+  if not all(len(pair) == 2 and isinstance(pair[1], (int, float)) and 0 < pair[1] < math.inf for pair in pairs):
+    raise UserError(f"config.optimizer.rates is {entries!r}; expected pairs of a regex and a positive factor, such as "
+                    "(('^ecg/', 0.1),); to keep parameters as they are, name them in config.freeze")
+  regexes([regex for regex, _ in pairs], "config.optimizer.rates")
+  return pairs
+
+
+def variables(model, example, seed: int = 0):
+  """Fresh params and batch_stats for a float batch `example` (arrays or shapes); under jax.eval_shape, their shapes."""
+  keys = jax.random.split(jax.random.key(0), example["mask"].shape[0])
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+  return {"batch_stats": {}} | model.init({"params": jax.random.key(seed)}, zeros, keys, train=False)
+
+
+def optimizer_for(model, example, config) -> optax.GradientTransformation:
+  """`optimizer` of a model that no one has made yet."""
+  shapes = jax.eval_shape(lambda: variables(model, example))
+  return optimizer(config, shapes["params"], shapes["batch_stats"])
 
 
 def create(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]:
@@ -53,11 +200,8 @@ def create(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]
     state, its shardings.
   """
   def init():
-    keys = jax.random.split(jax.random.key(0), example["mask"].shape[0])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
-    variables = model.init({"params": jax.random.key(seed)}, zeros, keys, train=False)
-    params = variables["params"]
-    return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
+    made = variables(model, example, seed)
+    return TrainState(jnp.int32(0), made["params"], made["batch_stats"], tx.init(made["params"]))
 
   where = parallel.shardings(jax.eval_shape(init), rules, mesh)
   return jax.jit(init, out_shardings=where)(), where

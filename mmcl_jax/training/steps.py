@@ -1,7 +1,10 @@
 """The pure, jitted functions: batch in, state and metrics out. No file is touched here."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import metrics as clu_metrics
 from jax.sharding import PartitionSpec as P
@@ -9,27 +12,49 @@ from jax.sharding import PartitionSpec as P
 from mmcl_jax import objectives as objective_room
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import pretrainer
 from mmcl_jax.training import state as state_room
 
 
-def to_float(batch):
-  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1]."""
+class Scales(NamedTuple):
+  """How labels are standardised: the train split's mean and SD of the targets [K] and of the covariates [V].
+
+  `columns` [K] are the targets' places among the cohort's phenotypes.
+  """
+
+  names: tuple[str, ...]
+  columns: tuple[int, ...]
+  target: tuple[np.ndarray, np.ndarray]
+  covariate: tuple[np.ndarray, np.ndarray]
+
+
+def to_float(batch, scales: Scales | None = None):
+  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1].
+
+  With `scales` also targets [B, K] and conditions [B, V], standardised, NaN = not measured.
+  """
   batch = dict(batch)
   batch["ecg"] = batch["ecg"].astype(jnp.float32) * batch.pop("ecg_scale")[:, None, None]
   batch["cmr"] = {view: x.astype(jnp.float32) / 255 for view, x in batch["cmr"].items()}
   for name in ("mask", "has_ecg", "has_cmr"):
     batch[name] = batch[name].astype(jnp.float32)
+  if scales:
+    batch["targets"] = (batch["phenotypes"][:, list(scales.columns)] - scales.target[0]) / scales.target[1]
+    batch["conditions"] = (batch["covariates"] - scales.covariate[0]) / scales.covariate[1]
   return batch
 
 
-def example(config, shapes: dict[str, list[int]], rows: int):
+def example(config, shapes: dict[str, list[int]], targets: int, rows: int):
   """Shapes of a float batch of `rows` rows, as the model sees it; `shapes` are those of the cohort's records."""
   f32, u32 = jnp.float32, jnp.uint32
   array = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype)
   batch = {"ecg": array((shapes["ecg"][0], config.data.samples), f32), "subject": array((2,), u32), "index": array((), u32)}
   batch |= {name: array(shapes[name], f32) for name in ("phenotypes", "diseases", "covariates")}
+  batch |= {"targets": array((targets,), f32), "conditions": array(shapes["covariates"], f32)}
   batch |= {name: array((), f32) for name in ("mask", "has_ecg", "has_cmr")}
-  batch["cmr"] = {view: array(shapes[view], f32) for view in config.data.views}
+  batch["cmr"] = {field: array(shapes[field], f32) for field in pretrainer.fields(config.model)}
+  if config.augment.twice:
+    batch["again"] = {name: batch[name] for name in ("ecg", "cmr")}
   return batch
 
 
@@ -50,8 +75,12 @@ def augment(batch, keys, samples: int, config):
     return ecg, {view: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **config.cmr))(cmr_keys, x)
                  for view, x in cmr.items()}
 
-  ecg, cmr = jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(batch["ecg"], batch["cmr"], keys)
-  return batch | {"ecg": ecg, "cmr": cmr}
+  augmented = lambda keys: dict(zip(("ecg", "cmr"), jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(
+      batch["ecg"], batch["cmr"], keys)))
+  if not config.twice:
+    return batch | augmented(keys)
+  second = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+  return batch | augmented(keys) | {"again": augmented(second)}
 
 
 def check_outputs(model, objectives, batch, state):
@@ -85,15 +114,16 @@ def total_loss(outputs, batch, objectives, step):
   return total, metrics
 
 
-def make_train_step(model, objectives, tx, config):
+def make_train_step(model, objectives, tx, config, scales):
   """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is not finite."""
   schedule = state_room.learning_rate(config)
 
   def train_step(state, batch):
     keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys(config.seed, batch["index"]))
-    batch = augment(to_float(batch), keys, config.data.samples, config.augment)
+    batch = augment(to_float(batch, scales), keys, config.data.samples, config.augment)
 
     def loss_fn(params):
+      params = state_room.stop_frozen(params, state_room.treatments(config, params))
       variables = {"params": params, "batch_stats": state.statistics}
       outputs, changed = model.apply(variables, batch, model_keys, train=True, mutable=["batch_stats"])
       loss, metrics = total_loss(outputs, batch, objectives, state.step)
@@ -118,12 +148,18 @@ def first_window(batch, samples: int):
   return batch | {"ecg": batch["ecg"][:, :, :samples]}
 
 
-def make_loss_step(model, objectives, config):
-  """(state, batch) -> clu metrics of every objective in evaluation mode, rows weighted by their mask."""
+def make_loss_step(model, objectives, config, scales):
+  """(state, batch) -> clu metrics of every objective in evaluation mode, rows weighted by their mask.
+
+  Objectives of two augmentations see two augmentations here too: of two equal views they would say nothing.
+  """
 
   def loss_step(state, batch):
     keys = sample_keys(config.seed, batch["index"])
-    batch = first_window(to_float(batch), config.data.samples)
+    whole = to_float(batch, scales)
+    batch = first_window(whole, config.data.samples)
+    if config.augment.twice:
+      batch = augment(whole, keys, config.data.samples, config.augment)
     outputs = model.apply(state.variables, batch, keys, train=False)
     losses = {objective.name: objective.loss(outputs, batch) for objective in objectives}
     return {name: clu_metrics.Average.from_model_output(loss.values, mask=loss.weight) for name, loss in losses.items()}
@@ -132,31 +168,50 @@ def make_loss_step(model, objectives, config):
 
 
 def make_embed_ecg(model, samples: int):
-  """(variables, ecg [B, L, T]) -> ecg_embedding [B, D], ecg_projection [B, E].
+  """(variables, ecg [B, L, T], conditions [B, V] or None) -> ecg_embedding [B, D], ecg_projection [B, E].
 
   A recording longer than the model's window is embedded as the mean over its whole windows.
   """
 
-  def embed_ecg(variables, ecg):
+  def embed_ecg(variables, ecg, conditions=None):
     B, L, T = ecg.shape
     windows = T // samples
     ecg = ecg[:, :, :windows * samples].reshape(B, L, windows, samples).swapaxes(1, 2).reshape(B * windows, L, samples)
-    outputs = model.apply(variables, ecg, method="encode_ecg")
+    conditions = None if conditions is None else jnp.repeat(conditions, windows, axis=0)
+    outputs = model.apply(variables, ecg, conditions, method="encode_ecg")
     return {name: outputs[name].reshape(B, windows, -1).mean(axis=1) for name in ("ecg_embedding", "ecg_projection")}
 
   return embed_ecg
 
 
-def make_embed(model, config):
-  """(variables, batch) -> ecg_embedding [B, D], ecg_projection [B, E]; cmr_projection [B, P, E] where it has towers."""
+def make_embed(model, config, scales):
+  """(variables, batch) -> embedding [B, D]: of the ECG, or of a run without an ECG tower, of its CMR towers side by side.
+
+  Beside it ecg_projection [B, E], where there is an ECG tower, and cmr_projection [B, towers, E] where the batch has
+  CMR.
+  """
   embed_ecg = make_embed_ecg(model, config.data.samples)
 
   def embed(variables, batch):
-    batch = to_float(batch)
-    outputs = embed_ecg(variables, batch["ecg"])
-    if batch["cmr"] and config.model.cmr.size:
+    batch, outputs = to_float(batch, scales), {}
+    if config.model.ecg.size:
+      found = embed_ecg(variables, batch["ecg"], batch["conditions"])
+      outputs = {"embedding": found["ecg_embedding"], "ecg_projection": found["ecg_projection"]}
+    if config.model.cmr and pretrainer.sees_all(config.model, batch):
       towers = model.apply(variables, batch, method="encode_cmr")
       outputs["cmr_projection"] = jnp.stack([tower["projection"] for tower in towers.values()], axis=1)
+      if not config.model.ecg.size:
+        outputs["embedding"] = jnp.concatenate([tower["embedding"] for tower in towers.values()], axis=1)
     return outputs
 
   return embed
+
+
+def make_features(model):
+  """(variables, batch) -> {tower: features [B, F]} of the frozen towers."""
+
+  def features(variables, batch):
+    towers = model.apply(variables, to_float(batch), method="encode_cmr")
+    return {name: tower["features"] for name, tower in towers.items() if model.config.cmr[name].frozen}
+
+  return features

@@ -33,7 +33,7 @@ class Shape(NamedTuple):
   slices: int = 12
   size: int = 64         # H = W
   pixel_mm: float = 2.5
-  frames: int = 25       # of `cine_slice`; 0: none is kept
+  frames: int = 25       # of `cine_slice`; 0: neither it nor `three_frames` is kept
 
 
 class _Axis(NamedTuple):
@@ -64,7 +64,8 @@ def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan
 
   Returns:
     fields: as in mmcl_jax.data.schema, slices from base to apex: `ed_es_volumes` uint8 [2, slices, size, size],
-      `labels` of that shape (zeros without segmentation), `cine_slice` uint8 [frames, size, size], `spacing`.
+      `labels` of that shape (zeros without segmentation), `cine_slice` uint8 [frames, size, size], `three_frames`
+      uint8 [3, size, size], `spacing`.
     phenotypes: all of schema.PHENOTYPES; NaN where not measured.
     flags: remarks on quality, the cine's own first.
 
@@ -111,7 +112,11 @@ def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan
   if shape.frames:
     if len(images) < MIN_FRAMES:
       flags.append(f"cine slice interpolated from {len(images)} frames")
-    fields["cine_slice"] = grey(_beat(_resampled(images[:, middle], plane), ed, shape.frames))
+    beat = _resampled(images[:, middle], plane)
+    steps = (es - ed) % len(images)
+    fields["cine_slice"] = grey(_at(beat, ed + np.arange(shape.frames) * len(images) / shape.frames))
+    # A frame that was recorded, the earlier of two; their mean only where there is none between.
+    fields["three_frames"] = grey(_at(beat, ed + np.array((0, steps // 2 or 0.5, steps))))
   return fields, phenotypes, tuple(flags)
 
 
@@ -258,9 +263,8 @@ def _nearest(labels, plane):
   return labels[..., rows[:, None], columns] * np.outer(*(axis.inside for axis in plane))
 
 
-def _beat(images, ed, frames):
-  """float [F, H, W] of one periodic beat -> [frames, H, W] from ED on, linear in time."""
-  at = ed + np.arange(frames) * len(images) / frames
+def _at(images, at):
+  """float [F, H, W] of one periodic beat -> [N, H, W] at the times `at` [N], in frames; linear in time."""
   before = np.floor(at).astype(int)
   share = (at - before).astype(np.float32)[:, None, None]
   return (1 - share) * images[before % len(images)] + share * images[(before + 1) % len(images)]

@@ -1,4 +1,4 @@
-"""A short-axis heart with labels: LV, myocardium and RV whose voxel counts are the target volumes.
+"""A heart in short axis and long axis with labels: LV, myocardium and RV whose voxel counts are the target volumes.
 
 Every structure has a gauge, a smooth field that grows from its inside to its outside. A structure of n voxels is the n
 voxels of smallest gauge, so that hard labels have the target volume to half a voxel on any grid. The LV cavity is a
@@ -31,9 +31,10 @@ LENGTH_TO_DIAMETER = 1.7   # of the LV cavity at ED
 _CUT = 0.30                # the base plane cuts the ellipsoid this share of its half-length above the centre
 _FILL = 2 / 3 + _CUT - _CUT ** 3 / 3  # volume of the cut ellipsoid / (pi radius^2 half-length)
 
-# Share of the stroke volume ejected over one beat: systole, fast filling, diastasis, atrial kick. ES is frame 9 of 25.
+# Share of the stroke volume ejected over one beat: systole, fast filling, diastasis, atrial kick.
 EJECTED = PchipInterpolator([0, .04, .12, .20, .30, .36, .42, .50, .58, .68, .80, .90, 1],
                             [0, .02, .30, .70, .96, 1, .93, .55, .32, .22, .18, .06, 0])(np.arange(FRAMES) / FRAMES)
+ES = 9  # the frame where all is ejected
 
 # Signal of a balanced steady-state sequence in arbitrary units; assumption.
 _LUNG, _LIVER, _FAT, _MUSCLE, _BLOOD, _MYOCARDIUM = 25.0, 95.0, 165.0, 70.0, 205.0, 85.0
@@ -49,6 +50,7 @@ class Pose(NamedTuple):
   length: float        # mm, of the LV cavity at ED
   descent: float       # mm that the base plane has moved towards the apex at ES
   rv: tuple[float, float]  # semi-axes of the RV along `septal` and `across`, relative to the LV epicardium's radius
+  bend: tuple[tuple[int, float, float], ...]  # waves of `rho` around the axis: count, amplitude, phase
 
 
 def heart(phenotypes: dict, rng: np.random.Generator, grid: Grid = Grid()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,10 +103,50 @@ def cine_stack(phenotypes: dict, rng: np.random.Generator, grid: Grid = Grid()) 
   return images, labels
 
 
+def long_axis(phenotypes: dict, rng: np.random.Generator, plane_rng: np.random.Generator,
+              grid: Grid = Grid()) -> tuple[np.ndarray, np.ndarray]:
+  """One beat of the heart that `heart` makes of `phenotypes` and `rng`, in the plane of its long axis and its septum.
+
+  About a four-chamber view: base above, RV left, LV right, septum between; above the base plane the atria.
+
+  Args:
+    plane_rng: for place and turn of the plane's field of view, and for noise.
+    grid: of the short-axis stack; the plane has its rows, columns and pixels.
+
+  Returns:
+    images: uint8 [FRAMES, H, W], frame 0 = ED, frame ES = ES.
+    labels: uint8 [FRAMES, H, W]; each structure ends where it ends in the stack.
+  """
+  pose, stack_fields, _, stack_labels = _end_phases(phenotypes, rng, grid)
+  surfaces = np.stack([[field[p][stack_labels[p] == k].max() for p in (0, 1)]
+                       for k, field in enumerate(stack_fields, 1)])  # [3, P]
+  pose = sample_plane(pose, plane_rng, grid)
+  descents = (0.0, pose.descent)
+  fields = np.stack([gauges(pose, v, d) for v, d in zip(_volumes(phenotypes), descents)], axis=1)  # [3, P, 1, H, W]
+  areas = np.zeros((2, 3))
+  for p in (0, 1):
+    free = pose.depth > descents[p]
+    for k in range(3):
+      found = free & (fields[k, p] <= surfaces[k, p])
+      areas[p, k] = found.sum()
+      free &= ~found
+  counts = np.round(areas[0] + EJECTED[:, None] * (areas[1] - areas[0])).astype(int)
+  f = EJECTED[:, None, None, None].astype(np.float32)
+  beat = (1 - f) * fields[:, :1] + f * fields[:, 1:]  # [3, F, 1, H, W]
+  labels = np.stack([label(beat[:, i], pose.depth > f[i] * pose.descent, n) for i, n in enumerate(counts)])
+  shown = image(labels, beat, sample_tissue(pose, plane_rng), plane_rng, grid)[:, 0]
+  return np.rint(shown * (255 / shown.max())).astype(np.uint8), labels[:, 0]
+
+
+def _volumes(phenotypes):
+  """[P, 3] of LV, wall and RV in ml."""
+  wall = phenotypes["LVM"] / schema.MYOCARDIUM_G_PER_ML
+  return np.array([(phenotypes[f"LV{p}V"], wall, phenotypes[f"RV{p}V"]) for p in ("ED", "ES")])
+
+
 def _end_phases(phenotypes, rng, grid):
   """(pose, gauges [3, P, Z, H, W], voxels of each structure [P, 3], labels [P, Z, H, W]) at ED and ES."""
-  wall = phenotypes["LVM"] / schema.MYOCARDIUM_G_PER_ML
-  volumes = np.array([(phenotypes[f"LV{p}V"], wall, phenotypes[f"RV{p}V"]) for p in ("ED", "ES")])  # [P, 3], ml
+  volumes = _volumes(phenotypes)
   pose = sample_pose(volumes[0, 0], rng, grid)
   descents = (0.0, pose.descent)
   fields = np.stack([gauges(pose, v, d) for v, d in zip(volumes, descents)], axis=1)
@@ -129,12 +171,29 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   turn = np.radians(20 + 10 * rng.standard_normal())  # the RV lies left of the LV and above: to the front
   septal = (-np.cos(turn) * x - np.sin(turn) * y).astype(np.float32)
   across = (np.sin(turn) * x - np.cos(turn) * y).astype(np.float32)
-  angle = np.arctan2(across, septal)
-  bend = 1 + sum(sd * rng.standard_normal() * np.cos(k * angle + np.float32(rng.uniform(0, 2 * np.pi)))
-                 for k, sd in ((2, 0.03), (3, 0.02)))
+  bend = tuple((k, sd * rng.standard_normal(), np.float32(rng.uniform(0, 2 * np.pi)))
+               for k, sd in ((2, 0.03), (3, 0.02)))
   rv = 0.88 * np.exp(0.05 * rng.standard_normal()), 1.42 * np.exp(0.05 * rng.standard_normal())
-  rho = np.hypot(septal, across) * bend.astype(np.float32)
-  return Pose(rho, septal, across, depth, length, rng.uniform(10, 14), rv)
+  return Pose(_rho(septal, across, bend), septal, across, depth, length, rng.uniform(10, 14), rv, bend)
+
+
+def sample_plane(pose: Pose, rng: np.random.Generator, grid: Grid) -> Pose:
+  """The same heart where `across` is 0, one plane [1, H, W]; turned and shifted in the image, the atria have room."""
+  y, x = ((np.arange(grid.size) - (grid.size - 1) / 2) * mm for mm in grid.spacing[1:])
+  shift = 4 * rng.standard_normal(2) + (0, 0.45 * pose.length / (2 * LENGTH_TO_DIAMETER))  # mm, as in the stack
+  turn = np.radians(10 * rng.standard_normal())
+  y, x = y[:, None] - shift[0], x - shift[1]
+  septal = (-np.cos(turn) * x - np.sin(turn) * y).astype(np.float32)[None]
+  depth = (np.cos(turn) * y - np.sin(turn) * x + pose.length / 2 - 10).astype(np.float32)[None]
+  across = np.zeros_like(septal)
+  return pose._replace(rho=_rho(septal, across, pose.bend), septal=septal, across=across, depth=depth)
+
+
+def _rho(septal, across, bend):
+  """mm from the long axis, bent."""
+  angle = np.arctan2(across, septal)
+  waves = 1 + sum(amplitude * np.cos(count * angle + phase) for count, amplitude, phase in bend)
+  return np.hypot(septal, across) * waves.astype(np.float32)
 
 
 def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:

@@ -1,0 +1,70 @@
+"""The five arms of Bujalance Gomez et al. 2026: what part of the CMR an ECG encoder learns from, all else being equal.
+
+    mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_phenotype.py:demo,view=cine_slice --workdir=demo/cine \\
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/arms.py:demo,arm=cine_slice --workdir=demo/arm_cine --config.data.cohort=demo/cohort \\
+      --config.init_from.ecg=demo/mae --config.init_from.cmr_cine=demo/cine
+    mmcl evaluate --workdir=demo/arm_cine
+
+    arm         from the CMR                                   config.init_from
+    ecg_only    nothing: as many further updates of the MAE    ecg
+    ed_slice    the middle slice at ED                         ecg, cmr_slice (view=ed_slice)
+    cine_slice  the middle slice over the beat                 ecg, cmr_cine (view=cine_slice)
+    ed_volume   six slices at ED                               ecg, cmr_ed (view=ed_volume)
+    dual_phase  six slices at ED and at ES                     ecg, cmr_ed, cmr_es (view=es_volume)
+
+Expected time: an arm of `:demo` TIME_arm on 2 CPU cores.
+Expected scores: SCORE_TBD.
+`:medium`, the published size, was not trained here. arm=dual_phase is configs/dual_phase.py. What differs:
+docs/recipes.md.
+"""
+
+from mmcl_jax.configuration import defaults, parse_arg
+
+# size -> ECG encoder, ECG profile of the cohort, samples it sees, mask ratio and weight of SimSiam of its MAE, width of
+#         its head, 3-D ResNet, frames of a cine, width of its embedding, hidden width of the projections, batch, steps,
+#         learning rate
+SIZES = {
+    "test": ("test", "minimal", 500, 0.8, 0.1, 16, "test", 3, 16, 32, 8, 6, 1e-3),
+    "demo": ("demo", "minimal", 1000, 0.8, 0.0, 256, "demo", 5, 256, 256, 32, 600, 1e-3),
+    "medium": ("medium", "dual_phase", 5000, 0.7, 0.1, 1000, "r50", 50, 768, 768, 64, 74_800, 1e-5),  # as dual_phase.py
+}
+# tower -> view, slices; 0: the frames of a cine
+TOWERS = {"slice": ("ed_slice", 1), "cine": ("cine_slice", 0), "ed": ("ed_volume", 6), "es": ("es_volume", 6)}
+ARMS = {"ecg_only": (), "ed_slice": ("slice",), "cine_slice": ("cine",), "ed_volume": ("ed",),
+        "dual_phase": ("ed", "es")}
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="dual_phase")
+  for name, known in (("size", SIZES), ("arm", ARMS)):
+    if arg[name] not in known:
+      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+  ecg, profile, samples, mask_ratio, siamese, head, cmr, frames, width, hidden, batch, steps, rate = SIZES[arg.size]
+  towers = ARMS[arg.arm]
+  c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
+  c.init_from = dict(ecg="") | {f"cmr_{name}": "" for name in towers}  # workdirs of ecg_mae.py and cmr_phenotype.py
+  c.data.ecg_profile = profile  # `mmcl prepare --profile`
+  c.data.samples = samples      # at 500 Hz; the published size sees all 10 s
+  c.optimizer.update(learning_rate=rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5)
+
+  if not towers:  # goes on as ecg_mae.py does, decoder and all
+    c.model.ecg.update(size=ecg, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)  # patch: samples of one lead
+    c.model.projection.update(hidden=32 if arg.size == "test" else 512, width=128)       # SimSiam's
+    c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=0.1)
+    if siamese:
+      c.objectives.siamese = dict(fn="simsiam", weight=siamese)
+    return c
+
+  c.init_except = ("^ecg/(decoder|norm|siamese|head)/",)  # left behind there: the autoencoder's; fresh here: the head
+  c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head)
+  c.model.cmr = {name: dict(kind="slow_resnet", size=cmr, view=TOWERS[name][0], planes=TOWERS[name][1] or frames,
+                            width=width, patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=True)  # all but `fc`
+                 for name in towers}
+  c.model.projection.update(hidden=hidden, width=128, norm=True)
+  if arg.arm == "dual_phase":
+    c.objectives.dual_phase = dict(fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07)
+  else:
+    c.objectives.contrastive = dict(fn="clip", weight=1.0, a="ecg", b=towers[0], b_to_a=0.5, temperature=0.07)
+  return c

@@ -1,0 +1,53 @@
+"""Supervised CMR encoders: the teachers of dual_phase.py and arms.py, one a view, trained to measure what they see.
+
+    mmcl prepare synthetic --subjects=1600 --out=demo/cohort
+    mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es --config.data.cohort=demo/cohort
+    mmcl evaluate --workdir=demo/ed
+
+`view` is ed_volume, es_volume, ed_slice or cine_slice; `targets` is 3 (LVEDV, LVM, RVEDV), 13, or all of the cohort.
+Expected time: `:demo` TIME_cmr on 2 CPU cores.
+Expected score, read from the ED volume: SCORE_TBD.
+`:r50`, the published size, was not trained here.
+Next: dual_phase.py or arms.py, by `--config.init_from.cmr_ed=demo/ed`.
+
+Sources: Alvarez-Florez et al. 2026, Bujalance Gomez et al. 2026. What differs: docs/recipes.md.
+"""
+
+from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.data import schema
+
+# size -> 3-D ResNet, ECG profile of the cohort, width of the embedding, frames of a cine, batch, steps, learning rate
+SIZES = {
+    "test": ("test", "minimal", 16, 3, 8, 6, 1e-3),
+    "demo": ("demo", "minimal", 256, 5, 32, 600, 2e-3),
+    "r50": ("r50", "dual_phase", 768, 50, 96, 49_800, 1e-4),  # 200 epochs x 23,900 / 96
+}
+# view -> tower, slices; 0: the frames of a cine
+VIEWS = {"ed_volume": ("ed", 6), "es_volume": ("es", 6), "ed_slice": ("slice", 1), "cine_slice": ("cine", 0)}
+TARGETS = {"3": ("LVEDV", "LVM", "RVEDV"),
+           "13": tuple(schema.PHENOTYPES),  # but for radial strain (Err), which cohorts do not have here
+           "all": ()}
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="demo", batch=0, steps=0, view="ed_volume", targets="13")
+  for name, known in (("size", SIZES), ("view", VIEWS), ("targets", TARGETS)):
+    if arg[name] not in known:
+      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+  size, profile, width, frames, batch, steps, learning_rate = SIZES[arg.size]
+  tower, slices = VIEWS[arg.view]
+  c = defaults(arg.batch or batch, arg.steps or steps)  # hearts, updates
+  c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
+  c.data.targets = TARGETS[arg.targets]
+
+  # In place of the published left-right flip, which swaps the ventricles. No zoom: size is what is measured.
+  c.augment.cmr.update(rotation_deg=15.0, shift=0.05)
+
+  c.model.cmr = {tower: dict(kind="slow_resnet", size=size, view=arg.view, planes=slices or frames, width=width,
+                             patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=False)}
+  c.model.regression = (tower,)
+  c.model.projection.update(hidden=16, width=16)  # built and left alone: the next stage brings its own
+  c.objectives.phenotypes = dict(fn="phenotype_regression", weight=1.0, of=tower, delta=0.0)  # squared error in SD
+  c.optimizer.update(learning_rate=learning_rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5)
+  return c

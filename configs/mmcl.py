@@ -1,0 +1,56 @@
+"""MMCL: an ECG encoder and a ResNet over three frames of the CMR, each pre-trained alone, then tied to each other.
+
+    mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr --config.data.cohort=demo/cohort
+    mmcl train --config=configs/mmcl.py:demo --workdir=demo/mmcl --config.data.cohort=demo/cohort \\
+      --config.init_from.ecg=demo/mae --config.init_from.cmr_image=demo/simclr
+    mmcl evaluate --workdir=demo/mmcl
+
+Expected time: the last stage of `:demo` TIME_mmcl on 2 CPU cores.
+Expected score: SCORE_TBD.
+`:tiny`, the published size, was not trained here. `:demo,arm=wo_mdm` starts the ECG encoder fresh, and is given
+`init_from.cmr_image` alone.
+
+Source: Turgut et al. 2025. What differs: docs/recipes.md.
+"""
+
+from mmcl_jax.configuration import defaults, parse_arg
+
+# size -> ECG encoder, ECG profile of the cohort, samples it sees, ResNet, hidden width of the heads, batch, steps,
+#         learning rate from pre-trained encoders, and from a fresh ECG encoder
+SIZES = {
+    "test": ("test", "minimal", 500, "test", 16, 8, 6, 1e-3, 1e-3),
+    "demo": ("demo", "minimal", 1000, "demo", 128, 32, 600, 1e-3, 2e-3),
+    "tiny": ("tiny", "mmcl", 2500, "r50", 512, 256, 32_800, 1e-4, 3e-4),  # 300 epochs x 28,000 / 256
+}
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="mmcl")
+  if arg.size not in SIZES or arg.arm not in ("mmcl", "wo_mdm"):
+    raise ValueError(f"size={arg.size}, arm={arg.arm}; expected a size out of {', '.join(SIZES)} and an arm out of "
+                     "mmcl, wo_mdm")
+  ecg, profile, samples, image, hidden, batch, steps, warm_rate, fresh_rate = SIZES[arg.size]
+  fresh = arg.arm == "wo_mdm"
+  c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
+  c.init_from = dict(ecg="", cmr_image="")  # workdirs of ecg_mae.py and cmr_simclr.py
+  c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese)/",)  # what only the masked autoencoder needs
+  c.data.ecg_profile = profile  # `mmcl prepare --profile`
+  c.data.samples = samples      # at 500 Hz, a random crop of the 10 s
+
+  if profile == "mmcl":  # noise in proportion to the signal, which MMCL calls jitter
+    c.augment.ecg.update(phase_noise_strength=0.1, gain_noise_sigma=0.25, rescale_sigma=0.5)
+  else:                  # profile minimal keeps voltage, which is informative
+    c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)
+  # As in cmr_simclr.py: crops of 60 to 100 % of the area, brightness, contrast; no flip, which swaps the ventricles.
+  c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
+
+  c.model.ecg.update(size=ecg, patch=100, drop_path=0.1, pool="mean")  # patch: samples of one lead
+  c.model.cmr = dict(image=dict(kind="resnet", size=image, view="three_frames", planes=3, width=0, patch=(1, 16, 16),
+                                mask_ratio=0.0, drop_path=0.0, frozen=False))
+  c.model.projection.update(hidden=hidden, width=128, norm=False)
+  # b_to_a: MMCL's lambda, the weight of "this image among all ECGs".
+  c.objectives.contrastive = dict(fn="clip", weight=1.0, a="ecg", b="image", b_to_a=0.75, temperature=0.1)
+  c.optimizer.update(learning_rate=fresh_rate if fresh else warm_rate, warmup=max(c.steps // 10, 1), b1=0.9, b2=0.999,
+                     weight_decay=1e-4)
+  return c

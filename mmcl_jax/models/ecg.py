@@ -1,0 +1,127 @@
+"""The ECG tower: a vision transformer over patches of one lead, its pooling, and its masked-autoencoder decoder.
+
+Letters: B batch, L leads, T samples, N tokens, D width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mmcl_jax.data import schema
+from mmcl_jax.models import mae, vit
+from mmcl_jax.models.heads import Projection
+from mmcl_jax.models.pooling import AttentionPool, FiLM
+
+POOLS = ("mean", "attention", "cls")
+POSITIONS = ("sincos", "learned")
+
+
+class EcgTower(nn.Module):
+  """ViT over patches of one lead x `patch` samples, with a CLS token and 2-D positions (lead, time).
+
+  Built from `config.model.ecg`; `samples` is the length T that it is made for.
+  """
+
+  config: ConfigDict
+  samples: int
+  projection: ConfigDict
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    c = self.config
+    width, depth, heads, *decoder = vit.numbers(c.size)
+    tokens = len(schema.LEADS) * self.samples // c.patch
+    self.patch_embed = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
+    self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))
+    if c.positions == "learned":
+      table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
+      self.pos_embed = self.param("pos_embed", lambda _: jnp.pad(table, ((1, 0), (0, 0)))[None])
+    for i in range(depth):
+      setattr(self, f"block{i}", vit.Block(heads, i, c.drop_path * i / max(depth - 1, 1), self.dtype))
+    self.norm = nn.LayerNorm(epsilon=1e-6)
+    if c.pool != "cls":
+      self.fc_norm = nn.LayerNorm(epsilon=1e-6)
+    if c.pool == "attention":
+      self.pool = AttentionPool(heads, self.dtype)
+    if c.film:
+      self.film = FiLM(self.dtype)
+    if c.head:
+      self.head = nn.Dense(c.head)
+    if c.mask_ratio:
+      self.decoder = mae.Decoder(*decoder, c.patch, self.dtype)
+    if c.siamese:
+      hidden, width = self.projection.hidden, self.projection.width
+      self.siamese = {"projector": Projection(hidden, width, norm=True), "predictor": Projection(hidden, width)}
+
+  def sincos(self, tokens, width):
+    return vit.sincos_2d(len(schema.LEADS), tokens // len(schema.LEADS), width)
+
+  def tokens(self, ecg, keep=None, keys=None, conditions=None):
+    """Args: ecg [B, L, T]; keep [B, M] patches to look at (None: all); keys [B] for drop-path (None: evaluation);
+    conditions [B, V] standardised covariates, where the config says `film`.
+
+    Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
+    """
+    B, L, T = ecg.shape
+    N, width = L * T // self.config.patch, self.patch_embed.features
+    x = ecg.reshape(B, N, self.config.patch)
+    learned = self.config.positions == "learned"
+    position = self.pos_embed[:, 1:] if learned else jnp.asarray(self.sincos(N, width), x.dtype)[None]
+    if keep is not None:  # masking first: hidden patches need no embedding
+      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
+      position = position[0][keep]
+    x = self.patch_embed(x)
+    x += position.astype(x.dtype)
+    cls = self.cls_token + self.pos_embed[:, :1] if learned else self.cls_token
+    x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, width)).astype(x.dtype), x], axis=1)
+    if self.config.film:
+      x = self.film(x, conditions)
+    for i in range(vit.numbers(self.config.size)[1]):
+      x = getattr(self, f"block{i}")(x, keys)
+    return x
+
+  def pooled(self, tokens):
+    """tokens [B, 1 + M, D] -> embedding [B, D], at least float32."""
+    tokens = vit.at_least_float32(tokens)
+    if self.config.pool == "cls":
+      return self.norm(tokens)[:, 0]
+    patches = tokens[:, 1:]
+    return self.fc_norm(self.pool(patches) if self.config.pool == "attention" else patches.mean(axis=1))
+
+  def features(self, embedding):
+    """What the projection head sees: the embedding, or timm's `head` of it."""
+    return self.head(embedding) if self.config.head else embedding
+
+  def __call__(self, ecg, keys=None, conditions=None):
+    """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]."""
+    tokens = self.tokens(ecg, keys=keys, conditions=conditions)
+    return vit.at_least_float32(tokens[:, 1:]), self.pooled(tokens)
+
+  def fill_in(self, ecg, keep, restore, conditions=None):
+    """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives it."""
+    return self.decode(self.tokens(ecg, keep, conditions=conditions), restore)
+
+  def decode(self, visible, restore):
+    return self.decoder(self.norm(visible), restore, len(schema.LEADS))
+
+  def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False):
+    """Hides patches by `keys` [B] and fills them in: the masked autoencoder (He et al. 2022).
+
+    Returns:
+      reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden); with `siamese` also siamese.{projection,
+      prediction} [2, B, E] of two random masks (SimSiam, Chen & He 2021), as in MMCL's later code.
+    """
+    B, L, T = ecg.shape
+    N = L * T // self.config.patch
+    keep, restore, mask = mae.random_mask(keys, N, self.config.mask_ratio)
+    visible = self.tokens(ecg, keep, conditions=conditions)
+    outputs = {"reconstruction": self.decode(visible, restore), "patch_mask": mask.reshape(B, L, -1)}
+    if self.config.siamese:
+      other, _, _ = mae.random_mask(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), N, self.config.mask_ratio)
+      both = jnp.stack([self.pooled(visible), self.pooled(self.tokens(ecg, other, conditions=conditions))], axis=1)
+      weight = None if rows is None else jnp.repeat(rows, 2)
+      z = self.siamese["projector"](both.reshape(2 * B, -1), weight, train)
+      p = self.siamese["predictor"](z)
+      outputs["siamese"] = {name: x.reshape(B, 2, -1).swapaxes(0, 1) for name, x in (("projection", z), ("prediction", p))}
+    return outputs

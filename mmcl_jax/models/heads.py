@@ -1,0 +1,24 @@
+"""Projection heads."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmcl_jax.models.resnet import BatchNorm
+
+
+class Projection(nn.Module):
+  """Linear - ReLU - Linear with bias (MMCL); `norm`: without bias, batch norm after each (SimCLR v1, newer heads)."""
+
+  hidden: int
+  width: int
+  norm: bool = False
+
+  @nn.compact
+  def __call__(self, x, rows=None, train=False):
+    """x [B, D] -> [B, E]; rows [B] weight of each row in the batch statistics."""
+    rows = jnp.ones(len(x)) if rows is None else rows
+    normed = lambda x, name: BatchNorm(jnp.promote_types(x.dtype, jnp.float32), name=name)(x, rows, train) if self.norm else x
+    x = nn.Dense(self.hidden, use_bias=not self.norm, name="fc1")(x)
+    x = nn.relu(normed(x, "norm1"))
+    x = nn.Dense(self.width, use_bias=not self.norm, name="fc2")(x)
+    return normed(x, "norm2")

@@ -1,0 +1,47 @@
+"""Attention pooling of tokens, and their modulation by covariates (FiLM). Letters: B batch, N tokens, D width."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmcl_jax.models.vit import at_least_float32
+
+
+class AttentionPool(nn.Module):
+  """Tokens [B, N, D] -> [B, D]: multi-head attention whose query is the mean token, keys and values the tokens.
+
+  As MMCL fine-tunes (Turgut et al. 2025), with torch.nn.MultiheadAttention's parameters: `qkv` [D, 3D] in the order
+  q, k, v, and `proj` [D, D], both with bias.
+  """
+
+  heads: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens):
+    B, N, D = tokens.shape
+    dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name)
+    q, k, v = jnp.moveaxis(dense(3 * D, "qkv")(tokens).reshape(B, N, 3, self.heads, D // self.heads), 2, 0)
+    q = q.mean(axis=1) / np.sqrt(D // self.heads)  # a Linear of the mean token is the mean of the tokens' Linear
+    # Written out, because jax.nn.dot_product_attention takes its softmax in float32 whatever it is given.
+    weights = jax.nn.softmax(at_least_float32(jnp.einsum("bhd,bnhd->bhn", q, k)), axis=-1).astype(v.dtype)
+    return dense(D, "proj")(jnp.einsum("bhn,bnhd->bhd", weights, v).reshape(B, D))
+
+
+class FiLM(nn.Module):
+  """tokens * (1 + scale) + shift, both a Linear of the row's covariates (Perez et al. 2018); starts as the identity."""
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens, covariates):
+    """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D].
+
+    An unknown covariate counts as the mean, and a column of its own says that it is unknown.
+    """
+    unknown = jnp.isnan(covariates)
+    x = jnp.concatenate([jnp.where(unknown, 0, covariates), unknown.astype(covariates.dtype)], axis=1)
+    fc = nn.Dense(2 * tokens.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="fc")
+    scale, shift = jnp.split(fc(x)[:, None], 2, axis=-1)
+    return tokens * (1 + scale) + shift

@@ -1,0 +1,136 @@
+"""Video transformer for CMR planes (frames of a cine or slices of a stack), and its masked autoencoder.
+
+As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over space and time, and a
+small decoder. Like VideoMAE (Tong et al. 2022) it has fixed positions and no CLS token: features are the mean over tokens.
+Letters: B batch, T H W planes, rows, columns; N tokens, P pixels of a patch, D width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mmcl_jax.models.mae import random_mask
+from mmcl_jax.models.vit import Block, at_least_float32, sincos_2d
+
+# name -> width, depth, heads of the encoder; (width, depth, heads) of the MAE decoder. Widths are multiples of 16.
+SIZES = {
+    "test": (16, 1, 2, (16, 1, 2)),
+    "demo": (96, 2, 2, (64, 1, 2)),         # for a laptop
+    "small": (384, 12, 6, (192, 4, 3)),     # ViT-S; decoder of VideoMAE
+    "base": (768, 12, 12, (512, 8, 16)),    # ViT-B: CardioNets, Ding et al. 2026; decoder of He et al. 2022
+}
+
+
+def patchify(x, patch: tuple[int, int, int]):
+  """[B, T, H, W] -> [B, N, P]: patches in the order (plane, row, column), and so the pixels of each."""
+  B, *lengths = x.shape
+  (t, h, w), (a, b, c) = patch, (length // side for length, side in zip(lengths, patch))
+  return x.reshape(B, a, t, b, h, c, w).transpose(0, 1, 3, 5, 2, 4, 6).reshape(B, a * b * c, t * h * w)
+
+
+def unpatchify(patches, shape: tuple[int, int, int], patch: tuple[int, int, int]):
+  """The inverse of `patchify`: [B, N, P] -> [B, T, H, W], where `shape` = (T, H, W)."""
+  (t, h, w), (a, b, c) = patch, (length // side for length, side in zip(shape, patch))
+  return patches.reshape(-1, a, b, c, t, h, w).transpose(0, 1, 4, 2, 5, 3, 6).reshape(-1, *shape)
+
+
+def sincos_3d(planes: int, rows: int, columns: int, width: int) -> np.ndarray:
+  """Fixed sine-cosine positions [planes * rows * columns, width].
+
+  A quarter of the width for the plane, three eighths each for row and column (vit.sincos_2d), with frequencies
+  10000^(-2i/w) in a part w wide. One plane alone gets plain 2-D positions.
+  """
+  if planes == 1:
+    return sincos_2d(rows, columns, width)
+  if width % 16:
+    raise ValueError(f"3-D sin-cos positions need a width divisible by 16, got {width}")
+  plane = sincos_2d(planes, 1, width // 2)[:, :width // 4]  # its first half is of the row
+  return np.concatenate([np.repeat(plane, rows * columns, axis=0),
+                         np.tile(sincos_2d(rows, columns, 3 * width // 4), (planes, 1))], axis=1)
+
+
+def dense(width, dtype, name=None):
+  return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name=name)
+
+
+class Decoder(nn.Module):
+  """Visible tokens -> every patch: mask tokens in the gaps, a few blocks, one linear to pixels."""
+
+  width: int
+  depth: int
+  heads: int
+  pixels: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens, restore, grid):
+    """Args: tokens [B, M, D] normed; restore [B, N] (random_mask); grid of patches (planes, rows, columns).
+
+    Returns: patches [B, N, P], at least float32.
+    """
+    x = dense(self.width, self.dtype, "embed")(tokens)
+    hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32).astype(x.dtype)
+    B, N = restore.shape
+    x = jnp.concatenate([x, jnp.broadcast_to(hidden, (B, N - x.shape[1], self.width))], axis=1)
+    x = jnp.take_along_axis(x, restore[:, :, None], axis=1) + jnp.asarray(sincos_3d(*grid, self.width), x.dtype)
+    for i in range(self.depth):
+      x = Block(self.heads, i, dtype=self.dtype, name=f"block{i}")(x)
+    x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+    return at_least_float32(dense(self.pixels, self.dtype, "pred")(x))
+
+
+class VideoViT(nn.Module):
+  """Planes [B, T, H, W] in [0, 1] -> features [B, D]; T, H, W are multiples of `patch`'s sides.
+
+  decoder: (width, depth, heads), or () where nothing is to be reconstructed.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  decoder: tuple = ()
+  patch: tuple[int, int, int] = (1, 16, 16)
+  drop_path: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.patch_embed = dense(self.width, self.dtype)
+    for i in range(self.depth):
+      rate = self.drop_path * i / max(self.depth - 1, 1)
+      setattr(self, f"block{i}", Block(self.heads, i, rate, self.dtype))
+    self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+    if self.decoder:
+      self.mae_decoder = Decoder(*self.decoder, int(np.prod(self.patch)), self.dtype, name="decoder")
+
+  def grid(self, x):
+    return tuple(length // side for length, side in zip(x.shape[1:], self.patch))
+
+  def tokens(self, x, keep=None, keys=None):
+    """Args: x [B, T, H, W]; keep [B, M] patches to look at (None: all); keys [B] for drop-path (None: none).
+
+    Returns: tokens [B, M, D] after the final norm.
+    """
+    patches = patchify(x, self.patch)
+    position = jnp.asarray(sincos_3d(*self.grid(x), self.width))[None]
+    if keep is not None:  # masking first: hidden patches need no embedding
+      patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
+      position = position[0][keep]
+    tokens = self.patch_embed(patches)
+    tokens += position.astype(tokens.dtype)
+    for i in range(self.depth):
+      tokens = getattr(self, f"block{i}")(tokens, keys)
+    return self.norm(tokens)
+
+  def __call__(self, x, rows, train, keys=None):
+    """x [B, T, H, W] -> features [B, D], at least float32. rows: unused; keys [B]: drop-path where `train`."""
+    return at_least_float32(self.tokens(x, keys=keys if train else None)).mean(axis=1)
+
+  def reconstruct(self, x, keys, ratio):
+    """Hides a share `ratio` of the patches by `keys` [B] and fills them in (He et al. 2022).
+
+    Returns: patches, reconstruction [B, N, P] in the intensities of x; patch_mask [B, N], 1 = hidden.
+    """
+    patches = at_least_float32(patchify(x, self.patch))
+    keep, restore, mask = random_mask(keys, patches.shape[1], ratio)
+    return {"patches": patches, "reconstruction": self.mae_decoder(self.tokens(x, keep), restore, self.grid(x)),
+            "patch_mask": mask}
