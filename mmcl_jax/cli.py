@@ -11,6 +11,7 @@ PROGRAMS = {
     "inspect": "what a cohort holds, and one of its records as a picture",
     "train": "joint pre-training of an ECG encoder with cardiac MRI",
     "evaluate": "phenotypes, diseases and retrieval from a saved checkpoint",
+    "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",
     "embed": "embeddings and predicted phenotypes of new ECG recordings",
 }
 

@@ -48,20 +48,27 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   reads = "ECG" if model.ecg.size else "CMR"  # a run without an ECG tower is judged by its CMR embedding
   lacking = [f"{reads} in {split}" for split in schema.SPLITS if not cohort.info[f"with_{reads.lower()}"][split]]
   lacking += ["phenotypes"] * (not cohort.info["phenotypes"])
+  fields = pretrainer.fields(model)
+  lacking += [field for field in fields if reads == "CMR" and field not in cohort.info["shapes"]]
   if lacking:
     raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
                     "phenotypes on test: name another one with --cohort")
-  fields = pretrainer.fields(model)
+  if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
+    raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
+                    f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
   has_cmr = bool(fields) and cohort.info["with_cmr"]["test"] > 0 and all(name in cohort.info["shapes"] for name in fields)
 
   with jax.set_mesh(run.mesh):
     features = embed_splits(run, cohort, batch, fields if has_cmr else ())
+    if reads == "CMR":  # the ceiling is that of an ECG
+      features = {split: {name: x for name, x in found.items() if name != "ecg_parameters"} for split, found in features.items()}
     shown = reconstruction(run, cohort, batch) if model.ecg.size and model.ecg.mask_ratio else None
 
   print("fitting probes, drawing 1,000 bootstrap samples (seconds to a minute)", flush=True)
   names, units = list(cohort.info["phenotypes"]), list(cohort.info["phenotypes"].values())
   results, predictions, probe = phenotypes.evaluate(features, names, units)
-  results["diseases"], _, _ = diseases.evaluate(features, cohort.info["diseases"])
+  results["diseases"], sick, _ = diseases.evaluate(features, cohort.info["diseases"])
+  predictions |= {f"disease_{name}": x for name, x in sick.items() if name != "subject"}
   paired = has_cmr and reads == "ECG"
   if paired:
     test = features["test"]
@@ -69,14 +76,16 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     results["retrieval"] = retrieval.retrieval(test["ecg_projection"][pairs], test["cmr_projection"][pairs],
                                                test["subject"][pairs])
   note = SYNTHETIC if cohort.info.get("synthetic") else ""
-  results |= {"note": note, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
+  results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
               "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()}}
+  log = pathlib.Path(workdir) / "metrics.jsonl"
   drawings = {
       "r2": figures.r2_bars(results, note),
       "predicted_against_true": figures.predicted_against_true(predictions["y_true"], predictions["embedding"],
                                                                results["phenotypes"], note),
-      "training_curves": figures.training_curves(metrics.read(pathlib.Path(workdir) / "metrics.jsonl"), note),
   }
+  if log.is_file():  # weights from elsewhere have none
+    drawings["training_curves"] = figures.training_curves(metrics.read(log), note)
   if shown:
     drawings["reconstruction"] = figures.reconstruction(**shown, note=note)
   out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if cohort_path is None else
@@ -109,9 +118,9 @@ def reconstruction(run, cohort, batch: int) -> dict:
   """The masked autoencoder on the first test recording."""
 
   def rebuild(variables, rows):
-    rows = steps.first_window(steps.to_float(rows, run.scales), run.config.data.samples)
+    rows = steps.first_window(steps.to_float(rows, run.scales if run.config.model.ecg.film else None), run.config.data.samples)
     keys = steps.sample_keys(run.config.seed, rows["index"])
-    return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, rows["conditions"], method="reconstruct")
+    return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, rows.get("conditions"), method="reconstruct")
 
   rows = next(rows for rows in pipeline.one_pass(cohort.splits["test"], batch=1) if rows["has_ecg"][0])
   ecg, outputs = jax.device_get(jax.jit(rebuild)(run.state.variables, rows))

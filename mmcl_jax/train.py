@@ -139,7 +139,8 @@ def targets(cohort, config) -> step_room.Scales:
   names = tuple(config.data.targets) or tuple(known)
   columns = [known.index(name) for name in names]
   mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
-  return step_room.Scales(names, tuple(columns), (mean[columns], sd[columns]), cohort_room.train_statistics(cohort, "covariates"))
+  return step_room.Scales(names, tuple(cohort.info["covariates"]), tuple(columns), (mean[columns], sd[columns]),
+                          cohort_room.train_statistics(cohort, "covariates"))
 
 
 def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:

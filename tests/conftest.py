@@ -54,6 +54,14 @@ def tiny_flags(cohort_path, workdir):
           "--config.evaluators=('losses',)"]
 
 
+def pytest_terminal_summary(terminalreporter):
+  """Says what was not compared with PyTorch, which is no dependency, and how to compare it."""
+  skipped = [report for report in terminalreporter.stats.get("skipped", []) if "torch" in str(report.longrepr)]
+  if skipped:
+    terminalreporter.write_line(f"{len(skipped)} tests of parity with PyTorch were skipped; to run them: "
+                                ".venv/bin/pip install torch==2.13.0, then this command again")
+
+
 def python(code, *args, devices=1, timeout=300):
   """Runs code in a process of its own with that many simulated devices; returns its stdout, fails with its stderr."""
   env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16",

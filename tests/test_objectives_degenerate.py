@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmcl_jax import objectives
+from mmcl_jax.objectives import contrastive
 from objective_cases import B, CASES, case, counts
 
 VALUE_AND_GRAD = {}  # compiled once an objective: every case has the same shapes
@@ -72,6 +73,24 @@ def test_one_subject_all_over_the_batch(name):
     assert abs(value) < 1e-5 and apart > 0.1
   else:
     assert value == apart
+
+
+def test_a_dead_row_pulls_a_thousand_times_at_most():
+  np.testing.assert_allclose(jax.jacrev(contrastive.normalise)(jnp.zeros(4)), 1000 * np.eye(4), rtol=1e-6)
+  unit = contrastive.normalise(np.float32([[3, 4], [0.03, 0.04]]))
+  np.testing.assert_allclose(unit, [[0.6, 0.8], [0.6, 0.8]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dual_phase", "clip", "nt_xent", "phenotype_weighted", "soft_positive"])
+def test_what_is_hidden_stays_hidden_at_the_lowest_temperature(name):
+  """Two views as far apart as can be, at scale 100 (model.max_scale): own logit -100, and still nobody to compare with."""
+  outputs, batch = case(whole=True)
+  z = outputs["ecg_projection"]
+  outputs["cmr"] = {which: {"projection": -z} for which in ("ed", "es", "image")}
+  outputs["again"] = {"cmr": {"image": {"projection": z}}}
+  outputs["log_scale"] = np.log(np.float32(100))
+  loss = objectives.find(name, "")(outputs, batch | {"subject": np.ones_like(batch["subject"])}, **CASES[name][0])
+  np.testing.assert_allclose(loss.values, 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

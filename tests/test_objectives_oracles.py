@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from mmcl_jax import objectives
 from mmcl_jax.objectives import contrastive, noncontrastive, phenotypes, supervised
@@ -296,3 +297,12 @@ def test_simsiam_moves_predictions_only():
   outputs, batch = case()
   grads = jax.grad(lambda o: objectives.mean(noncontrastive.simsiam(o, batch)))(outputs)["siamese"]
   assert np.all(grads["projection"] == 0) and np.any(grads["prediction"] != 0)
+
+
+def test_weight_of_an_objective_keeps_float64():
+  entries = {"a": dict(fn="mae", weight=0.1), "b": dict(fn="mae", weight=dict(steps=(0, 10), values=(0.0, 0.3)))}
+  with jax.enable_x64(True):
+    constant, scheduled = objectives.build(ConfigDict(entries))
+    found = np.float64([constant.weight(3), scheduled.weight(jax.numpy.int32(7))])
+  np.testing.assert_allclose(found, [0.1, 0.21], rtol=1e-14)
+  assert objectives.build(ConfigDict(entries))[0].weight(3).dtype == np.float32

@@ -9,7 +9,7 @@ from conftest import ROOT, python
 
 PACKAGE = ROOT / "mmcl_jax"
 GROUND = ("data", "augment", "models", "objectives")
-FLOOR = {**{room: 0 for room in GROUND}, "training": 1, "evaluators": 1}
+FLOOR = {**{room: 0 for room in GROUND}, "interop": 1, "training": 1, "evaluators": 1}
 
 
 def imports(file: pathlib.Path) -> set[str]:

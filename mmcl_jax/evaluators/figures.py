@@ -14,7 +14,7 @@ SYNTHETIC_NOTE = "synthetic cohort: proves the code, not medicine"
 INK, MID, LIGHT, ACCENT = "#222222", "#808080", "#d9d9d9", "#1f5a99"
 LINES = ("-", "--", ":", "-.")
 MODELS = {  # of r2_bars: label, marker, fill
-    "with_covariates": ("ECG + covariates", "D", ACCENT),
+    "with_covariates": ("{} + covariates", "D", ACCENT),
     "covariates": ("covariates", "s", MID),
     "random_encoder": ("random encoder", "o", "white"),
 }
@@ -51,24 +51,24 @@ def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict,
 
 
 def r2_bars(results: dict, note: str = "") -> Figure:
-  """R2 of every phenotype from the ECG embedding, bars with 95 % intervals, beside the baselines and the ceiling.
+  """R2 of every phenotype from the embedding, bars with 95 % intervals, beside the baselines and the ceiling.
 
   Args:
-    results: `phenotypes`, and where known `baselines` and `ceiling` ({NAME: R2}), as results.json has them.
+    results: `phenotypes`, `encoder` (ECG unless given), and where known `baselines` and `ceiling` ({NAME: R2}), as results.json has them.
   """
-  names = list(results["phenotypes"])
+  names, seen = list(results["phenotypes"]), results.get("encoder", "ECG")
   figure = Figure(figsize=(7.2, 1.6 + 0.5 * len(names)), layout="constrained")
   axes = figure.subplots()
   place = np.arange(len(names))
   value, error = _bars(results["phenotypes"], names)
-  axes.barh(place, value, height=0.78, color=LIGHT, edgecolor=INK, lw=0.6, label="ECG embedding")
+  axes.barh(place, value, height=0.78, color=LIGHT, edgecolor=INK, lw=0.6, label=f"{seen} embedding")
   axes.errorbar(value, place - 0.27, xerr=error, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
   shown = [model for model in MODELS if model in results.get("baselines", {})]
   for offset, model in zip((-0.03, 0.13, 0.29), shown):
     label, marker, fill = MODELS[model]
     baseline, error = _bars(results["baselines"][model], names)
     axes.errorbar(baseline, place + offset, xerr=error, fmt=marker, ms=4.5, mfc=fill, mec=INK, mew=0.7, ecolor=INK,
-                  elinewidth=0.7, label=label)
+                  elinewidth=0.7, label=label.format(seen))
   ceiling = results.get("ceiling", {})
   if ceiling:
     axes.vlines([ceiling.get(name, np.nan) for name in names], place - 0.39, place + 0.39, color=INK, lw=2.4)

@@ -114,9 +114,10 @@ def _page(results, images):
   facts = {k: v for k, v in results.items() if k != "note" and not isinstance(v, (dict, list))}
   parts.append("<dl>" + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>"
                                 for k, v in facts.items()) + "</dl>")
-  sections = [("Phenotypes from the ECG", _headline(results))]
+  seen = results.get("encoder", "ECG")
+  sections = [(f"Phenotypes from the {seen}", _headline(results))]
   if results.get("diseases"):
-    sections.append(("Diseases from the ECG (few cases: counted, not scored)", _disease_rows(results["diseases"])))
+    sections.append((f"Diseases from the {seen} (few cases: counted, not scored)", _disease_rows(results["diseases"])))
   if results.get("retrieval"):
     sections.append(("Retrieval over the test split", _retrieval_rows(results["retrieval"])))
   for title, (head, *rows) in sections:

@@ -98,9 +98,9 @@ def meta(step: int, cohort: str, shapes: dict, scales: steps.Scales, **more) -> 
   """What the manifest of a checkpoint says beside its checksums."""
   numbers = {name: [np.asarray(x, float).tolist() for x in getattr(scales, name)] for name in ("target", "covariate")}
   return {"step": step, "cohort": cohort, "shapes": shapes, "devices": jax.device_count(),
-          "scales": {"names": list(scales.names), "columns": list(scales.columns), **numbers}, **more}
+          "scales": {"names": list(scales.names), "covariates": list(scales.covariates), "columns": list(scales.columns), **numbers}, **more}
 
 
 def scales_from_json(found: dict) -> steps.Scales:
   pair = lambda name: tuple(np.asarray(x, np.float32) for x in found[name])
-  return steps.Scales(tuple(found["names"]), tuple(found["columns"]), pair("target"), pair("covariate"))
+  return steps.Scales(tuple(found["names"]), tuple(found["covariates"]), tuple(found["columns"]), pair("target"), pair("covariate"))

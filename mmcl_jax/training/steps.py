@@ -19,10 +19,11 @@ from mmcl_jax.training import state as state_room
 class Scales(NamedTuple):
   """How labels are standardised: the train split's mean and SD of the targets [K] and of the covariates [V].
 
-  `columns` [K] are the targets' places among the cohort's phenotypes.
+  `names` [K] are the targets, `columns` [K] their places among the cohort's phenotypes, `covariates` [V] its covariates.
   """
 
   names: tuple[str, ...]
+  covariates: tuple[str, ...]
   columns: tuple[int, ...]
   target: tuple[np.ndarray, np.ndarray]
   covariate: tuple[np.ndarray, np.ndarray]
@@ -193,9 +194,9 @@ def make_embed(model, config, scales):
   embed_ecg = make_embed_ecg(model, config.data.samples)
 
   def embed(variables, batch):
-    batch, outputs = to_float(batch, scales), {}
+    batch, outputs = to_float(batch, scales if config.model.ecg.film else None), {}
     if config.model.ecg.size:
-      found = embed_ecg(variables, batch["ecg"], batch["conditions"])
+      found = embed_ecg(variables, batch["ecg"], batch.get("conditions"))
       outputs = {"embedding": found["ecg_embedding"], "ecg_projection": found["ecg_projection"]}
     if config.model.cmr and pretrainer.sees_all(config.model, batch):
       towers = model.apply(variables, batch, method="encode_cmr")

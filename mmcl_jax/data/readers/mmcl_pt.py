@@ -4,6 +4,9 @@ Since torch 1.6 such a file is a zip of stored (not compressed) members: `NAME/d
 `NAME/data/KEY`, the bytes of each storage. The pickle is read by Python's own unpickler with all opcodes cut out that
 torch does not write, and only the callables of CALLS, which are functions of this file. Storages are not read but
 mapped: memory is taken by what is used. Format: https://pytorch.org/docs/stable/notes/serialization.html
+
+Data (`load`) may hold nothing else. A checkpoint (`load_checkpoint`) also holds objects of programs that are not here, such
+as argparse.Namespace: nothing of theirs is run or kept, and INERT stands in their place.
 """
 
 import io
@@ -44,14 +47,27 @@ def load(path):
   Raises:
     BadRecord: not such a file, damaged, or a pickle that holds or would run anything else. Errors of disk and memory pass.
   """
-  check_file(path, "a file of torch.save (.pt)")
+  return _load(path, _Unpickler)
+
+
+def load_checkpoint(path):
+  """The same of a checkpoint, in which INERT stands for every object but those above, and for sets.
+
+  Raises:
+    BadRecord: not such a file, or damaged. Errors of disk and memory pass.
+  """
+  return _load(path, _CheckpointUnpickler)
+
+
+def _load(path, unpickler):
+  check_file(path, "a file of torch.save (.pt, .pth, .ckpt)")
   # Damaged pickles and archives fail in many ways, and name members in doing so.
   with bad_record("not a file of torch.save, or a damaged one"), open(path, "rb") as file:
     if file.read(len(LEGACY)) == LEGACY:
       raise BadRecord("torch's format from before 1.6; load it in torch and save it again")
     if not zipfile.is_zipfile(file):
       raise BadRecord("not a file of torch.save: no zip archive")
-    return _Unpickler(_Archive(file)).load()
+    return unpickler(_Archive(file)).load()
 
 
 class _Archive:
@@ -100,6 +116,17 @@ class _Storage(NamedTuple):
   values: np.ndarray  # [n]
 
 
+class _Inert:
+  """Stands for an object of a program that is not here: called, changed or filled, it stays what it is."""
+
+  def __repr__(self):
+    return "INERT"
+
+
+INERT = _Inert()
+PLAIN = (str, bytes, int, float, bool, type(None))  # keys of dicts; the hash of nested tuples may take for ever
+
+
 def _size(axes):
   if len(axes) > MAX_COPIED:
     raise BadRecord(f"a size of {len(axes)} axes; expected at most {MAX_COPIED}")
@@ -109,7 +136,19 @@ def _size(axes):
 def _ordered(pairs=()):
   if len(pairs) > MAX_COPIED:  # torch makes it empty and fills it in
     raise BadRecord(f"an OrderedDict of {len(pairs)} pairs at once; expected at most {MAX_COPIED}")
-  return OrderedDict(pairs)
+  return OrderedDict((_key(key), value) for key, value in pairs)
+
+
+def _key(key):
+  if type(key) not in PLAIN:
+    raise BadRecord(f"a dict with a {type(key).__name__} for a key; expected text or a number")
+  return key
+
+
+def _device(kind, index=None):
+  if type(kind) is not str or type(index) not in (int, type(None)):
+    raise BadRecord("a device whose description is not in form")
+  return kind if index is None else f"{kind}:{index}"
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
@@ -130,7 +169,8 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, meta
 def _tensor_of(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None):
   """The same over a storage of bytes, for dtypes without a storage type of their own; `offset` in values."""
   if not isinstance(dtype, str) or (name := dtype.removeprefix("torch.")) not in DTYPES:
-    raise BadRecord(f"a tensor of {str(dtype)[:40]!r}, which has no like here")
+    raise BadRecord(f"a tensor of {dtype[:40]!r}, which has no like here" if isinstance(dtype, str) else
+                    "a tensor whose dtype is not in form")
   return _tensor(_Storage(storage.values.view(DTYPES[name])), offset, size, stride)
 
 
@@ -139,7 +179,7 @@ CALLS = {
     ("torch._utils", "_rebuild_tensor_v3"): _Call(_tensor_of),
     ("torch._utils", "_rebuild_parameter"): _Call(lambda tensor, requires_grad, hooks: tensor),
     ("torch", "Size"): _Call(_size),
-    ("torch", "device"): _Call(lambda kind, index=None: str(kind) if index is None else f"{kind}:{index}"),
+    ("torch", "device"): _Call(_device),
     ("collections", "OrderedDict"): _Call(_ordered),
 }
 
@@ -180,7 +220,19 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C takes me
     if not isinstance(self.stack[-1], OrderedDict):
       raise BadRecord("a pickle that would set attributes")
 
-  dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build}
+  def load_setitem(self):
+    value, key = self.stack.pop(), self.stack.pop()
+    self.fill([key, value])
+
+  def load_setitems(self):
+    self.fill(self.pop_mark())
+
+  def fill(self, items):
+    for i in range(0, len(items), 2):
+      self.stack[-1][_key(items[i])] = items[i + 1]
+
+  dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem,
+               pickle.SETITEMS[0]: load_setitems}
 
   def persistent_load(self, identifier):
     kind, storage, key, _, count = identifier
@@ -188,5 +240,68 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C takes me
       raise BadRecord("a storage whose description is not in form")
     values = self.archive.array(f"data/{key}", DTYPES[storage.dtype])
     if type(count) is not int or len(values) != count:
-      raise BadRecord(f"a storage of {len(values)} values; the structure says {str(count)[:20]}")
+      says = str(count)[:20] if type(count) in (int, str) else f"a {type(count).__name__}"
+      raise BadRecord(f"a storage of {len(values)} values; the structure says {says}")
     return _Storage(values)
+
+
+class _CheckpointUnpickler(_Unpickler):
+  """Reads the weights of a checkpoint, and nothing of the objects beside them."""
+
+  OPCODES = "NEWOBJ NEWOBJ_EX EMPTY_SET ADDITEMS FROZENSET BINBYTES SHORT_BINBYTES POP POP_MARK"
+  dispatch = _Unpickler.dispatch | {code: pickle._Unpickler.dispatch[code]
+                                    for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
+
+  def find_class(self, module, name):
+    try:
+      return super().find_class(module, name)
+    except BadRecord:
+      return INERT
+
+  def load_reduce(self):
+    if self.stack[-2] is INERT:
+      self.stack.pop()
+    else:
+      super().load_reduce()
+
+  def load_build(self):
+    self.stack.pop()
+
+  def load_newobj(self):
+    self.stack[-2:] = [INERT]
+
+  def load_newobj_ex(self):
+    self.stack[-3:] = [INERT]
+
+  def fill(self, items):
+    if self.stack[-1] is not INERT:  # entries under a tuple, or under a class, are no weights
+      super().fill([x for i in range(0, len(items), 2) if type(items[i]) in PLAIN for x in items[i:i + 2]])
+
+  def load_append(self):
+    self.extend([self.stack.pop()])
+
+  def load_appends(self):
+    self.extend(self.pop_mark())
+
+  def extend(self, items):
+    if self.stack[-1] is not INERT:
+      self.stack[-1].extend(items)
+
+  def load_empty_set(self):
+    self.append(INERT)
+
+  def load_frozenset(self):
+    self.pop_mark()
+    self.append(INERT)
+
+  def load_additems(self):
+    self.pop_mark()
+
+  def load_bytearray8(self):  # Python's own takes as much memory as the pickle claims
+    self.read(int.from_bytes(self.read(8), "little"))
+    self.append(INERT)
+
+  dispatch |= {getattr(pickle, name.upper())[0]: method for name, method in (
+      ("reduce", load_reduce), ("build", load_build), ("newobj", load_newobj), ("newobj_ex", load_newobj_ex),
+      ("append", load_append), ("appends", load_appends), ("empty_set", load_empty_set), ("frozenset", load_frozenset),
+      ("additems", load_additems), ("bytearray8", load_bytearray8))}

@@ -1,0 +1,114 @@
+"""Names and layouts of parameters: ours <-> timm (ViT, MAE), torchvision (ResNet), PyTorchVideo (slow_r50), lightly (heads).
+
+A key has the name of its module in front (`ecg.blocks.0.attn.qkv.weight`, `head_ecg.layers.0.weight`).
+
+torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out]. Of our 3-D convolutions one axis is
+always 1 wide: those over the plane are [h, w, in, out], those over s slices [s * in, out], the slices' channels one after
+the other. Both are torch's axes moved to the front, in order, without the ones of 1.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mmcl_jax.models import resnet
+
+
+class Name(NamedTuple):
+  """Where a leaf of ours stands in torch: its key, its shape there, and the axes that bring it into our order."""
+
+  key: str
+  shape: tuple[int, ...]
+  axes: tuple[int, ...]
+
+  def to_ours(self, x: np.ndarray, shape) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(self.axes)).reshape(shape)
+
+  def to_torch(self, x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes)))
+
+
+VIT = (  # timm, and MAE's decoder; attention_pool is MMCL's torch.nn.MultiheadAttention
+    (r"^(decoder/)?block(\d+)/(qkv|proj)/", r"\1blocks/\2/attn/\3/"),
+    (r"^(decoder/)?block(\d+)/(fc1|fc2)/", r"\1blocks/\2/mlp/\3/"),
+    (r"^(decoder/)?block(\d+)/", r"\1blocks/\2/"),
+    (r"^decoder/mask_token$", "mask_token"),
+    (r"^decoder/", "decoder_"),
+    (r"^patch_embed/", "patch_embed/proj/"),
+    (r"^pool/qkv/kernel$", "attention_pool/in_proj_weight"),
+    (r"^pool/qkv/bias$", "attention_pool/in_proj_bias"),
+    (r"^pool/proj/", "attention_pool/out_proj/"),
+)
+RESNET = (  # torchvision
+    (r"^backbone/stem/", "conv1/"),
+    (r"^backbone/stem_norm/", "bn1/"),
+    (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"layer{int(m[1]) + 1}/{m[2]}/"),
+    (r"/norm(\d)/", r"/bn\1/"),
+    (r"/skip/", "/downsample/0/"),
+    (r"/skip_norm/", "/downsample/1/"),
+)
+SLOW = (  # PyTorchVideo; temporal_mlp is the dual-phase system's Linear over slices
+    (r"^backbone/stem/", "blocks/0/conv/"),
+    (r"^backbone/stem_norm/", "blocks/0/norm/"),
+    (r"^backbone/slice_pool/", "temporal_mlp/"),
+    (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"blocks/{int(m[1]) + 1}/res_blocks/{m[2]}/"),
+    (r"/(conv|norm)(\d)/", lambda m: f"/branch2/{m[1]}_{'abc'[int(m[2]) - 1]}/"),
+    (r"/skip/", "/branch1_conv/"),
+    (r"/skip_norm/", "/branch1_norm/"),
+)
+HEAD = ((r"^fc1/", "layers/0/"), (r"^fc2/", "layers/2/"))  # lightly's SimCLRProjectionHead
+NORMED_HEAD = ((r"^fc1/", "layers/0/"), (r"^norm1/", "layers/1/"), (r"^fc2/", "layers/3/"), (r"^norm2/", "layers/4/"))
+LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) -> Iterator[tuple[tuple[str, str], Name]]:
+  """(collection, path) -> Name, of every leaf that the layouts know.
+
+  Not known: read-outs of phenotypes (whose names no layout holds), siamese heads, FiLM, video transformers, the learned
+  temperature.
+
+  Args:
+    shapes: (collection, path) -> shape of the model's variables.
+    config: config.model.
+  """
+  for (collection, path), shape in shapes.items():
+    module, _, rest = path.partition("/")
+    kind = "vit" if module == "ecg" else "head" if module.startswith("head_") else ""
+    if module.startswith("cmr_"):
+      kind = config.cmr[module.removeprefix("cmr_")].kind
+    if kind == "head":
+      rules = NORMED_HEAD if config.projection.norm else HEAD
+    elif kind == "vit" and module == "ecg" and not rest.startswith(("siamese/", "film/")):
+      rules = VIT
+    elif kind in ("resnet", "slow_resnet"):
+      rules = RESNET if kind == "resnet" else SLOW
+    else:
+      continue
+    theirs = rest
+    for pattern, text in rules:
+      theirs = re.sub(pattern, text, theirs)
+    *layers, leaf = theirs.split("/")
+    key = ".".join([module, *layers, LEAVES.get(leaf, leaf)])
+    there = torch_shape(rest, shape, config, module, kind)
+    yield (collection, path), Name(key, there, (*range(2, len(there)), 1, 0) if rest.endswith("/kernel") else tuple(range(len(there))))
+
+
+def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, ...]:
+  """The shape that torch gives to our leaf `rest` of a module."""
+  if not rest.endswith("/kernel"):
+    return tuple(shape)
+  into, out = shape[-2:]
+  if rest == "patch_embed/kernel":
+    return out, 1, 1, into  # one lead, `into` samples
+  if not rest.startswith("backbone/") or rest.startswith("backbone/slice_pool/"):
+    return out, into
+  window = shape[:-2] or (1, 1)
+  if kind == "resnet":
+    return out, into, *window
+  span = 1
+  if found := re.match(r"backbone/stage(\d+)_block\d+/conv1/", rest):
+    span = resnet.SLOW_SIZES[config.cmr[module.removeprefix("cmr_")].size][2][int(found[1])][2]
+  return out, into // span, span, *window
