@@ -4,20 +4,20 @@
 
 Runs, each `mmcl train` + `mmcl evaluate` of a recipe's `demo` size:
 
-    once, seed 0  cmr_ed_volume, cmr_es_volume, cmr_ed_slice, cmr_cine_slice (cmr_phenotype.py: the frozen teachers of the
-                  arms) and cmr_simclr; also scored themselves, as what the MRI tells
-    every seed    mae (ecg_mae.py), and from it the five arms of arms.py (ecg_only: as many further updates of the MAE) and
-                  mmcl; from scratch joint, contrastive (joint.py) and supervised
+    once, seed 0  cmr_ed_volume, cmr_es_volume, cmr_ed_slice, cmr_cine_slice (cmr_phenotype.py: the frozen teachers of
+                  the arms) and cmr_simclr; also scored themselves, as what the MRI tells
+    every seed    mae (ecg_mae.py), and from it the five arms of arms.py (ecg_only: as many further updates of the MAE)
+                  and mmcl; from scratch joint, contrastive (joint.py) and supervised
     no run        covariates alone, the untrained encoder (that of mae) and the ceiling: ridge on the generator's own
                   noise-free ECG parameters
 
-So all but mae, joint, contrastive and supervised have had twice the updates of the ECG encoder. A finished run is not run
-again, an interrupted one goes on from its last checkpoint, a failed one costs itself and what starts from it. Ends with
-OUT/results.json and the tables in OUT/table.md, of the seeds that are finished.
+So mae, joint, contrastive and supervised have had half the updates of the others. A finished run is not run again, an
+interrupted one goes on from its last checkpoint, a failed one costs itself and what starts from it. Ends with
+OUT/results.json, the tables in OUT/table.md and a figure in OUT/sweep.svg, of the runs that are finished.
 
-Scores are means over seeds; intervals are 95 %, from one bootstrap over test subjects shared by all runs (1,000 draws), so
-differences are paired by subject and by seed. They hold the cohort's test subjects responsible, not the choice of seed:
-the SD over seeds stands beside them, and does not cover the teachers, which are trained once.
+Scores are means over seeds; intervals are 95 %, from one bootstrap over test subjects shared by all runs (1,000 draws),
+so differences are paired by subject and by seed. They hold the cohort's test subjects responsible, not the choice of
+seed: the SD over seeds stands beside them, and does not cover the teachers, which are trained once.
 """
 
 import argparse
@@ -37,11 +37,11 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 import numpy as np
 
 from mmcl_jax.data import cohort as cohort_room
-from mmcl_jax.evaluators import statistics
+from mmcl_jax.evaluators import figures, statistics
 from mmcl_jax.evaluators.diseases import FEWEST_TEST_CASES
 
 DRAWS = 1000
-VIEWS = {"ed_volume": "cmr_ed", "es_volume": "cmr_es", "ed_slice": "cmr_slice", "cine_slice": "cmr_cine"}  # view -> tower
+VIEWS = {"ed_volume": "cmr_ed", "es_volume": "cmr_es", "ed_slice": "cmr_slice", "cine_slice": "cmr_cine"}  # -> module
 ARMS = {"ecg_only": (), "ed_slice": ("ed_slice",), "cine_slice": ("cine_slice",), "ed_volume": ("ed_volume",),
         "dual_phase": ("ed_volume", "es_volume")}  # arm of arms.py -> views of its teachers
 TRAINED = ("mae", *ARMS, "mmcl", "joint", "contrastive", "supervised")
@@ -81,9 +81,10 @@ def main():
   args = parser.parse_args()
   out, cores = pathlib.Path(args.out).resolve(), sorted(os.sched_getaffinity(0))
   if min(args.subjects, args.seeds, args.steps, args.jobs) < 1 or args.jobs > len(cores):
-    raise SystemExit(f"--subjects, --seeds, --steps and --jobs are at least 1, and --jobs at most {len(cores)}, the cores")
+    raise SystemExit(f"expected --subjects, --seeds, --steps, --jobs of at least 1, and --jobs of at most {len(cores)}")
   if not (out / "cohort/cohort.json").is_file():
-    call("prepare", "synthetic", f"--subjects={args.subjects}", "--seed=100", "--split=0.52,0.08,0.40", f"--out={out}/cohort")
+    call("prepare", "synthetic", f"--subjects={args.subjects}", "--seed=100", "--split=0.52,0.08,0.40",
+         f"--out={out}/cohort")
   cohort = cohort_room.load(str(out / "cohort"))
   if (count := sum(cohort.info["counts"].values())) != args.subjects:
     raise SystemExit(f"{cohort.path} has {count} subjects, --subjects is {args.subjects}; take another --out")
@@ -93,6 +94,7 @@ def main():
   results = summarise(runs, out, args.steps) | {"retrieval_ceiling": retrieval_ceiling(cohort), "seconds": seconds(out)}
   (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
   (out / "table.md").write_text(table(results) + "\n")
+  drawing(results).savefig(out / "sweep.svg")
   print(table(results))
   if failed:
     raise SystemExit("\n".join(f"{name}: {why}" for name, why in failed.items()))
@@ -141,7 +143,7 @@ def carry_out(runs: list[Run], out: pathlib.Path, steps: int, shares: list[list[
 def schedule(runs, done, work, jobs: int, tell=lambda run, what, done: None) -> dict[str, str]:
   """Calls `work` for every run that is not done, `jobs` at a time, each after what it starts from.
 
-  Runs are in an order in which each comes after what it starts from. A run that raises costs itself and what starts from
+  Runs are in an order in which each comes after what it starts from. One that raises costs itself and what starts from
   it; returns {name: why}.
   """
   done, failed, going = set(done), {}, {}
@@ -222,45 +224,48 @@ def time_left(left: list[Run], runs: list[Run], taken: dict, jobs: int) -> str:
 def summarise(runs: list[Run], out: pathlib.Path, steps: int) -> dict:
   """Scores of all runs that are finished.
 
-  Returns {"r2": {ROW: {COLUMN: {mean, ci, seed_sd}}}, "auroc": ..., "differences": {"r2": {"A minus B": ...}, "auroc": ...},
-  "retrieval": ..., "seeds": {ROW: [...]}, "cases": {DISEASE: test cases}, ...}; columns of R2 are GROUPS (the mean over their
-  phenotypes) and phenotypes, of AUROC `mean` and every disease with enough test cases.
+  Returns {"r2": {ROW: {COLUMN: {mean, ci, seed_sd}}}, "auroc": ..., "differences": {"r2": {"A minus B": ...},
+  "auroc": ...}, "retrieval": ..., "seeds": {ROW or PAIR: [...]}, "cases": {DISEASE: test cases}, ...}. Columns of R2
+  are GROUPS (the mean over their phenotypes) and phenotypes; of AUROC `mean` and every disease with enough test cases.
   """
   finished = [run for run in runs if report_of(run, out, steps).is_file()]
   if not any(run.arm in TRAINED for run in finished):
     raise SystemExit(f"no run of {out} that reads an ECG is finished yet")
-  reports = {run.name: json.loads(report_of(run, out, steps).read_text()) for run in finished}
-  predictions = {run.name: dict(np.load(report_of(run, out, steps).with_name("predictions.npz"))) for run in finished}
+  files = {run.name: report_of(run, out, steps) for run in finished}
+  reports = {name: json.loads(file.read_text()) for name, file in files.items()}
+  predictions = {name: dict(np.load(file.with_name("predictions.npz"))) for name, file in files.items()}
   first = predictions[finished[-1].name]
   for name, found in predictions.items():
-    if not all(np.array_equal(found[key], first[key], equal_nan=True) for key in ("subject", "y_true", "disease_y_true")):
-      raise SystemExit(f"{name} was not evaluated on the same test subjects as the others; remove its folder `evaluation`")
+    if not all(np.array_equal(found[x], first[x], equal_nan=True) for x in ("subject", "y_true", "disease_y_true")):
+      raise SystemExit(f"{name} was not evaluated on the test subjects of the others; remove its folder `evaluation`")
 
   about = reports[finished[-1].name]
   names, diseases = list(about["phenotypes"]), list(about["diseases"]["embedding"])
   sick = first["disease_y_true"]
-  scored = [c for c in range(len(diseases)) if min((sick[:, c] == 1).sum(), (sick[:, c] == 0).sum()) >= FEWEST_TEST_CASES]
+  cases, controls = ((sick == value).sum(axis=0) for value in (1, 0))
+  scored = np.flatnonzero(np.minimum(cases, controls) >= FEWEST_TEST_CASES)
   weights = statistics.bootstrap_weights(first["subject"], DRAWS, seed=0)
-  columns = {"r2": [*present(names), *names], "auroc": ["mean", *(diseases[c] for c in scored)] if scored else []}
+  columns = {"r2": [*present(names), *names], "auroc": ["mean", *(diseases[c] for c in scored)]}
   scores = {"r2": {}, "auroc": {}}
   for row, seed, name, model in rows(finished):
     found = predictions[name]
     if model in found:
       both = [grouped(statistics.r2(first["y_true"], found[model], w), names) for w in (None, weights)]
       scores["r2"].setdefault(row, {})[seed] = both
-    if scored and f"disease_{model}" in found:
+    if len(scored) and f"disease_{model}" in found:
       both = [aurocs(sick[:, scored], found[f"disease_{model}"][:, scored], w) for w in (None, weights)]
       scores["auroc"].setdefault(row, {})[seed] = both
   return {
       "steps": steps, "counts": about["counts"], "subjects": len(np.unique(first["subject"], axis=0)),
       "finished": [run.name for run in finished], "unfinished": [run.name for run in runs if run not in finished],
-      "seeds": {row: [seed for seed in found if seed is not None] for row, found in scores["r2"].items()},
-      "cases": {name: int((sick[:, c] == 1).sum()) for c, name in enumerate(diseases)},
+      "seeds": {row: [seed for seed in found if seed is not None] for row, found in scores["r2"].items()}
+               | {f"{a} minus {b}": common(scores["r2"].get(a, {}), scores["r2"].get(b, {})) for a, b in PAIRS},
+      "cases": {name: int(count) for name, count in zip(diseases, cases)},
       **{what: {row: over_seeds(found, columns[what]) for row, found in scores[what].items()} for what in scores},
       "differences": {what: {f"{a} minus {b}": entry for a, b in PAIRS
                              if (entry := difference(scores[what].get(a, {}), scores[what].get(b, {}), columns[what]))}
                       for what in scores},
-      "retrieval": retrieval([(run.arm, reports[run.name]["retrieval"]) for run in finished if "retrieval" in reports[run.name]]),
+      "retrieval": retrieval([(run.arm, found) for run in finished if (found := reports[run.name].get("retrieval"))]),
   }
 
 
@@ -272,7 +277,9 @@ def rows(finished: list[Run]):
       yield from ((suffix(arm), run.seed, run.name, model) for run in ecg if run.arm == arm)
   yield from ((UNTRAINED, run.seed, run.name, "random_encoder") for run in ecg if run.arm == "mae")
   yield from ((model, None, ecg[0].name, model) for model in (COVARIATES, CEILING))
-  yield from ((f"CMR itself: {run.arm.removeprefix('cmr_')}", None, run.name, "embedding") for run in finished if run not in ecg)
+  for run in finished:
+    if run not in ecg:
+      yield f"CMR itself: {run.arm.removeprefix('cmr_')}", None, run.name, "embedding"
 
 
 def present(names: list[str]) -> dict[str, list[int]]:
@@ -283,7 +290,8 @@ def present(names: list[str]) -> dict[str, list[int]]:
 
 def grouped(scores: np.ndarray, names: list[str]) -> np.ndarray:
   """Scores [..., K] of phenotypes -> [..., G + K]: the mean of each group that is present, then the phenotypes."""
-  return np.concatenate([scores[..., columns].mean(axis=-1, keepdims=True) for columns in present(names).values()] + [scores], axis=-1)
+  means = [scores[..., columns].mean(axis=-1, keepdims=True) for columns in present(names).values()]
+  return np.concatenate([*means, scores], axis=-1)
 
 
 def aurocs(y: np.ndarray, probability: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -293,43 +301,49 @@ def aurocs(y: np.ndarray, probability: np.ndarray, weights: np.ndarray | None) -
 
 
 def over_seeds(found: dict, columns: list[str]) -> dict:
-  """{seed: (scores [T], their draws [R, T])} -> {column: {mean, ci, seed_sd}}: an interval over subjects of the seeds' mean."""
+  """{seed: (scores [T], their draws [R, T])} -> {column: {mean, ci, seed_sd}}; ci: of the mean over seeds."""
   point = np.stack([point for point, _ in found.values()])
   low, high = statistics.interval(np.mean([draws for _, draws in found.values()], axis=0))
   sd = point.std(axis=0, ddof=1) if len(point) > 1 else np.full(len(columns), np.nan)
   number = lambda x: float(x) if np.isfinite(x) else None
-  return {column: {"mean": number(point[:, k].mean()), "ci": [number(low[k]), number(high[k])], "seed_sd": number(sd[k])}
-          for k, column in enumerate(columns)}
+  numbers = zip(*(map(number, x) for x in (point.mean(axis=0), low, high, sd)))
+  return {column: {"mean": mean, "ci": [lower, upper], "seed_sd": seed_sd}
+          for column, (mean, lower, upper, seed_sd) in zip(columns, numbers, strict=True)}
 
 
 def difference(a: dict, b: dict, columns: list[str]) -> dict:
-  """`over_seeds` of a - b on the seeds that both have; one without seeds (None) stands against every seed."""
+  """`over_seeds` of a - b on their common seeds; nothing where there are none."""
   of = lambda found, seed: found.get(seed, found.get(None))
-  seeds = [seed for seed in dict.fromkeys([*a, *b]) if of(a, seed) and of(b, seed)]
-  found = {seed: tuple(x - y for x, y in zip(of(a, seed), of(b, seed))) for seed in seeds}
+  found = {seed: tuple(x - y for x, y in zip(of(a, seed), of(b, seed))) for seed in common(a, b)}
   return over_seeds(found, columns) if found else {}
 
 
+def common(a: dict, b: dict) -> list[int]:
+  """The seeds that both have; what has no seeds ({None: ...}) stands against every seed."""
+  return [seed for seed in a if seed in b or None in b]
+
+
 def retrieval(reports: list[tuple[str, dict]]) -> dict:
-  """{arm: {direction: mean R@10 over seeds, "seed_sd": ..., "chance": ...}}."""
+  """(arm, report) of every run -> {arm: {direction: mean R@10 over seeds, "seed_sd": ..., "chance": ...}}."""
   found = {}
   for arm in TRAINED:
     if own := [report for other, report in reports if other == arm]:
-      hits = {direction: [report[direction]["r@10"] for report in own] for direction in ("ecg_to_cmr", "cmr_to_ecg")}
-      found[arm] = {direction: float(np.mean(x)) for direction, x in hits.items()}
-      found[arm]["seed_sd"] = {direction: float(np.std(x, ddof=1)) if len(x) > 1 else None for direction, x in hits.items()}
+      hits = {way: [report[way]["r@10"] for report in own] for way in ("ecg_to_cmr", "cmr_to_ecg")}
+      found[arm] = {way: float(np.mean(x)) for way, x in hits.items()}
+      found[arm]["seed_sd"] = {way: float(np.std(x, ddof=1)) if len(x) > 1 else None for way, x in hits.items()}
       found[arm]["chance"] = own[0]["ecg_to_cmr"]["chance_r@10"]
   return found
 
 
 def retrieval_ceiling(cohort: cohort_room.Cohort) -> dict:
-  """R@10 that a perfect reader of this cohort would get: the generator's ECG parameters against the measured phenotypes.
+  """R@10 of a perfect reader of this cohort: the generator's own ECG parameters against the measured phenotypes.
 
   Candidates are ranked by log p(phenotypes | ECG) - log p(phenotypes), jointly Gaussian in logarithms, fitted on train.
   """
-  read = lambda split, name: np.stack([cohort.splits[split][i][name] for i in range(len(cohort.splits[split]))]).astype(float)
-  columns = [list(cohort.info["phenotypes"]).index(name) for name in ("LVEDV", "LVESV", "LVM", "RVEDV", "RVESV", "WT", "Ecc")]
-  x, y = ({split: np.log(np.abs(read(split, name)[:, keep])) for split in ("train", "test")}
+  known, kept = list(cohort.info["phenotypes"]), ("LVEDV", "LVESV", "LVM", "RVEDV", "RVESV", "WT", "Ecc")
+  columns = [known.index(name) for name in kept]
+  read = lambda split, name: np.stack([split[i][name] for i in range(len(split))]).astype(float)
+  x, y = ({split: np.log(np.abs(read(cohort.splits[split], name)[:, keep])) for split in ("train", "test")}
           for name, keep in (("ecg_parameters", slice(None)), ("phenotypes", columns)))
   x, y = ({split: a[split] - a["train"].mean(axis=0) for split in a} for a in (x, y))
   slope, *_ = np.linalg.lstsq(x["train"], y["train"], rcond=None)
@@ -347,35 +361,45 @@ def retrieval_ceiling(cohort: cohort_room.Cohort) -> dict:
 def table(results: dict) -> str:
   """The study in Markdown."""
   most = max(len(seeds) for seeds in results["seeds"].values())
-  label = lambda row: row if len(results["seeds"].get(row, [])) in (0, most) else f"{row} (seeds {', '.join(map(str, results['seeds'][row]))})"
-  parts = []
-  if results["unfinished"]:
-    parts += [f"**Not finished yet: {', '.join(results['unfinished'])}.**", ""]
+  parts = [f"**Not finished yet: {', '.join(results['unfinished'])}.**", ""] if results["unfinished"] else []
+
+  def label(row):
+    seeds = results["seeds"].get(row, [])
+    return row if len(seeds) in (0, most) else f"{row} (seeds {', '.join(map(str, seeds))})"
 
   def block(title, columns, scores):
     parts.extend([f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"])
-    parts.extend(f"| {label(row)} | {' | '.join(cell(found.get(column)) for column in columns)} |" for row, found in scores.items())
+    for row, found in scores.items():
+      parts.append(f"| {label(row)} | {' | '.join(cell(found.get(column)) for column in columns)} |")
     parts.append("")
 
-  groups = [group for group in GROUPS if group in next(iter(results["r2"].values()))]
+  some = next(iter(results["r2"].values()))
+  groups = [group for group in GROUPS if group in some]
   block("test R2, mean of the group", groups, results["r2"])
-  block("test R2", [name for name in SHOWN if name in next(iter(results["r2"].values()))], results["r2"])
-  if results["auroc"]:
-    block("test AUROC", list(next(iter(results["auroc"].values()))), results["auroc"])
-  few = {name: count for name, count in results["cases"].items() if name not in next(iter(results["auroc"].values()), {})}
-  parts += [f"Test cases: {', '.join(f'{name} {count}' for name, count in results['cases'].items())}. "
-            f"Too few to score: {', '.join(few) or 'none'}.", ""]
-  differences, areas = results["differences"]["r2"], results["differences"]["auroc"]
-  block("difference", [*groups, "mean AUROC"],
-        {pair: {group: found[group] for group in groups} | {"mean AUROC": areas.get(pair, {}).get("mean")}
-         for pair, found in differences.items()})
+  block("test R2", [name for name in SHOWN if name in some], results["r2"])
+  areas = list(next(iter(results["auroc"].values()), {}))
+  if areas:
+    block("test AUROC", areas, results["auroc"])
+  cases = results["cases"]
+  parts += [f"Test cases: {', '.join(f'{name} {count}' for name, count in cases.items())}. "
+            f"Too few to score: {', '.join(name for name in cases if name not in areas) or 'none'}.", ""]
+  areas = results["differences"]["auroc"]
+  block("difference", [*groups, "mean AUROC"], {pair: found | {"mean AUROC": areas.get(pair, {}).get("mean")}
+                                                for pair, found in results["differences"]["r2"].items()})
   parts += ["| retrieval, R@10 | ECG to CMR | CMR to ECG | chance |", "|---|---|---|---|"]
   for row, found in results["retrieval"].items():
-    hits = [spread(found[direction], found["seed_sd"][direction]) for direction in ("ecg_to_cmr", "cmr_to_ecg")]
+    hits = [spread(found[way], found["seed_sd"][way]) for way in ("ecg_to_cmr", "cmr_to_ecg")]
     parts.append(f"| {label(row)} | {' | '.join(hits)} | {found['chance']:.4f} |")
   best = results["retrieval_ceiling"]
   parts.append(f"| ceiling: the generator's own parameters | {best['ecg_to_cmr']:.3f} | {best['cmr_to_ecg']:.3f} | |")
   return "\n".join(parts)
+
+
+def drawing(results: dict):
+  """R2 by group from the ECG alone, against what is reached without training and what is there to reach."""
+  groups = [group for group in GROUPS if group in next(iter(results["r2"].values()))]
+  return figures.forest(results["r2"], groups, TRAINED, (UNTRAINED, CEILING), "test $R^2$, ECG alone",
+                        figures.SYNTHETIC_NOTE)
 
 
 def cell(score: dict | None) -> str:

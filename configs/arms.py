@@ -14,13 +14,14 @@
     ed_volume   six slices at ED                               ecg, cmr_ed (view=ed_volume)
     dual_phase  six slices at ED and at ES                     ecg, cmr_ed, cmr_es (view=es_volume)
 
-Expected time: an arm of `:demo` TIME_arm on 2 CPU cores.
+Expected time: an arm of `:demo` SCORE_TBD minutes on 2 CPU cores.
 Expected scores: SCORE_TBD.
 `:medium`, the published size, was not trained here. arm=dual_phase is configs/dual_phase.py. What differs:
 docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ECG encoder, ECG profile of the cohort, samples it sees, mask ratio and weight of SimSiam of its MAE, width of
 #         its head, 3-D ResNet, frames of a cine, width of its embedding, hidden width of the projections, batch, steps,
@@ -40,7 +41,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="dual_phase")
   for name, known in (("size", SIZES), ("arm", ARMS)):
     if arg[name] not in known:
-      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   ecg, profile, samples, mask_ratio, siamese, head, cmr, frames, width, hidden, batch, steps, rate = SIZES[arg.size]
   towers = ARMS[arg.arm]
   c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
@@ -57,7 +58,7 @@ def get_config(arg=None):
       c.objectives.siamese = dict(fn="simsiam", weight=siamese)
     return c
 
-  c.init_except = ("^ecg/(decoder|norm|siamese|head)/",)  # left behind there: the autoencoder's; fresh here: the head
+  c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)  # left behind there: the autoencoder's; fresh here: the head
   c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head)
   c.model.cmr = {name: dict(kind="slow_resnet", size=cmr, view=TOWERS[name][0], planes=TOWERS[name][1] or frames,
                             width=width, patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=True)  # all but `fc`

@@ -7,7 +7,7 @@
       --config.init_from.ecg=demo/cn_ecg --config.init_from.cmr_sax=demo/cn_cmr --config.init_from.cmr_lax=demo/cn_cmr
     mmcl evaluate --workdir=demo/cn
 
-Expected time of `:demo` on 2 CPU cores: TIME_cardiacnets.
+Expected time of `:demo` on 2 CPU cores: SCORE_TBD minutes.
 Expected score, with the covariates that it reads: SCORE_TBD.
 `:large`, the published size, was not trained here.
 
@@ -16,6 +16,7 @@ patch as they are channels there. What else differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ECG encoder, samples it sees, video transformer, frames, its patch (frames, rows, columns), width of the
 #         shared space, batch and steps of cmr and align, batch and steps of ecg, learning rates of cmr, ecg, align
@@ -33,7 +34,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align")
   for name, known in (("size", SIZES), ("stage", STAGES)):
     if arg[name] not in known:
-      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   ecg, samples, cmr, frames, patch, width, batch, steps, ecg_batch, ecg_steps, *rates = SIZES[arg.size]
   batch, steps = (ecg_batch, ecg_steps) if arg.stage == "ecg" else (batch, steps)
   aligns = arg.stage == "align"

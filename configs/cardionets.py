@@ -7,7 +7,7 @@
       --config.init_from.ecg=demo/cio_ecg --config.init_from.cmr_cine=demo/cio_cmr
     mmcl evaluate --workdir=demo/cio
 
-Expected time of `:demo` on 2 CPU cores: TIME_cardionets.
+Expected time of `:demo` on 2 CPU cores: SCORE_TBD minutes.
 Expected score: SCORE_TBD.
 `:base`, the published size, was not trained here; it needs a cohort of --profile=cardionets --frames=50 --size=96.
 
@@ -16,6 +16,7 @@ place. What else differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ECG encoder, ECG profile of the cohort, samples it sees, its patch, video transformer, frames, its patch
 #         (frames, rows, columns), width of the shared space; batch, steps, learning rate of cmr and ecg, and of align
@@ -33,7 +34,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align")
   for name, known in (("size", SIZES), ("stage", STAGES)):
     if arg[name] not in known:
-      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   ecg, profile, samples, ecg_patch, cmr, frames, cmr_patch, width, *training = SIZES[arg.size]
   aligns = arg.stage == "align"
   batch, steps, learning_rate = training[3:] if aligns else training[:3]

@@ -6,7 +6,7 @@
     mmcl evaluate --workdir=demo/ed
 
 `view` is ed_volume, es_volume, ed_slice or cine_slice; `targets` is 3 (LVEDV, LVM, RVEDV), 13, or all of the cohort.
-Expected time: `:demo` TIME_cmr on 2 CPU cores.
+Expected time: `:demo` SCORE_TBD minutes on 2 CPU cores.
 Expected score, read from the ED volume: SCORE_TBD.
 `:r50`, the published size, was not trained here.
 Next: dual_phase.py or arms.py, by `--config.init_from.cmr_ed=demo/ed`.
@@ -16,6 +16,7 @@ Sources: Alvarez-Florez et al. 2026, Bujalance Gomez et al. 2026. What differs: 
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
+from mmcl_jax.errors import UserError
 
 # size -> 3-D ResNet, ECG profile of the cohort, width of the embedding, frames of a cine, batch, steps, learning rate
 SIZES = {
@@ -34,7 +35,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, view="ed_volume", targets="13")
   for name, known in (("size", SIZES), ("view", VIEWS), ("targets", TARGETS)):
     if arg[name] not in known:
-      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   size, profile, width, frames, batch, steps, learning_rate = SIZES[arg.size]
   tower, slices = VIEWS[arg.view]
   c = defaults(arg.batch or batch, arg.steps or steps)  # hearts, updates

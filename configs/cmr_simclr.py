@@ -4,7 +4,7 @@
     mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr --config.data.cohort=demo/cohort
     mmcl evaluate --workdir=demo/simclr
 
-Expected time: `:demo` TIME_simclr on 2 CPU cores.
+Expected time: `:demo` SCORE_TBD minutes on 2 CPU cores.
 Expected score, read from the image: SCORE_TBD.
 `:r50`, the published size, was not trained here. Next: mmcl.py, by `--config.init_from.cmr_image=demo/simclr`.
 
@@ -12,6 +12,7 @@ Source: Turgut et al. 2025. What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ResNet, ECG profile of the cohort, hidden width and width of the head, batch, steps, learning rate
 SIZES = {
@@ -24,7 +25,7 @@ SIZES = {
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0)
   if arg.size not in SIZES:
-    raise ValueError(f"size={arg.size}; expected one of {', '.join(SIZES)}")
+    raise UserError(f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}")
   size, profile, hidden, width, batch, steps, learning_rate = SIZES[arg.size]
   c = defaults(arg.batch or batch, arg.steps or steps)  # images, updates
   c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here

@@ -7,7 +7,7 @@
       --config.init_from.ecg=demo/mae --config.init_from.cmr_ed=demo/ed --config.init_from.cmr_es=demo/es
     mmcl evaluate --workdir=demo/dual
 
-Expected time: the last stage of `:demo` TIME_dual on 2 CPU cores; frozen encoders run once.
+Expected time: the last stage of `:demo` SCORE_TBD minutes on 2 CPU cores; frozen encoders run once.
 Expected score: SCORE_TBD.
 `:medium`, the published size, was not trained here. arms.py has this and its four rivals.
 
@@ -16,6 +16,7 @@ Source: Alvarez-Florez et al. 2026. What differs: docs/recipes.md.
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
+from mmcl_jax.errors import UserError
 
 # size -> ECG encoder, ECG profile of the cohort, samples it sees, width of its head, 3-D ResNet, width of its
 #         embedding, hidden width of the projections, batch, steps, learning rate
@@ -29,11 +30,11 @@ SIZES = {
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0)
   if arg.size not in SIZES:
-    raise ValueError(f"size={arg.size}; expected one of {', '.join(SIZES)}")
+    raise UserError(f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}")
   ecg, profile, samples, head, cmr, width, hidden, batch, steps, learning_rate = SIZES[arg.size]
   c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
   c.init_from = dict(ecg="", cmr_ed="", cmr_es="")  # workdirs of ecg_mae.py and, by view, of cmr_phenotype.py
-  c.init_except = ("^ecg/(decoder|norm|siamese|head)/",)  # left behind there: the autoencoder's; fresh here: the head
+  c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)  # left behind there: the autoencoder's; fresh here: the head
   c.data.ecg_profile = profile  # `mmcl prepare --profile`
   c.data.samples = samples      # at 500 Hz; the published size sees all 10 s
   # No augmentation of the ECG, as published. Frozen encoders see the images as they are: the published flip, drawn

@@ -4,7 +4,7 @@
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
     mmcl evaluate --workdir=demo/mae
 
-Expected time: `:demo` TIME_mae on 2 CPU cores.
+Expected time: `:demo` SCORE_TBD minutes on 2 CPU cores.
 Expected score: SCORE_TBD.
 The published sizes were not trained here. Next: mmcl.py, dual_phase.py, arms.py, supervised.py, by
 `--config.init_from.ecg=demo/mae`.
@@ -14,6 +14,7 @@ docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ECG profile of the cohort, samples it sees, mask ratio, share of NCC in the loss, weight of SimSiam,
 #         batch, steps, share of warm-up, learning rate, weight decay
@@ -37,7 +38,7 @@ AUGMENT = {
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0)
   if arg.size not in SIZES:
-    raise ValueError(f"size={arg.size}; expected one of {', '.join(SIZES)}")
+    raise UserError(f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}")
   profile, samples, mask_ratio, ncc, siamese, batch, steps, warmup, learning_rate, weight_decay = SIZES[arg.size]
   phase, gain_noise, jitter, rescale = AUGMENT[profile]
   c = defaults(arg.batch or batch, arg.steps or steps)  # recordings, updates

@@ -12,6 +12,7 @@ reconstruction.
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
+from mmcl_jax.errors import UserError
 
 # size -> ECG encoder, samples it sees, CMR encoder, slices it sees, width of the CMR embedding, hidden width of the
 #         heads, batch, steps, learning rate
@@ -27,9 +28,9 @@ SIZES = {
 
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="joint")
-  if arg.size not in SIZES or arg.arm not in ("joint", "mae", "contrastive"):
-    raise ValueError(f"size={arg.size}, arm={arg.arm}; expected a size out of {', '.join(SIZES)} and an arm out of "
-                     "joint, mae, contrastive")
+  for name, known in (("size", SIZES), ("arm", ("joint", "mae", "contrastive"))):
+    if arg[name] not in known:
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   arm = arg.arm
   ecg, samples, cmr, slices, cmr_width, hidden, batch, steps, learning_rate = SIZES[arg.size]
   c = defaults(arg.batch or batch, arg.steps or steps)  # rows, updates

@@ -6,7 +6,7 @@
       --config.init_from.ecg=demo/mae --config.init_from.cmr_image=demo/simclr
     mmcl evaluate --workdir=demo/mmcl
 
-Expected time: the last stage of `:demo` TIME_mmcl on 2 CPU cores.
+Expected time: the last stage of `:demo` SCORE_TBD minutes on 2 CPU cores.
 Expected score: SCORE_TBD.
 `:tiny`, the published size, was not trained here. `:demo,arm=wo_mdm` starts the ECG encoder fresh, and is given
 `init_from.cmr_image` alone.
@@ -15,6 +15,7 @@ Source: Turgut et al. 2025. What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ECG encoder, ECG profile of the cohort, samples it sees, ResNet, hidden width of the heads, batch, steps,
 #         learning rate from pre-trained encoders, and from a fresh ECG encoder
@@ -27,14 +28,14 @@ SIZES = {
 
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="mmcl")
-  if arg.size not in SIZES or arg.arm not in ("mmcl", "wo_mdm"):
-    raise ValueError(f"size={arg.size}, arm={arg.arm}; expected a size out of {', '.join(SIZES)} and an arm out of "
-                     "mmcl, wo_mdm")
+  for name, known in (("size", SIZES), ("arm", ("mmcl", "wo_mdm"))):
+    if arg[name] not in known:
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   ecg, profile, samples, image, hidden, batch, steps, warm_rate, fresh_rate = SIZES[arg.size]
   fresh = arg.arm == "wo_mdm"
   c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
   c.init_from = dict(ecg="", cmr_image="")  # workdirs of ecg_mae.py and cmr_simclr.py
-  c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese)/",)  # what only the masked autoencoder needs
+  c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese.*)/",)  # what only the masked autoencoder needs
   c.data.ecg_profile = profile  # `mmcl prepare --profile`
   c.data.samples = samples      # at 500 Hz, a random crop of the 10 s
 

@@ -7,7 +7,7 @@
     mmcl evaluate --workdir=demo/supervised
 
 `start=pretrained` takes the ECG encoder of any stage of the same size.
-Expected time: `:demo` TIME_supervised on 2 CPU cores.
+Expected time: `:demo` SCORE_TBD minutes on 2 CPU cores.
 Expected score: SCORE_TBD.
 The other sizes were not trained here: `:tiny` (MMCL's encoder), `:medium`, `:base`.
 
@@ -15,6 +15,7 @@ Source: Turgut et al. 2025 (fine-tuning). What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
+from mmcl_jax.errors import UserError
 
 # size -> ECG profile of the cohort, samples it sees, batch, steps, learning rate fresh and pre-trained, weight decay
 SIZES = {
@@ -30,12 +31,12 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, start="scratch")
   for name, known in (("size", SIZES), ("start", ("scratch", "pretrained"))):
     if arg[name] not in known:
-      raise ValueError(f"{name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   profile, samples, batch, steps, fresh_rate, tuned_rate, weight_decay = SIZES[arg.size]
   pretrained = arg.start == "pretrained"
   c = defaults(arg.batch or batch, arg.steps or steps)  # recordings, updates
   # Left behind there: what only the autoencoder, a projection or covariates need. Fresh here: the attention pooling.
-  c.init_except = ("^ecg/(decoder|norm|siamese|head|film|pool)/",) if pretrained else ()
+  c.init_except = ("^ecg/(decoder|norm|siamese.*|head|film|pool)/",) if pretrained else ()
   c.data.ecg_profile = profile  # `mmcl prepare --profile`
   c.data.samples = samples      # at 500 Hz, a random crop of the 10 s
   c.data.targets = ()           # all phenotypes of the cohort

@@ -119,9 +119,9 @@ def test_bottleneck_is_the_3d_convolutions_it_stands_for(stride, span):
   x = jax.random.normal(jax.random.key(0), (2, 5, 8, 8, 4))
   rows = jnp.ones(2)
   variables = block.init(jax.random.key(1), x, rows, train=False)
-  p = variables["params"] | {"norm3": {"bn": {"scale": jnp.full(12, 0.7), "bias": jnp.full(12, 0.1)}}}
+  p = variables["params"] | {"norm3": {"scale": jnp.full(12, 0.7), "bias": jnp.full(12, 0.1)}}
   conv = lambda y, w, s, pad: lax.conv_general_dilated(y, w, (1, s, s), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
-  still = lambda y, name: y / np.sqrt(1 + 1e-5) * p[name]["bn"]["scale"] + p[name]["bn"]["bias"]  # fresh statistics: 0, 1
+  still = lambda y, name: y / np.sqrt(1 + 1e-5) * p[name]["scale"] + p[name]["bias"]  # fresh statistics: 0, 1
   flat = ((0, 0),) * 3
   w1 = p["conv1"]["kernel"].reshape(span, 1, 1, 4, 3)  # slices beside each other = kernel over slices
   y = nn.relu(still(conv(x, w1, 1, ((span // 2,) * 2, (0, 0), (0, 0))), "norm1"))
@@ -148,7 +148,8 @@ def test_padding_rows_stay_out_of_the_batch_statistics():
   rows = jnp.array([1.0, 1.0, 0.0, 1.0])
   y, changed = norm.apply(variables, x.at[2].set(1e3), rows, train=True, mutable=["batch_stats"])
   kept = np.asarray(x)[[0, 1, 3]].reshape(-1, 3)
-  np.testing.assert_allclose(changed["batch_stats"]["bn"]["mean"], 0.1 * kept.mean(0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(changed["batch_stats"]["mean"], 0.1 * kept.mean(0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 + 0.1 * kept.var(0, ddof=1), rtol=1e-4)
   np.testing.assert_allclose(np.asarray(y)[[0, 1, 3]].reshape(-1, 3), (kept - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5),
                              rtol=1e-3, atol=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mmcl_jax import objectives
-from mmcl_jax.objectives import contrastive, noncontrastive, phenotypes, supervised
+from mmcl_jax.objectives import contrastive, noncontrastive, ntxent, phenotypes, supervised
 from objective_cases import B, CASES, E, K, case, counts
 
 
@@ -270,6 +270,11 @@ def test_metrics_by_hand():
   outputs["ecg_projection"][0] = outputs["cmr"]["image"]["projection"][1]  # but one
   for fn in (contrastive.clip, phenotypes.soft_positive):
     np.testing.assert_allclose(fn(outputs, batch, "ecg", "image").metrics["r@1"], 15 / 16)
+  image, again = outputs["cmr"]["image"]["projection"], outputs["again"]["cmr"]["image"]["projection"]
+  again[:] = image
+  assert ntxent.nt_xent(outputs, batch).metrics["r@1"] == 1
+  image[1] = image[0]  # row 0 is as near to row 1's first view as to its own second one; row 1 is nearer to row 0's
+  np.testing.assert_allclose(ntxent.nt_xent(outputs, batch).metrics["r@1"], 14 / 16)
   batch["targets"][:] = [0, 0, 0, 0]
   batch["targets"][:4] = [9, 9, 9, 9]  # 4 hearts of one kind and 12 of another
   removed = phenotypes.false_negative_removal(outputs, batch, "ecg", "image", radius=1.0)

@@ -159,6 +159,36 @@ def retrieval_ranks(ranks: dict, note: str = "") -> Figure:
   return _finish(figure, note)
 
 
+def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> Figure:
+  """One panel per column: a point with its 95 % interval per row, and vertical lines to hold the rows against.
+
+  Args:
+    scores: {ROW: {COLUMN: {mean, ci}}}; numbers may be None.
+    columns: of the panels.
+    rows: from top to bottom; one that `scores` does not have is left out.
+    lines: rows that are drawn as lines through the panel.
+    xlabel: what is scored.
+  """
+  rows = [row for row in rows if row in scores]
+  figure = Figure(figsize=(2.2 + 2.2 * len(columns), 1.4 + 0.24 * len(rows)), layout="constrained")
+  panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
+  number = lambda x: np.array(x, np.float64)  # None -> NaN
+  for panel, column in zip(panels, columns):
+    for row, style in zip([row for row in lines if row in scores], LINES):
+      panel.axvline(number(scores[row][column]["mean"]), color=MID, ls=style, lw=1.0, label=row)
+    mean = number([scores[row][column]["mean"] for row in rows])
+    low, high = number([scores[row][column]["ci"] for row in rows]).T
+    reach = np.maximum([mean - low, high - mean], 0)
+    panel.errorbar(mean, np.arange(len(rows)), xerr=reach, fmt="o", ms=4, color=ACCENT, ecolor=INK, elinewidth=0.9, capsize=2)
+    panel.set_title(column, fontsize=9, fontweight="bold")
+    panel.set_xlabel(xlabel)
+    _clean(panel, grid="x")
+  panels[0].set_yticks(np.arange(len(rows)), rows)
+  panels[0].set_ylim(len(rows) - 0.5, -0.5)
+  figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+  return _finish(figure, note)
+
+
 def _grid(count, columns, size, note):
   """A figure and its `count` panels, in rows of `columns`, each of `size` inches."""
   columns = max(1, min(columns, count))

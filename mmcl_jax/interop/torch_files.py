@@ -65,7 +65,7 @@ def save(state: dict[str, np.ndarray], path, metadata: dict[str, str]) -> None:
   path = pathlib.Path(path)
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   try:
-    safetensors.numpy.save_file({key: np.ascontiguousarray(x) for key, x in state.items()}, partial, {"format": "pt"} | metadata)
+    safetensors.numpy.save_file({key: np.asarray(x, order="C") for key, x in state.items()}, partial, {"format": "pt"} | metadata)
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"cannot write {path}: {error}") from None

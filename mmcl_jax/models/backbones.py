@@ -15,7 +15,8 @@ KINDS = {"slow_resnet": resnet.SLOW_SIZES, "resnet": resnet.SIZES, "vit": video.
 
 
 def build(spec, dtype, name=None) -> nn.Module:
-  """The module of spec: kind, size; for kind=vit also patch (planes, rows, columns), mask_ratio (0: no decoder), drop_path.
+  """The module of spec: kind, size; of a vit also patch (planes, rows, columns), drop_path, mask_ratio (0: no
+  decoder). Its name is for flax: None inside a `setup`.
   """
   size = KINDS[spec["kind"]][spec["size"]]
   if spec["kind"] == "slow_resnet":
@@ -35,8 +36,8 @@ def check(spec, shape: tuple[int, int, int], where: str) -> None:
   if spec["kind"] != "vit":
     for key in ("mask_ratio", "drop_path"):
       if spec.get(key, 0):
-        raise UserError(f"{where}.{key} is {spec[key]}, which {where}.kind = {spec['kind']} does not have; expected 0, or "
-                        "kind vit")
+        raise UserError(f"{where}.{key} is {spec[key]}, which {where}.kind = {spec['kind']} does not have; "
+                        "expected 0, or kind vit")
     return
   patch, ratio = tuple(spec["patch"]), spec["mask_ratio"]
   if len(patch) != 3 or not all(isinstance(side, int) and side > 0 for side in patch):

@@ -1,8 +1,8 @@
 """Video transformer for CMR planes (frames of a cine or slices of a stack), and its masked autoencoder.
 
-As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over space and time, and a
-small decoder. Like VideoMAE (Tong et al. 2022) it has fixed positions and no CLS token: features are the mean over tokens.
-Letters: B batch, T H W planes, rows, columns; N tokens, P pixels of a patch, D width.
+As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over space and time, and
+a small decoder. Like VideoMAE (Tong et al. 2022) it has fixed positions and no CLS token: features are the mean over
+the tokens. Letters: B batch, T H W planes, rows, columns; N tokens, P pixels of a patch, D width.
 """
 
 import flax.linen as nn

@@ -88,7 +88,7 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
   """Path of every parameter -> whether it is frozen, whether it decays, what multiplies its learning rate.
 
   Frozen: what a regex of `config.freeze` finds, and the backbones of the towers with `config.model.cmr.NAME.frozen`.
-  Factor: of the first entry of `config.optimizer.rates` whose regex is found, times `layer_factor`.
+  Factor: of the first entry of `config.optimizer.rates` whose regex is found, times `layer_factors`.
 
   Args:
     params: arrays or ShapeDtypeStructs.

@@ -1,0 +1,133 @@
+"""`mmcl convert`: PyTorch weights into a workdir, and a workdir's weights out to PyTorch.
+
+    mmcl convert --input=signal_encoder_mmcl.pth --out=W     then evaluate, embed, or config.init_from of a later stage
+    mmcl convert --workdir=W --out=ecg.safetensors --tower=ecg
+
+Nothing in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an error that lists it.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from mmcl_jax.data import schema
+from mmcl_jax.errors import UserError
+
+PROFILES = {"tiny": "mmcl", "medium": "dual_phase"}  # ECG encoder -> how its authors normalised ECGs
+
+
+def main(argv=None):
+  args = parse(argv)
+  if args.input:
+    convert_in(args.input, args.out, args.ecg_profile, {name: getattr(args, name) for name in FLAGS})
+  else:
+    convert_out(args.workdir, args.step, args.out, args.tower)
+
+
+FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")
+
+
+def parse(argv):
+  parser = argparse.ArgumentParser(prog="mmcl convert", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--input", help="PyTorch weights: .pth, .pt, .ckpt or .safetensors")
+  source.add_argument("--workdir", help="folder of a run, whose weights shall go out")
+  parser.add_argument("--out", required=True, help="with --input: workdir to make; with --workdir: FILE.safetensors")
+  parser.add_argument("--tower", help="the one tower to take or to write (out: ecg, ecg_mae for the MAE with its decoder, a CMR "
+                      "tower); what to call the only CMR encoder of --input")
+  parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the last)")
+  given = parser.add_argument_group("what an --input does not tell")
+  given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
+  given.add_argument("--samples", type=int, help="samples that it sees at a time, where its positions are fixed")
+  given.add_argument("--heads", type=int, help="attention heads of the encoder, where its width is not a published one")
+  given.add_argument("--decoder_heads", type=int, help="likewise of the MAE decoder")
+  given.add_argument("--pool", help="mean, attention or cls, where it is not what the keys tell")
+  given.add_argument("--view", help=f"what a CMR encoder looks at: {', '.join(schema.VIEWS)}")
+  given.add_argument("--ignore", action="append", default=[], metavar="REGEX", help="keys to leave out; may be repeated")
+  args = parser.parse_args(argv)
+  unused = [name for name in (*FLAGS[1:], "ecg_profile") if getattr(args, name)] if args.workdir else ["step"] * bool(args.step)
+  if unused:
+    parser.error(f"--{', --'.join(unused)} cannot go with --{'workdir' if args.workdir else 'input'}")
+  return args
+
+
+def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
+  """Makes the workdir `out` of PyTorch weights; nothing is left of it where that fails."""
+  from mmcl_jax import configuration
+  from mmcl_jax.data.preprocess import ecg as preprocess_ecg
+  from mmcl_jax.interop import torch_weights
+  from mmcl_jax.training import restore, steps
+  if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    raise UserError(f"{out} is there already and not empty; take another --out")
+  if profile and profile not in preprocess_ecg.PROFILES:
+    raise UserError(f"--ecg_profile={profile}; expected one of {', '.join(preprocess_ecg.PROFILES)}")
+  model, variables, report = torch_weights.read(path, **options | {"ignore": tuple(options["ignore"])})
+
+  config = configuration.defaults(batch=32, steps=1)
+  with config.ignore_type():  # the size of a tower is a name, or numbers
+    config.model = model.config
+  size = model.config.ecg.size
+  config.data.ecg_profile = profile or PROFILES.get(size if isinstance(size, str) else "", "minimal")
+  if size and not profile:
+    report.append(f"ECG profile {config.data.ecg_profile}, " + ("as published with this encoder" if size in PROFILES else
+                  "which the file does not say") + " (--ecg_profile)")
+  length = preprocess_ecg.samples(config.data.ecg_profile)
+  config.data.samples = min(model.samples, length) if not size else model.samples
+  if config.data.samples > length:
+    raise UserError(f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives {length}; name the profile "
+                    "it was trained on with --ecg_profile")
+
+  folder = pathlib.Path(out)
+  partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+  none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
+  scales = steps.Scales((), (), (), (none, none), any_number)  # of covariates: whatever a cohort has, as it is
+  try:
+    with writing(out):
+      restore.write_run(str(partial), config, variables, record_shapes(model, length), scales, origin=os.path.basename(path))
+      os.replace(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  print("\n".join(report))
+  print(f"made {out}; for example `mmcl evaluate --workdir={out} --cohort=COHORT`, or config.init_from of a later stage")
+
+
+def record_shapes(model, samples: int) -> dict[str, list[int]]:
+  """Shapes of the records that the model reads, as cohort.json has them; how large images are is the cohort's."""
+  found = {"ecg": [len(schema.LEADS), samples], "phenotypes": [0], "diseases": [0], "covariates": [0]}
+  for spec in model.config.cmr.values():
+    field = schema.VIEWS[spec.view]
+    planes = max(spec.planes, found.get(field, [0])[-3:][0])
+    found[field] = [*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64]
+  return found
+
+
+def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> None:
+  """Writes a checkpoint's weights under PyTorch's keys."""
+  from mmcl_jax.interop import torch_weights
+  from mmcl_jax.training import restore
+  if not out.endswith(".safetensors"):
+    raise UserError(f"--out={out}; expected a name that ends in .safetensors")
+  run = restore.load_run(workdir, step)
+  state, left = torch_weights.export(run.model, run.state.variables, tower)
+  torch_weights.save(run.model, run.state.variables, out, tower)
+  print(f"{len(state)} arrays of {sum(x.size for x in state.values()):,} numbers of step {run.step} written to {out}")
+  if left:
+    print(f"left out: {', '.join(left)}")
+
+
+@contextlib.contextmanager
+def writing(out):
+  """Turns what a folder or a disk refuses into a UserError."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+  from mmcl_jax import cli
+  cli.run(main)

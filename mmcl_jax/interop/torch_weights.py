@@ -1,0 +1,207 @@
+"""PyTorch weights -> (model, variables), and back: see `load`, `state_dict`, `save`."""
+
+import collections
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmcl_jax.data import schema
+from mmcl_jax.errors import UserError
+from mmcl_jax.interop import naming, recognise, torch_files
+from mmcl_jax.models import pretrainer, vit
+
+
+class Loaded(NamedTuple):
+  """What `read` found; `report` is for people."""
+
+  model: pretrainer.Pretrainer
+  variables: dict[str, Any]
+  report: list[str]
+
+
+def load(path, **options):
+  """A model and its variables from PyTorch weights.
+
+  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, torchvision's ResNet-18 and -50
+  (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several towers with projection heads, and what
+  `save` wrote. Sizes and options are read off keys and shapes.
+
+  Args:
+    path: a file of torch.save or safetensors; weights only, nothing in it is executed.
+    tower: which tower to take of a file with several ("ecg", "image", ...), or how to call the only CMR encoder.
+    heads, decoder_heads: attention heads, where no published encoder has this width.
+    pool: mean | attention | cls, where it is not what the keys tell (fc_norm: mean; head and norm alone: cls).
+    samples: length of the ECGs that it is for, where positions are fixed and it is not the one it was trained on.
+    view: which view a CMR encoder looks at (schema.VIEWS).
+    ignore: regexes of keys that shall be left out.
+    dtype: "float32" (default) or "float64", of the variables and of the computation.
+
+  Returns:
+    model: a flax module; model.config is the config.model that builds it, model.samples its ECG length.
+    variables: params and batch_stats, host arrays; model.apply(variables, ...) as in models.pretrainer.
+
+  Raises:
+    UserError: not such a file, or one that does not fit: every missing, superfluous and misshapen key is listed.
+  """
+  return read(path, **options)[:2]
+
+
+def read(path, dtype: str = "float32", **options) -> Loaded:
+  """`load` with a report: what was recognised, loaded, left at identity and ignored."""
+  options = recognise.Options(**options)
+  weights = torch_files.read(path)
+  found = recognise.recognise(weights.state, weights.metadata, options, path)
+  found.config.dtype = dtype
+  model = pretrainer.build(found.config, found.samples)
+  abstract = shapes(model)
+  variables, expected = {}, set()
+  places = {place: name for place, name in naming.names(abstract, model.config)}
+  troubles = collections.defaultdict(list)
+  for place, shape in abstract.items():
+    if place[1] in found.fresh:
+      variables[place] = fresh(place[1], shape, dtype)
+      continue
+    name = places[place]
+    expected.add(name.key)
+    module, _, rest = name.key.partition(".")
+    theirs, x = found.theirs.get(name.key, found.prefixes.get(module, f"{module}.") + rest), found.state.get(name.key)
+    if x is None:
+      troubles["missing"].append(f"{theirs} {name.shape}")
+    elif x.shape != name.shape:
+      troubles["of another shape"].append(f"{theirs} {x.shape}, expected {name.shape}")
+    elif x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+      troubles["of another type"].append(f"{theirs} {x.dtype}, expected floating-point numbers")
+    else:
+      x = x.astype(dtype)
+      if not np.isfinite(x).all():
+        troubles["not finite"].append(theirs)
+      variables[place] = name.to_ours(x, shape)
+  troubles["not expected"] = [f"{found.theirs[key]} {x.shape}" for key, x in found.state.items() if key not in expected]
+  lines = found.troubles + [f"{what}: {', '.join(keys)}" for what, keys in troubles.items() if keys]
+  if lines:
+    raise UserError(f"{path} does not fit. Recognised: {'; '.join(found.notes)}. {'; '.join(lines)}. Leave keys out by "
+                    "--ignore=REGEX; what is missing cannot be made up")
+  return Loaded(model, unflatten(variables), report(path, weights, found, variables))
+
+
+def report(path, weights, found, variables) -> list[str]:
+  size = sum(x.size for place, x in variables.items() if place[1] not in found.fresh)
+  lines = [*found.notes, f"{len(variables) - len(found.fresh)} arrays of {size:,} numbers loaded from {path}"]
+  if found.fresh:
+    lines.append(f"left at identity: {', '.join(f'{name} = {value}' for name, value in found.fresh.items())}")
+  lines += [f"ignored, {what}: {', '.join(keys)}" for what, keys in found.ignored.items()]
+  if weights.beside:
+    lines.append(f"ignored, beside the weights: {', '.join(weights.beside)}")
+  return lines
+
+
+def fresh(path: str, shape, dtype) -> np.ndarray:
+  """What a parameter is set to that leaves its module the identity (a LayerNorm: without scale; slices: their mean)."""
+  if path.endswith("/fc1/kernel"):  # relu(x) - relu(-x) = x
+    return np.eye(*shape, dtype=dtype) - np.eye(*shape, k=shape[0], dtype=dtype)
+  if path.endswith("/fc2/kernel"):
+    D = shape[0] // 2
+    return np.concatenate([np.eye(D, shape[1], dtype=dtype), -np.eye(D, shape[1], dtype=dtype)])
+  if path.endswith("/slice_pool/kernel"):
+    return np.full(shape, 1 / shape[0], dtype)
+  return np.ones(shape, dtype) if path.endswith("/scale") else np.zeros(shape, dtype)
+
+
+def shapes(model) -> dict[tuple[str, str], tuple[int, ...]]:
+  """(collection, path) -> shape of the model's variables; nothing is computed."""
+  array = lambda *shape: jnp.zeros((1, *shape))
+  def init():
+    cmr = {schema.VIEWS[spec.view]: array(*([2] if schema.VIEWS[spec.view] == "ed_es_volumes" else []), spec.planes, 64, 64)
+           for spec in model.config.cmr.values()}
+    batch = {"ecg": array(len(schema.LEADS), model.samples), "cmr": cmr, "mask": array(), "has_ecg": array(), "has_cmr": array()}
+    return model.init({"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False)
+  made = jax.eval_shape(init)
+  return {(collection, "/".join(key.key for key in path)): leaf.shape for collection in ("params", "batch_stats")
+          for path, leaf in jax.tree_util.tree_leaves_with_path(made.get(collection, {}))}
+
+
+def unflatten(flat) -> dict[str, Any]:
+  tree = {"params": {}, "batch_stats": {}}
+  for (collection, path), leaf in flat.items():
+    node = tree[collection]
+    *parents, last = path.split("/")
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def flatten(variables) -> dict[tuple[str, str], np.ndarray]:
+  return {(collection, "/".join(key.key for key in path)): np.asarray(leaf) for collection in ("params", "batch_stats")
+          for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))}
+
+
+def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarray]:
+  """The weights under PyTorch's keys.
+
+  Args:
+    model, variables: as `load` returns them, or of a run (training.restore.load_run).
+    tower: "ecg": the encoder, for strict=True of timm's VisionTransformer (global_pool "avg", with fc_norm, or "token");
+      "ecg_mae": the masked autoencoder with its decoder, as in He et al. 2022; a CMR tower: torchvision's ResNet, `fc` its
+      Linear, or PyTorchVideo's slow_r50 without its last block, beside `temporal_mlp` (Linear over slices) and `fc`;
+      None: all of them and the projection heads, each key with its module in front (`ecg.`, `cmr_NAME.`, `head_NAME.`).
+
+  Returns:
+    key -> array; num_batches_tracked, which nothing here counts, is 0.
+
+  Raises:
+    UserError: a tower that is not there, or for which there is no PyTorch layout.
+  """
+  return export(model, variables, tower)[0]
+
+
+def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
+  """`state_dict`, and which parameters it leaves out."""
+  flat = flatten(variables)
+  towers = [*(["ecg"] if model.config.ecg.size else []), *model.config.cmr]
+  known = towers + ["ecg_mae"] * bool(model.config.ecg.size and model.config.ecg.mask_ratio)
+  if tower not in (None, *known):
+    raise UserError(f"--tower={tower}; this model has {', '.join(known)}")
+  for name in towers if tower is None else [tower.removesuffix("_mae")]:
+    if name == "ecg" and model.config.ecg.film:
+      raise UserError("the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no layer")
+    if name != "ecg" and model.config.cmr[name].kind == "vit":
+      raise UserError(f"the tower {name} is a video transformer, which has no PyTorch layout here; name another --tower, such as ecg")
+  names = dict(naming.names({place: x.shape for place, x in flat.items()}, model.config))
+  state = {name.key: name.to_torch(flat[place]) for place, name in names.items()}
+  state |= {f"{key.removesuffix('running_mean')}num_batches_tracked": np.zeros((), np.int64) for key in state
+            if key.endswith(".running_mean")}
+  state |= tables(model, flat["params", "ecg/cls_token"].dtype) if model.config.ecg.size else {}
+  kept = {key: key for key in state}
+  if tower is not None:
+    module = "ecg" if tower in ("ecg", "ecg_mae") else f"cmr_{tower}"
+    kept = {key: key.removeprefix(f"{module}.") for key in state if key.startswith(f"{module}.")}
+    if module == "ecg":
+      autoencoder = ("decoder_", "mask_token") if model.config.ecg.pool == "cls" else ("decoder_", "mask_token", "norm.")
+      unwanted = ("fc_norm.", "attention_pool.", "head.") if tower == "ecg_mae" else autoencoder
+      kept = {key: theirs for key, theirs in kept.items() if not theirs.startswith(unwanted)}
+  left = [path for (collection, path), _ in flat.items()
+          if (collection, path) not in names or names[collection, path].key not in kept]
+  return {theirs: state[key] for key, theirs in kept.items()}, left
+
+
+def tables(model, dtype) -> dict[str, np.ndarray]:
+  """The fixed positions, which PyTorch keeps among the weights."""
+  c = model.config.ecg
+  width, _, _, *decoder = vit.numbers(c.size)
+  columns = model.samples // c.patch
+  found = {"ecg.pos_embed": width} if c.positions == "sincos" else {}
+  found |= {"ecg.decoder_pos_embed": decoder[0]} if c.mask_ratio else {}
+  return {key: recognise.table(columns, width).astype(dtype) for key, width in found.items()}
+
+
+def save(model, variables, path, tower: str | None = None) -> None:
+  """Writes `state_dict` as safetensors, whole or not at all. Its metadata tells the attention heads, which no weight does."""
+  state = state_dict(model, variables, tower)
+  metadata = {}
+  if model.config.ecg.size and tower in (None, "ecg", "ecg_mae"):
+    numbers = vit.numbers(model.config.ecg.size)
+    metadata = {"heads": str(numbers[2])} | ({"decoder_heads": str(numbers[5])} if model.config.ecg.mask_ratio else {})
+  torch_files.save(state, path, metadata)

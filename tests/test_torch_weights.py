@@ -1,0 +1,408 @@
+"""The published layouts in, through files of torch.save, and out again into PyTorch with strict=True."""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the tests of PyTorch weights need torch: pip install '.[torch]'")
+
+import torch_models as published
+from mmcl_jax.errors import UserError
+from mmcl_jax.interop import torch_weights
+
+PATCH, SAMPLES, B = 20, 100, 2
+TEST = (16, 1, 2)                                    # vit.SIZES["test"], and its decoder
+RESNET = (4, published.Basic, ((4, 1), (8, 1)))      # resnet.SIZES["test"]
+SLOW = (4, ((4, 1, 3),))                             # resnet.SLOW_SIZES["test"]
+
+
+class AttributeDict(dict):
+  """As Lightning keeps hyper-parameters: a dict of a class that is not here."""
+
+
+def vit(norms=("fc_norm",), **options):
+  return published.randomise(published.ViT(*TEST, PATCH, SAMPLES, norms=norms, **options)).float().eval()
+
+
+def autoencoder(**options):
+  return published.randomise(published.MaskedAutoencoder(*TEST, PATCH, SAMPLES, TEST, **options)).float().eval()
+
+
+def image(**options):
+  return published.randomise(published.ResNet(*RESNET, **options)).eval()
+
+
+def volume(**options):
+  return published.randomise(published.SlowResNet(*SLOW, **options)).eval()
+
+
+def head(into, hidden=10, width=6, norm=False, seed=0):
+  return published.randomise(published.Head(into, hidden, width, norm), seed).eval()
+
+
+def prefixed(prefix, net):
+  return {prefix + key: x for key, x in net.state_dict().items()}
+
+
+def saved(tmp_path, tree, name="x.pth"):
+  torch.save(tree, tmp_path / name)
+  return tmp_path / name
+
+
+def close(found, expected, bound=2e-5):
+  expected = expected.detach().double().numpy()
+  assert found.shape == expected.shape
+  np.testing.assert_allclose(found, expected, atol=bound * np.abs(expected).max(), rtol=0)
+
+
+ECG = np.random.default_rng(0).normal(size=(B, 12, SAMPLES)).astype(np.float32)
+IMAGE = np.random.default_rng(1).random((B, 3, 24, 24)).astype(np.float32)
+VOLUME = np.random.default_rng(2).random((B, 5, 24, 24)).astype(np.float32)
+
+
+def encode_ecg(model, variables, ecg=ECG):
+  return jax.jit(functools.partial(model.apply, method="encode_ecg"))(variables, ecg)
+
+
+def encode_cmr(model, variables, tower, planes):
+  @jax.jit
+  def run(variables, planes):
+    def embed(m, planes):
+      embedding = m.cmr[tower].embed(m.cmr[tower].features(planes, jnp.ones(len(planes))))
+      return embedding, m.head[tower](embedding)
+    return model.apply(variables, planes, method=embed)
+  return run(variables, planes)
+
+
+def reconstruct(model, variables, keep):
+  restore = np.argsort(np.concatenate([keep, [np.setdiff1d(np.arange(60), row) for row in keep]], axis=1), axis=1)
+  return jax.jit(lambda v: model.apply(v, method=lambda m: m.ecg.fill_in(ECG, keep, restore)))(variables)
+
+
+KEEP = np.stack([np.random.default_rng(i).permutation(60)[:12] for i in range(B)])
+
+
+# ---- the six published files
+
+def test_signal_encoder_mdm(tmp_path):
+  """A MAE checkpoint, its positions in the published order."""
+  net = autoencoder(swap=True)
+  optimizer = torch.optim.AdamW(net.parameters())
+  path = saved(tmp_path, {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 399, "scaler": {"scale": 65536.0},
+                          "args": argparse.Namespace(model="mae_vit_tiny", mask_ratio=0.8)})
+  model, variables, report = torch_weights.read(path)
+  c = model.config.ecg
+  assert (c.size, c.patch, c.pool, c.positions, model.samples) == ("test", PATCH, "mean", "learned", SAMPLES)
+  close(encode_ecg(model, variables)["ecg_embedding"], net(torch.tensor(ECG)))
+  close(reconstruct(model, variables, KEEP), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
+  text = "\n".join(report)
+  assert "fc_norm is not in the file: identity after mean pooling" in text and "ecg/fc_norm/scale = 1" in text
+  assert "beside the weights: optimizer, epoch, scaler, args" in text and "channels reordered" in text
+
+
+def test_signal_encoder_mdm_with_siamese_heads(tmp_path):
+  """As MMCL's later code leaves it; positions in our own order are recognised as the fixed ones."""
+  net = autoencoder()
+  net.projector = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False), torch.nn.BatchNorm1d(8))
+  net.predictor = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+  model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
+  assert model.config.ecg.positions == "sincos" and "pos_embed" not in variables["params"]["ecg"]
+  close(reconstruct(model, variables, KEEP), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
+  assert any(line.startswith("ignored, siamese heads: projector.0.weight") and "predictor.0.weight" in line for line in report)
+  assert any("projector.1.num_batches_tracked" in line for line in report)
+
+
+@pytest.mark.parametrize("norms, head_width", [(("norm",), 0), (("fc_norm",), 0), (("norm", "fc_norm"), 0), (("norm", "fc_norm"), 7)])
+def test_signal_encoder_mmcl(tmp_path, norms, head_width):
+  """Mean pooling, with fc_norm or without it (then it is a LayerNorm without scale), and an idle `norm`; with a head or not."""
+  net = vit(norms, head=head_width, swap=True)
+  model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
+  found = encode_ecg(model, variables)
+  close(found["ecg_tokens"], net.tokens(torch.tensor(ECG))[:, 1:])
+  embedding = net(torch.tensor(ECG))
+  close(found["ecg_embedding"], embedding)
+  assert model.config.ecg.pool == "mean" and model.config.ecg.head == head_width and not model.config.ecg.mask_ratio
+  close(found["ecg_projection"], net.head(embedding) if head_width else embedding)
+  assert any("norm of the CLS token" in line and "norm.weight" in line for line in report) == ("norm" in norms)
+  assert any("left at identity: ecg/fc_norm" in line for line in report) == ("fc_norm" not in norms)
+
+
+@pytest.mark.parametrize("form", ["sequential", "named", "prefixed"])
+def test_image_encoders(tmp_path, form):
+  """image_encoder_simclr and _mmcl: children of a ResNet in nn.Sequential under encoder_imaging.; torchvision's own names."""
+  net = image(classes=5 if form == "named" else 0)
+  state = {"sequential": prefixed("encoder_imaging.", net.sequential()), "named": net.state_dict(),
+           "prefixed": prefixed("module.encoder_imaging.", net)}[form]
+  model, variables, report = torch_weights.read(saved(tmp_path, {"state_dict": state, "epoch": 3}))
+  spec = model.config.cmr.image
+  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == ("resnet", "test", "three_frames", 3, 5 if form == "named" else 0)
+  embedding, projection = encode_cmr(model, variables, "image", IMAGE)
+  close(embedding, net(torch.tensor(IMAGE)))
+  close(projection, net(torch.tensor(IMAGE)))
+  assert any("counters of batches" in line and "num_batches_tracked" in line for line in report)
+
+
+def test_image_encoder_of_simclr_with_its_head(tmp_path):
+  net, projection = image(), head(8, norm=True)
+  state = prefixed("encoder_imaging.", net.sequential()) | prefixed("projection_head.", projection)
+  state |= {"classifier.model.weight": torch.ones(2, 8), "classifier_criterion.weight": torch.ones(2)}
+  model, variables, report = torch_weights.read(saved(tmp_path, {"state_dict": state}), tower="sax")
+  embedding, projected = encode_cmr(model, variables, "sax", IMAGE)
+  close(projected, projection(net(torch.tensor(IMAGE))))
+  assert any("classifiers and losses: classifier.model.weight, classifier_criterion.weight" in line for line in report)
+
+
+def lightning(**changes):
+  parts = dict(ecg=vit(("norm", "fc_norm"), head=2, swap=True), imaging=image(), head_ecg=head(16, seed=1), head_imaging=head(8, seed=2))
+  parts |= changes
+  state = prefixed("encoder_ecg.", parts["ecg"]) | prefixed("encoder_imaging.", parts["imaging"].sequential())
+  state |= prefixed("projection_head_ecg.", parts["head_ecg"]) | prefixed("projection_head_imaging.", parts["head_imaging"])
+  state |= {"classifier.model.weight": torch.ones(2, 16), "classifier_criterion.weight": torch.ones(2)}
+  return parts, {"epoch": 3, "global_step": 10, "pytorch-lightning_version": "1.6.4", "state_dict": state, "hyper_parameters": AttributeDict(lr=1),
+                 "callbacks": {AttributeDict: {"best_model_score": torch.tensor(1.0)}}, "optimizer_states": [], "lr_schedulers": []}
+
+
+def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
+  parts, tree = lightning()
+  model, variables, report = torch_weights.read(saved(tmp_path, tree, "last.ckpt"))
+  assert model.config.projection.to_dict() == dict(hidden=10, width=6, norm=False) and model.config.ecg.head == 0
+  found = encode_ecg(model, variables)
+  close(found["ecg_projection"], parts["head_ecg"](parts["ecg"](torch.tensor(ECG))))
+  embedding, projection = encode_cmr(model, variables, "image", IMAGE)
+  close(embedding, parts["imaging"](torch.tensor(IMAGE)))
+  close(projection, parts["head_imaging"](parts["imaging"](torch.tensor(IMAGE))))
+  assert any("which the projection head passes by: encoder_ecg.head.weight" in line for line in report)
+  assert not any("left at identity" in line for line in report)
+
+  model, variables, report = torch_weights.read(tmp_path / "last.ckpt", tower="image")  # one of them
+  assert not model.config.ecg.size and list(variables["params"]) == ["cmr_image", "head_image"]
+  assert any("other towers: encoder_ecg.cls_token" in line and "projection_head_ecg.layers.0.weight" in line for line in report)
+
+
+def test_heads_of_different_sizes_are_converted_one_at_a_time(tmp_path):
+  _, tree = lightning(head_ecg=head(16, hidden=12))
+  path = saved(tmp_path, tree)
+  with pytest.raises(UserError, match="heads of different sizes .*--tower=NAME"):
+    torch_weights.load(path)
+  assert torch_weights.load(path, tower="ecg")[0].config.projection.hidden == 12
+
+
+@pytest.mark.parametrize("channels, slices, fc, blocks", [(1, 5, 4, True), (1, 0, 0, False), (3, 5, 0, True)])
+def test_slow_resnet(tmp_path, channels, slices, fc, blocks):
+  """PyTorchVideo's keys, also without `blocks`; a stem of three channels sees the grey image three times."""
+  net = volume(channels=channels, slices=slices, fc=fc)
+  state = {key if blocks else key.removeprefix("blocks."): x for key, x in net.state_dict().items()}
+  model, variables, report = torch_weights.read(saved(tmp_path, {"model_state_dict": state}), tower="es")
+  spec = model.config.cmr.es
+  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == ("slow_resnet", "test", "es_volume", slices or 6, fc)
+  planes = VOLUME if slices else np.concatenate([VOLUME, VOLUME[:, :1]], axis=1)
+  theirs = net(torch.tensor(2 * planes - 1)[:, None].expand(-1, channels, -1, -1, -1))
+  close(encode_cmr(model, variables, "es", planes)[0], theirs, 5e-5)
+  assert any("mean over 6 of them" in line for line in report) == (not slices)
+  assert any("summed to one" in line for line in report) == (channels == 3)
+
+
+def test_dual_phase_pretraining_holds_its_encoder_twice(tmp_path):
+  net = volume(slices=5, fc=4)
+  own = {key: x for key, x in net.state_dict().items() if not key.startswith("blocks.")}
+  twice = {f"{name}.{key.removeprefix('blocks.')}": x for name in ("model", "encoder") for key, x in net.state_dict().items() if key not in own}
+  path = saved(tmp_path, {"model_state_dict": twice | own | {"output_layer.weight": torch.ones(3, 4), "output_layer.bias": torch.ones(3)}})
+  model, variables = torch_weights.load(path)
+  close(encode_cmr(model, variables, "ed", VOLUME)[0], net(torch.tensor(2 * VOLUME[:, None] - 1)), 5e-5)
+  twice["encoder.0.norm.bias"] = twice["encoder.0.norm.bias"] + 1
+  with pytest.raises(UserError, match="model.0.norm.bias and encoder.0.norm.bias, which both are .*differ"):
+    torch_weights.load(saved(tmp_path, {"model_state_dict": twice | own}))
+
+
+# ---- published sizes
+
+def test_sizes_are_read_off_shapes(tmp_path):
+  for size, numbers, patch, samples in (("tiny", (384, 3, 6), 100, 2500), ((192, 2, 3), (192, 2, 3), 50, 1000)):
+    net = published.ViT(*numbers, patch, samples)
+    model, _ = torch_weights.load(saved(tmp_path, net.state_dict()))
+    assert model.config.ecg.size == size and (model.config.ecg.patch, model.samples) == (patch, samples)
+    assert model.config.ecg.positions == "sincos"
+  mae = published.MaskedAutoencoder(384, 3, 6, 100, 2500, (256, 2, 8))
+  assert torch_weights.load(saved(tmp_path, mae.state_dict()))[0].config.ecg.size == "tiny"
+  longer, _ = torch_weights.load(tmp_path / "x.pth", samples=5000)  # fixed positions serve any length
+  assert longer.samples == 5000
+  net.pos_embed.data += 0.1
+  assert torch_weights.load(saved(tmp_path, net.state_dict()))[0].config.ecg.positions == "learned"
+  with pytest.raises(UserError, match="learned positions for 1000 samples, --samples=2000"):
+    torch_weights.load(tmp_path / "x.pth", samples=2000)
+
+
+def test_heads_that_no_weight_tells(tmp_path):
+  net = published.randomise(published.ViT(40, 1, 5, PATCH, SAMPLES)).float().eval()
+  path = saved(tmp_path, net.state_dict())
+  with pytest.raises(UserError, match="width of 40 has.*--heads="):
+    torch_weights.load(path)
+  with pytest.raises(UserError, match="heads is 3, which does not divide the width of 40"):
+    torch_weights.load(path, heads=3)
+  model, variables = torch_weights.load(path, heads=5)
+  close(encode_ecg(model, variables)["ecg_embedding"], net(torch.tensor(ECG)))
+  torch_weights.save(model, variables, tmp_path / "x.safetensors", "ecg")
+  again, _ = torch_weights.load(tmp_path / "x.safetensors")  # our own files tell them
+  assert again.config.ecg.size[2] == 5
+
+
+def test_pooling_is_read_off_keys_or_given(tmp_path):
+  classifier = vit(("norm",), head=3, pool="cls")
+  model, variables = torch_weights.load(saved(tmp_path, classifier.state_dict()))
+  assert model.config.ecg.pool == "cls"
+  close(encode_ecg(model, variables)["ecg_embedding"], classifier(torch.tensor(ECG)))
+  plain = vit(("norm",), pool="cls")
+  model, variables = torch_weights.load(saved(tmp_path, plain.state_dict()), pool="cls")
+  close(encode_ecg(model, variables)["ecg_embedding"], plain(torch.tensor(ECG)))
+  attention = vit(("norm", "fc_norm"), pool="attention")
+  model, variables = torch_weights.load(saved(tmp_path, attention.state_dict()))
+  assert model.config.ecg.pool == "attention"
+  close(encode_ecg(model, variables)["ecg_embedding"], attention(torch.tensor(ECG)))
+
+
+# ---- out
+
+def into_torch(net, state):
+  assert set(state) == set(net.state_dict())
+  net.load_state_dict({key: torch.tensor(x) for key, x in state.items()}, strict=True)
+  return net.float().eval()
+
+
+@pytest.mark.parametrize("pool, norms", [("mean", ("fc_norm",)), ("attention", ("fc_norm",)), ("cls", ("norm",))])
+@pytest.mark.parametrize("swap", [False, True])
+def test_an_encoder_goes_out_and_is_loaded_strictly(tmp_path, pool, norms, swap):
+  options = dict(norms=norms, pool=pool, head=4, swap=swap)
+  net = vit(**options)
+  model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
+  again = into_torch(published.ViT(*TEST, PATCH, SAMPLES, **options), torch_weights.state_dict(model, variables, "ecg"))
+  for key, x in net.state_dict().items():
+    np.testing.assert_allclose(again.state_dict()[key].double(), x.double(), atol=1e-6 if key == "pos_embed" else 0, rtol=0, err_msg=key)
+
+
+def test_an_autoencoder_goes_out_whole_or_as_an_encoder(tmp_path):
+  net = autoencoder(swap=True)
+  model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
+  state, left = torch_weights.export(model, variables, "ecg_mae")
+  assert sorted(left) == ["ecg/fc_norm/bias", "ecg/fc_norm/scale"] + [f"head_ecg/fc{i}/{leaf}" for i in (1, 2) for leaf in ("bias", "kernel")]
+  again = into_torch(published.MaskedAutoencoder(*TEST, PATCH, SAMPLES, TEST), state)
+  close(again.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)).detach().numpy(), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
+  state, left = torch_weights.export(model, variables, "ecg")
+  encoder = into_torch(published.ViT(*TEST, PATCH, SAMPLES), state)
+  close(encoder(torch.tensor(ECG)).detach().numpy(), net(torch.tensor(ECG)))
+  assert "ecg/decoder/mask_token" in left and "ecg/norm/scale" in left
+
+
+def test_resnets_go_out(tmp_path):
+  for net, tower, fresh in ((image(classes=5), "image", published.ResNet(*RESNET, classes=5)),
+                            (volume(slices=5, fc=4), "ed", published.SlowResNet(*SLOW, slices=5, fc=4))):
+    model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
+    again = into_torch(fresh, torch_weights.state_dict(model, variables, tower))
+    for key, x in net.state_dict().items():
+      np.testing.assert_array_equal(again.state_dict()[key], x, err_msg=key)
+
+
+@pytest.mark.parametrize("build", [
+    lambda: published.ResNet(64, published.Bottleneck, ((64, 3), (128, 4), (256, 6), (512, 3)), classes=10),
+    lambda: published.ResNet(64, published.Basic, ((64, 2), (128, 2), (256, 2), (512, 2))),
+    lambda: published.SlowResNet(64, ((64, 3, 1), (128, 4, 1), (256, 6, 3), (512, 3, 3)), slices=6)])
+def test_published_resnets_there_and_back(tmp_path, build):
+  net = build()
+  model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
+  state = torch_weights.state_dict(model, variables, next(iter(model.config.cmr)))
+  assert set(state) == set(net.state_dict())
+  for key, x in net.state_dict().items():
+    np.testing.assert_array_equal(state[key], x, err_msg=key)
+
+
+def test_a_whole_model_goes_out_and_comes_back(tmp_path):
+  _, tree = lightning()
+  model, variables = torch_weights.load(saved(tmp_path, tree))
+  torch_weights.save(model, variables, tmp_path / "x.safetensors")
+  again, loaded, report = torch_weights.read(tmp_path / "x.safetensors")
+  assert again.config == model.config and again.samples == model.samples
+  assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+  jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+  assert not any("left at identity" in line for line in report)
+
+
+def test_what_pytorch_has_no_layers_for(tmp_path):
+  model, variables = torch_weights.load(saved(tmp_path, vit().state_dict()))
+  with pytest.raises(UserError, match="--tower=ed; this model has ecg"):
+    torch_weights.state_dict(model, variables, "ed")
+  model.config.ecg.film = True
+  with pytest.raises(UserError, match="modulated by covariates"):
+    torch_weights.state_dict(model, variables, "ecg")
+
+
+# ---- bad input
+
+def refused(path, *words, **options):
+  with pytest.raises(UserError) as caught:
+    torch_weights.load(path, **options)
+  text = str(caught.value)
+  assert "\n" not in text
+  for word in words:
+    assert word in text, text
+
+
+def test_every_missing_extra_and_misshapen_key_is_listed(tmp_path):
+  state = vit().state_dict()
+  del state["blocks.0.mlp.fc1.bias"], state["patch_embed.proj.bias"]
+  state |= {"blocks.0.ls1.gamma": torch.ones(16), "reg_token": torch.ones(1, 4, 16)}
+  state["blocks.0.attn.qkv.weight"] = torch.ones(48, 15)
+  state["cls_token"] = torch.ones(1, 1, 17)
+  state["pos_embed"] = torch.ones(1, 60, 16)
+  state["blocks.0.norm2.bias"] = torch.ones(16, dtype=torch.int64)
+  state["fc_norm.weight"] = torch.full((16,), float("nan"))
+  refused(saved(tmp_path, {"model": state}),
+          "missing: blocks.0.mlp.fc1.bias (64,), patch_embed.proj.bias (16,)",
+          "not expected: blocks.0.ls1.gamma (16,), reg_token (1, 4, 16)",
+          "blocks.0.attn.qkv.weight (48, 15), expected (48, 16)", "cls_token (1, 1, 17), expected (1, 1, 16)",
+          "pos_embed (1, 60, 16), expected (1, 1 + 12 n, 16)", "blocks.0.norm2.bias int64, expected floating-point",
+          "not finite: fc_norm.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_no_numbers(tmp_path, value):
+  state = {key: x.double() for key, x in image().state_dict().items()}
+  state["layer2.0.bn1.running_var"][2] = value
+  refused(saved(tmp_path, state), "not finite: layer2.0.bn1.running_var")
+
+
+def test_wrong_resnets(tmp_path):
+  state = prefixed("encoder_imaging.", image().sequential())
+  del state["encoder_imaging.5.0.conv2.weight"]
+  state["encoder_imaging.1.running_mean"] = torch.ones(5)
+  state["encoder_imaging.5.0.bn7.weight"] = torch.ones(5)
+  refused(saved(tmp_path, state), "missing: encoder_imaging.layer2.0.conv2.weight (8, 8, 3, 3)", "encoder_imaging.1.running_mean (5,), expected (4,)",
+          "encoder_imaging.5.0.bn7.weight (5,)")
+  net = published.ResNet(6, published.Bottleneck, ((4, 1), (8, 2)))
+  refused(saved(tmp_path, net.state_dict()), "a stem of 6 channels, bottleneck blocks and stages of 4, 8 channels; expected one of test, demo")
+
+
+def test_what_is_no_encoder(tmp_path):
+  refused(saved(tmp_path, {"a.weight": torch.ones(2), "b": torch.ones(2)}), "has a.weight, b, which no layout explains", "--ignore=REGEX")
+  refused(saved(tmp_path, torch.nn.Linear(2, 2)), "was a whole model saved? Save its model.state_dict() instead")
+  refused(saved(tmp_path, prefixed("projection_head_ecg.", head(4))), "holds no encoder")
+  refused(saved(tmp_path, vit().state_dict()), "holds an ECG encoder, which the name ed is not for", tower="ed")
+  _, tree = lightning()
+  refused(saved(tmp_path, tree), "holds the towers ecg, image; --tower=ed is none of them", tower="ed")
+  tree["state_dict"]["logit_scale"] = torch.tensor(1.0)
+  refused(saved(tmp_path, tree), "logit_scale", "--ignore=REGEX")
+  assert torch_weights.load(tmp_path / "x.pth", ignore=("logit_scale",))[0].config.ecg.size == "test"
+  state = vit().state_dict()
+  state["blocks.99999.norm1.weight"] = torch.ones(16)
+  refused(saved(tmp_path, state), "numbers 100000 blocks; expected at most 200")
+  refused(saved(tmp_path, vit().state_dict()), "expected one of mean, attention, cls", pool="max")
+  refused(saved(tmp_path, image().state_dict()), "--view=side; expected one of ed_volume", view="side")
+
+
+def test_a_decoder_with_other_positions_is_refused(tmp_path):
+  net = autoencoder()
+  net.decoder_pos_embed.data[0, 5, 3] += 0.1
+  refused(saved(tmp_path, net.state_dict()), "of another value: decoder_pos_embed (1, 61, 16), expected the fixed sin-cos table")
+  assert torch_weights.load(tmp_path / "x.pth", ignore=("^decoder_", "^mask_token$"))[0].config.ecg.mask_ratio == 0
