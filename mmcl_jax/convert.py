@@ -37,8 +37,9 @@ def parse(argv):
   source.add_argument("--input", help="PyTorch weights: .pth, .pt, .ckpt or .safetensors")
   source.add_argument("--workdir", help="folder of a run, whose weights shall go out")
   parser.add_argument("--out", required=True, help="with --input: workdir to make; with --workdir: FILE.safetensors")
-  parser.add_argument("--tower", help="the one tower to take or to write (out: ecg, ecg_mae for the MAE with its decoder, a CMR "
-                      "tower); what to call the only CMR encoder of --input")
+  parser.add_argument(
+      "--tower", help="the one tower to take or to write (out: ecg, ecg_mae for the MAE with its decoder, a CMR "
+      "tower); what to call the only CMR encoder of --input")
   parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the last)")
   given = parser.add_argument_group("what an --input does not tell")
   given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
@@ -47,9 +48,11 @@ def parse(argv):
   given.add_argument("--decoder_heads", type=int, help="likewise of the MAE decoder")
   given.add_argument("--pool", help="mean, attention or cls, where it is not what the keys tell")
   given.add_argument("--view", help=f"what a CMR encoder looks at: {', '.join(schema.VIEWS)}")
-  given.add_argument("--ignore", action="append", default=[], metavar="REGEX", help="keys to leave out; may be repeated")
+  given.add_argument("--ignore", action="append", default=[], metavar="REGEX",
+                     help="keys to leave out; may be repeated")
   args = parser.parse_args(argv)
-  unused = [name for name in (*FLAGS[1:], "ecg_profile") if getattr(args, name)] if args.workdir else ["step"] * bool(args.step)
+  unused = [name for name in (*FLAGS[1:], "ecg_profile")
+            if getattr(args, name)] if args.workdir else ["step"] * bool(args.step)
   if unused:
     parser.error(f"--{', --'.join(unused)} cannot go with --{'workdir' if args.workdir else 'input'}")
   return args
@@ -112,9 +115,8 @@ def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> 
   if not out.endswith(".safetensors"):
     raise UserError(f"--out={out}; expected a name that ends in .safetensors")
   run = restore.load_run(workdir, step)
-  state, left = torch_weights.export(run.model, run.state.variables, tower)
-  torch_weights.save(run.model, run.state.variables, out, tower)
-  print(f"{len(state)} arrays of {sum(x.size for x in state.values()):,} numbers of step {run.step} written to {out}")
+  left = torch_weights.save(run.model, run.state.variables, out, tower)
+  print(f"{tower or 'all towers'} of step {run.step} written to {out}")
   if left:
     print(f"left out: {', '.join(left)}")
 

@@ -131,7 +131,8 @@ def load_probes(workdir, step) -> Probes:
   """The phenotype probes that `mmcl evaluate` left for a step; none, and a line that says so, where it has not run."""
   path = Path(workdir) / "evaluation" / str(step) / "probes.npz"
   if not path.exists():
-    print(f"no phenotypes will be predicted: {path} is missing; mmcl evaluate --workdir={workdir} makes it")
+    print(f"no phenotypes will be predicted: {path} is missing; mmcl evaluate --workdir={workdir} makes it "
+          "(with --cohort=DIR where the weights come from elsewhere)")
     return Probes((), np.zeros((0, 0)), np.zeros(0))
   try:
     with np.load(path, allow_pickle=False) as arrays:

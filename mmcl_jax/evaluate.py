@@ -6,7 +6,6 @@ Probes are fitted on train, their strength chosen on validation, scores taken on
 """
 
 import argparse
-import functools
 import pathlib
 
 import jax
@@ -38,14 +37,14 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   """Evaluates a checkpoint and writes its report; returns what results.json holds."""
   run = restore.load_run(workdir, step)
   cohort = cohort_room.load(cohort_path or run.config.data.cohort)
-  if cohort.info["ecg_profile"] != run.config.data.ecg_profile:
+  model = run.config.model
+  reads = "ECG" if model.ecg.size else "CMR"  # a run without an ECG tower is judged by its CMR embedding
+  if reads == "ECG" and cohort.info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(f"the cohort {cohort.path} was normalised by profile {cohort.info['ecg_profile']!r}, the encoder was "
                     f"trained on {run.config.data.ecg_profile!r}; prepare the cohort with --profile={run.config.data.ecg_profile}")
   if cohort_path is None and cohort.fingerprint != run.manifest["cohort"]:
     raise UserError(f"{cohort.path} is no longer the cohort that step {run.step} was trained on; name the one to evaluate "
                     "on with --cohort=DIR")
-  model = run.config.model
-  reads = "ECG" if model.ecg.size else "CMR"  # a run without an ECG tower is judged by its CMR embedding
   lacking = [f"{reads} in {split}" for split in schema.SPLITS if not cohort.info[f"with_{reads.lower()}"][split]]
   lacking += ["phenotypes"] * (not cohort.info["phenotypes"])
   fields = pretrainer.fields(model)
@@ -57,6 +56,9 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
   has_cmr = bool(fields) and cohort.info["with_cmr"]["test"] > 0 and all(name in cohort.info["shapes"] for name in fields)
+
+  if fields and not has_cmr:
+    print(f"no retrieval: the test split of {cohort.path} has no CMR, or lacks some of {', '.join(fields)}")
 
   with jax.set_mesh(run.mesh):
     features = embed_splits(run, cohort, batch, fields if has_cmr else ())
@@ -88,8 +90,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     drawings["training_curves"] = figures.training_curves(metrics.read(log), note)
   if shown:
     drawings["reconstruction"] = figures.reconstruction(**shown, note=note)
-  out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if cohort_path is None else
-                                                f"{run.step}-{pathlib.Path(cohort_path).resolve().name}")
+  own = cohort_path is None or not run.manifest["cohort"]  # weights from elsewhere have no cohort: any is theirs
+  out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if own else f"{run.step}-{pathlib.Path(cohort_path).resolve().name}")
   report.write(results, predictions, probe, drawings, out)
   print(report.table(results))
   if paired:
@@ -101,17 +103,15 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
 
 
 def embed_splits(run, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:
-  """Trained and untrained embeddings of every split; of ECG encoders, CMR projections of the test split only, where
-  retrieval is scored."""
-  embed = jax.jit(steps.make_embed(run.model, run.config, run.scales))
-  reads_ecg, features = bool(run.config.model.ecg.size), {}
-  for split in schema.SPLITS:
-    collect = functools.partial(embeddings.collect, embed, source=cohort.splits[split], mesh=run.mesh, batch=batch,
-                                needs="has_ecg" if reads_ecg else "has_cmr")
-    features[split] = collect(run.state.variables, fields=fields if split == "test" or not reads_ecg else (), title=f"embed {split}")
-    untrained = collect(run.fresh.variables, fields=() if reads_ecg else fields, title=f"embed {split}, untrained encoder")
-    features[split]["random_embedding"] = untrained["embedding"]
-  return features
+  """Trained and untrained embeddings of every split, in one pass; of ECG encoders, CMR projections of the test split only,
+  where retrieval is scored."""
+  embed = steps.make_embed(run.model, run.config, run.scales)
+  both = jax.jit(lambda pair, rows: embed(pair[0], rows) | {"random_embedding": embed(pair[1], rows)["embedding"]})
+  pair, reads_ecg = (run.state.variables, restore.untrained(run)), bool(run.config.model.ecg.size)
+  return {split: embeddings.collect(both, pair, cohort.splits[split], mesh=run.mesh, batch=batch,
+                                    needs="has_ecg" if reads_ecg else "has_cmr",
+                                    fields=fields if split == "test" or not reads_ecg else (), title=f"embed {split}")
+          for split in schema.SPLITS}
 
 
 def reconstruction(run, cohort, batch: int) -> dict:

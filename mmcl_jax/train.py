@@ -66,18 +66,19 @@ def train(config, workdir: str):
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
 
     # -- Data: towers that do not learn look at every heart once, before the loop --
-    fields = pretrainer.fields(config.model, frozen=False)
-    records = lambda one, split: frozen.with_features(one, split, model, state.variables, mesh, config.batch, config.loader.threads)
+    fields = pretrainer.fields(config.model, only=pretrainer.learning(config.model))
+    records = lambda one, split: frozen.with_features(one, split, model, state.variables, mesh, workdir, config.batch,
+                                                       config.loader.threads)
     train_records, mix = records(cohort, "train"), mixed(cohort, others, config, records)
     batch_of = lambda start: pipeline.train_batches(
         train_records, seed=config.seed, batch=config.batch, fields=fields, start_step=start,
         host=jax.process_index(), hosts=jax.process_count(), mix=mix, **config.loader)
-    evaluators = online.build(config, model, objectives, cohort, records(cohort, "val"), scales, mesh)
+    evaluators = online.build(config, model, objectives, cohort, records(cohort, "val"), scales, mesh) if config.evaluators else []
     if first_process:
       configuration.save(config, workdir)
       print(f"resuming {workdir} from step {start}" if start else json.dumps(json.loads(config.to_json()), indent=1))
       print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=8))
-      if any(config.init_from.values()) and not start:
+      if not start:
         print(initialise.describe(carried))
 
     # -- The loop: save -> evaluate on the old state -> take the next batch -> step -> write the metrics of the step before --
@@ -123,6 +124,7 @@ def train(config, workdir: str):
       batch = parallel.to_global(next(batches), mesh)
       state, values = train_step(state, batch)
       flush_pending()
+      checkpoints.poll()
       pending = step + 1, values
     checkpoints.close()
     writer.close()
@@ -153,9 +155,10 @@ def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
 
 def check_cohorts(cohort, others, config):
   """The cohorts must have been prepared the way the config says, and alike."""
+  reads_ecg = bool(config.model.ecg.size)
   for one, _ in [(cohort, 1), *others]:
     found = one.info["ecg_profile"]
-    if found != config.data.ecg_profile:
+    if reads_ecg and found != config.data.ecg_profile:
       raise UserError(f"the cohort {one.path} was normalised by profile {found!r}, config.data.ecg_profile is "
                       f"{config.data.ecg_profile!r}; set it to {found!r} or prepare the cohort again")
     if one.info["shapes"]["ecg"] != cohort.info["shapes"]["ecg"]:
@@ -163,7 +166,7 @@ def check_cohorts(cohort, others, config):
                       f"{cohort.info['shapes']['ecg']}; expected the same")
     if not one.splits["train"]:
       raise UserError(f"the cohort {one.path} has no train split; prepare it with a --split whose first share is not 0")
-    if not one.info["with_ecg"]["train"]:
+    if reads_ecg and not one.info["with_ecg"]["train"]:
       raise UserError(f"the cohort {one.path} has no ECG to train on; prepare it with ECG")
     if units := [name for name, unit in one.info["phenotypes"].items() if cohort.info["phenotypes"].get(name, unit) != unit]:
       raise UserError(f"{', '.join(units)} of {one.path} and {cohort.path} have different units; prepare them alike")
@@ -179,6 +182,12 @@ def check_cohorts(cohort, others, config):
     raise UserError(f"the cohort {cohort.path} has no {', '.join(absent)} for config.model.cmr; it has "
                     f"{', '.join(cohort.info['shapes'])}")
   pretrainer.check(config.model, cohort.info["shapes"])
+  if config.model.ecg.film and not cohort.info["covariates"]:
+    raise UserError(f"config.model.ecg.film modulates the ECG tower by covariates, the cohort {cohort.path} has none; prepare it "
+                    "with --tables that hold them, or set film=False")
+  if any(config.augment.cmr.values()) and any(spec.frozen for spec in config.model.cmr.values()):
+    raise UserError(f"config.augment.cmr is {config.augment.cmr.to_dict()}, and frozen towers look at every heart once, as it is; "
+                    "set all of it to 0")
   check_splits(cohort, others)
   shares = [share for _, share in others]
   if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
@@ -186,7 +195,7 @@ def check_cohorts(cohort, others, config):
   if config.evaluators and not cohort.splits["val"]:
     raise UserError(f"the cohort {cohort.path} has no val split; prepare it with one or set config.evaluators=()")
   length = cohort.info["shapes"]["ecg"][1]
-  if not 0 < config.data.samples <= length:
+  if reads_ecg and not 0 < config.data.samples <= length:
     raise UserError(f"config.data.samples is {config.data.samples}; the cohort's recordings have {length} samples")
 
 

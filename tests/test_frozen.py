@@ -55,7 +55,7 @@ def test_cached_features_give_the_run_that_the_towers_in_the_loop_give(cohort, f
   """The oracle runs the towers on the images in every step."""
   real = pretrainer.fields
   monkeypatch.setattr(frozen, "with_features", lambda one, split, *args: one.splits[split])
-  monkeypatch.setattr(pretrainer, "fields", lambda config, frozen=True: real(config))
+  monkeypatch.setattr(pretrainer, "fields", lambda config, only=None: real(config))
   live = jax.device_get(train.train(second(cohort, first), str(tmp_path / "w")))
   losses = [[record["loss"] for record in metrics.read(workdir / "metrics.jsonl") if "loss" in record]
             for workdir in (cached[0], tmp_path / "w")]
@@ -66,7 +66,7 @@ def test_cached_features_give_the_run_that_the_towers_in_the_loop_give(cohort, f
 def test_features_are_those_of_the_tower_in_evaluation_mode(cohort, first, cached):
   run = restore.load_run(str(cached[0]))
   with jax.set_mesh(run.mesh):
-    source = frozen.with_features(cohort, "train", run.model, run.state.variables, run.mesh, batch=8)
+    source = frozen.with_features(cohort, "train", run.model, run.state.variables, run.mesh, str(cached[0]), batch=8)
   assert isinstance(source, pipeline.WithFeatures) and len(source) == len(cohort.splits["train"])
   for i in (0, len(source) - 1):  # the last one stood in a padded batch
     record = cohort.splits["train"][i]
@@ -75,28 +75,50 @@ def test_features_are_those_of_the_tower_in_evaluation_mode(cohort, first, cache
     np.testing.assert_allclose(source[i]["features"]["es"], tower.backbone(planes, np.ones(1), False, None)[0], rtol=1e-4, atol=1e-6)
 
 
-def test_other_weights_or_another_config_get_other_files(cohort, cached):
+def test_other_weights_or_what_decides_get_other_files_and_nothing_else_does(cohort, cached):
   run = restore.load_run(str(cached[0]))
-  spec, variables = run.config.model.cmr.ed, jax.device_get(run.state.variables)
-  mark = frozen.fingerprint(cohort, "ed", spec, variables)
-  assert mark == frozen.fingerprint(cohort, "ed", spec, jax.tree.map(np.copy, variables))
+  config, variables = run.config.model, jax.device_get(run.state.variables)
+  mark = frozen.fingerprint(cohort, "ed", config, variables)
+
+  def changed(**entries):
+    other = config.copy_and_resolve_references()
+    for name, value in entries.items():
+      (other if name == "dtype" else other.cmr.ed)[name] = value
+    return frozen.fingerprint(cohort, "ed", other, variables)
+
+  assert mark == frozen.fingerprint(cohort, "ed", config, jax.tree.map(np.copy, variables)) == changed(width=7, drop_path=0.5)
   touched = jax.tree.map(np.copy, variables)
   touched["batch_stats"]["cmr_ed"]["backbone"]["stem_norm"]["mean"][0] += 1e-6
-  wider = spec.copy_and_resolve_references()
-  wider.planes = 4
   other = cohort._replace(info=cohort.info | {"fingerprint": "0" * 32})
-  marks = {mark, frozen.fingerprint(cohort, "ed", spec, touched), frozen.fingerprint(cohort, "ed", wider, variables),
-           frozen.fingerprint(other, "ed", spec, variables), frozen.fingerprint(cohort, "es", spec, variables)}
-  assert len(marks) == 5
+  marks = {mark, frozen.fingerprint(cohort, "ed", config, touched), changed(planes=4), changed(dtype="bfloat16"),
+           changed(view="es_volume"), frozen.fingerprint(other, "ed", config, variables),
+           frozen.fingerprint(cohort, "es", config, variables)}
+  assert len(marks) == 7
 
 
 def test_features_are_made_once_and_never_left_half_written(cohort, cached, first, tmp_path, monkeypatch):
   folder = pathlib.Path(f"{cohort.path}.cache")
   files = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
-  assert {file.name for file in files} == {f"{split}.{phase}.npy" for split in ("train", "val") for phase in ("ed", "es")}
+  assert sorted(file.name for file in files) == ["train.npy", "train.npy", "val.npy", "val.npy"]  # of two towers
   monkeypatch.setattr(frozen.inference, "over_split", lambda *args, **kwargs: pytest.fail("the towers ran again"))
   train.train(second(cohort, first), str(tmp_path / "again"))
   assert files == {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_damaged_file_is_made_again_and_a_read_only_cohort_leaves_it_to_the_workdir(cohort, cached, tmp_path, monkeypatch):
+  run = restore.load_run(str(cached[0]))
+  features = lambda: frozen.with_features(cohort, "val", run.model, run.state.variables, run.mesh, str(tmp_path), batch=8)
+  with jax.set_mesh(run.mesh):
+    good = features()
+    file = pathlib.Path(good.files["ed"])
+    expected = np.load(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    np.testing.assert_array_equal(np.load(features().files["ed"]), expected)
+    monkeypatch.setattr(frozen.os, "access", lambda *args: False)
+    moved = features()
+  assert all(pathlib.Path(one).is_relative_to(tmp_path / "features") for one in moved.files.values())
+  np.testing.assert_array_equal(np.load(moved.files["ed"]), expected)
+  assert not [one for one in file.parent.iterdir() if one.name.startswith(".")]
 
 
 def test_a_cohort_of_ecg_alone_mixes_with_cached_pairs(cohort, first, tmp_path):

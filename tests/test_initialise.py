@@ -33,7 +33,8 @@ def variables(seed, towers=("ed", "es"), decoder=False, columns=2, patch=3):
   tower = lambda: {"backbone": {"stem": {"kernel": x(2, WIDTH)}, "norm": {"bn": {"scale": x(WIDTH), "bias": x(WIDTH)}}},
                    "fc": dense(WIDTH)}
   moving = lambda: {"backbone": {"norm": {"bn": {"mean": x(WIDTH), "var": x(WIDTH)}}}}
-  params = {f"cmr_{name}": tower() for name in towers} | {"ecg": ecg, "head_ecg": {"fc1": dense(WIDTH)}, "log_scale": x()}
+  params = {"ecg": ecg, "head_ecg": {"fc1": dense(WIDTH)}, "log_scale": x()}
+  params |= {f"cmr_{name}": tower() for name in towers}
   return {"params": params, "batch_stats": {f"cmr_{name}": moving() for name in towers}}
 
 
@@ -83,7 +84,7 @@ def test_dtype_and_sharding_are_those_of_the_model():
   state, source = a_state(), variables(1)
   mesh = parallel.make_mesh(-1, 1)
   state = jax.device_put(state, parallel.shardings(state, ((r"patch_embed/kernel", (None, "model")),), mesh))
-  source["params"]["ecg"] = jax.tree.map(np.float64, source["params"]["ecg"])
+  source["params"]["ecg"] = jax.tree.map(np.float16, source["params"]["ecg"])
   new, _ = carry(state, {"W": source}, init_from={"ecg": "W"})
   for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
     assert (old.dtype, old.sharding) == (leaf.dtype, leaf.sharding)
@@ -94,7 +95,8 @@ def test_two_towers_from_one_do_not_share_memory():
   """The step donates its buffers; the source's arrays must stay as they are."""
   source = variables(1, towers=("volume",))
   before = jax.tree.map(np.copy, source)
-  new, report = carry(a_state(), {"W": source}, init_from={"cmr_ed": "W", "cmr_es": "W"})
+  new, report = carry(a_state(), {"W": source}, init_from={"cmr_ed": "W", "cmr_es": "W", "ecg": "W"})
+  same(new.params["ecg"], source["params"]["ecg"])
   for tower in ("cmr_ed", "cmr_es"):
     same(new.params[tower], source["params"]["cmr_volume"])
     same(new.statistics[tower], source["batch_stats"]["cmr_volume"])

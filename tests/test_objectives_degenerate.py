@@ -83,7 +83,7 @@ def test_a_dead_row_pulls_a_thousand_times_at_most():
 
 @pytest.mark.parametrize("name", ["dual_phase", "clip", "nt_xent", "phenotype_weighted", "soft_positive"])
 def test_what_is_hidden_stays_hidden_at_the_lowest_temperature(name):
-  """Two views as far apart as can be, at scale 100 (model.max_scale): own logit -100, and still nobody to compare with."""
+  """Two views as far apart as can be, at scale 100 (model.max_scale): own logit -100, and nobody to compare with."""
   outputs, batch = case(whole=True)
   z = outputs["ecg_projection"]
   outputs["cmr"] = {which: {"projection": -z} for which in ("ed", "es", "image")}

@@ -50,7 +50,7 @@ print(json.dumps(result))
 
 @pytest.fixture(scope="module")
 def compared():
-  return json.loads(python(COMPARE, devices=8).strip().splitlines()[-1])
+  return json.loads(python(COMPARE, devices=8, timeout=600).strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mmcl_jax import objectives
-from mmcl_jax.objectives import contrastive, noncontrastive, ntxent, phenotypes, supervised
+from mmcl_jax.objectives import common, contrastive, noncontrastive, ntxent, phenotypes, supervised
 from objective_cases import B, CASES, E, K, case, counts
 
 
@@ -262,6 +262,18 @@ def test_learned_scale_and_bias_stand_in_for_the_parameters():
     loss = fn(learned, batch, **parameters)
     np.testing.assert_allclose(objectives.mean(loss), objectives.mean(fn(outputs, batch, **fixed)), rtol=1e-5)
     np.testing.assert_allclose(loss.metrics["temperature"], 0.25, rtol=1e-6)
+
+
+def test_phenotype_distance_in_float32():
+  """From matrix products; of oneself it is 0, not what rounding leaves (a root of it would show)."""
+  _, batch = case()
+  batch["targets"] *= np.float32(7)  # outliers
+  d, common_target = common.phenotype_distance(batch)
+  expected = [[distance(batch, i, j) for j in range(B)] for i in range(B)]
+  assert np.array_equal(common_target, [[x is not None for x in row] for row in expected])
+  np.testing.assert_allclose(d, np.array([[x or 0 for x in row] for row in expected]), rtol=1e-4, atol=1e-4)
+  many = {"targets": np.random.default_rng(0).normal(size=(B, 82)).astype(np.float32)}
+  assert (np.diagonal(jax.jit(common.phenotype_distance)(many)[0]) == 0).all()
 
 
 def test_metrics_by_hand():

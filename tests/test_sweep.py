@@ -53,7 +53,8 @@ def fakes(**starts):
 
 
 def test_schedule_keeps_the_order_and_the_number_of_jobs():
-  runs, lock, going, peak, ended = fakes(a="", b="", c="a", d="ab", e="d", f=""), threading.Lock(), set(), [0], []
+  runs = fakes(a="", b="", c="", d="ab", e="d", f="")
+  lock, going, peak, ended, told = threading.Lock(), set(), [0], [], []
   met = threading.Barrier(2, timeout=30)
 
   def work(run):
@@ -67,9 +68,11 @@ def test_schedule_keeps_the_order_and_the_number_of_jobs():
       going.remove(run.name)
       ended.append(run.name)
 
-  runs[2] = runs[2]._replace(starts={})
-  assert sweep.schedule(runs, ["b"], work, jobs=2) == {}
+  assert sweep.schedule(runs, ["b"], work, 2, lambda run, what, done: told.append((what, len(done)))) == {}
   assert sorted(ended) == list("acdef") and peak[0] == 2
+  assert told[-1] == ("is done", 6)
+  begun = np.cumsum([what == "begins" for what, _ in told])
+  assert all(count - (done - 1) <= 2 for count, (_, done) in zip(begun, told))  # b was done before
 
 
 def test_a_failed_run_costs_itself_and_what_starts_from_it():

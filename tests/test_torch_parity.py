@@ -118,7 +118,7 @@ def test_masked_autoencoder_with_a_given_mask(swap, tmp_path):
   """Prediction, loss and NCC as in MMCL's code (all patches, w = 0.1), masked MSE as in He et al. 2022, and gradients.
 
   Measured: prediction 8e-16, losses 3e-16, gradients 8e-17 of the norm; 8e-12 where 1e-12 is added to variances as MMCL does,
-  not 1e-8. swap: the published order of the fixed positions, to which the decoder's channels are brought.
+  not 1e-8. swap: the fixed positions are the other way round, and the decoder's channels with them.
   """
   net, model, variables, run, keep, hidden = masked(tmp_path, swap)
   x = ecgs()

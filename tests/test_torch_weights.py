@@ -89,7 +89,7 @@ KEEP = np.stack([np.random.default_rng(i).permutation(60)[:12] for i in range(B)
 # ---- the six published files
 
 def test_signal_encoder_mdm(tmp_path):
-  """A MAE checkpoint, its positions in the published order."""
+  """A MAE checkpoint, its fixed positions in the other order than ours."""
   net = autoencoder(swap=True)
   optimizer = torch.optim.AdamW(net.parameters())
   path = saved(tmp_path, {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 399, "scaler": {"scale": 65536.0},

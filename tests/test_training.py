@@ -51,7 +51,7 @@ def test_total_is_the_weighted_sum_of_the_objectives(finished):
 def test_training_changes_every_parameter(finished):
   run = restore.load_run(str(finished[0]))
   unchanged = [jax.tree_util.keystr(path, simple=True, separator="/") for (path, before), after in zip(
-      jax.tree_util.tree_leaves_with_path(jax.device_get(run.fresh.params)), jax.tree.leaves(finished[1].params))
+      jax.tree_util.tree_leaves_with_path(jax.device_get(restore.untrained(run)["params"])), jax.tree.leaves(finished[1].params))
       if np.array_equal(before, after)]
   assert unchanged == []
 
@@ -149,7 +149,7 @@ def test_a_finished_run_resumes_to_itself(finished, cohort):
 def test_checkpoint_says_what_it_is(finished, cohort):
   assert checkpoint.steps(str(finished[0])) == [3, 6]
   manifest = checkpoint.manifest(str(finished[0]), 6)
-  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/1"
+  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/2"
   assert any(name.startswith("state/") for name in manifest["files"])
 
 

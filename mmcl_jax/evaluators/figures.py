@@ -54,7 +54,7 @@ def r2_bars(results: dict, note: str = "") -> Figure:
   """R2 of every phenotype from the embedding, bars with 95 % intervals, beside the baselines and the ceiling.
 
   Args:
-    results: `phenotypes`, `encoder` (ECG unless given), and where known `baselines` and `ceiling` ({NAME: R2}), as results.json has them.
+    results: `phenotypes`, `encoder` (ECG unless given), and, where known, `baselines` and `ceiling` ({NAME: R2}), as results.json has them.
   """
   names, seen = list(results["phenotypes"]), results.get("encoder", "ECG")
   figure = Figure(figsize=(7.2, 1.6 + 0.5 * len(names)), layout="constrained")

@@ -34,7 +34,7 @@ def losses(config, model, objectives, cohort, source, scales, mesh):
 
   def run(state):
     total = None
-    for rows in pipeline.one_pass(source, batch=config.batch, fields=pretrainer.fields(config.model, frozen=False),
+    for rows in pipeline.one_pass(source, batch=config.batch, fields=pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
                                   host=jax.process_index(), hosts=jax.process_count(), threads=config.loader.threads):
       found = step(state, parallel.to_global(rows, mesh))
       total = found if total is None else {name: total[name].merge(x) for name, x in found.items()}
@@ -56,7 +56,7 @@ def phenotype_probes(config, model, objectives, cohort, source, scales, mesh):
   def run(state):
     found = embeddings.collect(embed, state.variables, source, mesh=mesh, batch=config.batch,
                                needs="has_ecg" if reads_ecg else "has_cmr",
-                               fields=() if reads_ecg else pretrainer.fields(config.model, frozen=False),
+                               fields=() if reads_ecg else pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
                                threads=config.loader.threads)
     x, y = found["embedding"].astype(np.float64), found["phenotypes"]
     half = found["subject"][:, 0] % 2 == 0  # by subject: visits of one person stay on one side

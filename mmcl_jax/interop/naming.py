@@ -1,10 +1,10 @@
-"""Names and layouts of parameters: ours <-> timm (ViT, MAE), torchvision (ResNet), PyTorchVideo (slow_r50), lightly (heads).
+"""Names and layouts of parameters: ours <-> timm (ViT, MAE), torchvision (ResNet), PyTorchVideo (slow_r50), lightly.
 
 A key has the name of its module in front (`ecg.blocks.0.attn.qkv.weight`, `head_ecg.layers.0.weight`).
 
 torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out]. Of our 3-D convolutions one axis is
 always 1 wide: those over the plane are [h, w, in, out], those over s slices [s * in, out], the slices' channels one after
-the other. Both are torch's axes moved to the front, in order, without the ones of 1.
+the other. All of them are torch's numbers with the axes in the order *window, in, out, and the axes of 1 left out.
 """
 
 import re
@@ -93,7 +93,8 @@ def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) ->
     *layers, leaf = theirs.split("/")
     key = ".".join([module, *layers, LEAVES.get(leaf, leaf)])
     there = torch_shape(rest, shape, config, module, kind)
-    yield (collection, path), Name(key, there, (*range(2, len(there)), 1, 0) if rest.endswith("/kernel") else tuple(range(len(there))))
+    axes = range(len(there))
+    yield (collection, path), Name(key, there, (*axes[2:], 1, 0) if rest.endswith("/kernel") else tuple(axes))
 
 
 def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def read(path) -> Weights:
     raise UserError(f"{path}: {error}; expected a file of torch.save (.pth, .pt, .ckpt) or safetensors") from None
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-  except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:  # KeyError: a type NumPy does not have
+  except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:  # also a type that NumPy lacks
     raise UserError(f"{path} is no safetensors file, or a damaged one ({error})") from None
   return find(tree, path)
 
@@ -53,8 +53,8 @@ def find(tree, path) -> Weights:
     raise UserError(f"{path} holds weights under {' and '.join(found)}; save the one that is wanted alone")
   state = tree[found[0]] if found else tree
   if not holds(state):
-    raise UserError(f"{path} holds no weights, neither plain nor under {', '.join(WRAPPERS)}; was a whole model saved? Save "
-                    "its model.state_dict() instead")
+    raise UserError(f"{path} holds no weights, neither plain nor under {', '.join(WRAPPERS)}; was a whole model saved? "
+                    "Save its model.state_dict() instead")
   beside = [str(key) for x in ([tree, state] if found else [tree]) for key, value in x.items()
             if not isinstance(value, np.ndarray) and key not in found]
   return Weights({str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}, beside, {})
@@ -64,8 +64,9 @@ def save(state: dict[str, np.ndarray], path, metadata: dict[str, str]) -> None:
   """Writes a safetensors file, whole or not at all."""
   path = pathlib.Path(path)
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+  whole = {key: np.asarray(x, order="C") for key, x in state.items()}
   try:
-    safetensors.numpy.save_file({key: np.asarray(x, order="C") for key, x in state.items()}, partial, {"format": "pt"} | metadata)
+    safetensors.numpy.save_file(whole, partial, {"format": "pt"} | metadata)
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"cannot write {path}: {error}") from None

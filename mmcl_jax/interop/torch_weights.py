@@ -9,7 +9,7 @@ import numpy as np
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.interop import naming, recognise, torch_files
+from mmcl_jax.interop import modules, naming, recognise, torch_files
 from mmcl_jax.models import pretrainer, vit
 
 
@@ -24,9 +24,9 @@ class Loaded(NamedTuple):
 def load(path, **options):
   """A model and its variables from PyTorch weights.
 
-  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, torchvision's ResNet-18 and -50
-  (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several towers with projection heads, and what
-  `save` wrote. Sizes and options are read off keys and shapes.
+  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, torchvision's ResNet-18 and
+  -50 (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several towers with projection heads, and
+  what `save` wrote. Sizes and options are read off keys and shapes.
 
   Args:
     path: a file of torch.save or safetensors; weights only, nothing in it is executed.
@@ -50,48 +50,54 @@ def load(path, **options):
 
 def read(path, dtype: str = "float32", **options) -> Loaded:
   """`load` with a report: what was recognised, loaded, left at identity and ignored."""
-  options = recognise.Options(**options)
+  options = modules.Options(**options)
   weights = torch_files.read(path)
   found = recognise.recognise(weights.state, weights.metadata, options, path)
   found.config.dtype = dtype
   model = pretrainer.build(found.config, found.samples)
-  abstract = shapes(model)
-  variables, expected = {}, set()
-  places = {place: name for place, name in naming.names(abstract, model.config)}
-  troubles = collections.defaultdict(list)
-  for place, shape in abstract.items():
-    if place[1] in found.fresh:
-      variables[place] = fresh(place[1], shape, dtype)
-      continue
-    name = places[place]
-    expected.add(name.key)
-    module, _, rest = name.key.partition(".")
-    theirs, x = found.theirs.get(name.key, found.prefixes.get(module, f"{module}.") + rest), found.state.get(name.key)
-    if x is None:
-      troubles["missing"].append(f"{theirs} {name.shape}")
-    elif x.shape != name.shape:
-      troubles["of another shape"].append(f"{theirs} {x.shape}, expected {name.shape}")
-    elif x.dtype.kind != "f" and x.dtype.name != "bfloat16":
-      troubles["of another type"].append(f"{theirs} {x.dtype}, expected floating-point numbers")
-    else:
-      x = x.astype(dtype)
-      if not np.isfinite(x).all():
-        troubles["not finite"].append(theirs)
-      variables[place] = name.to_ours(x, shape)
-  troubles["not expected"] = [f"{found.theirs[key]} {x.shape}" for key, x in found.state.items() if key not in expected]
-  lines = found.troubles + [f"{what}: {', '.join(keys)}" for what, keys in troubles.items() if keys]
-  if lines:
-    raise UserError(f"{path} does not fit. Recognised: {'; '.join(found.notes)}. {'; '.join(lines)}. Leave keys out by "
-                    "--ignore=REGEX; what is missing cannot be made up")
+  variables, troubles = fill(model, found, dtype)
+  if troubles:
+    raise UserError(
+        f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: {'; '.join(troubles)}. Leave keys "
+        "out by --ignore=REGEX; what is missing cannot be made up")
   return Loaded(model, unflatten(variables), report(path, weights, found, variables))
 
 
-def report(path, weights, found, variables) -> list[str]:
+def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
+  """(collection, path) -> array of every variable, and what stands against that: every key that does not fit."""
+  arrays = {f"{module}.{key}": x for module, keys in found.modules.arrays.items() for key, x in keys.items()}
+  theirs, prefixes = found.modules.theirs, found.modules.prefixes
+  expected = shapes(model)
+  names = dict(naming.names(expected, model.config))
+  variables, troubles = {}, collections.defaultdict(list)
+  for place, shape in expected.items():
+    if place[1] in found.fresh:
+      variables[place] = fresh(place[1], shape, dtype)
+      continue
+    name = names[place]
+    module, _, rest = name.key.partition(".")
+    key, x = theirs.get(name.key, prefixes.get(module, f"{module}.") + rest), arrays.pop(name.key, None)
+    if x is None:
+      troubles["missing"].append(f"{key} {name.shape}")
+    elif x.shape != name.shape:
+      troubles["of another shape"].append(f"{key} {x.shape}, expected {name.shape}")
+    elif x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+      troubles["of another type"].append(f"{key} {x.dtype}, expected floating-point numbers")
+    else:
+      with np.errstate(over="ignore"):  # what becomes infinite is told
+        variables[place] = name.to_ours(x.astype(dtype), shape)
+      if not np.isfinite(variables[place]).all():
+        troubles["not finite"].append(key)
+  troubles["not expected"] = [f"{theirs[key]} {x.shape}" for key, x in arrays.items()]
+  return variables, found.troubles + [f"{what}: {', '.join(keys)}" for what, keys in troubles.items() if keys]
+
+
+def report(path, weights, found: recognise.Found, variables) -> list[str]:
   size = sum(x.size for place, x in variables.items() if place[1] not in found.fresh)
   lines = [*found.notes, f"{len(variables) - len(found.fresh)} arrays of {size:,} numbers loaded from {path}"]
   if found.fresh:
     lines.append(f"left at identity: {', '.join(f'{name} = {value}' for name, value in found.fresh.items())}")
-  lines += [f"ignored, {what}: {', '.join(keys)}" for what, keys in found.ignored.items()]
+  lines += [f"ignored, {what}: {', '.join(keys)}" for what, keys in found.modules.ignored.items()]
   if weights.beside:
     lines.append(f"ignored, beside the weights: {', '.join(weights.beside)}")
   return lines
@@ -112,14 +118,26 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
 def shapes(model) -> dict[tuple[str, str], tuple[int, ...]]:
   """(collection, path) -> shape of the model's variables; nothing is computed."""
   array = lambda *shape: jnp.zeros((1, *shape))
+
   def init():
-    cmr = {schema.VIEWS[spec.view]: array(*([2] if schema.VIEWS[spec.view] == "ed_es_volumes" else []), spec.planes, 64, 64)
-           for spec in model.config.cmr.values()}
-    batch = {"ecg": array(len(schema.LEADS), model.samples), "cmr": cmr, "mask": array(), "has_ecg": array(), "has_cmr": array()}
+    cmr = {}
+    for spec in model.config.cmr.values():
+      field = schema.VIEWS[spec.view]
+      planes = max(spec.planes, cmr[field].shape[-3] if field in cmr else 0)
+      cmr[field] = array(*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64)
+    batch = {
+        "ecg": array(len(schema.LEADS), model.samples), "cmr": cmr, "mask": array(), "has_ecg": array(),
+        "has_cmr": array()
+    }
     return model.init({"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False)
-  made = jax.eval_shape(init)
-  return {(collection, "/".join(key.key for key in path)): leaf.shape for collection in ("params", "batch_stats")
-          for path, leaf in jax.tree_util.tree_leaves_with_path(made.get(collection, {}))}
+
+  return {place: leaf.shape for place, leaf in flatten(jax.eval_shape(init)).items()}
+
+
+def flatten(variables) -> dict[tuple[str, str], Any]:
+  """{(collection, path): leaf}."""
+  return {(collection, "/".join(key.key for key in path)): leaf for collection in ("params", "batch_stats")
+          for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))}
 
 
 def unflatten(flat) -> dict[str, Any]:
@@ -131,11 +149,6 @@ def unflatten(flat) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[last] = leaf
   return tree
-
-
-def flatten(variables) -> dict[tuple[str, str], np.ndarray]:
-  return {(collection, "/".join(key.key for key in path)): np.asarray(leaf) for collection in ("params", "batch_stats")
-          for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))}
 
 
 def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarray]:
@@ -159,32 +172,44 @@ def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarr
 
 def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
   """`state_dict`, and which parameters it leaves out."""
-  flat = flatten(variables)
-  towers = [*(["ecg"] if model.config.ecg.size else []), *model.config.cmr]
-  known = towers + ["ecg_mae"] * bool(model.config.ecg.size and model.config.ecg.mask_ratio)
-  if tower not in (None, *known):
-    raise UserError(f"--tower={tower}; this model has {', '.join(known)}")
-  for name in towers if tower is None else [tower.removesuffix("_mae")]:
-    if name == "ecg" and model.config.ecg.film:
-      raise UserError("the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no layer")
-    if name != "ecg" and model.config.cmr[name].kind == "vit":
-      raise UserError(f"the tower {name} is a video transformer, which has no PyTorch layout here; name another --tower, such as ecg")
-  names = dict(naming.names({place: x.shape for place, x in flat.items()}, model.config))
+  c = model.config
+  check_tower(c, tower)
+  flat = {place: np.asarray(x) for place, x in flatten(variables).items()}
+  names = dict(naming.names({place: x.shape for place, x in flat.items()}, c))
   state = {name.key: name.to_torch(flat[place]) for place, name in names.items()}
   state |= {f"{key.removesuffix('running_mean')}num_batches_tracked": np.zeros((), np.int64) for key in state
             if key.endswith(".running_mean")}
-  state |= tables(model, flat["params", "ecg/cls_token"].dtype) if model.config.ecg.size else {}
-  kept = {key: key for key in state}
-  if tower is not None:
-    module = "ecg" if tower in ("ecg", "ecg_mae") else f"cmr_{tower}"
-    kept = {key: key.removeprefix(f"{module}.") for key in state if key.startswith(f"{module}.")}
-    if module == "ecg":
-      autoencoder = ("decoder_", "mask_token") if model.config.ecg.pool == "cls" else ("decoder_", "mask_token", "norm.")
-      unwanted = ("fc_norm.", "attention_pool.", "head.") if tower == "ecg_mae" else autoencoder
-      kept = {key: theirs for key, theirs in kept.items() if not theirs.startswith(unwanted)}
-  left = [path for (collection, path), _ in flat.items()
-          if (collection, path) not in names or names[collection, path].key not in kept]
+  if c.ecg.size:
+    state |= tables(model, flat["params", "ecg/cls_token"].dtype)
+  module, unwanted = "", ()
+  if tower in ("ecg", "ecg_mae"):
+    module, unwanted = "ecg.", ("fc_norm.", "attention_pool.", "head.") if tower == "ecg_mae" else ("decoder_",
+                                                                                                    "mask_token")
+    if tower == "ecg" and c.ecg.pool != "cls":
+      unwanted += ("norm.",)  # the decoder's
+  elif tower:
+    module = f"cmr_{tower}."
+  kept = {key: key.removeprefix(module) for key in state if key.startswith(module)}
+  kept = {key: theirs for key, theirs in kept.items() if not theirs.startswith(unwanted)}
+  left = [place[1] for place in flat if place not in names or names[place].key not in kept]
   return {theirs: state[key] for key, theirs in kept.items()}, left
+
+
+def check_tower(c, tower: str | None) -> None:
+  """Is the tower there, and is there a PyTorch layout of it?"""
+  towers = [*(["ecg"] if c.ecg.size else []), *c.cmr]
+  known = towers + (["ecg_mae"] if c.ecg.size and c.ecg.mask_ratio else [])
+  if tower not in (None, *known):
+    raise UserError(f"--tower={tower}; this model has {', '.join(known)}")
+  for name in towers if tower is None else [tower.removesuffix("_mae")]:
+    if name == "ecg" and c.ecg.film:
+      raise UserError(
+          "the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no "
+          "layer; train one without")
+    if name != "ecg" and c.cmr[name].kind == "vit":
+      raise UserError(
+          f"the tower {name} is a video transformer, which has no PyTorch layout here; name another --tower, such "
+          "as ecg")
 
 
 def tables(model, dtype) -> dict[str, np.ndarray]:
@@ -197,11 +222,15 @@ def tables(model, dtype) -> dict[str, np.ndarray]:
   return {key: recognise.table(columns, width).astype(dtype) for key, width in found.items()}
 
 
-def save(model, variables, path, tower: str | None = None) -> None:
-  """Writes `state_dict` as safetensors, whole or not at all. Its metadata tells the attention heads, which no weight does."""
-  state = state_dict(model, variables, tower)
+def save(model, variables, path, tower: str | None = None) -> list[str]:
+  """Writes `state_dict` as safetensors, whole or not at all; returns which parameters are left out.
+
+  Its metadata tells the attention heads, which no weight does.
+  """
+  state, left = export(model, variables, tower)
   metadata = {}
   if model.config.ecg.size and tower in (None, "ecg", "ecg_mae"):
     numbers = vit.numbers(model.config.ecg.size)
     metadata = {"heads": str(numbers[2])} | ({"decoder_heads": str(numbers[5])} if model.config.ecg.mask_ratio else {})
   torch_files.save(state, path, metadata)
+  return left

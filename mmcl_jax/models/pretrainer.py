@@ -13,6 +13,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.models import backbones, ecg, vit
 from mmcl_jax.models.heads import Projection
 
+TOWER = ("kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen")  # keys of model.cmr.NAME
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -80,14 +81,16 @@ class Pretrainer(nn.Module):
     return {"ecg_tokens": tokens, "ecg_embedding": embedding,
             "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train)}
 
-  def encode_cmr(self, batch, keys=None, train=False):
+  def encode_cmr(self, batch, keys=None, train=False, only=None):
     """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken where the batch has them."""
     rows, cached, found = batch["mask"] * batch["has_cmr"], batch.get("features", {}), {}
-    for name, tower in self.cmr.items():
+    for i, (name, tower) in enumerate(self.cmr.items()):
+      if only is not None and name not in only:
+        continue
       if name in cached:
         features = cached[name]
       else:
-        features = tower.features(look(batch["cmr"], self.config.cmr[name]), rows, train, keys)
+        features = tower.features(look(batch["cmr"], self.config.cmr[name]), rows, train, fold(keys, i + 1))
       embedding = tower.embed(features)
       found[name] = {"features": features, "embedding": embedding, "projection": self.head[name](embedding, rows, train)}
     return found
@@ -110,7 +113,7 @@ class Pretrainer(nn.Module):
     c = self.config
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     if "again" in batch:  # both augmentations go through together, so that batch statistics are of both
-      second = jax.vmap(lambda key: jax.random.fold_in(key, 1))(path_keys)
+      second = fold(path_keys, len(self.cmr) + 1)
       whole = self.encode(interleave(batch, batch | batch["again"]), interleave(path_keys, second), train)
       outputs, again = (jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i], whole) for i in (0, 1))
       outputs["again"] = again
@@ -122,13 +125,18 @@ class Pretrainer(nn.Module):
       if c.ecg.mask_ratio:
         rows = batch["mask"] * batch["has_ecg"]
         outputs |= self.reconstruct(batch["ecg"], mask_keys, batch.get("conditions"), rows, train)
-    for name, spec in c.cmr.items():
+    for i, (name, spec) in enumerate(c.cmr.items()):
       if spec.mask_ratio and not spec.frozen:
-        outputs["cmr"][name] |= self.cmr[name].reconstruct(look(batch["cmr"], spec), mask_keys)
+        outputs["cmr"][name] |= self.cmr[name].reconstruct(look(batch["cmr"], spec), fold(mask_keys, i + 1))
     if c.regression:
       outputs["regression"] = {name: self.regression[name](embeddings[name]) for name in c.regression}
     outputs |= {name: getattr(self, name) for name, on in (("log_scale", c.learned_temperature), ("bias", c.learned_bias)) if on}
     return outputs
+
+
+def fold(keys, i: int):
+  """Other keys [B] for the i-th use of the same ones, as by the i-th tower; those of the 0th are the keys themselves."""
+  return keys if keys is None or not i else jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
 
 def interleave(a, b):
@@ -151,9 +159,14 @@ def look(cmr: dict, spec) -> jax.Array:
   return x
 
 
-def fields(config: ConfigDict, frozen: bool = True) -> tuple[str, ...]:
-  """Stored fields of the cohort that the CMR towers look at; frozen=False leaves out those that only frozen ones need."""
-  return tuple(sorted({schema.VIEWS[spec.view] for spec in config.cmr.values() if frozen or not spec.frozen}))
+def fields(config: ConfigDict, only=None) -> tuple[str, ...]:
+  """Stored fields of the cohort that the CMR towers look at, or those of the towers `only`."""
+  return tuple(sorted({schema.VIEWS[spec.view] for name, spec in config.cmr.items() if only is None or name in only}))
+
+
+def learning(config: ConfigDict) -> list[str]:
+  """The CMR towers that are not frozen."""
+  return [name for name, spec in config.cmr.items() if not spec.frozen]
 
 
 def sees_all(config: ConfigDict, batch: dict) -> bool:
@@ -168,6 +181,9 @@ def build(config: ConfigDict, samples: int, targets: int = 0) -> Pretrainer:
   """
   if config.dtype not in DTYPES:
     raise UserError(f"config.model.dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}")
+  if config.learned_temperature < 0 or config.max_scale <= 0:
+    raise UserError(f"config.model.learned_temperature is {config.learned_temperature} and max_scale {config.max_scale}; expected 0 "
+                    "(none) or a temperature, and a number above 0")
   if not config.ecg.size and not config.cmr:
     raise UserError("config.model names no tower; set model.ecg.size, or an entry in model.cmr")
   if config.ecg.size:
@@ -180,6 +196,8 @@ def build(config: ConfigDict, samples: int, targets: int = 0) -> Pretrainer:
   if config.regression and not targets:
     raise UserError("config.model.regression asks for phenotypes, the cohort has none of config.data.targets")
   for name, spec in config.cmr.items():
+    if lacking := sorted(set(TOWER) - set(spec)) + sorted(set(spec) - set(TOWER)):
+      raise UserError(f"config.model.cmr.{name} lacks, or does not know, {', '.join(lacking)}; a tower has {', '.join(TOWER)}")
     if spec.view not in schema.VIEWS:
       raise UserError(f"config.model.cmr.{name}.view is {spec.view!r}; expected one of {', '.join(schema.VIEWS)}")
   return Pretrainer(config, samples, targets)
@@ -191,8 +209,12 @@ def check_ecg(c: ConfigDict, samples: int):
       raise UserError(f"config.model.ecg.{key} is {c[key]!r}; expected one of {', '.join(known)}")
   if samples % c.patch:
     raise UserError(f"config.model.ecg.patch is {c.patch}, which does not divide config.data.samples = {samples}")
-  if not 0 <= c.mask_ratio < 1:
-    raise UserError(f"config.model.ecg.mask_ratio is {c.mask_ratio}; expected a number from 0 (no decoder) to below 1")
+  tokens = len(schema.LEADS) * samples // c.patch
+  if not 0 <= c.mask_ratio < 1 or (c.mask_ratio and not 0 < round(tokens * c.mask_ratio) < tokens):
+    raise UserError(f"config.model.ecg.mask_ratio is {c.mask_ratio} of {tokens} patches; expected a number from 0 (no decoder) to "
+                    "below 1 that hides at least one patch and leaves one")
+  if not 0 <= c.drop_path < 1:
+    raise UserError(f"config.model.ecg.drop_path is {c.drop_path}; expected a number from 0 to below 1")
   if c.siamese and not c.mask_ratio:
     raise UserError("config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0")
 

@@ -51,6 +51,15 @@ def drop_path(x: jax.Array, keys: jax.Array | None, rate: float, layer: int) -> 
   return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
+def attention(q, k, v):
+  """Softmax attention over q, k, v [B, N, heads, D / heads]."""
+  if q.dtype != jnp.float64:
+    return jax.nn.dot_product_attention(q, k, v)
+  # For the parity tests: the library's softmax is in float32 whatever it is given.
+  weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, axis=-1)
+  return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
 class Block(nn.Module):
   """Pre-norm transformer block; x [B, N, D]. Exact GELU, qkv in one matrix."""
 
@@ -66,7 +75,7 @@ class Block(nn.Module):
     norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
 
     y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
-    y = jax.nn.dot_product_attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
+    y = attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
     x = x + drop_path(dense(D, "proj")(y), keys, self.drop_path, 2 * self.layer)
     y = nn.gelu(dense(4 * D, "fc1")(norm("norm2")(x)), approximate=False)
     return x + drop_path(dense(D, "fc2")(y), keys, self.drop_path, 2 * self.layer + 1)

@@ -2,9 +2,9 @@
 
 Throughout, d_ik is the mean squared difference of the standardised targets that rows i and k both know (SD^2; see
 `common.phenotype_distance`), so that sigma and radius are in SD and mean the same for any number of targets. Two hearts
-drawn at random have d = 2 on average; of the synthetic ones (volumes, mass, function), 5 % of pairs are within a root of
-0.5 SD, 32 % within 0.9. The sources take a sum over another space instead: CardioNets' code over 128 principal
-components of the CMR encoder's features, MyoECG's over 27 phenotypes.
+drawn at random have d = 2 on average; of the synthetic ones (volumes, mass, function) 5 % of pairs have sqrt(d) < 0.5,
+32 % < 0.9. The sources take a sum over another space instead: CardioNets' code over 128 principal components of the CMR
+encoder's features, MyoECG's over 27 phenotypes.
 """
 
 import jax.numpy as jnp

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from mmcl_jax.errors import UserError
 
-FORMAT = "mmcl_jax/1"
+FORMAT = "mmcl_jax/2"
 
 
 class Checkpoints:
@@ -43,6 +43,11 @@ class Checkpoints:
     self.finish()
     self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
     self.pending = step, meta
+
+  def poll(self) -> None:
+    """Signs the save under way if it is on disk by now."""
+    if self.pending is not None and not self.manager.is_saving_in_progress():
+      self.finish()
 
   def finish(self) -> None:
     """Waits for the save under way, if any, and signs it."""

@@ -1,59 +1,107 @@
 """Frozen CMR towers run once: their features, in evaluation mode and without augmentation, are kept beside the cohort.
 
-    COHORT.cache/FINGERPRINT/SPLIT.TOWER.npy     float32 [N, F], one row a record of the split, in its order
+    COHORT.cache/FINGERPRINT/SPLIT.npy     float32 [N, F], one row a record of the split, in its order
 
-The fingerprint is of the cohort, the tower's config and its weights, so another tower or cohort never meets old features.
+The fingerprint is of the cohort, of what in the tower's config its features hang on, and of its weights, so that another
+tower or cohort never meets old features. Where nothing can be written beside the cohort, WORKDIR/features takes its place.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+import socket
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from mmcl_jax.data import pipeline
+from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
 from mmcl_jax.training import inference, steps
 
+VERSION = 1  # of what a tower makes of an image; raise it when that changes
+DECIDING = ("kind", "size", "view", "planes", "patch")  # of a tower's config, for its features
 
-def fingerprint(cohort, name: str, spec, variables) -> str:
-  """128 bits of the cohort, the tower's config and its weights."""
-  digest = hashlib.blake2b(json.dumps([cohort.fingerprint, spec.to_dict()], sort_keys=True).encode(), digest_size=16)
+
+def fingerprint(cohort, name: str, config, variables) -> str:
+  """128 bits of the cohort, the tower `name` of `config` (config.model) and its weights."""
+  spec = config.cmr[name].to_dict()
+  facts = [VERSION, cohort.fingerprint, config.dtype, *(spec[key] for key in DECIDING)]
+  digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
   for collection in ("params", "batch_stats"):
     backbone = variables[collection].get(f"cmr_{name}", {}).get("backbone", {})
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
-      digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+      digest.update(jax.tree_util.keystr(path).encode() + whole(leaf).tobytes())
   return digest.hexdigest()
 
 
-def with_features(cohort, split: str, model, variables, mesh, batch: int, threads: int = 2):
-  """The records of a split with the features of all frozen towers; runs the towers where no features are kept yet.
+def whole(leaf) -> np.ndarray:
+  """A parameter on the host, wherever its parts lie."""
+  return np.asarray(leaf if getattr(leaf, "is_fully_addressable", True) else multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def with_features(cohort, split: str, model, variables, mesh, workdir: str, batch: int, threads: int = 2):
+  """The records of a split with the features of all frozen towers; runs the towers whose features are not kept yet.
 
   Args:
+    workdir: of the run, for features that cannot be kept beside the cohort.
     batch: rows at a time.
 
   Returns:
     the split's source as it is where no tower is frozen, else pipeline.WithFeatures.
   """
-  frozen = {name: spec for name, spec in model.config.cmr.items() if spec.frozen}
+  frozen = [name for name, spec in model.config.cmr.items() if spec.frozen]
   source = cohort.splits[split]
   if not frozen or not len(source):
     return source
-  root = pathlib.Path(f"{str(cohort.path).rstrip('/')}.cache")
-  files = {name: root / fingerprint(cohort, name, spec, variables) / f"{split}.{name}.npy" for name, spec in frozen.items()}
-  if not all(file.is_file() for file in files.values()):
-    found = inference.over_split(jax.jit(steps.make_features(model)), variables, source, mesh=mesh, batch=batch,
-                                 fields=pretrainer.fields(model.config), threads=threads, title=f"frozen towers, {split}")
-    if jax.process_index() == 0:
-      for name, file in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-        with open(partial, "wb") as f:
-          np.save(f, found[name].astype(np.float32))
-        partial.rename(file)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"features of {split}")
+  root = folder(cohort, workdir)
+  files = {name: root / fingerprint(cohort, name, model.config, variables) / f"{split}.npy" for name in frozen}
+  # One host may have what another lacks, and all must run the towers together or not at all.
+  lacking = np.array([not kept(file, len(source)) for file in files.values()])
+  somewhere = multihost_utils.process_allgather(lacking).any(axis=0) if jax.process_count() > 1 else lacking
+  if run := [name for name, absent in zip(files, somewhere) if absent]:
+    fields = pretrainer.fields(model.config, only=run)
+    found = inference.over_split(jax.jit(steps.make_features(model, run)), variables, source, mesh=mesh, batch=batch, fields=fields,
+                                 threads=threads, title=f"frozen towers ({', '.join(run)}), {split}")
+    for name in run:
+      if not kept(files[name], len(source)):
+        write(files[name], found[name].astype(np.float32))
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"features of {split}")
   return pipeline.WithFeatures(source, {name: str(file) for name, file in files.items()})
+
+
+def folder(cohort, workdir: str) -> pathlib.Path:
+  beside = pathlib.Path(f"{str(cohort.path).rstrip('/')}.cache")
+  try:
+    beside.mkdir(exist_ok=True)
+    if os.access(beside, os.W_OK | os.X_OK):
+      return beside
+  except OSError:
+    pass
+  print(f"{beside} cannot be written; features of frozen towers go to {workdir}/features", flush=True)
+  return pathlib.Path(workdir) / "features"
+
+
+def kept(file: pathlib.Path, rows: int) -> bool:
+  """Is the file there and whole?"""
+  try:
+    return len(np.load(file, mmap_mode="r")) == rows
+  except (OSError, ValueError, EOFError):
+    return False
+
+
+def write(file: pathlib.Path, features: np.ndarray) -> None:
+  partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "wb") as f:
+      np.save(f, features)
+    partial.rename(file)
+  except OSError as error:
+    raise UserError(f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make room, or set "
+                    "config.model.cmr.NAME.frozen=False to run the tower in every step") from None
+  finally:
+    partial.unlink(missing_ok=True)

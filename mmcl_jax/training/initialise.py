@@ -36,14 +36,15 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
 
   Args:
     state: a fresh state; its dtypes and shardings stay.
-    load: workdir -> {"params", "batch_stats"} of its last checkpoint, host arrays.
+    load: workdir -> {"params", "batch_stats"} of its last checkpoint, host arrays, and its "config".
 
   Returns:
     state, Report.
 
   Raises:
     UserError: a parameter or statistic that has no counterpart of its shape and that no regex of `config.init_except`
-      names (all of them are listed), a module or regex that matches nothing, or random weights in a frozen tower.
+      names (all of them are listed), a module or regex that matches nothing, a tower of another view under another name,
+      or random weights in a frozen tower.
   """
   target = flatten({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
@@ -51,11 +52,17 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
   if unknown := [module for module in wanted if module not in modules]:
     raise UserError(f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}")
   excepted = state_room.regexes(config.init_except, "config.init_except")
-  loaded = {workdir: flatten(load(workdir)) for workdir in dict.fromkeys(wanted.values())}
+  if excepted and not wanted:
+    raise UserError(f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and config.init_from "
+                    f"({', '.join(config.init_from)}) names none; give its workdir, such as --config.init_from.ecg=W, or set "
+                    "init_except=() to start from nothing")
+  sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
+  loaded = {workdir: flatten(source) for workdir, source in sources.items()}
 
   new, origin, left_over, troubles, seen = {}, dict.fromkeys(target, FRESH), {}, [], set()
   for module, workdir in wanted.items():
     source, where = module_of(loaded[workdir], module, workdir)
+    where += difference(config, sources[workdir]["config"], module, where, workdir)
     here = {key: leaf for key, leaf in target.items() if top(key) == module}
     keys = sorted(source.keys() | here.keys())
     seen |= {path for _, path in keys}
@@ -138,6 +145,22 @@ def module_of(source, module: str, workdir: str):
   leaves = {(collection, module + path.removeprefix(found)): np.asarray(leaf)
             for (collection, path), leaf in source.items() if path.split("/")[0] == found}
   return leaves, workdir if found == module else f"{workdir} ({found})"
+
+
+def difference(config, earlier, module: str, where: str, workdir: str) -> str:
+  """What an encoder looked at in the earlier stage, where that is something else than here; "" where it is the same."""
+  if module == "ecg" and earlier.data.ecg_profile != config.data.ecg_profile:
+    return f" (whose ECGs had the profile {earlier.data.ecg_profile}, these have {config.data.ecg_profile})"
+  if not module.startswith("cmr_"):
+    return ""
+  name = module.removeprefix("cmr_")
+  before, here = earlier.model.cmr[name if where == workdir else next(iter(earlier.model.cmr))].view, config.model.cmr[name].view
+  if before == here:
+    return ""
+  if where != workdir:
+    raise UserError(f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at {here}; give the "
+                    f"workdir of a tower of that view, or call the tower there {name}")
+  return f" (which looked at {before}, here at {here})"
 
 
 def columns(shape) -> int:

@@ -16,14 +16,13 @@ from mmcl_jax.training import checkpoint, parallel, state as state_room, steps
 
 
 class Run(NamedTuple):
-  """A restored run; `fresh` is the state it started from, the untrained encoder of the baselines."""
+  """A restored run."""
 
   config: ConfigDict
   model: Any
   mesh: Mesh
   step: int
   state: state_room.TrainState
-  fresh: state_room.TrainState
   scales: steps.Scales
   manifest: dict
 
@@ -46,17 +45,24 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   scales = scales_from_json(about["scales"])
   mesh = parallel.make_mesh(data=-1, model=1)
   model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  example = steps.example(config, about["shapes"], len(scales.names), 1)
+  abstract, where = state_room.abstract(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
   with jax.set_mesh(mesh):
-    example = steps.example(config, about["shapes"], len(scales.names), 1)
-    fresh, where = state_room.create(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), fresh, where)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
     state, _, manifest = checkpoint.restore(workdir, step, abstract)
-  return Run(config, model, mesh, step, state, fresh, scales, manifest)
+  return Run(config, model, mesh, step, state, scales, manifest)
+
+
+def untrained(run: Run) -> dict:
+  """params and batch_stats drawn from the run's seed, of no training at all: the untrained encoder of the baselines."""
+  example = steps.example(run.config, run.manifest["shapes"], len(run.scales.names), 1)
+  return jax.jit(lambda: state_room.variables(run.model, example, run.config.seed))()
 
 
 def load_variables(workdir: str) -> dict:
-  """params and batch_stats of the last checkpoint, on the host: what a later stage starts from."""
-  return jax.device_get(load_run(workdir).state.variables)
+  """params and batch_stats of the last checkpoint, on the host, and the run's config: what a later stage starts from."""
+  run = load_run(workdir)
+  return jax.device_get(run.state.variables) | {"config": run.config}
 
 
 def load_encoder(workdir: str, step: int | None = None) -> Encoder:

@@ -199,12 +199,19 @@ def create(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]
   Returns:
     state, its shardings.
   """
-  def init():
-    made = variables(model, example, seed)
-    return TrainState(jnp.int32(0), made["params"], made["batch_stats"], tx.init(made["params"]))
+  _, where = abstract(model, tx, example, seed, mesh, rules)
+  return jax.jit(lambda: fresh(model, tx, example, seed), out_shardings=where)(), where
 
-  where = parallel.shardings(jax.eval_shape(init), rules, mesh)
-  return jax.jit(init, out_shardings=where)(), where
+
+def abstract(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]:
+  """The shapes of `create`'s state and its shardings; nothing is computed."""
+  shapes = jax.eval_shape(lambda: fresh(model, tx, example, seed))
+  return shapes, parallel.shardings(shapes, rules, mesh)
+
+
+def fresh(model, tx, example, seed: int) -> TrainState:
+  made = variables(model, example, seed)
+  return TrainState(jnp.int32(0), made["params"], made["batch_stats"], tx.init(made["params"]))
 
 
 def cap_temperature(params, max_scale: float):

@@ -64,24 +64,26 @@ def sample_keys(seed: int, index):
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
 
 
-def augment(batch, keys, samples: int, config):
-  """Crops and augments every row with its own key, each device its own rows.
+def augment(batch, keys, config):
+  """Crops and augments every row with its own key, each device its own rows; a model without an ECG tower leaves the ECG.
 
   Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a gather per row.
   """
+  reads_ecg, samples, strengths = bool(config.model.ecg.size), config.data.samples, config.augment
 
   def rows(ecg, cmr, keys):
     ecg_keys, cmr_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **config.ecg))(ecg_keys, ecg)
-    return ecg, {view: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **config.cmr))(cmr_keys, x)
-                 for view, x in cmr.items()}
+    if reads_ecg:
+      ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **strengths.ecg))(ecg_keys, ecg)
+    # Every field by keys of its own: a rotation that two views share would tell which belong together.
+    return ecg, {field: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **strengths.cmr))(pretrainer.fold(cmr_keys, i), x)
+                 for i, (field, x) in enumerate(sorted(cmr.items()))}
 
   augmented = lambda keys: dict(zip(("ecg", "cmr"), jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(
       batch["ecg"], batch["cmr"], keys)))
-  if not config.twice:
+  if not strengths.twice:
     return batch | augmented(keys)
-  second = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-  return batch | augmented(keys) | {"again": augmented(second)}
+  return batch | augmented(keys) | {"again": augmented(pretrainer.fold(keys, 1))}
 
 
 def check_outputs(model, objectives, batch, state):
@@ -121,7 +123,7 @@ def make_train_step(model, objectives, tx, config, scales):
 
   def train_step(state, batch):
     keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys(config.seed, batch["index"]))
-    batch = augment(to_float(batch, scales), keys, config.data.samples, config.augment)
+    batch = augment(to_float(batch, scales), keys, config)
 
     def loss_fn(params):
       params = state_room.stop_frozen(params, state_room.treatments(config, params))
@@ -160,7 +162,7 @@ def make_loss_step(model, objectives, config, scales):
     whole = to_float(batch, scales)
     batch = first_window(whole, config.data.samples)
     if config.augment.twice:
-      batch = augment(whole, keys, config.data.samples, config.augment)
+      batch = augment(whole, keys, config)
     outputs = model.apply(state.variables, batch, keys, train=False)
     losses = {objective.name: objective.loss(outputs, batch) for objective in objectives}
     return {name: clu_metrics.Average.from_model_output(loss.values, mask=loss.weight) for name, loss in losses.items()}
@@ -208,11 +210,11 @@ def make_embed(model, config, scales):
   return embed
 
 
-def make_features(model):
-  """(variables, batch) -> {tower: features [B, F]} of the frozen towers."""
+def make_features(model, names):
+  """(variables, batch) -> {tower: features [B, F]} of the towers `names`."""
 
   def features(variables, batch):
-    towers = model.apply(variables, to_float(batch), method="encode_cmr")
-    return {name: tower["features"] for name, tower in towers.items() if model.config.cmr[name].frozen}
+    towers = model.apply(variables, to_float(batch), only=names, method="encode_cmr")
+    return {name: tower["features"] for name, tower in towers.items()}
 
   return features

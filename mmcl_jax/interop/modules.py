@@ -1,0 +1,168 @@
+"""Which module each key of a state dict belongs to, and which published layout an encoder's keys follow."""
+
+import collections
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from mmcl_jax.errors import UserError
+
+# Keys that no module of ours takes, and what they are. They are told, never dropped silently.
+IGNORED = (
+    (r"(^|\.)num_batches_tracked$", "counters of batches"),
+    (r"(^|\.)(classifier|classifier_criterion|criterion\w*|output_layer|ecg_predict)\.", "classifiers and losses"),
+    (r"^(online_network\.)?(projector|predictor)\.(?!layers\.)", "siamese heads"),
+    (r"^target_network\.", "the target network"),
+)
+# Prefix -> module; "*" is the only encoder of a file, head_* its projection head.
+MODULES = (
+    (r"(encoder_ecg|ecg_encoder|ecg)\.", "ecg"),
+    (r"encoder_imaging\.", "cmr_image"),
+    (r"cmr_encoder(_diastole)?\.", "cmr_ed"),
+    (r"cmr_encoder_systole\.", "cmr_es"),
+    (r"(projection_head|projector)_ecg\.", "head_ecg"),
+    (r"(projection_head|projector)_imaging\.", "head_image"),
+    (r"(projection_head|projector)_(diastole|cmr)\.", "head_ed"),
+    (r"(projection_head|projector)_systole\.", "head_es"),
+    (r"(projection_head|projector)\.", "head_*"),
+    (r"(?P<ours>(cmr|head)_\w+)\.", ""),
+    (r"(online_network\.)?", "*"),
+)
+LAYOUTS = {  # kind -> what it is called, and keys that tell of it
+    "vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
+    "slow_resnet": ("a slow ResNet with PyTorchVideo's keys", r"(^|\.)res_blocks\.\d+\.branch2\."),
+    "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
+}
+RENAMED = {  # the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a Linear
+    "vit": (),
+    "resnet": ((r"^0\.", "conv1."), (r"^1\.", "bn1."), (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}.")),
+    "slow_resnet": ((r"^(\d)\.", r"blocks.\1."), (r"^blocks\.5\.proj\.", "fc.")),
+}
+
+
+class Options(NamedTuple):
+  """What a file does not say, or the user wants otherwise; see torch_weights.load."""
+
+  tower: str | None = None
+  heads: int | None = None
+  decoder_heads: int | None = None
+  pool: str | None = None
+  samples: int | None = None
+  view: str | None = None
+  ignore: tuple[str, ...] = ()
+
+
+class Modules(NamedTuple):
+  """arrays: module -> {key within it: array}; kinds: encoder -> its layout, in the file's order.
+
+  theirs: "MODULE.KEY" -> the file's key; prefixes: module -> what the file writes in front of its keys; ignored: what it
+  is -> keys of the file.
+  """
+
+  arrays: dict[str, dict[str, np.ndarray]]
+  kinds: dict[str, str]
+  theirs: dict[str, str]
+  prefixes: dict[str, str]
+  ignored: dict[str, list[str]]
+
+  def ignore(self, module: str, what: str, *beginnings: str) -> None:
+    """Takes out the keys of a module that begin so, and keeps account of them."""
+    for key in [key for key in self.arrays[module] if key.startswith(beginnings)]:
+      self.ignored[what].append(self.theirs[f"{module}.{key}"])
+      del self.arrays[module][key]
+
+
+def split(state: dict[str, np.ndarray], options: Options, path) -> Modules:
+  """Raises UserError where a key belongs to no module, or the user must say which tower is wanted."""
+  found = assign(state, options, path)
+  for module in found.arrays:
+    if not module.startswith("head_"):
+      found.kinds[module] = layout(found, module, path)
+  return choose(call(found, options, path), options, path)
+
+
+def assign(state, options, path) -> Modules:
+  """Every key to its module, kinds still unknown. A key may stand twice where its arrays are equal."""
+  found = Modules(collections.defaultdict(dict), {}, {}, {}, collections.defaultdict(list))
+  for key, array in state.items():
+    plain = ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))  # of wrappers
+    reasons = [f"--ignore={regex}" for regex in options.ignore if re.search(regex, key)]
+    reasons += [what for regex, what in IGNORED if re.search(regex, plain)]
+    if reasons:
+      found.ignored[reasons[0]].append(key)
+      continue
+    match, module = next((match, module) for regex, module in MODULES if (match := re.match(regex, plain)))
+    module = module or match["ours"]
+    rest = re.sub(r"^(model|encoder|backbone)\.", "", plain[match.end():])
+    arrays = found.arrays[module]
+    if rest in arrays and not np.array_equal(arrays[rest], array):
+      raise UserError(
+          f"{path} has {found.theirs[f'{module}.{rest}']} and {key}, which both are {module}.{rest} and differ; "
+          "leave one out with --ignore=REGEX")
+    arrays[rest], found.theirs[f"{module}.{rest}"] = array, key
+    found.prefixes.setdefault(module, key.removesuffix(rest))
+  return found
+
+
+def layout(found: Modules, module: str, path) -> str:
+  """Tells the kind of an encoder, and brings its keys to the names that `naming` knows."""
+  keys = found.arrays[module]
+  kind = next((kind for kind, (_, regex) in LAYOUTS.items() if any(re.search(regex, key) for key in keys)), None)
+  if kind is None:
+    shown = sorted(found.theirs[f"{module}.{key}"] for key in keys)
+    more = f" and {len(shown) - 5} more keys" if len(shown) > 5 else ""
+    raise UserError(
+        f"{path} has {', '.join(shown[:5])}{more}, which no layout explains; expected "
+        f"{', '.join(text for text, _ in LAYOUTS.values())}; leave out with --ignore=REGEX what is no encoder")
+  for key in list(keys):
+    renamed = key
+    for pattern, text in RENAMED[kind]:
+      renamed = re.sub(pattern, text, renamed)
+    if renamed != key:
+      keys[renamed] = keys.pop(key)
+      found.theirs[f"{module}.{renamed}"] = found.theirs.pop(f"{module}.{key}")
+  return kind
+
+
+def call(found: Modules, options: Options, path) -> Modules:
+  """Gives the only encoder of a file its name, and its head the same."""
+  if len(found.kinds) != 1:
+    return found
+  (module, kind), = found.kinds.items()
+  default = {"vit": "ecg", "slow_resnet": "ed", "resnet": "image"
+             }[kind] if module == "*" else module.removeprefix("cmr_")
+  tower = options.tower or default
+  if (kind == "vit") != (tower == "ecg"):
+    what, advice = ("an ECG", "leave --tower out") if kind == "vit" else ("a CMR", "give it another with --tower=NAME")
+    raise UserError(f"{path} holds {what} encoder, which the name {tower} is not for; {advice}")
+  if not re.fullmatch(r"\w+", tower):
+    raise UserError(f"--tower={tower}; expected a name of letters, digits and underscores")
+  renamed = {module: "ecg" if kind == "vit" else f"cmr_{tower}"} | dict.fromkeys(
+      ("head_*", f"head_{default}"), f"head_{tower}")
+  name = lambda module: renamed.get(module, module)
+  theirs = {f"{name(key.partition('.')[0])}.{key.partition('.')[2]}": theirs for key, theirs in found.theirs.items()}
+  arrays, kinds, prefixes = ({name(module): value for module, value in of.items()}
+                             for of in (found.arrays, found.kinds, found.prefixes))
+  return Modules(arrays, kinds, theirs, prefixes, found.ignored)
+
+
+def choose(found: Modules, options: Options, path) -> Modules:
+  """Leaves the tower that the user wants, or all of them."""
+  wrong = [module for module, kind in found.kinds.items() if module == "*" or (kind == "vit") != (module == "ecg")]
+  strange = sorted(found.theirs[f"{module}.{key}"] for module in wrong for key in found.arrays[module])
+  if not found.kinds or strange:
+    raise UserError(
+        f"{path} holds {', '.join(strange[:5]) or 'no encoder'}; expected an encoder of the ECG (a ViT), encoders "
+        "of CMR (ResNets), or both under names such as encoder_ecg. and encoder_imaging.; leave out with "
+        "--ignore=REGEX what is none of them")
+  towers = [module.removeprefix("cmr_") for module in found.kinds]
+  if options.tower and options.tower not in towers:
+    raise UserError(f"{path} holds the towers {', '.join(towers)}; --tower={options.tower} is none of them")
+  for module in list(found.arrays):
+    tower = module.removeprefix("cmr_").removeprefix("head_")
+    if options.tower not in (None, tower) and tower in towers:
+      found.ignore(module, "other towers", "")
+      del found.arrays[module]
+      found.kinds.pop(module, None)
+  return found
