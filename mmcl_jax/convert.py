@@ -17,6 +17,7 @@ import numpy as np
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 
+FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")  # options of torch_weights.load
 PROFILES = {"tiny": "mmcl", "medium": "dual_phase"}  # ECG encoder -> how its authors normalised ECGs
 
 
@@ -28,18 +29,14 @@ def main(argv=None):
     convert_out(args.workdir, args.step, args.out, args.tower)
 
 
-FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")
-
-
 def parse(argv):
   parser = argparse.ArgumentParser(prog="mmcl convert", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--input", help="PyTorch weights: .pth, .pt, .ckpt or .safetensors")
   source.add_argument("--workdir", help="folder of a run, whose weights shall go out")
   parser.add_argument("--out", required=True, help="with --input: workdir to make; with --workdir: FILE.safetensors")
-  parser.add_argument(
-      "--tower", help="the one tower to take or to write (out: ecg, ecg_mae for the MAE with its decoder, a CMR "
-      "tower); what to call the only CMR encoder of --input")
+  parser.add_argument("--tower", help="the one tower to take or to write (to write: ecg, ecg_mae with the MAE's decoder, "
+                      "or a CMR tower); what to call the only CMR encoder of --input")
   parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the last)")
   given = parser.add_argument_group("what an --input does not tell")
   given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
@@ -51,8 +48,9 @@ def parse(argv):
   given.add_argument("--ignore", action="append", default=[], metavar="REGEX",
                      help="keys to leave out; may be repeated")
   args = parser.parse_args(argv)
-  unused = [name for name in (*FLAGS[1:], "ecg_profile")
-            if getattr(args, name)] if args.workdir else ["step"] * bool(args.step)
+  unused = ["step"] if args.step is not None and args.input else []
+  if args.workdir:
+    unused = [name for name in (*FLAGS[1:], "ecg_profile") if getattr(args, name) not in (None, [])]
   if unused:
     parser.error(f"--{', --'.join(unused)} cannot go with --{'workdir' if args.workdir else 'input'}")
   return args
@@ -73,39 +71,31 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   config = configuration.defaults(batch=32, steps=1)
   with config.ignore_type():  # the size of a tower is a name, or numbers
     config.model = model.config
-  size = model.config.ecg.size
-  config.data.ecg_profile = profile or PROFILES.get(size if isinstance(size, str) else "", "minimal")
+  size = model.config.ecg.size if isinstance(model.config.ecg.size, str) else "of its own"
+  config.data.ecg_profile = profile or PROFILES.get(size, "minimal")
   if size and not profile:
-    report.append(f"ECG profile {config.data.ecg_profile}, " + ("as published with this encoder" if size in PROFILES else
-                  "which the file does not say") + " (--ecg_profile)")
+    why = "as published with this encoder" if size in PROFILES else "which the file does not say"
+    report.append(f"ECG profile {config.data.ecg_profile}, {why} (--ecg_profile)")
   length = preprocess_ecg.samples(config.data.ecg_profile)
   config.data.samples = min(model.samples, length) if not size else model.samples
   if config.data.samples > length:
-    raise UserError(f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives {length}; name the profile "
-                    "it was trained on with --ecg_profile")
+    raise UserError(f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives {length}; "
+                    "name the profile it was trained on with --ecg_profile")
 
   folder = pathlib.Path(out)
   partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+  shapes = {"ecg": [len(schema.LEADS), length], "phenotypes": [0], "diseases": [0], "covariates": [0]}
+  shapes |= torch_weights.image_shapes(config.model)
   none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
   scales = steps.Scales((), (), (), (none, none), any_number)  # of covariates: whatever a cohort has, as it is
   try:
     with writing(out):
-      restore.write_run(str(partial), config, variables, record_shapes(model, length), scales, origin=os.path.basename(path))
+      restore.write_run(str(partial), config, variables, shapes, scales, origin=os.path.basename(path))
       os.replace(partial, folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+  report.append(f"made {out}, for `mmcl evaluate --workdir={out} --cohort=COHORT`, `mmcl embed`, or config.init_from")
   print("\n".join(report))
-  print(f"made {out}; for example `mmcl evaluate --workdir={out} --cohort=COHORT`, or config.init_from of a later stage")
-
-
-def record_shapes(model, samples: int) -> dict[str, list[int]]:
-  """Shapes of the records that the model reads, as cohort.json has them; how large images are is the cohort's."""
-  found = {"ecg": [len(schema.LEADS), samples], "phenotypes": [0], "diseases": [0], "covariates": [0]}
-  for spec in model.config.cmr.values():
-    field = schema.VIEWS[spec.view]
-    planes = max(spec.planes, found.get(field, [0])[-3:][0])
-    found[field] = [*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64]
-  return found
 
 
 def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> None:

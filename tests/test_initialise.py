@@ -15,10 +15,11 @@ from mmcl_jax.training import initialise, parallel, state as state_room
 WIDTH, LEADS = 4, 12
 
 
-def a_config(init_from=None, init_except=(), frozen=(), freeze=()):
+def a_config(init_from=None, init_except=(), frozen=(), freeze=(), towers=("ed", "es"), view="ed_volume",
+             profile="minimal"):
   return ConfigDict(dict(
       init_from={"ecg": "", "cmr_ed": "", "cmr_es": ""} | (init_from or {}), init_except=init_except, freeze=freeze,
-      model=dict(cmr={name: dict(frozen=name in frozen) for name in ("ed", "es")}),
+      model=dict(cmr={name: dict(frozen=name in frozen, view=view) for name in towers}), data=dict(ecg_profile=profile),
       optimizer=dict(rates=(), layer_decay=1.0)))
 
 
@@ -43,8 +44,12 @@ def a_state(seed=0, **kwargs):
   return state_room.TrainState(jnp.int32(0), made["params"], made["batch_stats"], {"mu": jnp.ones(3)})
 
 
-def carry(state, workdirs, **kwargs):
-  return initialise.carry_over(state, a_config(**kwargs), workdirs.__getitem__)
+def carry(state, workdirs, earlier=None, **kwargs):
+  """carry_over from {workdir: variables}; `earlier`: arguments of the config of all of them."""
+  def load(workdir):
+    towers = [module.removeprefix("cmr_") for module in workdirs[workdir]["params"] if module.startswith("cmr_")]
+    return workdirs[workdir] | {"config": a_config(towers=towers, **earlier or {})}
+  return initialise.carry_over(state, a_config(**kwargs), load)
 
 
 def same(a, b):
@@ -75,7 +80,7 @@ def test_named_modules_are_loaded_and_all_else_stays():
 
 def test_all_fresh():
   state = a_state()
-  new, report = carry(state, {}, init_except=("^ecg/decoder/",))  # a recipe may name it before it names a workdir
+  new, report = carry(state, {})
   same(new, state)
   assert set(report.origin.values()) == {"fresh"}
 
@@ -160,6 +165,23 @@ def test_the_description_counts_and_names_what_was_left():
   assert lines[-1].startswith("left behind: ecg/decoder/embed/bias (4,) in W, ") and len(lines) == 6
 
 
+def test_a_tower_of_another_view_is_taken_by_its_own_name_only():
+  """A tower of the only other name stands for this one because it looked at the same; of the same name, it is said."""
+  other = dict(view="es_volume")
+  _, report = carry(a_state(), {"W": variables(1)}, earlier=other, init_from={"cmr_ed": "W"})
+  assert report.origin["cmr_ed/fc/kernel"] == "loaded from W (which looked at es_volume, here at ed_volume)"
+  with pytest.raises(UserError, match=r"W \(cmr_a\), a tower that looked at es_volume, this one looks at ed_volume"):
+    carry(a_state(), {"W": variables(1, towers=("a",))}, earlier=other, init_from={"cmr_ed": "W"})
+  _, report = carry(a_state(), {"W": variables(1)}, earlier=other, init_from={"ecg": "W"})
+  assert report.origin["ecg/cls_token"] == "loaded from W"
+
+
+def test_another_profile_of_the_ecgs_is_said():
+  _, report = carry(a_state(), {"W": variables(1)}, earlier=dict(profile="mmcl"), init_from={"ecg": "W", "cmr_ed": "W"})
+  assert report.origin["ecg/cls_token"] == "loaded from W (whose ECGs had the profile mmcl, these have minimal)"
+  assert report.origin["cmr_ed/fc/kernel"] == "loaded from W"
+
+
 # -- Positions --
 
 def test_a_ramp_along_time_stays_a_ramp_in_its_row():
@@ -220,6 +242,7 @@ def test_positions_that_are_no_rows_of_leads_are_an_error(shape):
     (dict(init_from={"ecg": "W"}, init_except=("^ecg/decoder/",)), "'^ecg/decoder/', which matches no parameter of"),
     (dict(init_from={"ecg": "W"}, init_except=("^head_ecg/",)), "'^head_ecg/', which matches no parameter of ecg"),
     (dict(init_from={"ecg": "W"}, init_except="^ecg/"), "expected a tuple of regexes"),
+    (dict(init_except=("^ecg/decoder/",)), "earlier stage, and config.init_from (cmr_ed, cmr_es, ecg) names none"),
     (dict(frozen=("ed",)), "model.cmr.ed.frozen would freeze random weights (5 arrays, such as cmr_ed/backbone/"),
     (dict(init_from={"cmr_es": "W"}, frozen=("ed", "es")), "give config.init_from.cmr_ed the workdir"),
     (dict(init_from={"cmr_ed": "W"}, frozen=("ed",), init_except=("cmr_ed/backbone/.*/mean",)),

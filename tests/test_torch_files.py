@@ -48,10 +48,12 @@ def test_objects_beside_weights_become_inert(tmp_path, protocol):
   hyper = AttributeDict(lr=1.0)
   hyper.more = 3
   strange = {
-      "args": argparse.Namespace(lr=1, list=[1, 2]), "hyper_parameters": hyper, "callbacks": {AttributeDict: {"best": 1}, ("a", "b"): 2},
-      "numpy": np.float64(3.2), "array": np.arange(3), "set": {1, 2}, "frozen": frozenset([1]), "path": pathlib.Path("x"),
-      "partial": functools.partial(print, 1), "default": collections.defaultdict(list, {1: [2]}), "mode": Mode.A,
-      "counter": collections.Counter("aab"), "loss": torch.nn.CrossEntropyLoss(), "sparse": torch.eye(3).to_sparse(), "bytes": b"abc"}
+      "args": argparse.Namespace(lr=1, list=[1, 2]), "hyper_parameters": hyper,
+      "callbacks": {AttributeDict: {"best": 1}, ("a", "b"): 2}, "numpy": np.float64(3.2), "array": np.arange(3),
+      "set": {1, 2}, "frozen": frozenset([1]), "path": pathlib.Path("x"), "partial": functools.partial(print, 1),
+      "default": collections.defaultdict(list, {1: [2]}), "mode": Mode.A, "counter": collections.Counter("aab"),
+      "loss": torch.nn.CrossEntropyLoss(), "sparse": torch.eye(3).to_sparse(), "bytes": b"abc"
+  }
   torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 7} | strange, tmp_path / "x.pth",
              pickle_protocol=protocol)
   found = mmcl_pt.load_checkpoint(tmp_path / "x.pth")
@@ -80,8 +82,10 @@ class Attack:
 def test_nothing_in_a_pickle_runs(tmp_path, protocol):
   torch = pytest.importorskip("torch")
   made = tmp_path / "made"
-  attacks = {"system": Attack(os.system, f"touch {made}"), "open": Attack(open, str(made), "w"), "exec": Attack(exec, f"open({str(made)!r}, 'w')"),
-             "run": Attack(subprocess.run, ["touch", str(made)])}
+  attacks = {
+      "system": Attack(os.system, f"touch {made}"), "open": Attack(open, str(made), "w"),
+      "exec": Attack(exec, f"open({str(made)!r}, 'w')"), "run": Attack(subprocess.run, ["touch", str(made)])
+  }
   torch.save({"model": {"a": torch.tensor(WEIGHT)} | attacks} | attacks, tmp_path / "x.pth", pickle_protocol=protocol)
   weights = torch_files.read(tmp_path / "x.pth")
   np.testing.assert_array_equal(weights.state["a"], WEIGHT)
@@ -102,10 +106,11 @@ BOMBS = {
     "key": b"\x80\x02}" + nested(60) + b"Ns.",
     "ordered": b"\x80\x02ccollections\nOrderedDict\n(l(" + nested(60) + b"N\x86a\x85R.",
     "device": b"\x80\x02ctorch\ndevice\n" + nested(60) + b"\x85R.",
-    "count": b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + nested(60) + b"tQ.",
+    "count": b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" +
+    nested(60) + b"tQ.",
     "set": b"\x80\x04\x8f(" + nested(60) + b"\x90.",
     "frozenset": b"\x80\x04(" + nested(60) + b"\x91.",
-    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b".",
+    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2 ** 62) + b".",
     "call": b"\x80\x02cos\nsystem\n" + nested(60) + b"R.",
 }
 
@@ -119,21 +124,26 @@ def test_small_pickles_that_would_take_for_ever(tmp_path, name):
           "for read in (mmcl_pt.load, mmcl_pt.load_checkpoint):\n"
           "  try: read(sys.argv[1])\n"
           "  except BadRecord: pass\n")
-  subprocess.run([sys.executable, "-c", code, str(file)], check=True, timeout=60,
-                 env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])})
+  subprocess.run([sys.executable, "-c", code, str(file)], check=True, timeout=60, env={
+      "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])
+  })
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(structure=st.lists(st.sampled_from([b"}", b"]", b")", b"(", b"N", b"K\x01", b"X\x01\x00\x00\x00a", b"s", b"u", b"a", b"e", b"b", b"R",
-                                           b"\x81", b"\x92", b"\x8f", b"\x90", b"\x91", b"0", b"1", b"\x85", b"\x86", b"t", b"q\x00",
-                                           b"h\x00", b"cos\nsystem\n", b"ccollections\nOrderedDict\n", b"ctorch\nSize\n"]), max_size=25))
+@given(structure=st.lists(
+    st.sampled_from([
+        b"}", b"]", b")", b"(", b"N", b"K\x01", b"X\x01\x00\x00\x00a", b"s", b"u", b"a", b"e", b"b", b"R", b"\x81",
+        b"\x92", b"\x8f", b"\x90", b"\x91", b"0", b"1", b"\x85", b"\x86", b"t", b"q\x00", b"h\x00", b"cos\nsystem\n",
+        b"ccollections\nOrderedDict\n", b"ctorch\nSize\n"
+    ]), max_size=25))
 def test_any_order_of_opcodes_is_refused_or_plain(tmp_path_factory, structure):
   file = by_hand.raw(tmp_path_factory.mktemp("fuzz") / "x.pt", b"\x80\x04" + b"".join(structure) + b".")
   try:
     found = mmcl_pt.load_checkpoint(file)
   except BadRecord:
     return
-  assert type(found) in (type(None), int, str, list, tuple, dict, collections.OrderedDict, mmcl_pt._Inert, mmcl_pt._Call)
+  assert type(found) in (type(None), int, str, list, tuple, dict, collections.OrderedDict, mmcl_pt._Inert,
+                         mmcl_pt._Call)
 
 
 def test_where_weights_are_found(tmp_path):
@@ -143,15 +153,17 @@ def test_where_weights_are_found(tmp_path):
     np.testing.assert_array_equal(weights.state["a"], WEIGHT)
     assert weights.beside == ["epoch"]
   assert list(torch_files.read(by_hand.save(tmp_path / "x.pt", {"a": weight, "b": 3})).state) == ["a"]
-  refused(by_hand.save(tmp_path / "x.pt", {"model": {"a": weight}, "state_dict": {"a": weight}}), "under model and state_dict")
+  refused(by_hand.save(tmp_path / "x.pt", {"model": {"a": weight}, "state_dict": {"a": weight}}),
+          "under model and state_dict")
   for nothing in ({}, {"a": 1}, [weight], {"net": {"a": weight}}, None):
     refused(by_hand.save(tmp_path / "x.pt", nothing), "holds no weights, neither plain nor under model, state_dict")
 
 
 def test_files_that_are_none(tmp_path):
   good = by_hand.save(tmp_path / "good.pth", {"a": by_hand.tensor(WEIGHT)}).read_bytes()
-  for content, match in ((good[:len(good) // 2], "no zip"), (good[:-30], "no zip|damaged"), (b"", "no zip"), (b"GIF89a" * 9, "no zip"),
-                         (mmcl_pt.LEGACY + b"rest", "before 1.6; load it in torch and save it again")):
+  for content, match in ((good[:len(good) // 2], "no zip"), (good[:-30], "no zip|damaged"), (b"", "no zip"),
+                         (b"GIF89a" * 9, "no zip"), (mmcl_pt.LEGACY + b"rest",
+                                                     "before 1.6; load it in torch and save it again")):
     (tmp_path / "x.pth").write_bytes(content)
     refused(tmp_path / "x.pth", match)
   refused(tmp_path / "absent.pth", "No such file")
@@ -170,10 +182,11 @@ def test_safetensors_with_a_lying_header(tmp_path):
   entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
   file = tmp_path / "x.safetensors"
   assert torch_files.read(safetensors(file, {"a": entry})).state["a"].shape == (2, 3)
-  for header, length in (({"a": entry | {"data_offsets": [0, 2400]}}, None), ({"a": entry | {"shape": [2, 3000]}}, None),
-                         ({"a": entry | {"shape": [2**62, 2**62]}}, None), ({"a": entry, "b": entry}, None),
+  for header, length in (({"a": entry | {"data_offsets": [0, 2400]}}, None),
+                         ({"a": entry | {"shape": [2, 3000]}}, None), ({"a": entry | {"shape": [2 ** 62, 2 ** 62]}},
+                                                                       None), ({"a": entry, "b": entry}, None),
                          ({"a": entry | {"data_offsets": [24, 0]}}, None), ({"a": entry | {"dtype": "X9"}}, None),
-                         ({"a": entry}, 2**60), ({"a": entry}, 5), ([1, 2], None)):
+                         ({"a": entry}, 2 ** 60), ({"a": entry}, 5), ([1, 2], None)):
     refused(safetensors(file, header, length=length), "no safetensors file, or a damaged one|no zip")
   refused(safetensors(file, {"a": entry}, data=bytes(20)), "no safetensors file, or a damaged one")
 
@@ -197,10 +210,12 @@ def test_saving_is_whole_or_not_at_all(tmp_path):
   torch_files.save({"a": WEIGHT.T, "n": np.zeros((), np.int64)}, tmp_path / "x.safetensors", {"heads": "3"})
   found = load_file(tmp_path / "x.safetensors")
   np.testing.assert_array_equal(found["a"].numpy(), WEIGHT.T)
-  assert found["n"].shape == () and torch_files.read(tmp_path / "x.safetensors").metadata == {"format": "pt", "heads": "3"}
+  assert found["n"].shape == () and torch_files.read(
+      tmp_path / "x.safetensors").metadata == {"format": "pt", "heads": "3"}
   before = (tmp_path / "x.safetensors").read_bytes()
   with pytest.raises(UserError, match="cannot write"):
     torch_files.save({"a": WEIGHT}, tmp_path / "absent/x.safetensors", {})
   with pytest.raises(Exception):
     torch_files.save({"a": WEIGHT.astype(object)}, tmp_path / "x.safetensors", {})
-  assert (tmp_path / "x.safetensors").read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["x.safetensors"]
+  assert (tmp_path / "x.safetensors").read_bytes() == before and [f.name
+                                                                  for f in tmp_path.iterdir()] == ["x.safetensors"]

@@ -31,7 +31,9 @@ def float64():
 
 def relative(found, expected):
   """Largest difference, relative to the largest expected value."""
-  found, expected = np.asarray(found, np.float64), np.asarray(expected.detach() if hasattr(expected, "detach") else expected, np.float64)
+  found, expected = np.asarray(found,
+                               np.float64), np.asarray(expected.detach() if hasattr(expected, "detach") else expected,
+                                                       np.float64)
   assert found.shape == expected.shape
   return np.abs(found - expected).max() / np.abs(expected).max()
 
@@ -44,7 +46,7 @@ def through_a_file(net, path, dtype="float64", **options):
 
 
 def gradient_error(model, grads, net, unseen=()):
-  """Largest difference of a gradient, relative to the global norm; every parameter of torch that has a gradient is compared."""
+  """Largest difference of a gradient, relative to the global norm; all of torch's with a gradient are compared."""
   ours = torch_weights.state_dict(model, {"params": grads, "batch_stats": {}}, None)
   ours = {key.partition(".")[2]: x for key, x in ours.items()}
   theirs = {name: p.grad.numpy() for name, p in net.named_parameters() if p.grad is not None}
@@ -117,8 +119,8 @@ def masked(tmp_path, swap, dtype="float64"):
 def test_masked_autoencoder_with_a_given_mask(swap, tmp_path):
   """Prediction, loss and NCC as in MMCL's code (all patches, w = 0.1), masked MSE as in He et al. 2022, and gradients.
 
-  Measured: prediction 8e-16, losses 3e-16, gradients 8e-17 of the norm; 8e-12 where 1e-12 is added to variances as MMCL does,
-  not 1e-8. swap: the fixed positions are the other way round, and the decoder's channels with them.
+  Measured: prediction 8e-16, losses 3e-16, gradients 8e-17 of the norm; 8e-12 where 1e-12 is added to variances, as
+  MMCL does, not 1e-8. swap: the fixed positions are the other way round, and the decoder's channels with them.
   """
   net, model, variables, run, keep, hidden = masked(tmp_path, swap)
   x = ecgs()
@@ -164,8 +166,8 @@ def slow_r50():
 
 @pytest.mark.parametrize("build", [resnet50, slow_r50])
 def test_resnets_of_50_layers(build, tmp_path):
-  """Evaluation mode, small images. Measured: ResNet-50 2e-15, gradients 2e-17 of the norm, float32 6e-7; slow_r50 3e-15, 1e-16,
-  7e-7."""
+  """Evaluation mode, small images. Measured: ResNet-50 2e-15, gradients 2e-17 of the norm, float32 6e-7; slow_r50
+  3e-15, 1e-16, 7e-7."""
   net, shape, tower = build()
   net, model, variables = through_a_file(net, tmp_path / "net.pth")
   x = np.random.default_rng(4).random(shape)
@@ -175,14 +177,16 @@ def test_resnets_of_50_layers(build, tmp_path):
     y = model.apply(variables, x, method=lambda m, x: m.cmr[tower].embed(m.cmr[tower].features(x, jnp.ones(len(x)))))
     return (y ** 2).sum(), y
 
-  (_, y), grads = jax.jit(jax.value_and_grad(lambda params: embed(params, model, variables["batch_stats"], x), has_aux=True))(
-      variables["params"])
+  (_, y), grads = jax.jit(
+      jax.value_and_grad(lambda params: embed(params, model, variables["batch_stats"], x),
+                         has_aux=True))(variables["params"])
   theirs = net(torch.tensor(2 * x[:, None] - 1 if build is slow_r50 else x))  # ours takes [0, 1] to [-1, 1] itself
   (theirs ** 2).sum().backward()
   assert relative(y, theirs) < 1e-9
   assert gradient_error(model, grads, net) < 1e-8
   model, variables = torch_weights.load(tmp_path / "net.pth")
-  _, y = jax.jit(lambda variables, x: embed(variables["params"], model, variables["batch_stats"], x))(variables, np.float32(x))
+  _, y = jax.jit(lambda variables, x: embed(variables["params"], model, variables["batch_stats"], x))(variables,
+                                                                                                      np.float32(x))
   assert y.dtype == jnp.float32 and relative(y, theirs) < 1e-5
 
 
@@ -212,9 +216,11 @@ def test_projection_heads(norm, train):
   (theirs * torch.tensor(w)).sum().backward()
   assert relative(y, theirs) < 1e-9
   norm_of = np.sqrt(sum((p.grad.numpy() ** 2).sum() for p in net.parameters()))
-  pairs = [(grads["fc1"]["kernel"].T, net.layers[0].weight), (grads["fc2"]["kernel"].T, net.layers[-2 if norm else -1].weight)]
-  pairs += [(grads["norm1"]["scale"], net.layers[1].weight), (grads["norm2"]["bias"], net.layers[4].bias)] if norm else [
-      (grads["fc1"]["bias"], net.layers[0].bias), (grads["fc2"]["bias"], net.layers[2].bias)]
+  pairs = [(grads["fc1"]["kernel"].T, net.layers[0].weight),
+           (grads["fc2"]["kernel"].T, net.layers[-2 if norm else -1].weight)]
+  pairs += [(grads["norm1"]["scale"], net.layers[1].weight),
+            (grads["norm2"]["bias"], net.layers[4].bias)] if norm else [(grads["fc1"]["bias"], net.layers[0].bias),
+                                                                        (grads["fc2"]["bias"], net.layers[2].bias)]
   assert max(np.abs(np.asarray(g) - p.grad.numpy()).max() for g, p in pairs) < 1e-8 * norm_of
   if train:
     for name, key in (("norm1", "layers.1"), ("norm2", "layers.4")):
@@ -227,8 +233,10 @@ def projections(dtype=np.float64):
   return {name: rng.normal(size=(16, 9)).astype(dtype) for name in ("ecg", "ed", "es")}
 
 
-BATCH = {"subject": np.stack([np.arange(16), np.zeros(16)], axis=1).astype(np.uint32), "mask": np.ones(16), "has_ecg": np.ones(16),
-         "has_cmr": np.ones(16)}
+BATCH = {
+    "subject": np.stack([np.arange(16), np.zeros(16)], axis=1).astype(np.uint32), "mask": np.ones(16),
+    "has_ecg": np.ones(16), "has_cmr": np.ones(16)
+}
 LOSSES = {
     "clip": (lambda o, b: contrastive.clip(o, b, a="ecg", b="ed", b_to_a=0.75, temperature=0.1),
              lambda p: published.clip_loss(p["ecg"], p["ed"], 0.1, 0.75)),
@@ -244,7 +252,8 @@ def test_contrastive_losses(name, dtype, bound):
   ours, theirs = LOSSES[name]
   values = projections(dtype)
   outputs = lambda p: {"ecg_projection": p["ecg"], "cmr": {view: {"projection": p[view]} for view in ("ed", "es")}}
-  value, grads = jax.value_and_grad(lambda p: objectives.mean(ours(outputs(p), BATCH)))(jax.tree.map(jnp.asarray, values))
+  value, grads = jax.value_and_grad(lambda p: objectives.mean(ours(outputs(p), BATCH)))(jax.tree.map(
+      jnp.asarray, values))
   tensors = {key: torch.tensor(x, dtype=torch.float64, requires_grad=True) for key, x in values.items()}
   expected = theirs(tensors)
   expected.backward()

@@ -92,8 +92,11 @@ def test_signal_encoder_mdm(tmp_path):
   """A MAE checkpoint, its fixed positions in the other order than ours."""
   net = autoencoder(swap=True)
   optimizer = torch.optim.AdamW(net.parameters())
-  path = saved(tmp_path, {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 399, "scaler": {"scale": 65536.0},
-                          "args": argparse.Namespace(model="mae_vit_tiny", mask_ratio=0.8)})
+  path = saved(
+      tmp_path, {
+          "model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 399, "scaler": {"scale": 65536.0},
+          "args": argparse.Namespace(model="mae_vit_tiny", mask_ratio=0.8)
+      })
   model, variables, report = torch_weights.read(path)
   c = model.config.ecg
   assert (c.size, c.patch, c.pool, c.positions, model.samples) == ("test", PATCH, "mean", "learned", SAMPLES)
@@ -112,13 +115,15 @@ def test_signal_encoder_mdm_with_siamese_heads(tmp_path):
   model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
   assert model.config.ecg.positions == "sincos" and "pos_embed" not in variables["params"]["ecg"]
   close(reconstruct(model, variables, KEEP), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
-  assert any(line.startswith("ignored, siamese heads: projector.0.weight") and "predictor.0.weight" in line for line in report)
+  assert any(
+      line.startswith("ignored, siamese heads: projector.0.weight") and "predictor.0.weight" in line for line in report)
   assert any("projector.1.num_batches_tracked" in line for line in report)
 
 
-@pytest.mark.parametrize("norms, head_width", [(("norm",), 0), (("fc_norm",), 0), (("norm", "fc_norm"), 0), (("norm", "fc_norm"), 7)])
+@pytest.mark.parametrize("norms, head_width", [(("norm", ), 0), (("fc_norm", ), 0), (("norm", "fc_norm"), 0),
+                                               (("norm", "fc_norm"), 7)])
 def test_signal_encoder_mmcl(tmp_path, norms, head_width):
-  """Mean pooling, with fc_norm or without it (then it is a LayerNorm without scale), and an idle `norm`; with a head or not."""
+  """Mean pooling, with fc_norm or without it (then a LayerNorm without scale), an idle `norm`, with a head or not."""
   net = vit(norms, head=head_width, swap=True)
   model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
   found = encode_ecg(model, variables)
@@ -133,13 +138,14 @@ def test_signal_encoder_mmcl(tmp_path, norms, head_width):
 
 @pytest.mark.parametrize("form", ["sequential", "named", "prefixed"])
 def test_image_encoders(tmp_path, form):
-  """image_encoder_simclr and _mmcl: children of a ResNet in nn.Sequential under encoder_imaging.; torchvision's own names."""
+  """image_encoder_simclr and _mmcl: a ResNet in nn.Sequential under encoder_imaging.; torchvision's own names."""
   net = image(classes=5 if form == "named" else 0)
   state = {"sequential": prefixed("encoder_imaging.", net.sequential()), "named": net.state_dict(),
            "prefixed": prefixed("module.encoder_imaging.", net)}[form]
   model, variables, report = torch_weights.read(saved(tmp_path, {"state_dict": state, "epoch": 3}))
   spec = model.config.cmr.image
-  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == ("resnet", "test", "three_frames", 3, 5 if form == "named" else 0)
+  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == ("resnet", "test", "three_frames", 3,
+                                                                        5 if form == "named" else 0)
   embedding, projection = encode_cmr(model, variables, "image", IMAGE)
   close(embedding, net(torch.tensor(IMAGE)))
   close(projection, net(torch.tensor(IMAGE)))
@@ -157,13 +163,18 @@ def test_image_encoder_of_simclr_with_its_head(tmp_path):
 
 
 def lightning(**changes):
-  parts = dict(ecg=vit(("norm", "fc_norm"), head=2, swap=True), imaging=image(), head_ecg=head(16, seed=1), head_imaging=head(8, seed=2))
+  parts = dict(ecg=vit(("norm", "fc_norm"), head=2, swap=True), imaging=image(), head_ecg=head(16, seed=1),
+               head_imaging=head(8, seed=2))
   parts |= changes
   state = prefixed("encoder_ecg.", parts["ecg"]) | prefixed("encoder_imaging.", parts["imaging"].sequential())
-  state |= prefixed("projection_head_ecg.", parts["head_ecg"]) | prefixed("projection_head_imaging.", parts["head_imaging"])
+  state |= prefixed("projection_head_ecg.", parts["head_ecg"]) | prefixed("projection_head_imaging.",
+                                                                          parts["head_imaging"])
   state |= {"classifier.model.weight": torch.ones(2, 16), "classifier_criterion.weight": torch.ones(2)}
-  return parts, {"epoch": 3, "global_step": 10, "pytorch-lightning_version": "1.6.4", "state_dict": state, "hyper_parameters": AttributeDict(lr=1),
-                 "callbacks": {AttributeDict: {"best_model_score": torch.tensor(1.0)}}, "optimizer_states": [], "lr_schedulers": []}
+  return parts, {
+      "epoch": 3, "global_step": 10, "pytorch-lightning_version": "1.6.4", "state_dict": state,
+      "hyper_parameters": AttributeDict(lr=1), "callbacks": {AttributeDict: {"best_model_score": torch.tensor(1.0)}},
+      "optimizer_states": [], "lr_schedulers": []
+  }
 
 
 def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
@@ -180,7 +191,8 @@ def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
 
   model, variables, report = torch_weights.read(tmp_path / "last.ckpt", tower="image")  # one of them
   assert not model.config.ecg.size and list(variables["params"]) == ["cmr_image", "head_image"]
-  assert any("other towers: encoder_ecg.cls_token" in line and "projection_head_ecg.layers.0.weight" in line for line in report)
+  assert any("other towers: encoder_ecg.cls_token" in line and "projection_head_ecg.layers.0.weight" in line
+             for line in report)
 
 
 def test_heads_of_different_sizes_are_converted_one_at_a_time(tmp_path):
@@ -198,7 +210,8 @@ def test_slow_resnet(tmp_path, channels, slices, fc, blocks):
   state = {key if blocks else key.removeprefix("blocks."): x for key, x in net.state_dict().items()}
   model, variables, report = torch_weights.read(saved(tmp_path, {"model_state_dict": state}), tower="es")
   spec = model.config.cmr.es
-  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == ("slow_resnet", "test", "es_volume", slices or 6, fc)
+  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == ("slow_resnet", "test", "es_volume", slices
+                                                                        or 6, fc)
   planes = VOLUME if slices else np.concatenate([VOLUME, VOLUME[:, :1]], axis=1)
   theirs = net(torch.tensor(2 * planes - 1)[:, None].expand(-1, channels, -1, -1, -1))
   close(encode_cmr(model, variables, "es", planes)[0], theirs, 5e-5)
@@ -209,8 +222,14 @@ def test_slow_resnet(tmp_path, channels, slices, fc, blocks):
 def test_dual_phase_pretraining_holds_its_encoder_twice(tmp_path):
   net = volume(slices=5, fc=4)
   own = {key: x for key, x in net.state_dict().items() if not key.startswith("blocks.")}
-  twice = {f"{name}.{key.removeprefix('blocks.')}": x for name in ("model", "encoder") for key, x in net.state_dict().items() if key not in own}
-  path = saved(tmp_path, {"model_state_dict": twice | own | {"output_layer.weight": torch.ones(3, 4), "output_layer.bias": torch.ones(3)}})
+  twice = {
+      f"{name}.{key.removeprefix('blocks.')}": x
+      for name in ("model", "encoder")
+      for key, x in net.state_dict().items() if key not in own
+  }
+  path = saved(
+      tmp_path,
+      {"model_state_dict": twice | own | {"output_layer.weight": torch.ones(3, 4), "output_layer.bias": torch.ones(3)}})
   model, variables = torch_weights.load(path)
   close(encode_cmr(model, variables, "ed", VOLUME)[0], net(torch.tensor(2 * VOLUME[:, None] - 1)), 5e-5)
   twice["encoder.0.norm.bias"] = twice["encoder.0.norm.bias"] + 1
@@ -280,16 +299,20 @@ def test_an_encoder_goes_out_and_is_loaded_strictly(tmp_path, pool, norms, swap)
   model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
   again = into_torch(published.ViT(*TEST, PATCH, SAMPLES, **options), torch_weights.state_dict(model, variables, "ecg"))
   for key, x in net.state_dict().items():
-    np.testing.assert_allclose(again.state_dict()[key].double(), x.double(), atol=1e-6 if key == "pos_embed" else 0, rtol=0, err_msg=key)
+    np.testing.assert_allclose(again.state_dict()[key].double(), x.double(), atol=1e-6 if key == "pos_embed" else 0,
+                               rtol=0, err_msg=key)
 
 
 def test_an_autoencoder_goes_out_whole_or_as_an_encoder(tmp_path):
   net = autoencoder(swap=True)
   model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
   state, left = torch_weights.export(model, variables, "ecg_mae")
-  assert sorted(left) == ["ecg/fc_norm/bias", "ecg/fc_norm/scale"] + [f"head_ecg/fc{i}/{leaf}" for i in (1, 2) for leaf in ("bias", "kernel")]
+  assert sorted(left) == ["ecg/fc_norm/bias", "ecg/fc_norm/scale"
+                          ] + [f"head_ecg/fc{i}/{leaf}" for i in (1, 2) for leaf in ("bias", "kernel")]
   again = into_torch(published.MaskedAutoencoder(*TEST, PATCH, SAMPLES, TEST), state)
-  close(again.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)).detach().numpy(), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
+  close(
+      again.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)).detach().numpy(),
+      net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
   state, left = torch_weights.export(model, variables, "ecg")
   encoder = into_torch(published.ViT(*TEST, PATCH, SAMPLES), state)
   close(encoder(torch.tensor(ECG)).detach().numpy(), net(torch.tensor(ECG)))
@@ -378,14 +401,16 @@ def test_wrong_resnets(tmp_path):
   del state["encoder_imaging.5.0.conv2.weight"]
   state["encoder_imaging.1.running_mean"] = torch.ones(5)
   state["encoder_imaging.5.0.bn7.weight"] = torch.ones(5)
-  refused(saved(tmp_path, state), "missing: encoder_imaging.layer2.0.conv2.weight (8, 8, 3, 3)", "encoder_imaging.1.running_mean (5,), expected (4,)",
-          "encoder_imaging.5.0.bn7.weight (5,)")
+  refused(saved(tmp_path, state), "missing: encoder_imaging.layer2.0.conv2.weight (8, 8, 3, 3)",
+          "encoder_imaging.1.running_mean (5,), expected (4,)", "encoder_imaging.5.0.bn7.weight (5,)")
   net = published.ResNet(6, published.Bottleneck, ((4, 1), (8, 2)))
-  refused(saved(tmp_path, net.state_dict()), "a stem of 6 channels, bottleneck blocks and stages of 4, 8 channels; expected one of test, demo")
+  refused(saved(tmp_path, net.state_dict()),
+          "a stem of 6 channels, bottleneck blocks and stages of 4, 8 channels; expected one of these sizes: test: 4,")
 
 
 def test_what_is_no_encoder(tmp_path):
-  refused(saved(tmp_path, {"a.weight": torch.ones(2), "b": torch.ones(2)}), "has a.weight, b, which no layout explains", "--ignore=REGEX")
+  refused(saved(tmp_path, {"a.weight": torch.ones(2), "b": torch.ones(2)}), "has a.weight, b, which no layout explains",
+          "--ignore=REGEX")
   refused(saved(tmp_path, torch.nn.Linear(2, 2)), "was a whole model saved? Save its model.state_dict() instead")
   refused(saved(tmp_path, prefixed("projection_head_ecg.", head(4))), "holds no encoder")
   refused(saved(tmp_path, vit().state_dict()), "holds an ECG encoder, which the name ed is not for", tower="ed")
@@ -398,11 +423,14 @@ def test_what_is_no_encoder(tmp_path):
   state["blocks.99999.norm1.weight"] = torch.ones(16)
   refused(saved(tmp_path, state), "numbers 100000 blocks; expected at most 200")
   refused(saved(tmp_path, vit().state_dict()), "expected one of mean, attention, cls", pool="max")
+  refused(tmp_path / "x.pth", "--samples=-100; expected at least 1", samples=-100)
+  refused(tmp_path / "x.pth", "--ignore=( is no regex", ignore=("(",))
   refused(saved(tmp_path, image().state_dict()), "--view=side; expected one of ed_volume", view="side")
 
 
 def test_a_decoder_with_other_positions_is_refused(tmp_path):
   net = autoencoder()
   net.decoder_pos_embed.data[0, 5, 3] += 0.1
-  refused(saved(tmp_path, net.state_dict()), "of another value: decoder_pos_embed (1, 61, 16), expected the fixed sin-cos table")
+  refused(saved(tmp_path, net.state_dict()),
+          "of another value: decoder_pos_embed (1, 61, 16), expected the fixed sin-cos table")
   assert torch_weights.load(tmp_path / "x.pth", ignore=("^decoder_", "^mask_token$"))[0].config.ecg.mask_ratio == 0

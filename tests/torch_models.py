@@ -1,9 +1,9 @@
 """Plain PyTorch models with the published key names, written from the architectures' descriptions: the tests' oracle.
 
 ViT: timm's keys (Dosovitskiy et al. 2021), pooled as MMCL does (Turgut et al. 2025). MaskedAutoencoder: He et al. 2022.
-ResNet: torchvision's keys (He et al. 2016, stride on the 3x3). SlowResNet: PyTorchVideo's keys (Feichtenhofer et al. 2019),
-pooled over slices as the dual-phase system does (Alvarez-Florez et al. 2026). Head: lightly's SimCLR projection head.
-Losses by the formulas of these papers.
+ResNet: torchvision's keys (He et al. 2016, stride on the 3x3). SlowResNet: PyTorchVideo's keys (Feichtenhofer et al.
+2019), pooled over slices as the dual-phase system does (Alvarez-Florez et al. 2026). Head: lightly's SimCLR projection
+head. Losses by the formulas of these papers.
 """
 
 import math
@@ -26,7 +26,9 @@ def sincos(rows, columns, width, swap=False):
   swap: the two halves in another order than vit.sincos_2d's. In MAE's and MMCL's code the column's is the first.
   """
   frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-  encode = lambda position: torch.cat([torch.sin(position[:, None] * frequency), torch.cos(position[:, None] * frequency)], dim=1)
+  encode = lambda position: torch.cat(
+      [torch.sin(position[:, None] * frequency),
+       torch.cos(position[:, None] * frequency)], dim=1)
   row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
   column = torch.arange(columns, dtype=torch.float64).repeat(rows)
   halves = [encode(row), encode(column)][::-1 if OURS_IS_TIME_FIRST != swap else 1]
@@ -81,7 +83,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-  """pool: mean | attention | cls. norms: which of `norm` and `fc_norm` it has; one that the pooling does not use stays idle."""
+  """pool: mean | attention | cls. norms: which of `norm` and `fc_norm` it has; what pooling does not use is idle."""
 
   def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, swap=False):
     super().__init__()
@@ -257,7 +259,8 @@ class ResBlock(nn.Module):
 class ResStage(nn.Module):
   def __init__(self, into, width, blocks, stride, span):
     super().__init__()
-    self.res_blocks = nn.ModuleList([ResBlock(4 * width if j else into, width, 1 if j else stride, span) for j in range(blocks)])
+    self.res_blocks = nn.ModuleList(
+        [ResBlock(4 * width if j else into, width, 1 if j else stride, span) for j in range(blocks)])
 
   def forward(self, x):
     for block in self.res_blocks:
@@ -294,8 +297,13 @@ class Head(nn.Module):
 
   def __init__(self, into, hidden, width, norm=False):
     super().__init__()
-    normed = [nn.Linear(into, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width, bias=False),
-              nn.BatchNorm1d(width)]
+    normed = [
+        nn.Linear(into, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, width, bias=False),
+        nn.BatchNorm1d(width)
+    ]
     self.layers = nn.Sequential(*(normed if norm else [nn.Linear(into, hidden), nn.ReLU(), nn.Linear(hidden, width)]))
 
   def forward(self, x):

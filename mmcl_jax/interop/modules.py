@@ -34,6 +34,7 @@ LAYOUTS = {  # kind -> what it is called, and keys that tell of it
     "slow_resnet": ("a slow ResNet with PyTorchVideo's keys", r"(^|\.)res_blocks\.\d+\.branch2\."),
     "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
 }
+DEFAULT = {"vit": "ecg", "slow_resnet": "ed", "resnet": "image"}  # what an encoder without a name is called
 RENAMED = {  # the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a Linear
     "vit": (),
     "resnet": ((r"^0\.", "conv1."), (r"^1\.", "bn1."), (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}.")),
@@ -52,12 +53,22 @@ class Options(NamedTuple):
   view: str | None = None
   ignore: tuple[str, ...] = ()
 
+  def check(self) -> None:
+    for name in ("heads", "decoder_heads", "samples"):
+      if getattr(self, name) is not None and getattr(self, name) < 1:
+        raise UserError(f"--{name}={getattr(self, name)}; expected at least 1")
+    for regex in self.ignore:
+      try:
+        re.compile(regex)
+      except re.error as error:
+        raise UserError(f"--ignore={regex} is no regex: {error}") from None
+
 
 class Modules(NamedTuple):
   """arrays: module -> {key within it: array}; kinds: encoder -> its layout, in the file's order.
 
-  theirs: "MODULE.KEY" -> the file's key; prefixes: module -> what the file writes in front of its keys; ignored: what it
-  is -> keys of the file.
+  theirs: "MODULE.KEY" -> the file's key; prefixes: module -> what the file writes in front of its keys; ignored: what
+  it is -> keys of the file.
   """
 
   arrays: dict[str, dict[str, np.ndarray]]
@@ -130,8 +141,7 @@ def call(found: Modules, options: Options, path) -> Modules:
   if len(found.kinds) != 1:
     return found
   (module, kind), = found.kinds.items()
-  default = {"vit": "ecg", "slow_resnet": "ed", "resnet": "image"
-             }[kind] if module == "*" else module.removeprefix("cmr_")
+  default = DEFAULT[kind] if module == "*" else module.removeprefix("cmr_")
   tower = options.tower or default
   if (kind == "vit") != (tower == "ecg"):
     what, advice = ("an ECG", "leave --tower out") if kind == "vit" else ("a CMR", "give it another with --tower=NAME")

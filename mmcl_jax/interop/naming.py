@@ -2,9 +2,9 @@
 
 A key has the name of its module in front (`ecg.blocks.0.attn.qkv.weight`, `head_ecg.layers.0.weight`).
 
-torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out]. Of our 3-D convolutions one axis is
-always 1 wide: those over the plane are [h, w, in, out], those over s slices [s * in, out], the slices' channels one after
-the other. All of them are torch's numbers with the axes in the order *window, in, out, and the axes of 1 left out.
+torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out]. Our 3-D convolutions are over the
+plane, [h, w, in, out], or over s slices, [s * in, out] with the slices' channels one after the other. All of them are
+torch's numbers with the axes in the order *window, in, out, and the axes of 1 left out.
 """
 
 import re

@@ -22,7 +22,7 @@ DECODER_HEADS = {size[3]: size[5] for size in vit.SIZES.values()}
 class Found(NamedTuple):
   """config: of the model; samples: of an ECG; modules: the arrays that are to become its variables.
 
-  fresh: paths of parameters that the file does not have -> what they are set to; troubles: what makes the file unusable;
+  fresh: paths of parameters that the file does not have -> what they are set to; troubles: what makes it unusable;
   notes: what the user is told.
   """
 
@@ -137,7 +137,7 @@ def has_positions(x, width: int) -> bool:
 
 
 def is_table(x, width: int, swap: bool = False) -> bool:
-  """Is x the fixed table, to 1e-5? swap: with its halves, lead and time, the other way round (MAE's code: time first)."""
+  """Is x the fixed table, to 1e-5? swap: with its halves, lead and time, the other way round (MAE: time first)."""
   if not has_positions(x, width):
     return False
   expected = table(x.shape[1] // L, width)

@@ -25,8 +25,8 @@ def load(path, **options):
   """A model and its variables from PyTorch weights.
 
   Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, torchvision's ResNet-18 and
-  -50 (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several towers with projection heads, and
-  what `save` wrote. Sizes and options are read off keys and shapes.
+  -50 (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several towers with projection heads,
+  and what `save` wrote. Sizes and options are read off keys and shapes.
 
   Args:
     path: a file of torch.save or safetensors; weights only, nothing in it is executed.
@@ -51,6 +51,7 @@ def load(path, **options):
 def read(path, dtype: str = "float32", **options) -> Loaded:
   """`load` with a report: what was recognised, loaded, left at identity and ignored."""
   options = modules.Options(**options)
+  options.check()
   weights = torch_files.read(path)
   found = recognise.recognise(weights.state, weights.metadata, options, path)
   found.config.dtype = dtype
@@ -118,20 +119,24 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
 def shapes(model) -> dict[tuple[str, str], tuple[int, ...]]:
   """(collection, path) -> shape of the model's variables; nothing is computed."""
   array = lambda *shape: jnp.zeros((1, *shape))
+  cmr = lambda: {field: array(*shape) for field, shape in image_shapes(model.config).items()}
 
   def init():
-    cmr = {}
-    for spec in model.config.cmr.values():
-      field = schema.VIEWS[spec.view]
-      planes = max(spec.planes, cmr[field].shape[-3] if field in cmr else 0)
-      cmr[field] = array(*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64)
-    batch = {
-        "ecg": array(len(schema.LEADS), model.samples), "cmr": cmr, "mask": array(), "has_ecg": array(),
-        "has_cmr": array()
-    }
+    batch = {"ecg": array(len(schema.LEADS), model.samples), "cmr": cmr()}
+    batch |= {name: array() for name in ("mask", "has_ecg", "has_cmr")}
     return model.init({"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False)
 
   return {place: leaf.shape for place, leaf in flatten(jax.eval_shape(init)).items()}
+
+
+def image_shapes(config) -> dict[str, list[int]]:
+  """Stored field -> a shape that has the planes which the CMR towers see; how large images are is the cohort's."""
+  found = {}
+  for spec in config.cmr.values():
+    field = schema.VIEWS[spec.view]
+    planes = max(spec.planes, found[field][-3] if field in found else 0)
+    found[field] = [*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64]
+  return found
 
 
 def flatten(variables) -> dict[tuple[str, str], Any]:
@@ -156,10 +161,11 @@ def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarr
 
   Args:
     model, variables: as `load` returns them, or of a run (training.restore.load_run).
-    tower: "ecg": the encoder, for strict=True of timm's VisionTransformer (global_pool "avg", with fc_norm, or "token");
-      "ecg_mae": the masked autoencoder with its decoder, as in He et al. 2022; a CMR tower: torchvision's ResNet, `fc` its
-      Linear, or PyTorchVideo's slow_r50 without its last block, beside `temporal_mlp` (Linear over slices) and `fc`;
-      None: all of them and the projection heads, each key with its module in front (`ecg.`, `cmr_NAME.`, `head_NAME.`).
+    tower: "ecg": the encoder, for strict=True of timm's VisionTransformer (global_pool "avg", with fc_norm, or
+      "token"); "ecg_mae": the masked autoencoder with its decoder, as in He et al. 2022; a CMR tower: torchvision's
+      ResNet, `fc` its Linear, or PyTorchVideo's slow_r50 without its last block, beside `temporal_mlp` (Linear over
+      slices) and `fc`; None: all of them and the projection heads, each key with its module in front (`ecg.`,
+      `cmr_NAME.`, `head_NAME.`).
 
   Returns:
     key -> array; num_batches_tracked, which nothing here counts, is 0.

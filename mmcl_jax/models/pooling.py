@@ -1,10 +1,9 @@
 """Attention pooling of tokens, and their modulation by covariates (FiLM). Letters: B batch, N tokens, D width."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from mmcl_jax.models.vit import at_least_float32
+from mmcl_jax.models.vit import attention
 
 
 class AttentionPool(nn.Module):
@@ -23,10 +22,8 @@ class AttentionPool(nn.Module):
     init = nn.initializers.xavier_uniform()
     dense = lambda width, name: nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)
     q, k, v = jnp.moveaxis(dense(3 * D, "qkv")(tokens).reshape(B, N, 3, self.heads, D // self.heads), 2, 0)
-    q = q.mean(axis=1) * (D // self.heads) ** -0.5  # a Linear of the mean token is the mean of the tokens' Linear
-    # Written out, because jax.nn.dot_product_attention takes its softmax in float32 whatever it is given.
-    weights = jax.nn.softmax(at_least_float32(jnp.einsum("bhd,bnhd->bhn", q, k)), axis=-1).astype(v.dtype)
-    return dense(D, "proj")(jnp.einsum("bhn,bnhd->bhd", weights, v).reshape(B, D))
+    q = q.mean(axis=1, keepdims=True)  # a Linear of the mean token is the mean of the tokens' Linear
+    return dense(D, "proj")(attention(q, k, v).reshape(B, D))
 
 
 class FiLM(nn.Module):

@@ -43,8 +43,8 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
 
   Raises:
     UserError: a parameter or statistic that has no counterpart of its shape and that no regex of `config.init_except`
-      names (all of them are listed), a module or regex that matches nothing, a tower of another view under another name,
-      or random weights in a frozen tower.
+      names (all of them are listed), a module or regex that matches nothing, regexes but no workdir, a tower of another
+      view under another name, or random weights in a frozen tower.
   """
   target = flatten({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
@@ -53,9 +53,9 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
     raise UserError(f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}")
   excepted = state_room.regexes(config.init_except, "config.init_except")
   if excepted and not wanted:
-    raise UserError(f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and config.init_from "
-                    f"({', '.join(config.init_from)}) names none; give its workdir, such as --config.init_from.ecg=W, or set "
-                    "init_except=() to start from nothing")
+    raise UserError(f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and "
+                    f"config.init_from ({', '.join(config.init_from)}) names none; give its workdir, such as "
+                    "--config.init_from.ecg=W, or set init_except=() to start from nothing")
   sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
   loaded = {workdir: flatten(source) for workdir, source in sources.items()}
 
@@ -86,7 +86,7 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
   if troubles:
     raise UserError(f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in config.init_except, "
                     "by regex, what shall be left behind there and start fresh here")
-  for regex in excepted if wanted else ():
+  for regex in excepted:
     if not any(re.search(regex, path) for path in seen):
       raise UserError(f"config.init_except has {regex!r}, which matches no parameter of {', '.join(wanted)}, neither "
                       f"here nor in {', '.join(loaded)}; correct or remove it")
@@ -154,12 +154,13 @@ def difference(config, earlier, module: str, where: str, workdir: str) -> str:
   if not module.startswith("cmr_"):
     return ""
   name = module.removeprefix("cmr_")
-  before, here = earlier.model.cmr[name if where == workdir else next(iter(earlier.model.cmr))].view, config.model.cmr[name].view
+  there = name if where == workdir else next(iter(earlier.model.cmr))
+  before, here = earlier.model.cmr[there].view, config.model.cmr[name].view
   if before == here:
     return ""
   if where != workdir:
-    raise UserError(f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at {here}; give the "
-                    f"workdir of a tower of that view, or call the tower there {name}")
+    raise UserError(f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at {here}; "
+                    f"give the workdir of a tower of that view, or call the tower there {name}")
   return f" (which looked at {before}, here at {here})"
 
 

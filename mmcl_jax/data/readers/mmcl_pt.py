@@ -5,8 +5,8 @@ Since torch 1.6 such a file is a zip of stored (not compressed) members: `NAME/d
 torch does not write, and only the callables of CALLS, which are functions of this file. Storages are not read but
 mapped: memory is taken by what is used. Format: https://pytorch.org/docs/stable/notes/serialization.html
 
-Data (`load`) may hold nothing else. A checkpoint (`load_checkpoint`) also holds objects of programs that are not here, such
-as argparse.Namespace: nothing of theirs is run or kept, and INERT stands in their place.
+Data (`load`) may hold nothing else. A checkpoint (`load_checkpoint`) also holds objects of programs that are not here,
+such as argparse.Namespace: nothing of theirs is run or kept, and INERT stands in their place.
 """
 
 import io
