@@ -39,6 +39,7 @@ def get_config(arg=None):
   size, profile, width, frames, batch, steps, learning_rate = SIZES[arg.size]
   tower, slices = VIEWS[arg.view]
   c = defaults(arg.batch or batch, arg.steps or steps)  # hearts, updates
+  c.init_from = {f"cmr_{tower}": ""}  # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
   c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
   c.data.targets = TARGETS[arg.targets]
 

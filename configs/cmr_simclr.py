@@ -28,6 +28,7 @@ def get_config(arg=None):
     raise UserError(f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}")
   size, profile, hidden, width, batch, steps, learning_rate = SIZES[arg.size]
   c = defaults(arg.batch or batch, arg.steps or steps)  # images, updates
+  c.init_from = dict(cmr_image="")  # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
   c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
 
   c.augment.twice = True  # two augmentations of every image are what NT-Xent compares

@@ -434,6 +434,13 @@ def test_backbones_are_called_alike(kind, size, dtype, out):
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
 
 
+def test_a_video_tower_has_a_decoder_where_it_hides_patches():
+  x, keys = jnp.zeros((2, 4, 16, 24)), jax.random.split(jax.random.key(0), 2)
+  init = lambda m: jax.eval_shape(lambda key: m.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(0))
+  assert "decoder" in init(backbones.build(SPEC, jnp.float32))["params"]
+  assert not backbones.build(SPEC | dict(mask_ratio=0.0), jnp.float32).decoder
+
+
 @pytest.mark.parametrize("change, says", [
     (dict(kind="swin"), "config.x.kind is 'swin'; expected one of slow_resnet, resnet, vit"),
     (dict(size="r50"), "config.x.size is 'r50'; expected one of test, demo, small, base"),

@@ -279,6 +279,10 @@ def test_pooling_is_read_off_keys_or_given(tmp_path):
   close(encode_ecg(model, variables)["ecg_embedding"], plain(torch.tensor(ECG)))
   attention = vit(("norm", "fc_norm"), pool="attention")
   model, variables = torch_weights.load(saved(tmp_path, attention.state_dict()))
+  for pool, idle in (("cls", "fc_norm.weight"), ("mean", "attention_pool.in_proj_weight")):  # what is asked for stands
+    other, _, report = torch_weights.read(tmp_path / "x.pth", pool=pool)
+    assert other.config.ecg.pool == pool
+    assert any(f"pooling that --pool={pool} does not use" in line and idle in line for line in report)
   assert model.config.ecg.pool == "attention"
   close(encode_ecg(model, variables)["ecg_embedding"], attention(torch.tensor(ECG)))
 
@@ -434,3 +438,11 @@ def test_a_decoder_with_other_positions_is_refused(tmp_path):
   refused(saved(tmp_path, net.state_dict()),
           "of another value: decoder_pos_embed (1, 61, 16), expected the fixed sin-cos table")
   assert torch_weights.load(tmp_path / "x.pth", ignore=("^decoder_", "^mask_token$"))[0].config.ecg.mask_ratio == 0
+
+
+def test_the_identity_of_a_head_holds_for_towers_of_two_widths():
+  """A head that the file lacks passes embeddings on, whichever of the two is the narrower."""
+  for width in (3, 4):
+    fc1, fc2 = (torch_weights.fresh(f"head_ecg/{name}/kernel", shape, np.float64) for name, shape in (("fc1", (width, 8)), ("fc2", (8, 4))))
+    x = np.array([[1.0, -2.0, 3.0, -4.0]])[:, :width]
+    np.testing.assert_array_equal((np.maximum(x @ fc1, 0) @ fc2)[:, :width], x)

@@ -160,6 +160,8 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
   if options.samples not in (None, samples):
     raise UserError(f"the encoder has learned positions for {samples} samples, --samples={options.samples} are others; "
                     "convert it as it is, and let config.init_from interpolate them for a later stage")
+  found.notes.append("positions of its own (another order than ours, or trained): a later stage takes them with "
+                     "--config.model.ecg.positions=learned")
   return "learned", samples
 
 

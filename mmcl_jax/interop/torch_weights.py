@@ -107,7 +107,7 @@ def report(path, weights, found: recognise.Found, variables) -> list[str]:
 def fresh(path: str, shape, dtype) -> np.ndarray:
   """What a parameter is set to that leaves its module the identity (a LayerNorm: without scale; slices: their mean)."""
   if path.endswith("/fc1/kernel"):  # relu(x) - relu(-x) = x
-    return np.eye(*shape, dtype=dtype) - np.eye(*shape, k=shape[0], dtype=dtype)
+    return np.eye(*shape, dtype=dtype) - np.eye(*shape, k=shape[1] // 2, dtype=dtype)
   if path.endswith("/fc2/kernel"):
     D = shape[0] // 2
     return np.concatenate([np.eye(D, shape[1], dtype=dtype), -np.eye(D, shape[1], dtype=dtype)])
