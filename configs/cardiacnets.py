@@ -7,8 +7,8 @@
       --config.init_from.ecg=demo/cn_ecg --config.init_from.cmr_sax=demo/cn_cmr --config.init_from.cmr_lax=demo/cn_cmr
     mmcl evaluate --workdir=demo/cn
 
-Expected time of `:demo` on 2 CPU cores: SCORE_TBD minutes.
-Expected score, with the covariates that it reads: SCORE_TBD.
+Expected time and score: `:demo` was not trained to its end here, so neither is known; two
+steps of every stage are tested.
 `:large`, the published size, was not trained here.
 
 Source: Ding et al. 2024 (arXiv 2411.13602 v1). Its CMR encoders are Swin-B; here they are ViT-B, with all frames in one

@@ -7,8 +7,8 @@
       --config.init_from.ecg=demo/cio_ecg --config.init_from.cmr_cine=demo/cio_cmr
     mmcl evaluate --workdir=demo/cio
 
-Expected time of `:demo` on 2 CPU cores: SCORE_TBD minutes.
-Expected score: SCORE_TBD.
+Expected time and score: `:demo` was not trained to its end here, so neither is known; two
+steps of every stage are tested.
 `:base`, the published size, was not trained here; it needs a cohort of --profile=cardionets --frames=50 --size=96.
 
 Source: Ding et al. 2026 (NEJM AI). Its ECG encoder starts from the public weights of ST-MEM; `stage=ecg` takes their

@@ -7,8 +7,9 @@
       --config.init_from.ecg=demo/mae --config.init_from.cmr_ed=demo/ed --config.init_from.cmr_es=demo/es
     mmcl evaluate --workdir=demo/dual
 
-Expected time: the last stage of `:demo` SCORE_TBD minutes on 2 CPU cores; frozen encoders run once.
-Expected score: SCORE_TBD.
+Expected time: the last stage of `:demo` 4 minutes on 2 CPU cores; frozen encoders run once.
+Expected score: test R2 of LVM 0.40, LVEDV 0.28, LVEF 0.06 (3 seeds);
+untrained 0.34, 0.23, 0.06; docs/results.md.
 `:medium`, the published size, was not trained here. arms.py has this and its four rivals.
 
 Source: Alvarez-Florez et al. 2026. What differs: docs/recipes.md.

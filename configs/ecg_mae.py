@@ -4,8 +4,9 @@
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
     mmcl evaluate --workdir=demo/mae
 
-Expected time: `:demo` SCORE_TBD minutes on 2 CPU cores.
-Expected score: SCORE_TBD.
+Expected time: `:demo` 3 minutes on 2 CPU cores.
+Expected score: test R2 of LVM 0.35, LVEDV 0.24, LVEF 0.04 (3 seeds);
+untrained 0.34, 0.23, 0.06; docs/results.md.
 The published sizes were not trained here. Next: mmcl.py, dual_phase.py, arms.py, supervised.py, by
 `--config.init_from.ecg=demo/mae`.
 

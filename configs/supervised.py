@@ -7,8 +7,9 @@
     mmcl evaluate --workdir=demo/supervised
 
 `start=pretrained` takes the ECG encoder of any stage of the same size.
-Expected time: `:demo` SCORE_TBD minutes on 2 CPU cores.
-Expected score: SCORE_TBD.
+Expected time: `:demo` 3 minutes on 2 CPU cores.
+Expected score: test R2 of LVM 0.40, LVEDV 0.27, LVEF 0.06 (3 seeds);
+untrained 0.34, 0.23, 0.06; docs/results.md.
 The other sizes were not trained here: `:tiny` (MMCL's encoder), `:medium`, `:base`.
 
 Source: Turgut et al. 2025 (fine-tuning). What differs: docs/recipes.md.
