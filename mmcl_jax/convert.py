@@ -7,6 +7,7 @@ Nothing in a file is executed, and nothing is made up: what a file lacks, or has
 """
 
 import argparse
+import collections
 import contextlib
 import os
 import pathlib
@@ -108,7 +109,8 @@ def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> 
   left = torch_weights.save(run.model, run.state.variables, out, tower)
   print(f"{tower or 'all towers'} of step {run.step} written to {out}")
   if left:
-    print(f"left out: {', '.join(left)}")
+    parts = collections.Counter("/".join(path.split("/")[:2 if path.startswith("ecg/") else 1]) for path in left)
+    print(f"left out: {', '.join(f'{part} ({count} arrays)' for part, count in parts.items())}")
 
 
 @contextlib.contextmanager
