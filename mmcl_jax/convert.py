@@ -8,7 +8,6 @@ Nothing in a file is executed, and nothing is made up: what a file lacks, or has
 
 import argparse
 import collections
-import contextlib
 import os
 import pathlib
 import shutil
@@ -16,7 +15,7 @@ import shutil
 import numpy as np
 
 from mmcl_jax.data import schema
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, writing
 
 FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")  # options of torch_weights.load
 PROFILES = {"tiny": "mmcl", "medium": "dual_phase"}  # ECG encoder -> how its authors normalised ECGs
@@ -111,15 +110,6 @@ def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> 
   if left:
     parts = collections.Counter("/".join(path.split("/")[:2 if path.startswith("ecg/") else 1]) for path in left)
     print(f"left out: {', '.join(f'{part} ({count} arrays)' for part, count in parts.items())}")
-
-
-@contextlib.contextmanager
-def writing(out):
-  """Turns what a folder or a disk refuses into a UserError."""
-  try:
-    yield
-  except OSError as error:
-    raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A recording that cannot be read costs one row of the table, never the run.
 """
 
 import argparse
-import contextlib
 import csv
 import os
 import tempfile
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from mmcl_jax.data.preprocess.ecg import normalise, samples, to_standard
 from mmcl_jax.data.readers import ecg_file, find_ecg, read_ecg
 from mmcl_jax.data.schema import LEADS
-from mmcl_jax.errors import BadRecord, UserError
+from mmcl_jax.errors import BadRecord, UserError, writing
 
 COLUMNS = ("path", "status", "reason", "flags")
 
@@ -169,15 +168,6 @@ def write(out, rows, embeddings, predicted):
     os.replace(Path(staging, "records.csv"), out / "records.csv")
     if len(embeddings):
       os.replace(Path(staging, "embeddings.npy"), out / "embeddings.npy")
-
-
-@contextlib.contextmanager
-def writing(out):
-  """Turns what a folder or a disk refuses into a UserError."""
-  try:
-    yield
-  except OSError as error:
-    raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

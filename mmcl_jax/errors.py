@@ -1,5 +1,6 @@
 """The two errors a user meets. Both carry one line: what was found, where, what was expected, what to do."""
 
+import contextlib
 import errno
 
 OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
@@ -21,3 +22,12 @@ def is_environment(error: BaseException) -> bool:
   if isinstance(error, OSError):
     return error.errno is not None and error.errno not in OF_A_PATH
   return isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def writing(out):
+  """Turns what a folder or a disk refuses into a UserError."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
