@@ -286,11 +286,11 @@ def test_patches_are_cut_and_put_back_where_they_were():
   np.testing.assert_array_equal(video.unpatchify(patches, (4, 6, 9), patch), x)
 
 
-def test_positions_are_sines_and_cosines_of_plane_row_and_column():
+def test_positions_are_sines_and_cosines_of_plane_column_and_row():
   table = video.sincos_3d(planes=3, rows=2, columns=4, width=32)  # 8 + 12 + 12
   for token, found in enumerate(table):
     expected = []
-    for position, width in ((token // 8, 8), (token // 4 % 2, 12), (token % 4, 12)):
+    for position, width in ((token // 8, 8), (token % 4, 12), (token // 4 % 2, 12)):
       angles = [position * 10000 ** (-2 * i / width) for i in range(width // 2)]
       expected += [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
     np.testing.assert_allclose(found, expected, rtol=1e-12)

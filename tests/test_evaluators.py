@@ -268,7 +268,7 @@ def test_missing_covariates_become_the_training_mean_and_a_flag():
 
 def test_disease_scores_match_sklearn_and_few_cases_are_only_counted(features):
   results, predictions, probe = diseases.evaluate(features, ["HF", "CM"], draws=100)
-  assert set(results) == {"embedding", "covariates", "with_covariates"}
+  assert set(results) == {"embedding", "random_encoder", "covariates", "with_covariates"}
   y = features["test"]["diseases"]
   known = np.isfinite(y[:, 0])
   score = results["embedding"]["HF"]

@@ -19,7 +19,7 @@ def test_positions_are_the_published_formula():
   for token, row in enumerate(table):
     lead, time = token // 4, token % 4
     w = [1.0, 10000 ** -0.5]  # 10000^(-i / (width / 4))
-    expected = [f(p * x) for p in (lead, time) for f in (np.sin, np.cos) for x in w]
+    expected = [f(p * x) for p in (time, lead) for f in (np.sin, np.cos) for x in w]
     np.testing.assert_allclose(row, expected, rtol=1e-6)
 
 

@@ -63,19 +63,19 @@ def ecgs(dtype=np.float64, seed=1):
 POOLS = {"mean": ("mean", ("fc_norm",)), "attention": ("attention", ("fc_norm",)), "cls": ("cls", ("norm",))}
 
 
-def vit(pool, tmp_path, dtype="float64", swap=False):
+def vit(pool, tmp_path, dtype="float64", trained=False):
   width, depth, heads_ = WIDE
   kind, norms = POOLS[pool]
-  net = published.ViT(width, depth, heads_, PATCH, SAMPLES, kind, norms, swap=swap)
+  net = published.ViT(width, depth, heads_, PATCH, SAMPLES, kind, norms, trained=trained)
   return through_a_file(net, tmp_path / "vit.pth", dtype, heads=heads_, pool=pool)
 
 
-@pytest.mark.parametrize("swap", [False, True])  # positions: fixed here, and learned, because theirs are another table
+@pytest.mark.parametrize("trained", [False, True])  # positions: the fixed table, and others
 @pytest.mark.parametrize("pool", POOLS)
-def test_vit_encoder(pool, swap, tmp_path):
+def test_vit_encoder(pool, trained, tmp_path):
   """Measured: tokens and embedding 9e-16, gradients 9e-17 of the norm."""
-  net, model, variables = vit(pool, tmp_path, swap=swap)
-  assert model.config.ecg.positions == ("learned" if swap else "sincos")
+  net, model, variables = vit(pool, tmp_path, trained=trained)
+  assert model.config.ecg.positions == ("learned" if trained else "sincos")
   x, rng = ecgs(), np.random.default_rng(2)
   a, b = rng.normal(size=(B, 60, WIDE[0])), rng.normal(size=(B, WIDE[0]))
 
@@ -90,7 +90,7 @@ def test_vit_encoder(pool, swap, tmp_path):
   assert relative(out["ecg_tokens"], tokens[:, 1:]) < 1e-9
   assert relative(out["ecg_embedding"], embedding) < 1e-9
   assert relative(out["ecg_projection"], embedding) < 1e-9  # no head in the file: the identity
-  assert gradient_error(model, grads, net, unseen=() if swap else ("pos_embed",)) < 1e-8
+  assert gradient_error(model, grads, net, unseen=() if trained else ("pos_embed",)) < 1e-8
 
 
 def test_vit_encoder_in_float32(tmp_path):
@@ -104,9 +104,9 @@ def test_vit_encoder_in_float32(tmp_path):
   assert relative(out["ecg_embedding"], net.embed(tokens)) < 5e-6
 
 
-def masked(tmp_path, swap, dtype="float64"):
+def masked(tmp_path, dtype="float64"):
   width, depth, heads_ = WIDE
-  net = published.MaskedAutoencoder(width, depth, heads_, PATCH, SAMPLES, DECODER, swap)
+  net = published.MaskedAutoencoder(width, depth, heads_, PATCH, SAMPLES, DECODER)
   net, model, variables = through_a_file(net, tmp_path / "mae.pth", dtype, heads=heads_, decoder_heads=DECODER[2])
   order = np.argsort(np.random.default_rng(3).random((B, 60)), axis=1)
   keep, restore = order[:, :12], np.argsort(order, axis=1)
@@ -115,14 +115,13 @@ def masked(tmp_path, swap, dtype="float64"):
   return net, model, variables, run, torch.tensor(keep), hidden
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_masked_autoencoder_with_a_given_mask(swap, tmp_path):
+def test_masked_autoencoder_with_a_given_mask(tmp_path):
   """Prediction, loss and NCC as in MMCL's code (all patches, w = 0.1), masked MSE as in He et al. 2022, and gradients.
 
   Measured: prediction 8e-16, losses 3e-16, gradients 8e-17 of the norm; 8e-12 where 1e-12 is added to variances, as
-  MMCL does, not 1e-8. swap: the fixed positions are the other way round, and the decoder's channels with them.
+  MMCL does, not 1e-8.
   """
-  net, model, variables, run, keep, hidden = masked(tmp_path, swap)
+  net, model, variables, run, keep, hidden = masked(tmp_path)
   x = ecgs()
   batch = {"ecg": x, "mask": np.ones(B), "has_ecg": np.ones(B)}
 
@@ -141,13 +140,12 @@ def test_masked_autoencoder_with_a_given_mask(swap, tmp_path):
   assert relative(ncc, published.ncc(torch.tensor(x), theirs, eps=1e-8)) < 1e-9
   assert relative(masked_mse, published.masked_mse(torch.tensor(x), theirs, torch.tensor(hidden))) < 1e-9
   assert relative(value, published.mmcl_mae_loss(torch.tensor(x), theirs, eps=1e-12)) < 1e-9
-  if not swap:  # else the gradients are of reordered channels: the outputs above are the test
-    assert gradient_error(model, grads, net, unseen=("pos_embed",)) < 1e-8
+  assert gradient_error(model, grads, net, unseen=("pos_embed",)) < 1e-8
 
 
 def test_masked_autoencoder_in_float32(tmp_path):
   """Measured on a CPU: 2.3e-7 of the largest value."""
-  net, _, variables, run, keep, _ = masked(tmp_path, False, "float32")
+  net, _, variables, run, keep, _ = masked(tmp_path, "float32")
   x = ecgs(np.float32)
   assert relative(jax.jit(run)(variables["params"], x), net.reconstruct(torch.tensor(x).double(), keep)) < 5e-6
 

@@ -28,8 +28,8 @@ def vit(norms=("fc_norm",), **options):
   return published.randomise(published.ViT(*TEST, PATCH, SAMPLES, norms=norms, **options)).float().eval()
 
 
-def autoencoder(**options):
-  return published.randomise(published.MaskedAutoencoder(*TEST, PATCH, SAMPLES, TEST, **options)).float().eval()
+def autoencoder():
+  return published.randomise(published.MaskedAutoencoder(*TEST, PATCH, SAMPLES, TEST)).float().eval()
 
 
 def image(**options):
@@ -89,8 +89,8 @@ KEEP = np.stack([np.random.default_rng(i).permutation(60)[:12] for i in range(B)
 # ---- the six published files
 
 def test_signal_encoder_mdm(tmp_path):
-  """A MAE checkpoint, its fixed positions in the other order than ours."""
-  net = autoencoder(swap=True)
+  """A MAE checkpoint; its positions are recognised as the fixed ones."""
+  net = autoencoder()
   optimizer = torch.optim.AdamW(net.parameters())
   path = saved(
       tmp_path, {
@@ -99,21 +99,21 @@ def test_signal_encoder_mdm(tmp_path):
       })
   model, variables, report = torch_weights.read(path)
   c = model.config.ecg
-  assert (c.size, c.patch, c.pool, c.positions, model.samples) == ("test", PATCH, "mean", "learned", SAMPLES)
+  assert (c.size, c.patch, c.pool, c.positions, model.samples) == ("test", PATCH, "mean", "sincos", SAMPLES)
+  assert "pos_embed" not in variables["params"]["ecg"]
   close(encode_ecg(model, variables)["ecg_embedding"], net(torch.tensor(ECG)))
   close(reconstruct(model, variables, KEEP), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
   text = "\n".join(report)
   assert "fc_norm is not in the file: identity after mean pooling" in text and "ecg/fc_norm/scale = 1" in text
-  assert "beside the weights: optimizer, epoch, scaler, args" in text and "channels reordered" in text
+  assert "beside the weights: optimizer, epoch, scaler, args" in text
 
 
 def test_signal_encoder_mdm_with_siamese_heads(tmp_path):
-  """As MMCL's later code leaves it; positions in our own order are recognised as the fixed ones."""
+  """As MMCL's later code leaves it."""
   net = autoencoder()
   net.projector = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False), torch.nn.BatchNorm1d(8))
   net.predictor = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
   model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
-  assert model.config.ecg.positions == "sincos" and "pos_embed" not in variables["params"]["ecg"]
   close(reconstruct(model, variables, KEEP), net.reconstruct(torch.tensor(ECG), torch.tensor(KEEP)))
   assert any(
       line.startswith("ignored, siamese heads: projector.0.weight") and "predictor.0.weight" in line for line in report)
@@ -124,7 +124,7 @@ def test_signal_encoder_mdm_with_siamese_heads(tmp_path):
                                                (("norm", "fc_norm"), 7)])
 def test_signal_encoder_mmcl(tmp_path, norms, head_width):
   """Mean pooling, with fc_norm or without it (then a LayerNorm without scale), an idle `norm`, with a head or not."""
-  net = vit(norms, head=head_width, swap=True)
+  net = vit(norms, head=head_width, trained=True)
   model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
   found = encode_ecg(model, variables)
   close(found["ecg_tokens"], net.tokens(torch.tensor(ECG))[:, 1:])
@@ -163,7 +163,7 @@ def test_image_encoder_of_simclr_with_its_head(tmp_path):
 
 
 def lightning(**changes):
-  parts = dict(ecg=vit(("norm", "fc_norm"), head=2, swap=True), imaging=image(), head_ecg=head(16, seed=1),
+  parts = dict(ecg=vit(("norm", "fc_norm"), head=2, trained=True), imaging=image(), head_ecg=head(16, seed=1),
                head_imaging=head(8, seed=2))
   parts |= changes
   state = prefixed("encoder_ecg.", parts["ecg"]) | prefixed("encoder_imaging.", parts["imaging"].sequential())
@@ -296,9 +296,9 @@ def into_torch(net, state):
 
 
 @pytest.mark.parametrize("pool, norms", [("mean", ("fc_norm",)), ("attention", ("fc_norm",)), ("cls", ("norm",))])
-@pytest.mark.parametrize("swap", [False, True])
-def test_an_encoder_goes_out_and_is_loaded_strictly(tmp_path, pool, norms, swap):
-  options = dict(norms=norms, pool=pool, head=4, swap=swap)
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_encoder_goes_out_and_is_loaded_strictly(tmp_path, pool, norms, trained):
+  options = dict(norms=norms, pool=pool, head=4, trained=trained)
   net = vit(**options)
   model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
   again = into_torch(published.ViT(*TEST, PATCH, SAMPLES, **options), torch_weights.state_dict(model, variables, "ecg"))
@@ -308,7 +308,7 @@ def test_an_encoder_goes_out_and_is_loaded_strictly(tmp_path, pool, norms, swap)
 
 
 def test_an_autoencoder_goes_out_whole_or_as_an_encoder(tmp_path):
-  net = autoencoder(swap=True)
+  net = autoencoder()
   model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
   state, left = torch_weights.export(model, variables, "ecg_mae")
   assert sorted(left) == ["ecg/fc_norm/bias", "ecg/fc_norm/scale"

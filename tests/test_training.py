@@ -20,7 +20,7 @@ from mmcl_jax.training import checkpoint, metrics, restore
 
 # Loss and gradient norm of step 1 of the tiny config on the tiny cohort. If you meant to change the model, the
 # objectives, the augmentation, the data order or the synthetic heart, replace them by what the failing test prints.
-GOLDEN = {"loss": 3.26399, "gradient_norm": 0.64141}
+GOLDEN = {"loss": 3.27849, "gradient_norm": 0.67407}
 
 
 @pytest.fixture(scope="module")

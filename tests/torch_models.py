@@ -12,18 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcl_jax.models import vit
-
 LEADS = 12
 
 
-OURS_IS_TIME_FIRST = bool(vit.sincos_2d(2, 2, 4)[1, 0])  # the second token is of another time, not of another lead
+def sincos(rows, columns, width):
+  """Fixed positions [1, 1 + rows * columns, width], zeros for CLS; half the width for the column, half for the row.
 
-
-def sincos(rows, columns, width, swap=False):
-  """Fixed positions [1, 1 + rows * columns, width], zeros for CLS; half the width for the row, half for the column.
-
-  swap: the two halves in another order than vit.sincos_2d's. In MAE's and MMCL's code the column's is the first.
+  As in MAE's and MMCL's code, where the column's half is the first.
   """
   frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
   encode = lambda position: torch.cat(
@@ -31,8 +26,8 @@ def sincos(rows, columns, width, swap=False):
        torch.cos(position[:, None] * frequency)], dim=1)
   row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
   column = torch.arange(columns, dtype=torch.float64).repeat(rows)
-  halves = [encode(row), encode(column)][::-1 if OURS_IS_TIME_FIRST != swap else 1]
-  return torch.cat([torch.zeros(1, width, dtype=torch.float64), torch.cat(halves, dim=1)])[None]
+  table = torch.cat([encode(column), encode(row)], dim=1)
+  return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None]
 
 
 class Attention(nn.Module):
@@ -85,12 +80,14 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
   """pool: mean | attention | cls. norms: which of `norm` and `fc_norm` it has; what pooling does not use is idle."""
 
-  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, swap=False):
+  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, trained=False):
     super().__init__()
     self.pool = pool
     self.patch_embed = PatchEmbed(width, patch)
     self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-    self.pos_embed = nn.Parameter(sincos(LEADS, samples // patch, width, swap))
+    self.pos_embed = nn.Parameter(sincos(LEADS, samples // patch, width))
+    if trained:  # no longer the fixed table
+      self.pos_embed.data += 0.1 * torch.randn(self.pos_embed.shape)
     self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
     if pool == "attention":
       self.attention_pool = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -121,12 +118,12 @@ class ViT(nn.Module):
 
 
 class MaskedAutoencoder(ViT):
-  def __init__(self, width, depth, heads, patch, samples, decoder, swap=False, norms=("norm",)):
-    super().__init__(width, depth, heads, patch, samples, norms=norms, swap=swap)
+  def __init__(self, width, depth, heads, patch, samples, decoder, norms=("norm",)):
+    super().__init__(width, depth, heads, patch, samples, norms=norms)
     decoder_width, decoder_depth, decoder_heads = decoder
     self.decoder_embed = nn.Linear(width, decoder_width)
     self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-    self.decoder_pos_embed = nn.Parameter(sincos(LEADS, samples // patch, decoder_width, swap), requires_grad=False)
+    self.decoder_pos_embed = nn.Parameter(sincos(LEADS, samples // patch, decoder_width), requires_grad=False)
     self.decoder_blocks = nn.ModuleList([Block(decoder_width, decoder_heads) for _ in range(decoder_depth)])
     self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
     self.decoder_pred = nn.Linear(decoder_width, patch)

@@ -19,7 +19,7 @@ FEWEST_TEST_CASES = 30  # below it, the interval of an AUROC says nothing
 
 
 def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
-  """Probes of every disease from the embedding, the covariates, and both, scored on the test split.
+  """Probes of every disease from the embedding and the baselines of `phenotypes.inputs`, scored on the test split.
 
   Args:
     features: {split: {name: array}}, see phenotypes.inputs; `diseases` [N, C] is 0, 1, or NaN = unknown.
@@ -37,8 +37,6 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
   weights = statistics.bootstrap_weights(test["subject"], draws, seed)
   results, predicted, probes = {}, {}, {}
   for model, x in inputs(features).items():
-    if model in ("random_encoder", "ceiling"):
-      continue
     probes[model] = fit_probe(x["train"], train["diseases"], x["val"], val["diseases"])
     predicted[model] = predict(probes[model], x["test"])
     results[model] = {

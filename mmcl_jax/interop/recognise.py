@@ -136,12 +136,9 @@ def has_positions(x, width: int) -> bool:
   return x.ndim == 3 and (x.shape[0], x.shape[2]) == (1, width) and x.shape[1] > L and x.shape[1] % L == 1
 
 
-def is_table(x, width: int, swap: bool = False) -> bool:
-  """Is x the fixed table, to 1e-5? swap: with its halves, lead and time, the other way round (MAE: time first)."""
-  if not has_positions(x, width):
-    return False
-  expected = table(x.shape[1] // L, width)
-  return np.abs(x - (np.roll(expected, width // 2, axis=2) if swap else expected)).max() < 1e-5
+def is_table(x, width: int) -> bool:
+  """Is x the fixed table, to 1e-5?"""
+  return has_positions(x, width) and np.abs(x - table(x.shape[1] // L, width)).max() < 1e-5
 
 
 def positions(found: Found, width: int, patch: int, options: Options) -> tuple[str, int]:
@@ -160,29 +157,15 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
   if options.samples not in (None, samples):
     raise UserError(f"the encoder has learned positions for {samples} samples, --samples={options.samples} are others; "
                     "convert it as it is, and let config.init_from interpolate them for a later stage")
-  found.notes.append("positions of its own (another order than ours, or trained): a later stage takes them with "
+  found.notes.append("positions of its own (trained): a later stage takes them with "
                      "--config.model.ecg.positions=learned")
   return "learned", samples
 
 
 def decoder_positions(found: Found, width: int) -> None:
-  """Takes the decoder's fixed table out; where its halves are the other way round, the decoder's channels go with them.
-
-  A transformer computes the same in any order of the channels of its residual stream.
-  """
-  keys = found.modules.arrays["ecg"]
-  x = keys.pop("decoder_pos_embed")
-  if is_table(x, width, swap=True):
-    out = r"decoder_(blocks\.\d+\.(norm\d|attn\.proj|mlp\.fc2)|embed|norm)\.(weight|bias)"
-    into = r"decoder_(blocks\.\d+\.(attn\.qkv|mlp\.fc1)|pred)\.weight"
-    for key, y in keys.items():
-      axis = 2 if key == "mask_token" else 0 if re.fullmatch(out, key) else 1 if re.fullmatch(into, key) else None
-      if axis is not None and axis < y.ndim and y.shape[axis] == width:  # else it is misshapen, and will be told
-        keys[key] = np.roll(y, width // 2, axis)
-    found.notes.append(
-        "decoder: channels reordered, because its fixed positions have lead and time the other way round; it "
-        "computes the same")
-  elif not is_table(x, width):
+  """Takes the decoder's fixed table out."""
+  x = found.modules.arrays["ecg"].pop("decoder_pos_embed")
+  if not is_table(x, width):
     found.troubles.append(
         f"of another value: {found.modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the fixed "
         f"sin-cos table of (1, 1 + {L} n, {width}), the only one that the decoder has")

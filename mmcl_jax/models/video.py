@@ -37,14 +37,14 @@ def unpatchify(patches, shape: tuple[int, int, int], patch: tuple[int, int, int]
 def sincos_3d(planes: int, rows: int, columns: int, width: int) -> np.ndarray:
   """Fixed sine-cosine positions [planes * rows * columns, width].
 
-  A quarter of the width for the plane, three eighths each for row and column (vit.sincos_2d), with frequencies
+  A quarter of the width for the plane, three eighths each for column and row (vit.sincos_2d), with frequencies
   10000^(-2i/w) in a part w wide. One plane alone gets plain 2-D positions.
   """
   if planes == 1:
     return sincos_2d(rows, columns, width)
   if width % 16:
     raise ValueError(f"3-D sin-cos positions need a width divisible by 16, got {width}")
-  plane = sincos_2d(planes, 1, width // 2)[:, :width // 4]  # its first half is of the row
+  plane = sincos_2d(1, planes, width // 2)[:, :width // 4]  # its first half is of the column
   return np.concatenate([np.repeat(plane, rows * columns, axis=0),
                          np.tile(sincos_2d(rows, columns, 3 * width // 4), (planes, 1))], axis=1)
 

@@ -27,9 +27,9 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
-  """Fixed 2-D sine-cosine positions, float64 [rows * columns, width]; half the width for the row, half for the column.
+  """Fixed 2-D sine-cosine positions, float64 [rows * columns, width]; half the width for the column, half for the row.
 
-  As in MAE (He et al. 2022): frequencies 10000^(-2i/(width/2)).
+  As in the code of MAE (He et al. 2022), the column first: frequencies 10000^(-2i/(width/2)).
   """
   if width % 4:
     raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
@@ -40,7 +40,7 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
   row, column = np.divmod(np.arange(rows * columns), columns)
-  return np.concatenate([encode(row), encode(column)], axis=1)
+  return np.concatenate([encode(column), encode(row)], axis=1)
 
 
 def drop_path(x: jax.Array, keys: jax.Array | None, rate: float, layer: int) -> jax.Array:
