@@ -14,10 +14,10 @@
     ed_volume   six slices at ED                               ecg, cmr_ed (view=ed_volume)
     dual_phase  six slices at ED and at ES                     ecg, cmr_ed, cmr_es (view=es_volume)
 
-Expected time: an arm of `:demo` 2 to 4 minutes on 2 CPU cores, two at a time.
-Expected scores, test R2 of LVM, LVEDV, LVEF: ecg_only 0.33, 0.23, 0.04;
-ed_slice 0.41, 0.28, 0.08; cine_slice 0.40, 0.28, 0.08;
-ed_volume 0.40, 0.28, 0.07; dual_phase 0.40, 0.28, 0.06 (docs/results.md).
+Expected time: an arm of `:demo` 3 to 6 minutes on 2 CPU cores, two at a time.
+Expected scores, test R2 of LVM, LVEDV, LVEF: ecg_only 0.35, 0.24, 0.05;
+ed_slice 0.41, 0.29, 0.07; cine_slice 0.41, 0.29, 0.07;
+ed_volume 0.41, 0.28, 0.07; dual_phase 0.40, 0.28, 0.07 (docs/results.md).
 `:medium`, the published size, was not trained here. arm=dual_phase is configs/dual_phase.py. What differs:
 docs/recipes.md.
 """

@@ -5,7 +5,7 @@
     mmcl evaluate --workdir=demo/mae
 
 Expected time: `:demo` 3 minutes on 2 CPU cores.
-Expected score: test R2 of LVM 0.35, LVEDV 0.24, LVEF 0.04 (3 seeds);
+Expected score: test R2 of LVM 0.35, LVEDV 0.24, LVEF 0.05 (3 seeds);
 untrained 0.34, 0.23, 0.06; docs/results.md.
 The published sizes were not trained here. Next: mmcl.py, dual_phase.py, arms.py, supervised.py, by
 `--config.init_from.ecg=demo/mae`.

@@ -7,7 +7,7 @@
     mmcl evaluate --workdir=demo/mmcl
 
 Expected time: the last stage of `:demo` 4 minutes on 2 CPU cores.
-Expected score: test R2 of LVM 0.39, LVEDV 0.27, LVEF 0.06 (3 seeds);
+Expected score: test R2 of LVM 0.37, LVEDV 0.26, LVEF 0.06 (3 seeds);
 untrained 0.34, 0.23, 0.06; docs/results.md.
 `:tiny`, the published size, was not trained here. `:demo,arm=wo_mdm` starts the ECG encoder fresh, and is given
 `init_from.cmr_image` alone.

@@ -8,7 +8,7 @@
 
 `start=pretrained` takes the ECG encoder of any stage of the same size.
 Expected time: `:demo` 3 minutes on 2 CPU cores.
-Expected score: test R2 of LVM 0.40, LVEDV 0.27, LVEF 0.06 (3 seeds);
+Expected score: test R2 of LVM 0.39, LVEDV 0.26, LVEF 0.06 (3 seeds);
 untrained 0.34, 0.23, 0.06; docs/results.md.
 The other sizes were not trained here: `:tiny` (MMCL's encoder), `:medium`, `:base`.
 
