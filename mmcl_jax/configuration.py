@@ -44,6 +44,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c = ConfigDict()
   c.seed = 0                      # of parameters, order of the data, augmentation and masks
   c.batch, c.steps = batch, steps
+  c.accumulation = 1              # parts that a batch is computed in, one after the other; the gradient is that of the whole
   c.init_from = dict(ecg="")      # module -> workdir of an earlier stage; "": starts fresh
   c.init_except = ()              # regexes of parameters that are not carried over: left behind there, or fresh here
   c.freeze = ()                   # regexes of parameters that are not trained (CMR towers: model.cmr.NAME.frozen)
@@ -63,7 +64,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.ecg = dict(size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
-                     drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False)
+                     drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
+                     masked_view=False)  # in training, embed the patches that the MAE left visible (FLIP): one pass less
   c.model.cmr = {}                # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
   c.model.regression = ()         # towers with a linear read-out of the targets, e.g. ("ecg",)
   c.model.projection = dict(hidden=512, width=128, norm=False)  # of every tower's head; norm: with batch norm
@@ -71,12 +73,15 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.model.learned_bias = 0.0      # where a learned bias of the logits starts (siglip); 0: none
   c.model.max_scale = 100.0       # cap of a learned 1 / temperature
   c.model.dtype = "float32"       # of matrix products: float32 or bfloat16
+  c.model.remat = "none"          # computed again in the backward pass: none, blocks (all of them), dots (all but products)
+  c.model.scan = False            # loop over a transformer's blocks, not unrolled: compiles faster, same parameters
   c.objectives = ConfigDict()     # name -> dict(fn, weight, parameters of fn)
 
   c.optimizer = dict(learning_rate=1e-3, warmup=max(steps // 10, 1), b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0,
                      rates=(), layer_decay=1.0)  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
   c.mesh = dict(data=-1, model=1)  # devices along each axis; -1: all that are left
-  c.sharding = ()                 # (regex, spec) rules for parameters and optimiser; nothing matched: replicated
+  c.sharding = ()                 # (regex, spec) rules for parameters and optimiser; spec: an axis or None a dimension, or
+                                  # "fsdp": the longest dimension that divides, over data; nothing matched: replicated
   c.loader = dict(threads=2, buffer=4, workers=0)
   c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1))  # steps
   c.keep = 2                      # checkpoints kept

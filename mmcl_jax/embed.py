@@ -1,10 +1,14 @@
 """`mmcl embed`: embeddings and predicted phenotypes of ECG recordings, from a saved checkpoint.
 
-A recording that cannot be read costs one row of the table, never the run.
+A recording that cannot be read costs one row of the table, never the run. Several hosts take the recordings in turn, and
+the first one writes.
 """
 
 import argparse
 import csv
+import hashlib
+import itertools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +21,7 @@ from mmcl_jax.data.preprocess.ecg import normalise, samples, to_standard
 from mmcl_jax.data.readers import ecg_file, find_ecg, read_ecg
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord, UserError, writing
+from mmcl_jax.training import distributed
 
 COLUMNS = ("path", "status", "reason", "flags")
 
@@ -31,13 +36,19 @@ class Probes(NamedTuple):
 def main(argv=None):
   args = parse(argv)
   from mmcl_jax.training.restore import load_encoder  # brings JAX: not before the flags are known to be right
+  paths, here = find_recordings(args.input), distributed.here
+  names = hashlib.sha256("\0".join(map(str, paths)).encode("utf-8", "surrogateescape")).hexdigest()
+  distributed.agree({"--workdir": os.path.abspath(args.workdir), "--step": args.step, "the number of recordings": len(paths),
+                     "the hash of their names": names})
   encoder = load_encoder(args.workdir, args.step)
-  probes = load_probes(args.workdir, encoder.step)
+  probes = load_probes(args.workdir, encoder.step) if here.index == 0 else None
   out = Path(args.out)
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)
 
-  rows, embeddings = embed(encoder, find_recordings(args.input), args.batch)
+  rows, embeddings = together(*embed(encoder, paths[here.index::here.count], args.batch))
+  if here.index > 0:
+    return
   if len(embeddings):
     predict(probes, embeddings, [row for row in rows if row["status"] == "ok"])
   with writing(out):
@@ -105,7 +116,7 @@ def embed(encoder, paths, batch):
         row.update(status="rejected", reason="the encoder's output is not finite")
     waiting.clear()
 
-  for path in tqdm(paths, desc="embed", unit="ECG"):
+  for path in tqdm(paths, desc="embed", unit="ECG", disable=distributed.here.index > 0):
     row = {"path": str(path), "status": "ok", "reason": "", "flags": ""}
     rows.append(row)
     try:
@@ -124,6 +135,21 @@ def embed(encoder, paths, batch):
   if waiting:
     flush()
   return rows, np.array(embeddings, np.float32)
+
+
+def together(rows, embeddings):
+  """The rows and embeddings of all hosts, which took the recordings in turn, in the order of the recordings."""
+  if distributed.here.count == 1:
+    return rows, embeddings
+  texts = distributed.gather(np.frombuffer(json.dumps(rows).encode(), np.uint8))
+  tables = [iter(json.loads(text.tobytes())) for text in texts]
+  numbers = distributed.gather(embeddings.ravel())
+  rows = [row for turn in itertools.zip_longest(*tables) for row in turn if row]
+  ok = [row["status"] == "ok" for row in rows]
+  width = sum(map(len, numbers)) // max(sum(ok), 1) or 1  # 1: none was ok
+  vectors = [iter(part.reshape(-1, width)) for part in numbers]
+  found = [next(vectors[i % len(vectors)]) for i in np.flatnonzero(ok)]
+  return rows, np.array(found, np.float32)
 
 
 def load_probes(workdir, step) -> Probes:
@@ -172,4 +198,4 @@ def write(out, rows, embeddings, predicted):
 
 if __name__ == "__main__":
   from mmcl_jax import cli
-  cli.run(main)
+  cli.run(main, hosts=True)

@@ -6,17 +6,20 @@ Probes are fitted on train, their strength chosen on validation, scores taken on
 """
 
 import argparse
+import os
 import pathlib
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 
+from mmcl_jax import configuration
 from mmcl_jax.data import cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
 from mmcl_jax.evaluators import diseases, embeddings, figures, phenotypes, report, retrieval
-from mmcl_jax.training import metrics, restore, steps
+from mmcl_jax.training import checkpoint, distributed, metrics, restore, steps
 
 SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 
@@ -34,9 +37,16 @@ def main(argv):
 
 
 def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64) -> dict:
-  """Evaluates a checkpoint and writes its report; returns what results.json holds."""
+  """Evaluates a checkpoint and writes its report; returns what results.json holds.
+
+  Several hosts embed the recordings together and all get the same results; the first one prints and writes them.
+  """
+  step = checkpoint.latest(workdir) if step is None else step
+  cohort = cohort_room.load(cohort_path or configuration.load(workdir).data.cohort)
+  distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,
+                     "the fingerprint of the cohort": cohort.fingerprint})
   run = restore.load_run(workdir, step)
-  cohort = cohort_room.load(cohort_path or run.config.data.cohort)
+  distributed.check_mesh(run.mesh)
   model = run.config.model
   reads = "ECG" if model.ecg.size else "CMR"  # a run without an ECG tower is judged by its CMR embedding
   if reads == "ECG" and cohort.info["ecg_profile"] != run.config.data.ecg_profile:
@@ -57,7 +67,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
   has_cmr = bool(fields) and cohort.info["with_cmr"]["test"] > 0 and all(name in cohort.info["shapes"] for name in fields)
 
-  if fields and not has_cmr:
+  first_process = jax.process_index() == 0
+  if fields and not has_cmr and first_process:
     print(f"no retrieval: the test split of {cohort.path} has no CMR, or lacks some of {', '.join(fields)}")
 
   with jax.set_mesh(run.mesh):
@@ -66,7 +77,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
       features = {split: {name: x for name, x in found.items() if name != "ecg_parameters"} for split, found in features.items()}
     shown = reconstruction(run, cohort, batch) if model.ecg.size and model.ecg.mask_ratio else None
 
-  print("fitting probes, drawing 1,000 bootstrap samples (seconds to a minute)", flush=True)
+  if first_process:
+    print("fitting probes, drawing 1,000 bootstrap samples (seconds to a minute)", flush=True)
   names, units = list(cohort.info["phenotypes"]), list(cohort.info["phenotypes"].values())
   results, predictions, probe = phenotypes.evaluate(features, names, units)
   results["diseases"], sick, _ = diseases.evaluate(features, cohort.info["diseases"])
@@ -80,6 +92,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   note = SYNTHETIC if cohort.info.get("synthetic") else ""
   results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
               "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()}}
+  if not first_process:
+    return results
   log = pathlib.Path(workdir) / "metrics.jsonl"
   drawings = {
       "r2": figures.r2_bars(results, note),
@@ -123,11 +137,11 @@ def reconstruction(run, cohort, batch: int) -> dict:
     return rows["ecg"], run.model.apply(variables, rows["ecg"], keys, rows.get("conditions"), method="reconstruct")
 
   rows = next(rows for rows in pipeline.one_pass(cohort.splits["test"], batch=1) if rows["has_ecg"][0])
-  ecg, outputs = jax.device_get(jax.jit(rebuild)(run.state.variables, rows))
+  ecg, outputs = jax.device_get(jax.jit(rebuild, out_shardings=NamedSharding(run.mesh, P()))(run.state.variables, rows))
   return {"ecg": ecg[0], "rebuilt": outputs["reconstruction"][0], "mask": outputs["patch_mask"][0],
           "patch": run.config.model.ecg.patch, "rate_hz": preprocess_ecg.rate_hz(run.config.data.ecg_profile)}
 
 
 if __name__ == "__main__":
   from mmcl_jax import cli
-  cli.run(main)
+  cli.run(main, hosts=True)

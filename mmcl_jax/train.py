@@ -3,42 +3,54 @@
     mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
 
 Running the same command again goes on from the last checkpoint, and ends in the same state bit for bit as if it had
-never stopped (same devices; to float tolerance on others).
+never stopped (same devices; to float tolerance on others). SIGTERM to any host saves a checkpoint on all and exits with
+status 75 (EX_TEMPFAIL: run the command again). On several hosts, see training/distributed.py and docs/multi_host.md.
 """
 
 import json
 import math
+import os
 import pathlib
 
 import jax
-from clu import parameter_overview
+import numpy as np
 
 from mmcl_jax import configuration, objectives as objective_room
 from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import (checkpoint, frozen, initialise, metrics, parallel, restore, state as state_room,
-                               steps as step_room)
+from mmcl_jax.training import (checkpoint, distributed, frozen, initialise, metrics, parallel, restore,
+                               state as state_room, steps as step_room)
 
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 
 
 def main(argv):
   config, flags = configuration.from_flags("mmcl train", USAGE, argv, {"workdir": "folder of the run, made if absent"})
-  train(config, flags.workdir)
+  with distributed.sigterm() as asked_to_stop:
+    train(config, flags.workdir, asked_to_stop)
 
 
-def train(config, workdir: str):
-  """Runs or resumes a run; returns its final state."""
+def train(config, workdir: str, asked_to_stop=lambda: False):
+  """Runs or resumes a run; returns its final state.
+
+  Args:
+    asked_to_stop: read before every step; once it is true on any host, all save after the next step and exit with 75.
+  """
   # -- What is asked for, checked before anything is made or compiled --
   configuration.check_workdir(config, workdir)
   if min(config.steps, *config.every.values()) < 1:
     raise UserError(f"config.steps is {config.steps} and config.every {dict(config.every)}; expected numbers of at least 1")
-  mesh = parallel.make_mesh(**config.mesh)
-  parallel.check_batch(config.batch, mesh)
   cohort = cohort_room.load(config.data.cohort)
   others = load_mix(config.data.mix)
+  start = checkpoint.latest(workdir) or 0
+  distributed.agree({**{f"config.{key}": value for key, value in configuration.flatten(json.loads(config.to_json())).items()},
+                     "--workdir": os.path.abspath(workdir), "its last checkpoint": start,
+                     "the fingerprint of the cohorts": [one.fingerprint for one in (cohort, *(other for other, _ in others))]})
+  mesh = parallel.make_mesh(**config.mesh)
+  parallel.check_batch(config.batch, mesh)
+  distributed.check_mesh(mesh)
   scales = targets(cohort, config)
   objectives = objective_room.build(config.objectives)
   online.check(config.evaluators)
@@ -52,7 +64,6 @@ def train(config, workdir: str):
     tx = state_room.optimizer_for(model, example, config)
     state, where = state_room.create(model, tx, example, config.seed, mesh, config.sharding)
     step_room.check_outputs(model, objectives, example, state)
-    start = checkpoint.latest(workdir) or 0
     if start:
       abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
       state, _, manifest = checkpoint.restore(workdir, start, abstract)
@@ -64,6 +75,7 @@ def train(config, workdir: str):
     else:
       state, carried = initialise.carry_over(state, config, restore.load_variables)
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    distributed.check_shared(workdir)
 
     # -- Data: towers that do not learn look at every heart once, before the loop --
     fields = pretrainer.fields(config.model, only=pretrainer.learning(config.model))
@@ -77,25 +89,33 @@ def train(config, workdir: str):
     if first_process:
       configuration.save(config, workdir)
       print(f"resuming {workdir} from step {start}" if start else json.dumps(json.loads(config.to_json()), indent=1))
-      print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=8))
+      print(parallel.table(state, where, most=8))
       if not start:
         print(initialise.describe(carried))
 
     # -- The loop: save -> evaluate on the old state -> take the next batch -> step -> write the metrics of the step before --
-    train_step = jax.jit(step_room.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
-                         out_shardings=(where, None))
+    step_and_metrics = step_room.make_train_step(model, objectives, tx, config, scales)
+
+    def step_on_hosts(state, batch):
+      """`stopping` goes with the batch and comes back with the metrics: all hosts learn at the same step of one's SIGTERM."""
+      stopping = batch.pop("stopping").max()
+      state, values = step_and_metrics(state, batch)
+      return state, values | {"stopping": stopping}
+
+    train_step = jax.jit(step_on_hosts, donate_argnums=0, out_shardings=(where, None))
     writer = metrics.create_writer(workdir, start, just_logging=not first_process)
     progress = metrics.Progress(start, config.steps, config.batch)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep)
     batches = batch_of(start)
     pending = None  # (step, metrics) on the device: fetched one step late, so that fetching never stalls it
 
-    def flush_pending():
-      """Fetches the step before; stops where it was not finite."""
+    def flush_pending() -> bool:
+      """Fetches the step before; stops where it was not finite. Was any host asked to stop by then?"""
       if pending is None:
-        return
+        return False
       step, values = pending
       values = {name: float(x) for name, x in jax.device_get(values).items()}
+      stopping = values.pop("stopping") > 0
       if not values.pop("finite"):
         checkpoints.close()
         raise UserError(not_finite(step, values, objectives, workdir))
@@ -104,15 +124,19 @@ def train(config, workdir: str):
         if first_process:
           shown = {"loss": values["loss"]} | {o.name: values[f"{o.name}/loss"] for o in objectives}
           progress.report(step, shown)
+      return stopping
 
+    stopping = False
     for step in range(start, config.steps + 1):
       due = lambda every: step > start and (step % every == 0 or step == config.steps)
-      if due(config.every.save):
-        flush_pending()
+      if due(config.every.save) or stopping:
+        stopping |= flush_pending()
         pending = None
         checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
                          meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales,
                                            mixed=[other.fingerprint for other, _ in others]))
+      if stopping and step < config.steps:
+        break
       if due(config.every.evaluate):
         for evaluate in evaluators:
           scores = dict(evaluate(state))
@@ -121,13 +145,18 @@ def train(config, workdir: str):
             print(f"validation {step}/{config.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
       if step == config.steps:
         break
-      batch = parallel.to_global(next(batches), mesh)
-      state, values = train_step(state, batch)
-      flush_pending()
+      rows = next(batches)
+      rows["stopping"] = np.full(len(rows["mask"]), asked_to_stop(), np.float32)
+      state, values = train_step(state, parallel.to_global(rows, mesh))
+      stopping = flush_pending()
       checkpoints.poll()
       pending = step + 1, values
     checkpoints.close()
     writer.close()
+  if step < config.steps:
+    if first_process:
+      print(f"asked to stop: saved {workdir}/checkpoints/{step}; the same command goes on from there", flush=True)
+    raise SystemExit(os.EX_TEMPFAIL)
   if first_process:
     print(f"trained to step {config.steps}: {workdir}/checkpoints/{config.steps}")
   return state
@@ -233,4 +262,4 @@ def not_finite(step: int, values: dict[str, float], objectives, workdir: str) ->
 
 if __name__ == "__main__":
   from mmcl_jax import cli
-  cli.run(main)
+  cli.run(main, hosts=True)

@@ -22,6 +22,9 @@ CASES = {
     "cmr_mae": (dict(of="sax", norm_pix=True), ("has_cmr",)),
 }
 
+# name, parameters: of those that take ring=True, which must change no number
+RING = (("dual_phase", CASES["dual_phase"][0]), *(("clip", dict(a="ecg", b="image", b_to_a=share)) for share in (0.0, 0.75, 1.0)))
+
 
 def case(seed=0, dtype=np.float32, whole=False):
   """outputs, batch; `whole`: every row counts, is of its own subject and has all targets."""

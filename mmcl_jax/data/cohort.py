@@ -275,7 +275,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
   digest, rejected, flagged = hashlib.blake2b(digest_size=16), [], []
   kept = {name: [] for name in KEPT}
   temporary = f"{folder / shard.name}.{secrets.token_hex(4)}.tmp"  # a cluster may run one shard twice at a time
-  writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1")
+  # Snappy: read twice as fast as the default (zstd:3), a tenth larger.
+  writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,snappy")
   for item in shard.items:
     try:
       stored, flags = read_item(job, item)

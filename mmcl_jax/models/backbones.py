@@ -14,18 +14,20 @@ from mmcl_jax.models import resnet, video
 KINDS = {"slow_resnet": resnet.SLOW_SIZES, "resnet": resnet.SIZES, "vit": video.SIZES}
 
 
-def build(spec, dtype, name=None) -> nn.Module:
+def build(spec, dtype, remat="none", scan=False, name=None) -> nn.Module:
   """The module of spec: kind, size; of a vit also patch (planes, rows, columns), drop_path, mask_ratio (0: no
-  decoder). Its name is for flax: None inside a `setup`.
+  decoder). remat and scan as in vit.through; a ResNet's blocks differ, so there is nothing to scan. Its name is for
+  flax: None inside a `setup`.
   """
   size = KINDS[spec["kind"]][spec["size"]]
   if spec["kind"] == "slow_resnet":
-    return resnet.SlowResNet(*size, dtype=dtype, name=name)
+    return resnet.SlowResNet(*size, dtype=dtype, remat=remat, name=name)
   if spec["kind"] == "resnet":
-    return resnet.ResNet(*size, dtype=dtype, name=name)
+    return resnet.ResNet(*size, dtype=dtype, remat=remat, name=name)
   width, depth, heads, decoder = size
   decoder = decoder if spec["mask_ratio"] else ()
-  return video.VideoViT(width, depth, heads, decoder, tuple(spec["patch"]), spec["drop_path"], dtype=dtype, name=name)
+  return video.VideoViT(width, depth, heads, decoder, tuple(spec["patch"]), spec["drop_path"], dtype=dtype, remat=remat,
+                        scan=scan, name=name)
 
 
 def check(spec, shape: tuple[int, int, int], where: str) -> None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mmcl_jax.data import schema
 from mmcl_jax.models import mae, vit
 from mmcl_jax.models.heads import Projection
+from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.pooling import AttentionPool, FiLM
 
 POOLS = ("mean", "attention", "cls")
@@ -27,12 +28,14 @@ class EcgTower(nn.Module):
   samples: int
   projection: ConfigDict
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scan: bool = False
 
   def setup(self):
     c = self.config
     width, depth, heads, *decoder = vit.numbers(c.size)
     tokens = len(schema.LEADS) * self.samples // c.patch
-    self.patch_embed = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
+    self.patch_embed = vit.Dense(width, self.dtype)
     self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))
     if c.positions == "learned":
       table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
@@ -49,7 +52,7 @@ class EcgTower(nn.Module):
     if c.head:
       self.head = nn.Dense(c.head)
     if c.mask_ratio:
-      self.decoder = mae.Decoder(*decoder, c.patch, self.dtype)
+      self.decoder = mae.Decoder(*decoder, c.patch, self.dtype, self.remat, self.scan)
     if c.siamese:
       hidden, width = self.projection.hidden, self.projection.width
       self.siamese = {"projector": Projection(hidden, width, norm=True), "predictor": Projection(hidden, width)}
@@ -77,13 +80,12 @@ class EcgTower(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, width)).astype(x.dtype), x], axis=1)
     if self.config.film:
       x = self.film(x, conditions)
-    for i in range(vit.numbers(self.config.size)[1]):
-      x = getattr(self, f"block{i}")(x, keys)
-    return x
+    blocks = [getattr(self, f"block{i}") for i in range(vit.numbers(self.config.size)[1])]
+    return vit.through(blocks, x, keys, self.remat, self.scan)
 
   def pooled(self, tokens):
     """tokens [B, 1 + M, D] -> embedding [B, D], at least float32."""
-    tokens = vit.at_least_float32(tokens)
+    tokens = at_least_float32(tokens)
     if self.config.pool == "cls":
       return self.norm(tokens)[:, 0]
     patches = tokens[:, 1:]
@@ -93,10 +95,10 @@ class EcgTower(nn.Module):
     """What the projection head sees: the embedding, or timm's `head` of it."""
     return self.head(embedding) if self.config.head else embedding
 
-  def __call__(self, ecg, keys=None, conditions=None):
-    """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]."""
-    tokens = self.tokens(ecg, keys=keys, conditions=conditions)
-    return vit.at_least_float32(tokens[:, 1:]), self.pooled(tokens)
+  def __call__(self, ecg, keys=None, conditions=None, seen=None):
+    """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]; with a glimpse `seen`, those of its visible patches."""
+    tokens = seen["visible"] if seen else self.tokens(ecg, keys=keys, conditions=conditions)
+    return at_least_float32(tokens[:, 1:]), self.pooled(tokens)
 
   def fill_in(self, ecg, keep, restore, conditions=None):
     """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives it."""
@@ -105,21 +107,30 @@ class EcgTower(nn.Module):
   def decode(self, visible, restore):
     return self.decoder(self.norm(visible), restore, len(schema.LEADS))
 
-  def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False):
-    """Hides patches by `keys` [B] and fills them in: the masked autoencoder (He et al. 2022).
+  def glimpse(self, ecg, mask_keys, conditions=None, keys=None):
+    """Hides patches by mask_keys [B] and encodes the others, as the masked autoencoder does (He et al. 2022).
+
+    With keys [B] drop-path is in it, and so in what the decoder gets.
+
+    Returns: visible tokens [B, 1 + M, D] before any final norm; restore and mask [B, N] of mae.random_mask.
+    """
+    B, L, T = ecg.shape
+    keep, restore, mask = mae.random_mask(mask_keys, L * T // self.config.patch, self.config.mask_ratio)
+    return {"visible": self.tokens(ecg, keep, keys, conditions), "restore": restore, "mask": mask}
+
+  def reconstruct(self, ecg, mask_keys, conditions=None, rows=None, train=False, seen=None):
+    """Fills in what a glimpse at the ECG leaves hidden; `seen` is that glimpse where it was had already.
 
     Returns:
       reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden); with `siamese` also siamese.{projection,
       prediction} [2, B, E] of two random masks (SimSiam, Chen & He 2021), as in MMCL's later code.
     """
-    B, L, T = ecg.shape
-    N = L * T // self.config.patch
-    keep, restore, mask = mae.random_mask(keys, N, self.config.mask_ratio)
-    visible = self.tokens(ecg, keep, conditions=conditions)
-    outputs = {"reconstruction": self.decode(visible, restore), "patch_mask": mask.reshape(B, L, -1)}
+    B, L, _ = ecg.shape
+    seen = seen or self.glimpse(ecg, mask_keys, conditions)
+    outputs = {"reconstruction": self.decode(seen["visible"], seen["restore"]), "patch_mask": seen["mask"].reshape(B, L, -1)}
     if self.config.siamese:
-      other, _, _ = mae.random_mask(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), N, self.config.mask_ratio)
-      both = jnp.stack([self.pooled(visible), self.pooled(self.tokens(ecg, other, conditions=conditions))], axis=1)
+      other = self.glimpse(ecg, jax.vmap(lambda key: jax.random.fold_in(key, 1))(mask_keys), conditions)
+      both = jnp.stack([self.pooled(seen["visible"]), self.pooled(other["visible"])], axis=1)
       weight = None if rows is None else jnp.repeat(rows, 2)
       z = self.siamese["projector"](both.reshape(2 * B, -1), weight, train)
       p = self.siamese["predictor"](z)

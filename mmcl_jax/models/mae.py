@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax.models.vit import Block, at_least_float32, sincos_2d
+from mmcl_jax.models import kernels, vit
+from mmcl_jax.models.kernels import at_least_float32
 
 
 def random_mask(keys: jax.Array, tokens: int, ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -31,19 +32,21 @@ class Decoder(nn.Module):
   heads: int
   patch: int
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scan: bool = False
 
   @nn.compact
   def __call__(self, tokens, restore, leads):
     """Args: tokens [B, 1 + M, D] CLS first, normed; restore [B, N]; leads L. Returns: signal [B, L, T], at least float32."""
     B, N = restore.shape
-    dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name)
-    x = dense(self.width, "embed")(tokens)
+    x = vit.Dense(self.width, self.dtype, name="embed")(tokens)
     hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
     hidden = jnp.broadcast_to(hidden, (B, N + 1 - x.shape[1], self.width)).astype(x.dtype)
-    patches = jnp.take_along_axis(jnp.concatenate([x[:, 1:], hidden], axis=1), restore[:, :, None], axis=1)
-    patches += jnp.asarray(sincos_2d(leads, N // leads, self.width), x.dtype)
+    patches = kernels.permute(jnp.concatenate([x[:, 1:], hidden], axis=1), restore)
+    patches += jnp.asarray(vit.sincos_2d(leads, N // leads, self.width), x.dtype)
     x = jnp.concatenate([x[:, :1], patches], axis=1)
-    for i in range(self.depth):
-      x = Block(self.heads, i, dtype=self.dtype, name=f"block{i}")(x)
-    x = dense(self.patch, "pred")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x))
+    blocks = [vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)]
+    x = vit.through(blocks, x, None, self.remat, self.scan)
+    x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+    x = vit.Dense(self.patch, self.dtype, name="pred")(x)
     return at_least_float32(x[:, 1:]).reshape(B, leads, -1)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mmcl_jax.models.vit import attention
+from mmcl_jax.models import kernels, vit
 
 
 class AttentionPool(nn.Module):
@@ -19,11 +19,10 @@ class AttentionPool(nn.Module):
   @nn.compact
   def __call__(self, tokens):
     B, N, D = tokens.shape
-    init = nn.initializers.xavier_uniform()
-    dense = lambda width, name: nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)
+    dense = lambda width, name: vit.Dense(width, self.dtype, name=name)
     q, k, v = jnp.moveaxis(dense(3 * D, "qkv")(tokens).reshape(B, N, 3, self.heads, D // self.heads), 2, 0)
     q = q.mean(axis=1, keepdims=True)  # a Linear of the mean token is the mean of the tokens' Linear
-    return dense(D, "proj")(attention(q, k, v).reshape(B, D))
+    return dense(D, "proj")(kernels.attention(q, k, v).reshape(B, D))
 
 
 class FiLM(nn.Module):

@@ -12,6 +12,7 @@ from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import backbones, ecg, vit
 from mmcl_jax.models.heads import Projection
+from mmcl_jax.models.kernels import at_least_float32
 
 TOWER = ("kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen")  # keys of model.cmr.NAME
 DTYPES = ("float32", "bfloat16", "float64")
@@ -22,9 +23,11 @@ class CmrTower(nn.Module):
 
   config: ConfigDict
   dtype: jnp.dtype
+  remat: str = "none"
+  scan: bool = False
 
   def setup(self):
-    self.backbone = backbones.build(self.config, self.dtype)
+    self.backbone = backbones.build(self.config, self.dtype, self.remat, self.scan)
     if self.config.width:
       self.fc = nn.Dense(self.config.width)
 
@@ -36,7 +39,7 @@ class CmrTower(nn.Module):
 
   def embed(self, features):
     """features [B, F] -> embedding [B, D], at least float32."""
-    features = vit.at_least_float32(features)
+    features = at_least_float32(features)
     return self.fc(features) if self.config.width else features
 
   def reconstruct(self, planes, keys):
@@ -48,7 +51,8 @@ class Pretrainer(nn.Module):
 
   Outputs, a dict of what an objective or evaluator may want (jit removes what nobody uses); a key is missing where the
   config does not ask for it:
-    ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E],
+    ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E]; in training with ecg.masked_view, of the M
+    visible patches alone: ecg_tokens [B, M, D],
     reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden), siamese.{projection, prediction} [2, B, E],
     cmr.NAME.{features [B, F], embedding [B, D], projection [B, E]} and, of a masked video transformer, {patches,
     reconstruction [B, N, P], patch_mask [B, N]},
@@ -62,12 +66,13 @@ class Pretrainer(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
+    depth = c.get("remat", "none"), c.get("scan", False)  # absent from the configs of older runs
     head = lambda: Projection(c.projection.hidden, c.projection.width, c.projection.norm)
     names = list(c.cmr)
     if c.ecg.size:
-      self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype)
+      self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype, *depth)
       names.append("ecg")
-    self.cmr = {name: CmrTower(spec, dtype) for name, spec in c.cmr.items()}
+    self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
     self.head = {name: head() for name in names}
     self.regression = {name: nn.Dense(self.targets) for name in c.regression}
     if c.learned_temperature:
@@ -75,9 +80,12 @@ class Pretrainer(nn.Module):
     if c.learned_bias:
       self.bias = self.param("bias", nn.initializers.constant(c.learned_bias), ())
 
-  def encode_ecg(self, ecg, conditions=None, keys=None, rows=None, train=False):
-    """ecg [B, L, T], conditions [B, V] (standardised covariates, for FiLM) -> ecg_{tokens, embedding, projection}."""
-    tokens, embedding = self.ecg(ecg, keys, conditions)
+  def encode_ecg(self, ecg, conditions=None, keys=None, rows=None, train=False, seen=None):
+    """ecg [B, L, T], conditions [B, V] (standardised covariates, for FiLM) -> ecg_{tokens, embedding, projection}.
+
+    seen: a glimpse (models.ecg) that takes the place of a look at the whole ECG.
+    """
+    tokens, embedding = self.ecg(ecg, keys, conditions, seen)
     return {"ecg_tokens": tokens, "ecg_embedding": embedding,
             "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train)}
 
@@ -95,36 +103,43 @@ class Pretrainer(nn.Module):
       found[name] = {"features": features, "embedding": embedding, "projection": self.head[name](embedding, rows, train)}
     return found
 
-  def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False):
+  def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False, seen=None):
     """See models.ecg.EcgTower.reconstruct."""
-    return self.ecg.reconstruct(ecg, keys, conditions, rows, train)
+    return self.ecg.reconstruct(ecg, keys, conditions, rows, train, seen)
 
-  def encode(self, batch, keys, train):
-    outputs = {}
+  def encode(self, batch, keys, train, mask_keys=None):
+    """With mask_keys [B] the ECG is embedded from a glimpse at it, which goes along as `glimpse` (FLIP, Li et al. 2023)."""
+    outputs, keys = {}, keys if train else None
     if self.config.ecg.size:
-      rows = batch["mask"] * batch["has_ecg"]
-      outputs |= self.encode_ecg(batch["ecg"], batch.get("conditions"), keys if train else None, rows, train)
+      rows, conditions, seen = batch["mask"] * batch["has_ecg"], batch.get("conditions"), None
+      if mask_keys is not None:
+        seen = outputs["glimpse"] = self.ecg.glimpse(batch["ecg"], mask_keys, conditions, keys)
+      outputs |= self.encode_ecg(batch["ecg"], conditions, keys, rows, train, seen)
     if self.config.cmr:
-      outputs["cmr"] = self.encode_cmr(batch, keys if train else None, train)
+      outputs["cmr"] = self.encode_cmr(batch, keys, train)
     return outputs
 
   def __call__(self, batch, keys, train=False):
     """Args: batch on the device (training.steps); keys [B] random keys, one a sample; train: drop-path, batch statistics."""
     c = self.config
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    masked_view = train and bool(c.ecg.size) and c.ecg.get("masked_view", False)
     if "again" in batch:  # both augmentations go through together, so that batch statistics are of both
-      second = fold(path_keys, len(self.cmr) + 1)
-      whole = self.encode(interleave(batch, batch | batch["again"]), interleave(path_keys, second), train)
+      both = lambda keys, i: interleave(keys, fold(keys, len(self.cmr) + i))
+      whole = self.encode(interleave(batch, batch | batch["again"]), both(path_keys, 1), train,
+                          both(mask_keys, 2) if masked_view else None)
       outputs, again = (jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i], whole) for i in (0, 1))
+      again.pop("glimpse", None)
       outputs["again"] = again
     else:
-      outputs = self.encode(batch, path_keys, train)
+      outputs = self.encode(batch, path_keys, train, mask_keys if masked_view else None)
+    seen = outputs.pop("glimpse", None)
     embeddings = {name: found["embedding"] for name, found in outputs.get("cmr", {}).items()}
     if c.ecg.size:
       embeddings["ecg"] = outputs["ecg_embedding"]
       if c.ecg.mask_ratio:
         rows = batch["mask"] * batch["has_ecg"]
-        outputs |= self.reconstruct(batch["ecg"], mask_keys, batch.get("conditions"), rows, train)
+        outputs |= self.reconstruct(batch["ecg"], mask_keys, batch.get("conditions"), rows, train, seen)
     for i, (name, spec) in enumerate(c.cmr.items()):
       if spec.mask_ratio and not spec.frozen:
         outputs["cmr"][name] |= self.cmr[name].reconstruct(look(batch["cmr"], spec), fold(mask_keys, i + 1))
@@ -181,6 +196,8 @@ def build(config: ConfigDict, samples: int, targets: int = 0) -> Pretrainer:
   """
   if config.dtype not in DTYPES:
     raise UserError(f"config.model.dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}")
+  if (remat := config.get("remat", "none")) not in vit.REMAT:
+    raise UserError(f"config.model.remat is {remat!r}; expected one of {', '.join(vit.REMAT)}")
   if config.learned_temperature < 0 or config.max_scale <= 0:
     raise UserError(f"config.model.learned_temperature is {config.learned_temperature} and max_scale {config.max_scale}; expected 0 "
                     "(none) or a temperature, and a number above 0")
@@ -215,6 +232,9 @@ def check_ecg(c: ConfigDict, samples: int):
                     "below 1 that hides at least one patch and leaves one")
   if not 0 <= c.drop_path < 1:
     raise UserError(f"config.model.ecg.drop_path is {c.drop_path}; expected a number from 0 to below 1")
+  if c.get("masked_view", False) and not c.mask_ratio:
+    raise UserError("config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
+                    "model.ecg.mask_ratio above 0")
   if c.siamese and not c.mask_ratio:
     raise UserError("config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0")
 

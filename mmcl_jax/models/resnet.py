@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax.models.vit import at_least_float32
+from mmcl_jax.models import kernels, vit
+from mmcl_jax.models.kernels import at_least_float32
 
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, as torchvision has it
 
@@ -88,7 +89,7 @@ class Residual(nn.Module):
 
   def plane(self, stride, name):
     conv = nn.Conv(self.width, (3, 3), (stride, stride), padding=1, use_bias=False, kernel_init=kernel_init,
-                   dtype=self.dtype, name=name)
+                   dtype=self.dtype, conv_general_dilated=kernels.convolve, name=name)
     return functools.partial(per_slice, conv)
 
 
@@ -137,6 +138,7 @@ class Body(nn.Module):
   block: type[Residual]
   stages: tuple
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"  # as in vit.through
 
   def body(self, x, rows, train):
     """x [B, Z, H, W, C] -> [B, Z, H', W', F], at least float32; every stage halves H and W, the stem by four."""
@@ -144,10 +146,13 @@ class Body(nn.Module):
                    name="stem")
     x = nn.relu(BatchNorm(self.dtype, name="stem_norm")(per_slice(stem, x.astype(self.dtype)), rows, train))
     x = per_slice(max_pool, x)
+    block = self.block
+    if self.remat != "none":
+      block = nn.remat(block, static_argnums=(3,), policy=vit.remat_policy(self.remat))  # 3: train
     for i, (width, blocks, *span) in enumerate(self.stages):
       for j in range(blocks):
         stride = 2 if i > 0 and j == 0 else 1
-        x = self.block(width, stride, *span, dtype=self.dtype, name=f"stage{i}_block{j}")(x, rows, train)
+        x = block(width, stride, *span, dtype=self.dtype, name=f"stage{i}_block{j}")(x, rows, train)
     return at_least_float32(x)
 
 

@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from mmcl_jax.models import kernels, vit
+from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.mae import random_mask
-from mmcl_jax.models.vit import Block, at_least_float32, sincos_2d
+from mmcl_jax.models.vit import sincos_2d
 
 # name -> width, depth, heads of the encoder; (width, depth, heads) of the MAE decoder. Widths are multiples of 16.
 SIZES = {
@@ -49,10 +51,6 @@ def sincos_3d(planes: int, rows: int, columns: int, width: int) -> np.ndarray:
                          np.tile(sincos_2d(rows, columns, 3 * width // 4), (planes, 1))], axis=1)
 
 
-def dense(width, dtype, name=None):
-  return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name=name)
-
-
 class Decoder(nn.Module):
   """Visible tokens -> every patch: mask tokens in the gaps, a few blocks, one linear to pixels."""
 
@@ -61,6 +59,8 @@ class Decoder(nn.Module):
   heads: int
   pixels: int
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scan: bool = False
 
   @nn.compact
   def __call__(self, tokens, restore, grid):
@@ -68,15 +68,15 @@ class Decoder(nn.Module):
 
     Returns: patches [B, N, P], at least float32.
     """
-    x = dense(self.width, self.dtype, "embed")(tokens)
+    x = vit.Dense(self.width, self.dtype, name="embed")(tokens)
     hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32).astype(x.dtype)
     B, N = restore.shape
     x = jnp.concatenate([x, jnp.broadcast_to(hidden, (B, N - x.shape[1], self.width))], axis=1)
-    x = jnp.take_along_axis(x, restore[:, :, None], axis=1) + jnp.asarray(sincos_3d(*grid, self.width), x.dtype)
-    for i in range(self.depth):
-      x = Block(self.heads, i, dtype=self.dtype, name=f"block{i}")(x)
+    x = kernels.permute(x, restore) + jnp.asarray(sincos_3d(*grid, self.width), x.dtype)
+    blocks = [vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)]
+    x = vit.through(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-    return at_least_float32(dense(self.pixels, self.dtype, "pred")(x))
+    return at_least_float32(vit.Dense(self.pixels, self.dtype, name="pred")(x))
 
 
 class VideoViT(nn.Module):
@@ -92,15 +92,17 @@ class VideoViT(nn.Module):
   patch: tuple[int, int, int] = (1, 16, 16)
   drop_path: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scan: bool = False
 
   def setup(self):
-    self.patch_embed = dense(self.width, self.dtype)
+    self.patch_embed = vit.Dense(self.width, self.dtype)
     for i in range(self.depth):
       rate = self.drop_path * i / max(self.depth - 1, 1)
-      setattr(self, f"block{i}", Block(self.heads, i, rate, self.dtype))
+      setattr(self, f"block{i}", vit.Block(self.heads, i, rate, self.dtype))
     self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
     if self.decoder:
-      self.mae_decoder = Decoder(*self.decoder, int(np.prod(self.patch)), self.dtype, name="decoder")
+      self.mae_decoder = Decoder(*self.decoder, int(np.prod(self.patch)), self.dtype, self.remat, self.scan, name="decoder")
 
   def grid(self, x):
     return tuple(length // side for length, side in zip(x.shape[1:], self.patch))
@@ -117,9 +119,8 @@ class VideoViT(nn.Module):
       position = position[0][keep]
     tokens = self.patch_embed(patches)
     tokens += position.astype(tokens.dtype)
-    for i in range(self.depth):
-      tokens = getattr(self, f"block{i}")(tokens, keys)
-    return self.norm(tokens)
+    blocks = [getattr(self, f"block{i}") for i in range(self.depth)]
+    return self.norm(vit.through(blocks, tokens, keys, self.remat, self.scan))
 
   def __call__(self, x, rows, train, keys=None):
     """x [B, T, H, W] -> features [B, D], at least float32. rows: unused; keys [B]: drop-path where `train`."""

@@ -1,9 +1,14 @@
 """Vision-transformer parts. Letters: B batch, N tokens, D width. Parameter names follow timm's structure."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mmcl_jax.models import kernels
+from mmcl_jax.models.kernels import at_least_float32
 
 # name -> width, depth, heads of the encoder; width, depth, heads of the MAE decoder.
 SIZES = {
@@ -19,11 +24,6 @@ SIZES = {
 def numbers(size) -> tuple[int, ...]:
   """The numbers of a size: a name of SIZES, or the numbers themselves (as read off foreign weights)."""
   return SIZES[size] if isinstance(size, str) else tuple(size)
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-  """bfloat16 becomes float32; float32 and float64 stay."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
@@ -43,21 +43,28 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
   return np.concatenate([encode(column), encode(row)], axis=1)
 
 
-def drop_path(x: jax.Array, keys: jax.Array | None, rate: float, layer: int) -> jax.Array:
-  """Drops a residual branch per sample with probability `rate` (Huang et al. 2016); keys [B] or None (evaluation)."""
-  if keys is None or not rate:
+def drop_path(x: jax.Array, keys: jax.Array | None, rate, layer) -> jax.Array:
+  """Drops a residual branch per sample with probability `rate` (Huang et al. 2016); keys [B] or None (evaluation).
+
+  `rate` and `layer` are numbers, or traced inside a loop over the layers.
+  """
+  if keys is None or (isinstance(rate, (int, float)) and not rate):
     return x
   keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate))(keys)
   return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def attention(q, k, v):
-  """Softmax attention over q, k, v [B, N, heads, D / heads]."""
-  if q.dtype != jnp.float64:
-    return jax.nn.dot_product_attention(q, k, v)
-  # For the parity tests: the library's softmax is in float32 whatever it is given.
-  weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, axis=-1)
-  return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+class Dense(nn.Module):
+  """x [..., I] -> [..., features] with bias: flax's Dense by kernels.linear, Glorot-uniform at first."""
+
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    return kernels.linear(*(array.astype(self.dtype) for array in (x, kernel, bias)))
 
 
 class Block(nn.Module):
@@ -71,11 +78,61 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, keys=None):
     B, N, D = x.shape
-    dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name)
+    dense = lambda width, name: Dense(width, self.dtype, name=name)
     norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
 
     y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
-    y = attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
+    y = kernels.attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
     x = x + drop_path(dense(D, "proj")(y), keys, self.drop_path, 2 * self.layer)
-    y = nn.gelu(dense(4 * D, "fc1")(norm("norm2")(x)), approximate=False)
+    y = kernels.gelu(dense(4 * D, "fc1")(norm("norm2")(x)))
     return x + drop_path(dense(D, "fc2")(y), keys, self.drop_path, 2 * self.layer + 1)
+
+
+# ---------------------------------------------------------------------------------------------------- blocks in a row
+
+REMAT = ("none", "blocks", "dots")  # what a backward pass computes again: nothing, whole blocks, all but their products
+
+
+def remat_policy(remat: str):
+  """For jax.checkpoint. "dots" keeps products with parameters and convolutions, but not attention's, which are [N, N]."""
+  def keeps(primitive, *args, **params):
+    return (primitive is jax.lax.conv_general_dilated_p
+            or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params))
+
+  return keeps if remat == "dots" else None
+
+
+def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool = False):
+  """x [B, N, D] through `blocks`, bound modules alike in all but `layer` and `drop_path`.
+
+  Args:
+    remat: of REMAT. A block then keeps its input alone, or also its products with parameters.
+    scan: compiles one block and loops over the parameters of all, stacked here; they stay one block's each outside.
+  """
+  if not blocks or blocks[0].is_initializing() or (remat == "none" and not scan):
+    for block in blocks:
+      x = block(x, keys)
+    return x
+
+  def run(x, params, layer, rate):
+    return blocks[0].clone(parent=None, layer=layer, drop_path=rate).apply({"params": params}, x, keys)
+
+  def again(f):
+    return f if remat == "none" else jax.checkpoint(f, policy=remat_policy(remat), prevent_cse=not scan)
+
+  if not scan:
+    for block in blocks:
+      x = again(functools.partial(run, layer=block.layer, rate=block.drop_path))(x, block.variables["params"])
+    return x
+  keys = keys if any(block.drop_path for block in blocks) else None
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compute_params, blocks))
+  layers = jnp.array([block.layer for block in blocks])
+  rates = jnp.array([float(block.drop_path) for block in blocks])
+  run_again = again(run)
+  return jax.lax.scan(lambda x, block: (run_again(x, *block), None), x, (stacked, layers, rates))[0]
+
+
+def compute_params(block: Block):
+  """Its parameters in the dtype that it computes with; those of the norms stay, as they are used in float32."""
+  cast = lambda path, x: x if path[0].key.startswith("norm") else x.astype(block.dtype)
+  return jax.tree_util.tree_map_with_path(cast, block.variables["params"])

@@ -1,9 +1,11 @@
 """Softmax contrastive objectives over the global batch. All here is at least float32: low temperatures need it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax.objectives import Loss, common
+from mmcl_jax.objectives import Loss, common, ring as ring_room
 
 HIDDEN = -1e30  # logit of what is not compared; finite: its exponential is 0 and its gradient too
 
@@ -68,8 +70,17 @@ def info_nce(a, b, scale, allowed, b_to_a: float = 0.5, log_weight=0.0) -> tuple
   return (1 - b_to_a) * rows + b_to_a * columns - own, hit
 
 
-def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: float = 1.0,
-               temperature: float = 0.07) -> Loss:
+def among(subject: jax.Array, valid: jax.Array, ring: bool):
+  """(a, b, scale, b_to_a) -> `info_nce` among the rows that `may_compare`; `ring`: without holding [B, B] logits."""
+  if not isinstance(ring, bool):
+    raise ValueError(f"ring is {ring!r}; expected True or False")
+  if ring:
+    return functools.partial(ring_room.info_nce, subject=subject, valid=valid)
+  return functools.partial(info_nce, allowed=may_compare(subject, valid))
+
+
+def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: float = 1.0, temperature: float = 0.07,
+               ring: bool = False) -> Loss:
   """Three-pair contrastive loss tying an ECG to the same heart at ED and ES (Alvarez-Florez et al. 2026).
 
     L = w_ed S(u, a) + w_es S(u, b) + w_edes S(a, b),  weights divided by their sum,
@@ -81,6 +92,7 @@ def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: flo
     batch: subject [B, 2], mask, has_ecg, has_cmr [B].
     w_ed, w_es, w_edes: weights of the three pairs.
     temperature: of the softmax, where the model learns none (config.model.learned_temperature).
+    ring: the same numbers in less memory, for batches of many thousand rows (objectives.ring).
   """
   common.require_not_negative(w_ed=w_ed, w_es=w_es, w_edes=w_edes)
   total = w_ed + w_es + w_edes
@@ -88,17 +100,18 @@ def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: flo
   u, a, b = (normalise(common.projection(outputs, name)) for name in ("ecg", "ed", "es"))
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, "ecg", "ed", "es")
-  allowed = may_compare(batch["subject"], weight)
+  nce = among(batch["subject"], weight, ring)
   values, metrics = 0.0, {}
   for name, x, y, w in (("ed", u, a, w_ed), ("es", u, b, w_es), ("edes", a, b, w_edes)):
-    pair, hit = info_nce(x, y, scale, allowed)
+    pair, hit = nce(x, y, scale)
     values += w / total * pair
     metrics |= {f"{name}_loss": common.average(pair, weight), f"{name}_r@1": common.average(hit, weight)}
   metrics["temperature"] = 1.0 / jnp.asarray(scale)
   return Loss(values, weight, metrics)
 
 
-def clip(outputs, batch, a: str = "ecg", b: str = "ed", b_to_a: float = 0.5, temperature: float = 0.1) -> Loss:
+def clip(outputs, batch, a: str = "ecg", b: str = "ed", b_to_a: float = 0.5, temperature: float = 0.1,
+         ring: bool = False) -> Loss:
   """Two-tower contrastive loss (CLIP, Radford et al. 2021) with a weight for its directions (MMCL, Turgut et al. 2025).
 
     L = b_to_a CE(each b among all a) + (1 - b_to_a) CE(each a among all b),
@@ -112,11 +125,12 @@ def clip(outputs, batch, a: str = "ecg", b: str = "ed", b_to_a: float = 0.5, tem
     a, b: "ecg" or a CMR tower, or either with ".again".
     b_to_a: share of the direction b -> a, 0 to 1.
     temperature: of the softmax, where the model learns none.
+    ring: the same numbers in less memory, for batches of many thousand rows (objectives.ring).
   """
   if not (common.is_number(b_to_a) and 0 <= b_to_a <= 1):
     raise ValueError(f"b_to_a is {b_to_a!r}; expected a number from 0 to 1")
   x, y = map(normalise, common.pair(outputs, a, b))
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, a, b)
-  values, hit = info_nce(x, y, scale, may_compare(batch["subject"], weight), b_to_a)
+  values, hit = among(batch["subject"], weight, ring)(x, y, scale, b_to_a=b_to_a)
   return Loss(values, weight, {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)})

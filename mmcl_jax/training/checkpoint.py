@@ -73,11 +73,13 @@ def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
 
 
 def checksums(folder: pathlib.Path) -> dict[str, str]:
-  found = {}
-  for file in sorted(f for part in ("state", "data") for f in (folder / part).rglob("*") if f.is_file()):
-    with open(file, "rb") as f:
-      found[str(file.relative_to(folder))] = hashlib.file_digest(f, "sha256").hexdigest()
-  return found
+  files = sorted(file for part in ("state", "data") for file in (folder / part).rglob("*") if file.is_file())
+  return {str(file.relative_to(folder)): checksum(file) for file in files}
+
+
+def checksum(file: pathlib.Path) -> str:
+  with open(file, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def numbered(folder: pathlib.Path) -> list[int]:
@@ -129,6 +131,8 @@ def way_out(workdir: str, step: int) -> str:
 def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dict[str, Any]]:
   """Restores a step onto the shapes and shardings of `abstract`, after checking every file against the manifest.
 
+  Every host checks its share of the files; an error on one ends all (training.distributed).
+
   Args:
     abstract: pytree of jax.ShapeDtypeStruct with shardings; any mesh, whatever the mesh that saved.
 
@@ -139,10 +143,10 @@ def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dic
     UserError: the step is absent, foreign, or a file of it is damaged; names the file and the way out.
   """
   folder, about = step_folder(workdir, step), manifest(workdir, step)
-  found = checksums(folder)
-  for name, checksum in about["files"].items():
-    if found.get(name) != checksum:
-      state = "missing" if name not in found else "damaged: its checksum is not the one written when it was saved"
+  for name, written in sorted(about["files"].items())[jax.process_index()::jax.process_count()]:
+    there = (folder / name).is_file()
+    if not there or checksum(folder / name) != written:
+      state = "damaged: its checksum is not the one written when it was saved" if there else "missing"
       raise UserError(f"{folder / name} is {state}; {way_out(workdir, step)}")
   try:
     with ocp.CheckpointManager(folder.parent) as manager:

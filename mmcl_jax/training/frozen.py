@@ -39,7 +39,7 @@ def fingerprint(cohort, name: str, config, variables) -> str:
 
 def whole(leaf) -> np.ndarray:
   """A parameter on the host, wherever its parts lie."""
-  return np.asarray(leaf if getattr(leaf, "is_fully_addressable", True) else multihost_utils.process_allgather(leaf, tiled=True))
+  return np.asarray(leaf if getattr(leaf, "is_fully_replicated", True) else multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def with_features(cohort, split: str, model, variables, mesh, workdir: str, batch: int, threads: int = 2):
@@ -65,11 +65,11 @@ def with_features(cohort, split: str, model, variables, mesh, workdir: str, batc
     fields = pretrainer.fields(model.config, only=run)
     found = inference.over_split(jax.jit(steps.make_features(model, run)), variables, source, mesh=mesh, batch=batch, fields=fields,
                                  threads=threads, title=f"frozen towers ({', '.join(run)}), {split}")
-    for name in run:
-      if not kept(files[name], len(source)):
-        write(files[name], found[name].astype(np.float32))
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"features of {split}")
+    for turn in (True, False):  # host 0 first: where the folder is shared, the others find the files there
+      for name in run:
+        if (jax.process_index() == 0) is turn and not kept(files[name], len(source)):
+          write(files[name], found[name].astype(np.float32))
+      multihost_utils.sync_global_devices(f"features of {split}")
   return pipeline.WithFeatures(source, {name: str(file) for name, file in files.items()})
 
 
@@ -81,7 +81,8 @@ def folder(cohort, workdir: str) -> pathlib.Path:
       return beside
   except OSError:
     pass
-  print(f"{beside} cannot be written; features of frozen towers go to {workdir}/features", flush=True)
+  if jax.process_index() == 0:
+    print(f"{beside} cannot be written; features of frozen towers go to {workdir}/features", flush=True)
   return pathlib.Path(workdir) / "features"
 
 

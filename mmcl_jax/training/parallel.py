@@ -1,28 +1,54 @@
 """Devices: the mesh, which parameter lies where, and host arrays becoming global ones.
 
 Axes are Auto, so the partitioner places the collectives; the model and the objectives are written for the global batch.
+
+`config.sharding` says what is split, by rules (regex, spec) on the paths of parameters, statistics and optimiser. A spec
+gives a mesh axis or None to every dimension, or is a word:
+
+  fsdp         the longest dimension that the data axis divides, over `data`; arrays of less than FSDP_FROM numbers stay
+               whole. (('.*', 'fsdp'),) is ZeRO-3, (('^opt_state/', 'fsdp'),) ZeRO-1 (Rajbhandari et al. 2020)
+  tensor       the matrices of transformer blocks, over `model` (TENSOR; Megatron-LM, Shoeybi et al. 2019), for heads
+               that the model axis divides
+  tensor+fsdp  the same matrices over both axes
+
+The first rule that finds an array decides about it. A word leaves what it does not split to the rules that follow, so
+(('.*', 'tensor'), ('.*', 'fsdp')) splits blocks over `model` and the rest over `data`.
 """
 
+import dataclasses
+import math
 import re
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from mmcl_jax.errors import UserError
 
+WORDS = ("fsdp", "tensor", "tensor+fsdp")
+FSDP_FROM = 2**16  # numbers; what is smaller costs more time to gather than it takes room
+TENSOR = (  # parameter of a transformer block -> axes: heads and hidden units over `model`, one sum at the end of each half
+    (r"block\d+/(qkv|fc1)/kernel$", (None, "model")),
+    (r"block\d+/(qkv|fc1)/bias$", ("model",)),
+    (r"block\d+/(proj|fc2)/kernel$", ("model", None)),
+)
 
-def make_mesh(data: int, model: int) -> Mesh:
-  """Mesh with axes `data` (batch) and `model` (tensor parallelism); -1 takes the devices that are left."""
-  devices = jax.device_count()
+
+def make_mesh(data: int, model: int, devices=None) -> Mesh:
+  """Mesh with axes `data` (batch) and `model` (tensor parallelism); -1 takes the devices that are left.
+
+  devices: to build it of; None: all that there are.
+  """
+  devices = jax.devices() if devices is None else devices
   if model < 1 or (data < 1 and data != -1):
     raise UserError(f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all devices")
   if data == -1:
-    data = max(devices // model, 1)
-  if data * model != devices:
-    raise UserError(f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are {devices}; "
+    data = max(len(devices) // model, 1)
+  if data * model != len(devices):
+    raise UserError(f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are {len(devices)}; "
                     "set config.mesh.data=-1 or a mesh of that size")
-  return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
@@ -33,29 +59,125 @@ def check_batch(batch: int, mesh: Mesh) -> None:
 
 
 def shardings(tree, rules, mesh: Mesh):
-  """Sharding of every leaf: the first rule whose regex is found in the leaf's path decides; none means replicated.
+  """Sharding of every leaf: the first rule of `config.sharding` that finds it decides; none means replicated.
 
   Args:
-    tree: arrays or ShapeDtypeStructs. A path reads like `params/ecg/block0/qkv/kernel`.
-    rules: (regex, spec) pairs; spec names a mesh axis or None a dimension, e.g. (None, "model").
+    tree: arrays or ShapeDtypeStructs, such as a TrainState. A path reads like `params/ecg/block0/qkv/kernel`, that of a
+      moment of the optimiser `opt_state/.../mu/ecg/block0/qkv/kernel`.
+    rules: (regex, spec) pairs; spec names a mesh axis or None a dimension, or is a word (see the module).
+
+  Raises:
+    UserError: a rule is malformed, does not fit an array that it finds, or decides nothing.
   """
+  rules, decided = check_rules(rules), set()
+
   def place(path, leaf):
-    name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-    for regex, spec in rules:
-      if not re.search(regex, name):
-        continue
-      unknown = [axis for axis in spec if axis is not None and axis not in mesh.shape]
-      if unknown or len(spec) > leaf.ndim:
-        raise UserError(f"config.sharding rule {regex!r} gives {tuple(spec)} to {name} of shape {leaf.shape}; expected at "
-                        f"most {leaf.ndim} entries out of {tuple(mesh.shape)} and None")
-      for axis, length in zip(spec, leaf.shape):
-        if axis is not None and length % mesh.shape[axis]:
-          raise UserError(f"config.sharding rule {regex!r} splits {name} of shape {leaf.shape} over {mesh.shape[axis]} "
-                          f"devices of {axis!r}, which does not divide {length}")
-      return NamedSharding(mesh, P(*spec))
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for i, (regex, spec) in enumerate(rules):
+      axes = axes_of(spec, name, leaf.shape, mesh) if re.search(regex, name) else None
+      if axes is not None:
+        decided.add(i)
+        check_fit(axes, name, leaf.shape, mesh, regex)
+        return NamedSharding(mesh, P(*axes))
     return NamedSharding(mesh, P())
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+  found = jax.tree_util.tree_map_with_path(place, tree)
+  if idle := [i for i in range(len(rules)) if i not in decided]:
+    raise UserError(decides_nothing(tree, rules, idle[0], mesh))
+  return found
+
+
+def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None:
+  """Mesh axes a dimension of the array; None where a word does not split it, and leaves it to the rules that follow."""
+  if not isinstance(spec, str):
+    return spec
+  axes = (None,) * len(shape)
+  if spec.startswith("tensor"):
+    axes = next((axes for regex, axes in TENSOR if re.search(regex, name)), None)
+    if axes is None or spec == "tensor":
+      return axes
+  free = [i for i, length in enumerate(shape) if axes[i] is None and length % mesh.shape["data"] == 0]
+  if not free or math.prod(shape) < FSDP_FROM:
+    return axes if any(axes) else None
+  longest = max(free, key=lambda i: shape[i])  # the first of equals
+  return tuple("data" if i == longest else axis for i, axis in enumerate(axes))
+
+
+def check_rules(rules) -> list[tuple[str, tuple | str]]:
+  pairs = [tuple(rule) if isinstance(rule, (tuple, list)) else () for rule in rules] if isinstance(rules, (tuple, list)) else [()]
+  for pair in pairs:
+    regex, spec = pair if len(pair) == 2 else (None, None)
+    if not isinstance(regex, str) or not (spec in WORDS if isinstance(spec, str) else isinstance(spec, (tuple, list))):
+      raise UserError(f"config.sharding is {rules!r}; expected pairs of a regex and a spec, mesh axes or None a dimension or one "
+                      f"of the words {', '.join(WORDS)}, such as (('.*', 'fsdp'),) or (('qkv/kernel', (None, 'model')),)")
+    try:
+      re.compile(regex)
+    except re.error as error:
+      raise UserError(f"config.sharding has {regex!r}, which is no regex: {error}") from None
+  return [(regex, spec if isinstance(spec, str) else tuple(spec)) for regex, spec in pairs]
+
+
+def check_fit(axes: tuple, name: str, shape: tuple[int, ...], mesh: Mesh, regex: str) -> None:
+  named = [axis for axis in axes if axis is not None]
+  if any(not isinstance(axis, str) or axis not in mesh.shape for axis in named) or len(set(named)) < len(named) or len(axes) > len(shape):
+    raise UserError(f"config.sharding rule {regex!r} gives {axes} to {name} of shape {shape}; expected at most {len(shape)} "
+                    f"entries out of {tuple(mesh.shape)} and None, no axis twice")
+  for axis, length in zip(axes, shape):
+    if axis is not None and length % mesh.shape[axis]:
+      raise UserError(f"config.sharding rule {regex!r} splits {name} of shape {shape} over {mesh.shape[axis]} devices of "
+                      f"{axis!r}, which does not divide {length}")
+
+
+def decides_nothing(tree, rules, i: int, mesh: Mesh) -> str:
+  """Why rule i has nothing to decide."""
+  regex, spec = rules[i]
+  leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  found = [name for name in leaves if re.search(regex, name)]
+  shown = [name for name in found or leaves if leaves[name].ndim > 1] or list(leaves)
+  shown = f"{', '.join(shown[::max(len(shown) // 3, 1)][:3])}, ..."
+  where = f"config.sharding rule {regex!r}"
+  if not found:
+    return f"{where} matches nothing; correct or remove it; paths are such as {shown}"
+  if all(axes_of(spec, name, leaves[name].shape, mesh) is None for name in found):
+    wanted = (f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} devices divide" if spec == "fsdp"
+              else "matrix of a transformer block")
+    return f"{where} finds no {wanted} for {spec!r} to split, only what {shown} are; correct or remove it"
+  return f"{where} has nothing left to decide: rules before it take all that it finds, such as {shown}; put it first, or remove it"
+
+
+@dataclasses.dataclass
+class Row:
+  """A line of `table`; `bytes` on each device."""
+
+  parameter: str
+  shape: tuple[int, ...]
+  dtype: str
+  sharding: tuple
+  bytes: int
+
+
+def table(tree, where, most: int | None = None) -> str:
+  """Which array lies where, and what a device holds of it: clu's table, and sums of every part of the tree.
+
+  Args:
+    tree: a TrainState of arrays or ShapeDtypeStructs.
+    where: its shardings.
+    most: rows, those that take most of a device; None: all, in the order of the tree.
+  """
+  parts, rows = {}, []
+  for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(where), strict=True):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    row = Row(name, leaf.shape, str(leaf.dtype), tuple(sharding.spec),
+              math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
+    rows.append(row)
+    for part in (name.split("/")[0], "all"):
+      numbers, whole, here = parts.get(part, (0, 0, 0))
+      parts[part] = numbers + leaf.size, whole + leaf.size * leaf.dtype.itemsize, here + row.bytes
+  sums = [f"{part}: {numbers:,} numbers of {whole:,} bytes, {here:,} bytes on each device"
+          for part, (numbers, whole, here) in sorted(parts.items(), key=lambda item: item[0] == "all")]
+  if most is not None:
+    rows = sorted(rows, key=lambda row: -row.bytes)[:most]
+  return "\n".join([parameter_overview.make_table(rows), *sums])
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh):

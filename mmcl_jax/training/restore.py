@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mmcl_jax import configuration
@@ -36,7 +36,7 @@ class Encoder(NamedTuple):
 
 
 def load_run(workdir: str, step: int | None = None) -> Run:
-  """Restores `step` (default: the last) on all devices of this machine, whatever mesh trained it."""
+  """Restores `step` (default: the last) on all devices of all hosts, whatever mesh trained it."""
   config = configuration.load(workdir)
   step = checkpoint.latest(workdir) if step is None else step
   if step is None:
@@ -56,7 +56,8 @@ def load_run(workdir: str, step: int | None = None) -> Run:
 def untrained(run: Run) -> dict:
   """params and batch_stats drawn from the run's seed, of no training at all: the untrained encoder of the baselines."""
   example = steps.example(run.config, run.manifest["shapes"], len(run.scales.names), 1)
-  return jax.jit(lambda: state_room.variables(run.model, example, run.config.seed))()
+  everywhere = NamedSharding(run.mesh, P())
+  return jax.jit(lambda: state_room.variables(run.model, example, run.config.seed), out_shardings=everywhere)()
 
 
 def load_variables(workdir: str) -> dict:
@@ -74,7 +75,8 @@ def load_encoder(workdir: str, step: int | None = None) -> Encoder:
     raise UserError(f"the ECG encoder of {workdir} also takes covariates (config.model.ecg.film), which ECG files do not hold; "
                     "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False")
   embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples))
-  variables = run.state.variables
+  # On one device of this host: every host embeds recordings of its own, at its own pace.
+  variables = jax.device_put(jax.device_get(run.state.variables), jax.local_devices()[0])
   return Encoder(run.config, run.step, lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
 
 

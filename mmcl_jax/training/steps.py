@@ -13,7 +13,7 @@ from mmcl_jax import objectives as objective_room
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import state as state_room
+from mmcl_jax.training import accumulate, state as state_room
 
 
 class Scales(NamedTuple):
@@ -118,21 +118,25 @@ def total_loss(outputs, batch, objectives, step):
 
 
 def make_train_step(model, objectives, tx, config, scales):
-  """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is not finite."""
+  """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is not finite.
+
+  The batch is computed in config.accumulation parts (training.accumulate).
+  """
   schedule = state_room.learning_rate(config)
 
-  def train_step(state, batch):
+  def forward(params, statistics, batch):
+    """Compact rows -> (outputs, float rows), the batch statistics after them."""
     keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys(config.seed, batch["index"]))
     batch = augment(to_float(batch, scales), keys, config)
+    params = state_room.stop_frozen(params, state_room.treatments(config, params))
+    outputs, changed = model.apply({"params": params, "batch_stats": statistics}, batch, model_keys, train=True,
+                                   mutable=["batch_stats"])
+    return (outputs, batch), changed.get("batch_stats", {})
 
-    def loss_fn(params):
-      params = state_room.stop_frozen(params, state_room.treatments(config, params))
-      variables = {"params": params, "batch_stats": state.statistics}
-      outputs, changed = model.apply(variables, batch, model_keys, train=True, mutable=["batch_stats"])
-      loss, metrics = total_loss(outputs, batch, objectives, state.step)
-      return loss, (metrics, changed.get("batch_stats", {}))
-
-    (loss, (metrics, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  def train_step(state, batch):
+    judge = lambda outputs, batch: total_loss(outputs, batch, objectives, state.step)
+    compute = accumulate.value_and_grad(forward, judge, config.accumulation)
+    (loss, metrics), statistics, grads = compute(state.params, state.statistics, batch)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = schedule(state.step)

@@ -1,0 +1,183 @@
+"""Functions with a derivative of their own, where the one that JAX derives loses time or memory.
+
+What is as good everywhere has one form. What helps a CPU alone is chosen when a program is lowered, by its platform
+(jax.lax.platform_dependent), so that a TPU's program is the same wherever it was compiled. They have no forward-mode
+derivative (jax.jvp). Letters: B batch, N tokens, H heads, D width of a head.
+
+OWN names those in use: `linear`, `gelu`, `attention`, `permute`; `convolve` waits for a measurement. To measure one,
+put its name in or take it out before anything is traced: without it JAX's form takes its place.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+OWN = {"linear", "gelu", "attention", "permute"}
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """bfloat16 becomes float32; float32 and float64 stay."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# -------------------------------------------------------------------------------------------------------------- linear
+
+def linear(x, w, b):
+  """x [..., I] @ w [I, O] + b [O], all of one dtype.
+
+  Rows are flattened, since a CPU would take the weight's gradient of a 3-D x from a transposed copy of it. What makes
+  the incoming gradient would be computed once more, with strided access, in that product, were it not for the barrier.
+  """
+  if "linear" not in OWN:
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))) + b
+  return gradient_barrier(x.reshape(-1, x.shape[-1]) @ w + b).reshape(*x.shape[:-1], w.shape[1])
+
+
+@jax.custom_vjp
+def gradient_barrier(x):
+  """x; on a CPU its gradient is computed in full before anything is made of it."""
+  return x
+
+
+gradient_barrier.defvjp(
+    lambda x: (x, None), lambda _, g: (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),))
+
+
+# ---------------------------------------------------------------------------------------------------------------- GELU
+
+def gelu(x):
+  """Exact GELU, x Phi(x) (Hendrycks & Gimpel 2016); the forward pass saves its derivative instead of x.
+
+  Both are computed in at least float32, where an absolute error of 3e-7 stands against x Phi(x) at -6 < x < 6.
+  """
+  return own_gelu(x) if "gelu" in OWN else jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def own_gelu(x):
+  return gelu_and_derivative(x)[0]
+
+
+def gelu_and_derivative(x):
+  z = at_least_float32(x)
+  phi = 0.5 + 0.5 * lax.erf(z * math.sqrt(0.5))
+  density = jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+  return (z * phi).astype(x.dtype), (phi + z * density).astype(x.dtype)
+
+
+own_gelu.defvjp(gelu_and_derivative, lambda derivative, g: (g * derivative,))
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+def attention(q, k, v):
+  """Softmax attention: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; the softmax in at least float32.
+
+  On a CPU `own_attention`. On a GPU in bfloat16 cuDNN's flash attention, which keeps no N x M weights. Elsewhere
+  jax.nn.dot_product_attention as XLA compiles it, on a TPU too: there JAX has no other. float64, which JAX would take
+  down to float32, is `own_attention` everywhere.
+  """
+  if q.dtype == jnp.float64:
+    return own_attention(q, k, v)
+  own = {"cpu": own_attention} if "attention" in OWN else {}
+  flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  return lax.platform_dependent(q, k, v, default=jax.nn.dot_product_attention, **own,
+                                **({"cuda": flash} if suits_cudnn(q, k) else {}))
+
+
+def suits_cudnn(q, k) -> bool:
+  """May cuDNN's attention be traced here? Its JAX wrapper asks the GPU at hand and refuses what this excludes.
+
+  A program that is compiled for a GPU where there is none therefore has XLA's attention.
+  """
+  device = jax.devices()[0]
+  return (device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+          and q.dtype == jnp.bfloat16 and q.shape == k.shape and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128)
+
+
+@jax.custom_vjp
+def own_attention(q, k, v):
+  """Attention that saves its output and the logarithm of the softmax's denominators (Dao et al. 2022, without tiles).
+
+  The weights [N, M] are computed again in the backward pass.
+  """
+  return attention_forward(q, k, v)[0]
+
+
+def logits_of(q, k):
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  return q.shape[-1] ** -0.5 * jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=wide)
+
+
+def attention_forward(q, k, v):
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  logits = logits_of(q, k)
+  peak = logits.max(axis=-1, keepdims=True)
+  weights = jnp.exp(logits - peak)
+  total = weights.sum(axis=-1, keepdims=True)
+  out = at_least_float32(jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)) / total
+  out = out.astype(v.dtype)
+  return out.swapaxes(1, 2), (q, k, v, out, peak + jnp.log(total))
+
+
+def attention_backward(saved, g):
+  q, k, v, out, log_total = saved
+  g = g.swapaxes(1, 2)
+  weights = jnp.exp(logits_of(q, k) - log_total)
+  inner = (at_least_float32(g) * out).sum(axis=-1, keepdims=True)
+  slope = weights * (at_least_float32(jnp.einsum("bhnd,bhmd->bhnm", g, v)) - inner) * q.shape[-1] ** -0.5
+  weights, slope = weights.astype(v.dtype), slope.astype(v.dtype)
+  found = (jnp.einsum("bhnm,bhmd->bhnd", slope, k), jnp.einsum("bhnm,bhnd->bhmd", slope, q),
+           jnp.einsum("bhnm,bhnd->bhmd", weights, g))
+  return tuple(x.swapaxes(1, 2) for x in found)
+
+
+own_attention.defvjp(attention_forward, attention_backward)
+
+
+# --------------------------------------------------------------------------------------------------------- permutation
+
+def permute(x, order):
+  """x [B, N, D] with row i of the result x[b, order[b, i]]; order [B, N] is a permutation in every b.
+
+  Its gradient is a gather by the inverse permutation, where that of a gather in general is a scatter that adds: slow
+  on a CPU, and in no fixed order on a GPU.
+  """
+  return own_permute(x, order) if "permute" in OWN else gather(x, order)
+
+
+def gather(x, order):
+  return jnp.take_along_axis(x, order[:, :, None], axis=1)
+
+
+own_permute = jax.custom_vjp(gather)
+own_permute.defvjp(lambda x, order: (gather(x, order), order),
+                   lambda order, g: (gather(g, jnp.argsort(order, axis=1)), None))
+
+
+# --------------------------------------------------------------------------------------------------------- convolution
+
+def convolve(x, w, strides, padding, **more):
+  """lax.conv_general_dilated of x [B, H, W, C] with w [h, k, C, O], as flax's Conv calls it.
+
+  Where `convolve` is in OWN, a CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's
+  convolution runs on one core for the most part. The patches, h k times as large as x, are cut again in the backward
+  pass, so that none are kept.
+  """
+  whole = lambda x, w: lax.conv_general_dilated(x, w, strides, padding, **more)
+  if "convolve" not in OWN:
+    return whole(x, w)
+  cut = jax.checkpoint(functools.partial(by_patches, strides=strides, padding=padding))
+  return lax.platform_dependent(x, w, cpu=cut, default=whole)
+
+
+def by_patches(x, w, strides, padding):
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  (h, k), (a, b) = w.shape[:2], strides
+  rows, columns = (x.shape[1] - h) // a + 1, (x.shape[2] - k) // b + 1
+  patches = jnp.concatenate([x[:, i:i + a * rows:a, j:j + b * columns:b] for i in range(h) for j in range(k)], axis=-1)
+  y = patches.reshape(-1, patches.shape[-1]) @ w.reshape(-1, w.shape[-1])
+  return y.reshape(len(x), rows, columns, -1)

@@ -1,0 +1,156 @@
+"""InfoNCE over a global batch whose [B, B] logits nobody holds: block by block, and round the devices.
+
+A device keeps its B / n rows of one side. The other side's rows go round the mesh axis `data`, each with what it has
+summed up so far (ring attention, Liu et al. 2023; for contrastive losses Inf-CL, Cheng et al. 2024). Where the two meet,
+blocks of at most BLOCK x BLOCK logits are computed once and serve both directions: rows keep a running maximum and sum of
+exponentials, columns take theirs along and come home with it. The backward pass goes round once more with the finished
+logarithms, from which every block's gradient follows (as in FlashAttention, Dao et al. 2022). A device holds O(B E / n) and
+a few blocks, never O(B^2) and not even the whole other side, O(B E).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+BLOCK = 1024  # rows at most, of either side: 4 MiB of float32 logits, enough work for a matrix unit
+
+dot = functools.partial(jnp.einsum, precision="highest")
+
+
+def info_nce(a, b, scale, subject, valid, b_to_a: float = 0.5) -> tuple[jax.Array, jax.Array]:
+  """`contrastive.info_nce` among the rows that `contrastive.may_compare` allows: same values, hits and gradients.
+
+  Args:
+    a, b: [B, E] of unit length, at least float32.
+    scale: 1 / temperature.
+    subject: [B, 2]; two rows of one subject are not compared.
+    valid: [B], 0 for rows that do not count.
+    b_to_a: share of the direction in which each b looks for its own a.
+
+  Returns: values [B]; rank-one hits [B].
+  """
+  who = {"row": jnp.arange(1, len(a) + 1), "subject": subject, "valid": valid > 0}  # 0: rows that fill up a block
+  x = scale * a
+  dtype = jnp.promote_types(x.dtype, b.dtype)
+  own, rows, columns, hit = sums(x.astype(dtype), b.astype(dtype), who)
+  return (1 - b_to_a) * rows + b_to_a * columns - own, hit
+
+
+@jax.custom_vjp
+def sums(x, y, who):
+  """With s = x y^T: own s_ii, log sum_k e^{s_ik}, log sum_k e^{s_ki} and whether s_ii is above all other s_ik, each [B]."""
+  return on_own_rows(forward, x, y, who)
+
+
+def sums_forward(x, y, who):
+  own, rows, columns, hit = sums(x, y, who)
+  return (own, rows, columns, hit), (x, y, who, rows, columns)
+
+
+def sums_backward(kept, cotangents):
+  return *on_own_rows(backward, *kept, *cotangents[:3]), None
+
+
+sums.defvjp(sums_forward, sums_backward)
+
+
+def on_own_rows(function, *args):
+  """function(devices, send, *args) on every device of the mesh axis `data`, over its own rows of arrays [B, ...].
+
+  Without a mesh, or with one device along `data`, all rows are own ones. Along other axes all is replicated.
+  """
+  devices = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+  if devices == 1:
+    return function(1, lambda tree: tree, *args)
+  neighbours = [(i, (i + 1) % devices) for i in range(devices)]
+  send = lambda tree: jax.lax.ppermute(tree, "data", neighbours)
+  return jax.shard_map(functools.partial(function, devices, send), in_specs=P("data"), out_specs=P("data"))(*args)
+
+
+def forward(devices, send, x, y, who):
+  """`sums` of this device's rows."""
+
+  def meet(theirs, columns, mine, rows):
+    logits, pair, others = compare(mine, theirs)
+    own, *rows = rows
+    own += jnp.where(pair, logits, 0).sum(axis=1)
+    return add(columns, logits, others, axis=0), (own, *add(rows, logits, others, axis=1))
+
+  mine, theirs = blocks({"z": x, **who}), blocks({"z": y, **who})
+  zero = jnp.zeros_like(mine["z"][..., 0])
+  nobody = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero  # maximum, sum of exponentials relative to it
+  (own, *rows), columns = go_round(devices, send, meet, mine, (zero, *nobody), theirs, nobody)
+  log_sum = lambda largest, total: jnp.logaddexp(own, largest + jnp.log(total))  # of others and oneself
+  return joined((own, log_sum(*rows), log_sum(*columns), own > rows[0]), len(x))
+
+
+def backward(devices, send, x, y, who, rows, columns, to_own, to_rows, to_columns):
+  """The gradients with respect to this device's x and y [B / n, E]; `to_own` ... are those with respect to `sums`."""
+
+  def meet(theirs, d_theirs, mine, d_mine):
+    logits, pair, others = compare(mine, theirs)
+    softmax = mine["to"][:, None] * jnp.exp(logits - mine["log_sum"][:, None]) \
+        + theirs["to"] * jnp.exp(logits - theirs["log_sum"])
+    d_logits = jnp.where(pair | others, softmax, 0) + jnp.where(pair, mine["to_own"][:, None], 0)
+    return d_theirs + dot("ij,ie->je", d_logits, mine["z"]), d_mine + dot("ij,je->ie", d_logits, theirs["z"])
+
+  mine = blocks({"z": x, "log_sum": rows, "to": to_rows, "to_own": to_own, **who})
+  theirs = blocks({"z": y, "log_sum": columns, "to": to_columns, **who})
+  zero = jnp.zeros_like(mine["z"])
+  return joined(go_round(devices, send, meet, mine, zero, theirs, zero), len(x))
+
+
+def go_round(devices, send, meet, mine, rows, theirs, columns):
+  """Every block of `mine` meets every block of everybody's `theirs`.
+
+  Args:
+    meet: (theirs, columns, mine, rows), a block of each -> columns, rows.
+    rows, columns: what is kept for each row, at the start.
+
+  Returns: rows and columns at the end, both of this device's own rows.
+  """
+
+  def visit(state, _):
+    rows, theirs, columns = state
+
+    def one_block(rows, guest):
+      theirs, columns = guest
+      columns, rows = jax.lax.scan(lambda columns, me: meet(theirs, columns, *me), columns, (mine, rows))
+      return rows, columns
+
+    rows, columns = jax.lax.scan(one_block, rows, (theirs, columns))
+    return (rows, *send((theirs, columns))), None
+
+  (rows, _, columns), _ = jax.lax.scan(visit, (rows, theirs, columns), length=devices)
+  return rows, columns
+
+
+def compare(mine, theirs):
+  """Logits of two blocks, which of them are of one row with itself, and which of rows that are compared otherwise."""
+  pair = mine["row"][:, None] == theirs["row"]
+  same = (mine["subject"][:, None] == theirs["subject"]).all(axis=-1)  # so is a row to itself
+  return dot("ie,je->ij", mine["z"], theirs["z"]), pair, ~same & mine["valid"][:, None] & theirs["valid"]
+
+
+def add(running, logits, others, axis):
+  """Takes a block's logits into the running maximum and the sum of exponentials relative to it."""
+  largest, total = running
+  new = jnp.maximum(largest, logits.max(axis, where=others, initial=jnp.finfo(logits.dtype).min))
+  terms = jnp.where(others, jnp.exp(logits - jnp.expand_dims(new, axis)), 0)
+  return new, total * jnp.exp(largest - new) + terms.sum(axis)
+
+
+def blocks(tree):
+  """Rows [R, ...] -> [blocks, rows of a block, ...], the last filled up with zeros: no row, and not valid."""
+  rows = len(jax.tree.leaves(tree)[0])
+  many = -(-rows // BLOCK)
+  size = -(-rows // many)
+  fill = lambda x: jnp.pad(x, [(0, many * size - rows)] + [(0, 0)] * (x.ndim - 1))
+  return jax.tree.map(lambda x: fill(x).reshape(many, size, *x.shape[1:]), tree)
+
+
+def joined(tree, rows: int):
+  """The way back: the first `rows` rows [R, ...] of blocks."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tree)
