@@ -8,15 +8,21 @@ three frames of 210 x 210), dual_phase (medium encoder + two slow-R50 on 6 x 85 
 the reconstruction). It is the program's own step: int16 and uint8 in, forward, backward, AdamW. Augmentation and
 drop-path are off, as in a plain reference step; --config.x=y words change anything else (--config.model.dtype=bfloat16).
 
-Data are random and lie on the device already; benchmarks/input.py times the pipeline. Steps are timed one by one, each
-waited for, after the compilation and --warmup further ones. Last line: JSON with samples_per_s (of the median), step_ms,
-params_m (trained parameters), the compile time, FLOPs of the compiled step, load of the machine.
+Data are random and lie on the device already. Steps are timed one by one, each waited for, after the compilation and
+--warmup further ones. Last line: JSON with samples_per_s (of the median), step_ms, params_m (trained parameters), the compile
+time, load of the machine; and how far from the limit it is: the FLOPs of the step's matrix products (as written) and the
+bytes that its program reads and writes (XLA's count), against peaks measured here (`peaks`), and of_roofline, the longer of
+the two bounds as a share of the median step.
+
+--cohort=DIR takes the shapes of a cohort (mmcl prepare), and also runs the steps as `mmcl train` does, fed by the pipeline:
+pipeline_step_ms against resident_step_ms, both means of the same loop without a wait a step.
 
 --against alternates this measurement with another command, each in a process of its own, --rounds times, and prints the
 rates best against best; that command's last line must be JSON with samples_per_s and step_ms.min.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -38,6 +44,7 @@ def main():
   parser.add_argument("--steps", type=int, default=12)
   parser.add_argument("--warmup", type=int, default=2)
   parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="default: what jax finds")
+  parser.add_argument("--cohort", help="take its shapes, and time the step fed by the pipeline too")
   parser.add_argument("--against", help="another command to alternate with")
   parser.add_argument("--rounds", type=int, default=5, help="of the alternation")
   args, overrides = parser.parse_known_args()
@@ -53,20 +60,27 @@ def measure(args, overrides) -> dict:
   import jax
   from mmcl_jax import objectives as objective_room
   from mmcl_jax.models import pretrainer
-  from mmcl_jax.training import parallel, state as state_room, steps
+  from mmcl_jax.training import compiled, parallel, state as state_room, steps
 
   config, shapes = case(args.case, args.batch, args.warmup + args.steps, overrides)
-  mesh = parallel.make_mesh(**config.mesh)
-  scales = no_scales(steps)
-  model, objectives = pretrainer.build(config.model, config.data.samples), objective_room.build(config.objectives)
+  mesh, scales = parallel.make_mesh(**config.mesh), no_scales(steps)
+  if args.cohort:
+    from mmcl_jax import train
+    from mmcl_jax.data import cohort as cohort_room, pipeline
+    cohort = cohort_room.load(args.cohort)
+    shapes, scales = cohort.info["shapes"], train.targets(cohort, config)
+    batches = pipeline.train_batches(cohort.splits["train"], seed=0, batch=config.batch, fields=pretrainer.fields(config.model),
+                                     **config.loader)
+  model, objectives = pretrainer.build(config.model, config.data.samples, len(scales.names)), objective_room.build(config.objectives)
   with jax.set_mesh(mesh):
-    example = steps.example(config, shapes, 0, config.batch)
+    example = steps.example(config, shapes, len(scales.names), config.batch)
     tx = state_room.optimizer_for(model, example, config)
     state, where = state_room.create(model, tx, example, 0, mesh, config.sharding)
-    rows = parallel.to_global(random_rows(config, shapes), mesh)
+    rows = parallel.to_global(next(batches) if args.cohort else random_rows(config, shapes), mesh)
     begun = time.perf_counter()
-    step = jax.jit(steps.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
-                   out_shardings=(where, None)).lower(state, rows).compile()
+    traced = jax.jit(steps.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
+                     out_shardings=(where, None)).trace(state, rows)
+    step = traced.lower().compile()
     compile_s = time.perf_counter() - begun
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     times = []
@@ -74,18 +88,65 @@ def measure(args, overrides) -> dict:
       begun = time.perf_counter()
       state, values = jax.block_until_ready(step(state, rows))
       times.append(1e3 * (time.perf_counter() - begun))
-    times = times[args.warmup:]
+    times, fed = times[args.warmup:], {}
+    if args.cohort:
+      for name, source in (("resident", itertools.repeat(rows)), ("pipeline", (parallel.to_global(x, mesh) for x in batches))):
+        state, ms = run_through(step, state, source, args.steps, args.warmup)
+        fed[f"{name}_step_ms"] = round(ms, 2)
   memory, device = step.memory_analysis(), jax.devices()[0]
   median = statistics.median(times)
+  flops, moved = compiled.matmul_flops(traced.jaxpr) / jax.device_count(), compiled.costs(step)["bytes_accessed"]
+  peak = peaks(config.model.dtype)
+  bound = max(flops / peak["flops"], moved / peak["bytes"])
   return {"case": args.case, "batch": config.batch, "device": device.device_kind, "platform": device.platform,
           "devices": jax.device_count(), "jax": jax.__version__, "dtype": config.model.dtype, "steps": args.steps,
           "overrides": overrides, "loss": round(float(values["loss"]), 4),
           "step_ms": {"median": round(median, 2), "min": round(min(times), 2), "max": round(max(times), 2)},
           "samples_per_s": round(1e3 * config.batch / median, 2), "params_m": round(parameters / 1e6, 2),
-          "compile_s": round(compile_s, 1), "gflop": round(step.cost_analysis().get("flops", 0) / 1e9, 1),
+          "compile_s": round(compile_s, 1), "matmul_gflop": round(flops / 1e9, 1), "moved_gb": round(moved / 1e9, 2),
+          "peak_gflop_per_s": round(peak["flops"] / 1e9), "peak_gb_per_s": round(peak["bytes"] / 1e9, 1),
+          "matmul_share_of_peak": round(flops / peak["flops"] / (median / 1e3), 3),
+          "of_roofline": round(bound / (median / 1e3), 3), **fed,
           "temporary_mib": round(memory.temp_size_in_bytes / 2**20),
           "peak_mib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20) or None,
           "load": [round(x, 2) for x in os.getloadavg()], "cpus": len(os.sched_getaffinity(0))}
+
+
+def run_through(step, state, batches, count: int, warmup: int):
+  """The state after a loop like that of `mmcl train`, which reads a batch while the step before runs; its ms a step, mean."""
+  import jax
+  pending = None
+  for i in range(warmup + count):
+    if i == warmup:
+      jax.block_until_ready(state)
+      begun = time.perf_counter()
+    state, values = step(state, next(batches))
+    jax.device_get(pending)
+    pending = values
+  jax.block_until_ready(state)
+  return state, 1e3 * (time.perf_counter() - begun) / count
+
+
+def peaks(dtype: str) -> dict[str, float]:
+  """FLOP/s of a large matrix product with float32 sums and bytes/s of a large copy (read and written), best of 10 each."""
+  import jax
+  import jax.numpy as jnp
+
+  def seconds(function, x):
+    jax.block_until_ready(function(x))
+    times = []
+    for _ in range(10):
+      begun = time.perf_counter()
+      jax.block_until_ready(function(x))
+      times.append(time.perf_counter() - begun)
+    return min(times)
+
+  small = jax.default_backend() == "cpu"
+  n, m = (2048, 2**26) if small else (8192, 2**30)
+  x = jax.random.normal(jax.random.key(0), (n, n), dtype)
+  product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+  copied = jax.random.normal(jax.random.key(1), (m,), jnp.float32 if small else jnp.bfloat16)
+  return {"flops": 2 * n**3 / seconds(product, x), "bytes": 2 * copied.nbytes / seconds(jax.jit(lambda x: -x), copied)}
 
 
 def case(name: str, batch: int, steps: int, overrides: list[str]):

@@ -7,8 +7,9 @@
       --config.init_from.ecg=demo/cn_ecg --config.init_from.cmr_sax=demo/cn_cmr --config.init_from.cmr_lax=demo/cn_cmr
     mmcl evaluate --workdir=demo/cn
 
-Expected time and score: `:demo` was not trained to its end here, so neither is known; two
-steps of every stage are tested.
+Expected time and score: `:demo` takes about 20 minutes on one of 2 CPU cores (2 to prepare; 10, 3 and 4 the stages; 1 to evaluate).
+Test R2, seed 0: LVM 0.66, LVEDV 0.53, LVEF 0.06, of an encoder that is given age, sex and body size; the covariates alone
+have 0.58, 0.47, 0.06 and an untrained encoder 0.34, 0.21, -0.01. Retrieval R@10 0.08, chance 0.03 (synthetic cohort).
 `:large`, the published size, was not trained here.
 
 Source: Ding et al. 2024 (arXiv 2411.13602 v1). Its CMR encoders are Swin-B; here they are ViT-B, with all frames in one

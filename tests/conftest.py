@@ -54,6 +54,18 @@ def tiny_flags(cohort_path, workdir):
           "--config.evaluators=('losses',)"]
 
 
+def tiny_step(cohort_path):
+  """What one training step of 16 rows is made of: config, cohort, scales, model, objectives, batch."""
+  from mmcl_jax import objectives, train
+  from mmcl_jax.data import cohort as cohort_room, pipeline
+  from mmcl_jax.models import pretrainer
+  config, cohort = tiny_config(cohort_path), cohort_room.load(cohort_path)
+  config.batch = 16
+  batch = next(pipeline.train_batches(cohort.splits["train"], seed=0, batch=16, fields=("ed_es_volumes",)))
+  return (config, cohort, train.targets(cohort, config), pretrainer.build(config.model, config.data.samples),
+          objectives.build(config.objectives), batch)
+
+
 def pytest_terminal_summary(terminalreporter):
   """Says what was not compared with PyTorch, which is no dependency, and how to compare it."""
   skipped = [report for report in terminalreporter.stats.get("skipped", []) if "torch" in str(report.longrepr)]

@@ -12,18 +12,10 @@ COMPARE = """
 import json, re, sys
 import jax, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from conftest import tiny_config
-from mmcl_jax import objectives as objective_room, train
-from mmcl_jax.data import cohort as cohort_room, pipeline
-from mmcl_jax.models import pretrainer
+from conftest import tiny_step
 from mmcl_jax.training import parallel, state as state_room, steps
 
-config = tiny_config(sys.argv[1])
-config.batch = 16
-cohort = cohort_room.load(sys.argv[1])
-scales = train.targets(cohort, config)
-model, objectives = pretrainer.build(config.model, config.data.samples), objective_room.build(config.objectives)
-batch = next(pipeline.train_batches(cohort.splits["train"], seed=0, batch=16, fields=("ed_es_volumes",)))
+config, cohort, scales, model, objectives, batch = tiny_step(sys.argv[1])
 batch["subject"][5] = batch["subject"][2]  # two visits of one person, on different devices
 batch["mask"][11] = 0
 tx = optax.sgd(1.0)  # new parameters are the old ones minus the gradient

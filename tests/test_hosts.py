@@ -32,7 +32,6 @@ from mmcl_jax import cli, embed, evaluate, train
 from mmcl_jax.data import pipeline
 from mmcl_jax.training import distributed
 
-pytestmark = pytest.mark.skip(reason="not yet seen to pass as a whole: run it without this line, then remove the line")
 
 def main(argv):
   verbs, workdir, *argv = argv
@@ -152,8 +151,16 @@ def digest(arrays):
 
 
 def test_a_checkpoint_of_two_hosts_is_that_of_one_process(one, two):
-  for a, b in zip(leaves(restore.load_run(str(one)).state), leaves(restore.load_run(str(two[0])).state), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+  """Sums over hosts are added in another order. The gradient of an attention's key bias is 0, which no softmax sees, so it
+  is all rounding, and AdamW makes steps of full length of it: those biases are left out."""
+  a, b = (jax.device_get(restore.load_run(str(workdir)).state) for workdir in (one, two[0]))
+
+  def compare(path, x, y):
+    if jax.tree_util.keystr(path, simple=True, separator="/").endswith("qkv/bias"):
+      x, y = (np.delete(z.reshape(3, -1), 1, axis=0) for z in (x, y))
+    np.testing.assert_allclose(y, x, rtol=0, atol=1e-4 * np.abs(x).max())
+
+  jax.tree_util.tree_map_with_path(compare, a, b)
 
 
 RESTORE = """

@@ -365,9 +365,7 @@ def test_a_recipe_is_short_and_says_how_to_run_it(name):
     flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in shlex.split(command)[2:]]
     config, values = configuration.from_flags("mmcl train", train.USAGE, flags, {"workdir": ""})
     assert config.data.cohort and values.workdir.startswith("demo/")
-  if "was not trained to its end here" in docstring:  # said, not made up
-    return
-  assert re.search(r"\d minutes? on 2 CPU cores|on 2 CPU cores: .*\d minutes?", docstring)
+  assert re.search(r"\d minutes? on (one of )?2 CPU cores|on 2 CPU cores: .*\d minutes?", docstring)
   assert re.search(r"(Expected score|Test R2)[^.]*\b0\.\d", docstring)
 
 

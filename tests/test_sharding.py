@@ -128,19 +128,12 @@ COMPARE = r"""
 import json, math, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from conftest import tiny_config
-from mmcl_jax import objectives as objective_room, train
-from mmcl_jax.data import cohort as cohort_room, pipeline
-from mmcl_jax.models import pretrainer, vit
+from conftest import tiny_step
+from mmcl_jax.models import vit
 from mmcl_jax.training import checkpoint, compiled as reading, parallel, state as state_room, steps
 
 parallel.FSDP_FROM = 1  # the arrays of a tiny model are split too
-config = tiny_config(sys.argv[1])
-config.batch = 16
-cohort = cohort_room.load(sys.argv[1])
-scales = train.targets(cohort, config)
-model, objectives = pretrainer.build(config.model, config.data.samples), objective_room.build(config.objectives)
-batch = next(pipeline.train_batches(cohort.splits["train"], seed=0, batch=16, fields=("ed_es_volumes",)))
+config, cohort, scales, model, objectives, batch = tiny_step(sys.argv[1])
 tx = optax.sgd(1.0, momentum=0.9)  # linear in the gradient, where AdamW would blow up the rounding of one near 0
 CASES = {"one": (1, 1, ()), "fsdp": (8, 1, ((".*", "fsdp"),)), "zero1": (8, 1, (("^opt_state/", "fsdp"),)),
          "tensor": (2, 4, ((".*", "tensor"),)), "both": (4, 2, ((".*", "tensor+fsdp"), (".*", "fsdp")))}

@@ -277,11 +277,12 @@ def test_cells(score, text):
 # what the evaluation leaves for it
 
 def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(cohort, tmp_path, monkeypatch):
-  from mmcl_jax import evaluate
+  from mmcl_jax import configuration, evaluate
   from mmcl_jax.evaluators import diseases
   from mmcl_jax.training import parallel
   config = tiny_config(cohort.path)
   config.model.ecg.mask_ratio, config.model.cmr = 0.0, {}
+  configuration.save(config, str(tmp_path))
   rng = np.random.default_rng(0)
   column = lambda split, name: np.stack([cohort.splits[split][i][name] for i in range(len(cohort.splits[split]))])
   features = {split: {name: column(split, name) for name in ("subject", "phenotypes", "diseases", "covariates")}

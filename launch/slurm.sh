@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# SLURM, one task per node. Once, on a shared file system: bash launch/install.sh cuda. Then set the lines below and
-#   sbatch launch/slurm_per_node.sh train --config=configs/joint.py:base --workdir=W --config.data.cohort=DIR
-# A task has all GPUs of its node, and one process feeds them: --config.loader.threads=8 or more reads faster.
+# SLURM. Once, on a shared file system: bash launch/install.sh cuda. Then set the lines below and, with a task per GPU,
+#   sbatch launch/slurm.sh train --config=configs/joint.py:base --workdir=W --config.data.cohort=DIR
+# or, with a task per node, which has all of its GPUs and feeds them from one process,
+#   sbatch --ntasks-per-node=1 --cpus-per-task=32 launch/slurm.sh train ... --config.loader.threads=8
+# The tasks of a node see all of its GPUs and share them; --gpus-per-task would hide the others from NCCL.
 # Five minutes before the time limit all hosts save a checkpoint, exit with 75, and the job is queued again.
 #SBATCH --job-name=mmcl
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-task=32
+#SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
