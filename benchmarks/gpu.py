@@ -96,8 +96,9 @@ def measure(args) -> None:
     print(f"{name}: {said}; {ends - time.monotonic():.0f} s left", flush=True)
     return one
 
+  dtype = "float32" if args.device == "cpu" else "bfloat16"  # a CPU only rehearses
   ours = lambda case, batch, *more: [sys.executable, f"{ROOT}/benchmarks/step.py", f"--case={case}", f"--batch={batch}",
-                                     f"--steps={args.steps}", f"--device={args.device}", f"--config.model.dtype={'float32' if args.device == 'cpu' else 'bfloat16'}", *more]
+                                     f"--steps={args.steps}", f"--device={args.device}", f"--config.model.dtype={dtype}", *more]
   theirs = lambda case, batch: [*shlex.split(args.against), f"--case={case}", f"--batch={batch}", f"--steps={args.steps}",
                                 f"--device={'cuda' if args.device == 'gpu' else args.device}", "--amp", "--compile"]
   sides = {"ours": ours} | ({"theirs": theirs} if args.against else {})

@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
@@ -58,30 +59,10 @@ def measure(args, overrides) -> dict:
   if args.device:
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(args.device, args.device)
   import jax
-  from mmcl_jax import objectives as objective_room
-  from mmcl_jax.models import pretrainer
-  from mmcl_jax.training import compiled, parallel, state as state_room, steps
-
-  config, shapes = case(args.case, args.batch, args.warmup + args.steps, overrides)
-  mesh, scales = parallel.make_mesh(**config.mesh), no_scales(steps)
-  if args.cohort:
-    from mmcl_jax import train
-    from mmcl_jax.data import cohort as cohort_room, pipeline
-    cohort = cohort_room.load(args.cohort)
-    shapes, scales = cohort.info["shapes"], train.targets(cohort, config)
-    batches = pipeline.train_batches(cohort.splits["train"], seed=0, batch=config.batch, fields=pretrainer.fields(config.model),
-                                     **config.loader)
-  model, objectives = pretrainer.build(config.model, config.data.samples, len(scales.names)), objective_room.build(config.objectives)
+  from mmcl_jax.training import compiled, parallel
+  built = build(args.case, args.batch, args.warmup + args.steps, overrides, args.cohort)
+  config, mesh, step, state, rows = built.config, built.mesh, built.step, built.state, built.rows
   with jax.set_mesh(mesh):
-    example = steps.example(config, shapes, len(scales.names), config.batch)
-    tx = state_room.optimizer_for(model, example, config)
-    state, where = state_room.create(model, tx, example, 0, mesh, config.sharding)
-    rows = parallel.to_global(next(batches) if args.cohort else random_rows(config, shapes), mesh)
-    begun = time.perf_counter()
-    traced = jax.jit(steps.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
-                     out_shardings=(where, None)).trace(state, rows)
-    step = traced.lower().compile()
-    compile_s = time.perf_counter() - begun
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     times = []
     for _ in range(args.warmup + args.steps):
@@ -90,12 +71,12 @@ def measure(args, overrides) -> dict:
       times.append(1e3 * (time.perf_counter() - begun))
     times, fed = times[args.warmup:], {}
     if args.cohort:
-      for name, source in (("resident", itertools.repeat(rows)), ("pipeline", (parallel.to_global(x, mesh) for x in batches))):
+      for name, source in (("resident", itertools.repeat(rows)), ("pipeline", (parallel.to_global(x, mesh) for x in built.batches))):
         state, ms = run_through(step, state, source, args.steps, args.warmup)
         fed[f"{name}_step_ms"] = round(ms, 2)
   memory, device = step.memory_analysis(), jax.devices()[0]
   median = statistics.median(times)
-  flops, moved = compiled.matmul_flops(traced.jaxpr) / jax.device_count(), compiled.costs(step)["bytes_accessed"]
+  flops, moved = compiled.matmul_flops(built.jaxpr) / jax.device_count(), compiled.costs(step)["bytes_accessed"]
   peak = peaks(config.model.dtype)
   bound = max(flops / peak["flops"], moved / peak["bytes"])
   return {"case": args.case, "batch": config.batch, "device": device.device_kind, "platform": device.platform,
@@ -103,13 +84,43 @@ def measure(args, overrides) -> dict:
           "overrides": overrides, "loss": round(float(values["loss"]), 4),
           "step_ms": {"median": round(median, 2), "min": round(min(times), 2), "max": round(max(times), 2)},
           "samples_per_s": round(1e3 * config.batch / median, 2), "params_m": round(parameters / 1e6, 2),
-          "compile_s": round(compile_s, 1), "matmul_gflop": round(flops / 1e9, 1), "moved_gb": round(moved / 1e9, 2),
+          "compile_s": round(built.compile_s, 1), "matmul_gflop": round(flops / 1e9, 1), "moved_gb": round(moved / 1e9, 2),
           "peak_gflop_per_s": round(peak["flops"] / 1e9), "peak_gb_per_s": round(peak["bytes"] / 1e9, 1),
           "matmul_share_of_peak": round(flops / peak["flops"] / (median / 1e3), 3),
           "of_roofline": round(bound / (median / 1e3), 3), **fed,
           "temporary_mib": round(memory.temp_size_in_bytes / 2**20),
           "peak_mib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20) or None,
           "load": [round(x, 2) for x in os.getloadavg()], "cpus": len(os.sched_getaffinity(0))}
+
+
+def build(name: str, batch: int, steps: int, overrides: list[str], cohort: str | None = None) -> types.SimpleNamespace:
+  """The compiled step of a case: config, mesh, step, state, rows, batches (of the cohort), jaxpr, compile_s."""
+  import jax
+  from mmcl_jax import objectives as objective_room
+  from mmcl_jax.models import pretrainer
+  from mmcl_jax.training import parallel, state as state_room, steps as step_room
+  config, shapes = case(name, batch, steps, overrides)
+  mesh, scales, batches = parallel.make_mesh(**config.mesh), no_scales(step_room), None
+  if cohort:
+    from mmcl_jax import train
+    from mmcl_jax.data import cohort as cohort_room, pipeline
+    cohort = cohort_room.load(cohort)
+    shapes, scales = cohort.info["shapes"], train.targets(cohort, config)
+    batches = pipeline.train_batches(cohort.splits["train"], seed=0, batch=config.batch, fields=pretrainer.fields(config.model),
+                                     **config.loader)
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  objectives = objective_room.build(config.objectives)
+  with jax.set_mesh(mesh):
+    example = step_room.example(config, shapes, len(scales.names), config.batch)
+    tx = state_room.optimizer_for(model, example, config)
+    state, where = state_room.create(model, tx, example, 0, mesh, config.sharding)
+    rows = parallel.to_global(next(batches) if cohort else random_rows(config, shapes), mesh)
+    begun = time.perf_counter()
+    traced = jax.jit(step_room.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
+                     out_shardings=(where, None)).trace(state, rows)
+    step = traced.lower().compile()
+  return types.SimpleNamespace(config=config, mesh=mesh, step=step, state=state, rows=rows, batches=batches, jaxpr=traced.jaxpr,
+                               compile_s=time.perf_counter() - begun)
 
 
 def run_through(step, state, batches, count: int, warmup: int):

@@ -35,6 +35,7 @@ def get_config(arg=None):
   ecg, samples, cmr, slices, cmr_width, hidden, batch, steps, learning_rate = SIZES[arg.size]
   c = defaults(arg.batch or batch, arg.steps or steps)  # rows, updates
   c.init_from = dict(ecg="", cmr_ed="", cmr_es="")  # module -> workdir of an earlier stage; "": starts fresh
+  c.per_device_batch = 0 if arg.batch else 32  # of `mmcl compile`
   c.data.samples = samples  # samples it sees at a time
 
   c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)  # mild: gain is informative

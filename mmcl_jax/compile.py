@@ -8,7 +8,7 @@ that cohort has them.
 
   --topology  chips of a slice: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB; or cpu:N, simulated devices (no libtpu, no times)
   --batch     rows of the global batch. Default: config.per_device_batch times the devices of the data axis, where a
-              recipe has that key; else the recipe's batch, taken up to the next one that they and config.accumulation
+              recipe sets it; else the recipe's batch, taken up to the next one that they and config.accumulation
               divide
 
 The last line is a JSON object, of one device unless it says otherwise: memory (bytes), flops and bytes_accessed (the
@@ -178,7 +178,7 @@ def is_slice(name: str, sides: tuple[int, ...]) -> bool:
 
 def batch_of(config, mesh) -> int:
   shards = mesh.shape["data"]
-  if each := config.get("per_device_batch"):
+  if each := config.per_device_batch:
     return each * shards
   unit = shards * config.accumulation
   return -(-config.batch // unit) * unit

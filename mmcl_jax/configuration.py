@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from mmcl_jax.errors import UserError
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float rounding.
-FREE = ("mesh", "sharding", "loader", "every", "keep")
+FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch")
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -44,6 +44,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c = ConfigDict()
   c.seed = 0                      # of parameters, order of the data, augmentation and masks
   c.batch, c.steps = batch, steps
+  c.per_device_batch = 0          # rows a device for which `mmcl compile` compiles; 0: those of c.batch. Training uses c.batch
   c.accumulation = 1              # parts that a batch is computed in, one after the other; the gradient is that of the whole
   c.init_from = dict(ecg="")      # module -> workdir of an earlier stage; "": starts fresh
   c.init_except = ()              # regexes of parameters that are not carried over: left behind there, or fresh here
@@ -80,8 +81,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.optimizer = dict(learning_rate=1e-3, warmup=max(steps // 10, 1), b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0,
                      rates=(), layer_decay=1.0)  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
   c.mesh = dict(data=-1, model=1)  # devices along each axis; -1: all that are left
-  c.sharding = ()                 # (regex, spec) rules for parameters and optimiser; spec: an axis or None a dimension, or
-                                  # "fsdp": the longest dimension that divides, over data; nothing matched: replicated
+  c.sharding = ()                 # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis
+                                  # or None a dimension, or "fsdp", "tensor", "tensor+fsdp"; nothing matched: replicated
   c.loader = dict(threads=2, buffer=4, workers=0)
   c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1))  # steps
   c.keep = 2                      # checkpoints kept

@@ -76,10 +76,14 @@ def pytest_terminal_summary(terminalreporter):
                                 ".venv/bin/pip install torch==2.13.0, then this command again")
 
 
+def simulated(devices: int) -> dict[str, str]:
+  """The environment of a process with that many simulated devices; launch/env.sh tells what NPROC is for."""
+  return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | ({"NPROC": "16"} if devices > 1 else {})
+
+
 def python(code, *args, devices=1, timeout=300):
   """Runs code in a process of its own with that many simulated devices; returns its stdout, fails with its stderr."""
-  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16",
-                      "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])}
+  env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])} | simulated(devices)
   done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env,
                         timeout=timeout)
   assert done.returncode == 0, done.stderr[-3000:]

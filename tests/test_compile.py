@@ -124,6 +124,8 @@ def test_products_are_counted_by_hand():
   assert count(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
   branch = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
   assert count(branch, (3, 4), (4, 4)) == 2 * 2 * 3 * 4 * 4
+  idle = jax.jit(lambda x, w: (x @ w, x @ w @ w))
+  assert count(lambda x, w: idle(x, w)[0], (3, 4), (4, 4)) == 2 * 3 * 4 * 4  # the compiler leaves the other out too
   mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
   assert count(split, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
@@ -159,8 +161,7 @@ def test_default_batch():
   assert program.batch_of(config, mesh) == 48
   config.accumulation = 5
   assert program.batch_of(config, mesh) == 80
-  with config.unlocked():
-    config.per_device_batch = 7
+  config.per_device_batch = 7
   assert program.batch_of(config, mesh) == 7 * 16
 
 

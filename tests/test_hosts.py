@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import wfdb
 
-from conftest import ROOT, tiny_config, tiny_flags
+from conftest import ROOT, simulated, tiny_config, tiny_flags
 from mmcl_jax import cli, evaluate, train
 from mmcl_jax.data import schema, synthetic
 from mmcl_jax.errors import UserError
@@ -65,8 +65,8 @@ def launch(code, count, devices, *args, each=lambda i: (), timeout=600):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
-  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "16", "JAX_LOG_COMPILES": "1",
-                      "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])}
+  env = os.environ | simulated(devices) | {
+      "JAX_LOG_COMPILES": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])}
   flags = lambda i: [f"--coordinator={address}", f"--processes={count}", f"--process={i}"] if count > 1 else []
   running = [subprocess.Popen([sys.executable, "-c", code, *map(str, args), *flags(i), *each(i)], env=env, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(count)]

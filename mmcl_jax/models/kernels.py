@@ -4,8 +4,8 @@ What is as good everywhere has one form. What helps a CPU alone is chosen when a
 (jax.lax.platform_dependent), so that a TPU's program is the same wherever it was compiled. They have no forward-mode
 derivative (jax.jvp). Letters: B batch, N tokens, H heads, D width of a head.
 
-OWN names those in use: `linear`, `gelu`, `attention`, `permute`; `convolve` waits for a measurement. To measure one,
-put its name in or take it out before anything is traced: without it JAX's form takes its place.
+OWN names those in use. To measure one (docs/performance.md), take its name out before anything is traced: JAX's form
+takes its place.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-OWN = {"linear", "gelu", "attention", "permute"}
+OWN = {"linear", "gelu", "attention", "permute", "convolve"}
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -25,15 +25,17 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 # -------------------------------------------------------------------------------------------------------------- linear
 
-def linear(x, w, b):
-  """x [..., I] @ w [I, O] + b [O], all of one dtype.
+def linear(x, w, b=None):
+  """x [..., I] @ w [I, O] + b [O], all of one dtype; None: no bias.
 
   Rows are flattened, since a CPU would take the weight's gradient of a 3-D x from a transposed copy of it. What makes
   the incoming gradient would be computed once more, with strided access, in that product, were it not for the barrier.
   """
   if "linear" not in OWN:
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))) + b
-  return gradient_barrier(x.reshape(-1, x.shape[-1]) @ w + b).reshape(*x.shape[:-1], w.shape[1])
+    y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+    return y if b is None else y + b
+  y = x.reshape(-1, x.shape[-1]) @ w
+  return gradient_barrier(y if b is None else y + b).reshape(*x.shape[:-1], w.shape[1])
 
 
 @jax.custom_vjp
@@ -100,39 +102,33 @@ def suits_cudnn(q, k) -> bool:
 
 @jax.custom_vjp
 def own_attention(q, k, v):
-  """Attention that saves its output and the logarithm of the softmax's denominators (Dao et al. 2022, without tiles).
+  """Attention whose backward pass has no product of a transposed [N, M], which a CPU does at half the speed.
 
-  The weights [N, M] are computed again in the backward pass.
+  It keeps the exponentials [N, M] and their sums; all other divisions and scalings are of [N, D].
   """
   return attention_forward(q, k, v)[0]
 
 
-def logits_of(q, k):
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  return q.shape[-1] ** -0.5 * jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=wide)
-
-
 def attention_forward(q, k, v):
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  logits = logits_of(q, k)
-  peak = logits.max(axis=-1, keepdims=True)
-  weights = jnp.exp(logits - peak)
-  total = weights.sum(axis=-1, keepdims=True)
-  out = at_least_float32(jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)) / total
-  out = out.astype(v.dtype)
-  return out.swapaxes(1, 2), (q, k, v, out, peak + jnp.log(total))
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  logits = q.shape[-1] ** -0.5 * jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=wide)
+  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))  # to be divided by their sum
+  total, weights = weights.sum(axis=-1, keepdims=True), weights.astype(v.dtype)
+  out = at_least_float32(jnp.einsum("bhnm,bhmd->bhnd", weights, v)) / total
+  return out.astype(v.dtype).swapaxes(1, 2), (q, k, v, out, weights, total)
 
 
 def attention_backward(saved, g):
-  q, k, v, out, log_total = saved
-  g = g.swapaxes(1, 2)
-  weights = jnp.exp(logits_of(q, k) - log_total)
-  inner = (at_least_float32(g) * out).sum(axis=-1, keepdims=True)
-  slope = weights * (at_least_float32(jnp.einsum("bhnd,bhmd->bhnm", g, v)) - inner) * q.shape[-1] ** -0.5
-  weights, slope = weights.astype(v.dtype), slope.astype(v.dtype)
-  found = (jnp.einsum("bhnm,bhmd->bhnd", slope, k), jnp.einsum("bhnm,bhnd->bhmd", slope, q),
-           jnp.einsum("bhnm,bhnd->bhmd", weights, g))
-  return tuple(x.swapaxes(1, 2) for x in found)
+  q, k, v, out, weights, total = saved
+  g = at_least_float32(g.swapaxes(1, 2)) / total
+  inner = (g * out).sum(axis=-1, keepdims=True)
+  g, scale = g.astype(v.dtype), q.shape[-1] ** -0.5
+  slope = weights * (at_least_float32(jnp.einsum("bhnd,bhmd->bhnm", g, v)) - inner)
+  slope = slope.astype(v.dtype)
+  to_q = jnp.einsum("bhnm,bhmd->bhnd", slope, k * scale)
+  to_k, to_v = (jnp.einsum("bhnd,bhnm->bhdm", x, y) for x, y in ((q * scale, slope), (g, weights)))
+  return to_q.swapaxes(1, 2), to_k.transpose(0, 3, 1, 2), to_v.transpose(0, 3, 1, 2)
 
 
 own_attention.defvjp(attention_forward, attention_backward)
@@ -163,7 +159,7 @@ own_permute.defvjp(lambda x, order: (gather(x, order), order),
 def convolve(x, w, strides, padding, **more):
   """lax.conv_general_dilated of x [B, H, W, C] with w [h, k, C, O], as flax's Conv calls it.
 
-  Where `convolve` is in OWN, a CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's
+  A CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's
   convolution runs on one core for the most part. The patches, h k times as large as x, are cut again in the backward
   pass, so that none are kept.
   """
@@ -179,5 +175,4 @@ def by_patches(x, w, strides, padding):
   (h, k), (a, b) = w.shape[:2], strides
   rows, columns = (x.shape[1] - h) // a + 1, (x.shape[2] - k) // b + 1
   patches = jnp.concatenate([x[:, i:i + a * rows:a, j:j + b * columns:b] for i in range(h) for j in range(k)], axis=-1)
-  y = patches.reshape(-1, patches.shape[-1]) @ w.reshape(-1, w.shape[-1])
-  return y.reshape(len(x), rows, columns, -1)
+  return linear(patches, w.reshape(-1, w.shape[-1]))

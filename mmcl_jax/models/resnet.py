@@ -85,7 +85,7 @@ class Residual(nn.Module):
     return nn.relu(x + y)
 
   def pointwise(self, width, name):
-    return nn.Dense(width, use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name=name)  # a 1x1 convolution
+    return vit.Dense(width, self.dtype, use_bias=False, kernel_init=kernel_init, name=name)  # a 1x1 convolution
 
   def plane(self, stride, name):
     conv = nn.Conv(self.width, (3, 3), (stride, stride), padding=1, use_bias=False, kernel_init=kernel_init,

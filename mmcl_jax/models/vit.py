@@ -55,16 +55,19 @@ def drop_path(x: jax.Array, keys: jax.Array | None, rate, layer) -> jax.Array:
 
 
 class Dense(nn.Module):
-  """x [..., I] -> [..., features] with bias: flax's Dense by kernels.linear, Glorot-uniform at first."""
+  """x [..., I] -> [..., features]: flax's Dense by kernels.linear, Glorot-uniform at first."""
 
   features: int
   dtype: jnp.dtype = jnp.float32
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features), jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    return kernels.linear(*(array.astype(self.dtype) for array in (x, kernel, bias)))
+    arrays = [x, self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)]
+    if self.use_bias:
+      arrays.append(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
+    return kernels.linear(*(array.astype(self.dtype) for array in arrays))
 
 
 class Block(nn.Module):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
@@ -171,11 +172,18 @@ def matmul_flops(jaxpr) -> int:
   """FLOPs of the matrix products and convolutions of a traced step, in all devices together; 2 a multiply-add.
 
   Unlike the compiler's count it is of the step as written: loops count as often as they run, nothing that is computed
-  twice because it is not split. What remat computes again counts again. A `while` of unknown length counts once.
+  twice because it is not split. What no output needs counts for nothing; what remat computes again counts again. A `while`
+  of unknown length counts once.
 
   Args:
     jaxpr: `jax.jit(step).trace(...).jaxpr`.
   """
+  needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+  return flops_of(needed)
+
+
+def flops_of(jaxpr) -> int:
+  """matmul_flops of all that stands in a jaxpr."""
   total = 0
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     name, params = eqn.primitive.name, eqn.params
@@ -187,7 +195,7 @@ def matmul_flops(jaxpr) -> int:
       taps = kernel.size // kernel.shape[numbers.rhs_spec[0]]  # multiply-adds of one output; in groups already divided
       total += 2 * eqn.outvars[0].aval.size * taps // math.prod(params["lhs_dilation"])  # dilation puts zeros in between
     else:
-      inner = [matmul_flops(sub) for value in params.values() for sub in subjaxprs(value)]
+      inner = [flops_of(sub) for value in params.values() for sub in subjaxprs(value)]
       if name == "scan":
         total += params["length"] * sum(inner)
       elif name == "shard_map":
