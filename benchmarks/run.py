@@ -1,7 +1,6 @@
 """What a run costs beside its steps: the start with and without the compilation cache, checkpoints, validation, evaluation.
 
     source launch/env.sh && python benchmarks/run.py --cohort=demo/cohort --out=study/run
-    ... --recipe=configs/joint.py:medium,batch=8,steps=16 --save=8
 
 Every line is JSON. `start`: seconds of whole programs of one step, from the first process on, the compilation cache
 (JAX_COMPILATION_CACHE_DIR) off, empty and filled. `checkpoint`: seconds for which saving holds up the loop, by which the

@@ -1,6 +1,6 @@
 """What the joint recipe asks of TPU slices: `mmcl compile` of its sizes on slices of 16 to 512 chips, as one table.
 
-    python benchmarks/topologies.py --out=topologies.jsonl        # minutes of CPU a case; run again, it goes on
+    JAX_OPTIMIZATION_LEVEL=O0 python benchmarks/topologies.py --out=topologies.jsonl    # minutes a case; run again, it goes on
     python benchmarks/topologies.py --sizes demo tiny --topologies v5e:4x4 --config.sharding="(('.*', 'fsdp'),)"
 
 No TPU is needed, but libtpu is (pip install 'mmcl-jax[tpu]'). Every case is a process of its own and a line of --out, with

@@ -159,9 +159,8 @@ own_permute.defvjp(lambda x, order: (gather(x, order), order),
 def convolve(x, w, strides, padding, **more):
   """lax.conv_general_dilated of x [B, H, W, C] with w [h, k, C, O], as flax's Conv calls it.
 
-  A CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's
-  convolution runs on one core for the most part. The patches, h k times as large as x, are cut again in the backward
-  pass, so that none are kept.
+  A CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's convolution runs on one core
+  for the most part. The patches, h k times as large as x, are cut again in the backward pass, so that none are kept.
   """
   whole = lambda x, w: lax.conv_general_dilated(x, w, strides, padding, **more)
   if "convolve" not in OWN:
