@@ -87,8 +87,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if paired:
     test = features["test"]
     pairs = test["has_cmr"] > 0
-    results["retrieval"] = retrieval.retrieval(test["ecg_projection"][pairs], test["cmr_projection"][pairs],
-                                               test["subject"][pairs])
+    results["retrieval"], ranks = retrieval.retrieval(test["ecg_projection"][pairs], test["cmr_projection"][pairs],
+                                                      test["subject"][pairs])
   note = SYNTHETIC if cohort.info.get("synthetic") else ""
   results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
               "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()}}
@@ -99,7 +99,13 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
       "r2": figures.r2_bars(results, note),
       "predicted_against_true": figures.predicted_against_true(predictions["y_true"], predictions["embedding"],
                                                                results["phenotypes"], note),
+      "bland_altman": figures.bland_altman(predictions["y_true"], predictions["embedding"], results["phenotypes"], note),
   }
+  if any("auroc" in scores for scores in results["diseases"]["embedding"].values()):
+    drawings["roc_curves"] = figures.roc_curves(sick["y_true"], sick, results["diseases"], note)
+    drawings["calibration"] = figures.calibration(results["diseases"], note)
+  if paired:
+    drawings["retrieval"] = figures.retrieval_ranks(ranks, note)
   if log.is_file():  # weights from elsewhere have none
     drawings["training_curves"] = figures.training_curves(metrics.read(log), note)
   if shown:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
+from sklearn.calibration import calibration_curve
 from sklearn.linear_model import Ridge
-from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score, roc_curve
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import diseases, figures, phenotypes, report, retrieval, statistics
@@ -107,7 +108,8 @@ def test_weighted_scores_equal_scores_of_repeated_rows(features):
   fast = statistics.r2(y, prediction, weights)
   case = features["test"]["diseases"][:, 0]
   score = np.round(np.nan_to_num(case) + np.random.default_rng(2).normal(size=len(case)), 1)  # with ties
-  fast_auroc = statistics.auroc(case, score, weights)
+  fast_auroc, fast_auprc = statistics.auroc(case, score, weights), statistics.auprc(case, score, weights)
+  fast_accuracy = statistics.balanced_accuracy(case, score >= 0.5, weights)
   for draw, times in enumerate(weights.astype(int)):
     rows = np.repeat(np.arange(len(y)), times)
     for k in range(3):
@@ -115,6 +117,47 @@ def test_weighted_scores_equal_scores_of_repeated_rows(features):
       assert fast[draw, k] == pytest.approx(r2_score(y[known, k], prediction[known, k]), abs=1e-10)
     known = rows[np.isfinite(case[rows])]
     assert fast_auroc[draw] == pytest.approx(roc_auc_score(case[known], score[known]), abs=1e-12)
+    assert fast_auprc[draw] == pytest.approx(average_precision_score(case[known], score[known]), abs=1e-12)
+    assert fast_accuracy[draw] == pytest.approx(balanced_accuracy_score(case[known], score[known] >= 0.5), abs=1e-12)
+
+
+def test_threshold_is_youden_s_on_the_rows_that_are_known():
+  rng = np.random.default_rng(0)
+  y = (rng.random(300) < 0.2).astype(float)
+  score = np.round(y + rng.normal(size=300), 1)
+  unknown = np.where(rng.random(300) < 0.2, np.nan, y)
+  known = np.isfinite(unknown)
+  false_alarms, hits, levels = roc_curve(y[known], score[known], drop_intermediate=False)
+  best = np.flatnonzero(hits - false_alarms >= (hits - false_alarms).max() - 1e-12)[0]
+  found = statistics.best_threshold(unknown, score)
+  assert levels[best] - 0.1 < found < levels[best]  # scores are a tenth apart, the threshold between two of them
+  assert statistics.balanced_accuracy(unknown, score >= found) == pytest.approx((1 + (hits - false_alarms).max()) / 2)
+  assert np.isnan(statistics.best_threshold(np.zeros(5), np.arange(5.0)))
+  assert statistics.best_threshold(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 1.0  # all are called
+
+
+def test_calibration_is_sklearn_s_where_groups_are_equal_and_zero_for_the_truth():
+  rng = np.random.default_rng(0)
+  probability = rng.permutation(np.linspace(0.01, 0.4, 1000))
+  y = (rng.random(1000) < probability).astype(float)
+  said, seen, rows = statistics.reliability(y, probability)
+  observed, predicted = calibration_curve(y, probability, n_bins=10, strategy="quantile")
+  np.testing.assert_allclose(said, predicted, rtol=1e-12)
+  np.testing.assert_allclose(seen, observed, rtol=1e-12)
+  assert (rows == 100).all()
+  assert statistics.ece(y, probability) == pytest.approx(np.abs(observed - predicted).mean(), rel=1e-12)
+  assert statistics.ece(y, probability) < 0.04 < 0.2 < statistics.ece(y, probability + 0.3)
+  gaps = np.append(y, np.nan), np.append(probability, 0.9)
+  assert statistics.ece(*gaps) == statistics.ece(y, probability)
+  assert [len(x) for x in statistics.reliability(y[:3], probability[:3])] == [3, 3, 3]
+  assert np.isnan(statistics.ece(y[:0], probability[:0]))
+
+
+def test_limits_of_agreement_by_hand():
+  y = np.array([[10.0, 1.0], [20.0, np.nan], [30.0, np.nan], [np.nan, np.nan]])
+  mean, low, high = statistics.limits_of_agreement(y, y + np.array([[1.0, 0], [2.0, 0], [6.0, 0], [9.0, 0]]))
+  assert mean[0] == 3 and high[0] == pytest.approx(3 + 1.96 * np.sqrt((4 + 1 + 9) / 2)) and low[0] == pytest.approx(6 - high[0])
+  assert np.isnan([mean[1], low[1], high[1]]).all()  # one row has no spread
 
 
 def test_interval_covers_the_truth_about_95_times_in_100_although_subjects_repeat():
@@ -275,6 +318,14 @@ def test_disease_scores_match_sklearn_and_few_cases_are_only_counted(features):
   assert score["auroc"] == pytest.approx(roc_auc_score(y[known, 0], predictions["embedding"][known, 0]), abs=1e-12)
   assert score["auroc_ci"][0] < score["auroc"] < score["auroc_ci"][1] and score["auroc"] > 0.75
   assert score["cases"] == (y[:, 0] == 1).sum() and score["n"] == known.sum()
+  assert score["auprc"] == pytest.approx(average_precision_score(y[known, 0], predictions["embedding"][known, 0]), abs=1e-12)
+  assert score["auprc_ci"][0] < score["auprc"] < score["auprc_ci"][1]
+  called = predictions["embedding"][known, 0] >= score["threshold"]
+  assert score["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y[known, 0], called), abs=1e-12)
+  seen_on_val = diseases.predict({name: x[..., :1] for name, x in probe.items() if name in ("coef", "intercept")}, features["val"]["embedding"])
+  assert score["threshold"] == pytest.approx(statistics.best_threshold(features["val"]["diseases"][:, 0], seen_on_val[:, 0]))
+  assert sum(score["reliability"]["n"]) == known.sum()
+  assert score["ece"] == statistics.ece(y[:, 0], predictions["embedding"][:, 0])
   assert 0 < results["embedding"]["CM"]["cases"] < diseases.FEWEST_TEST_CASES
   assert set(results["embedding"]["CM"]) == {"cases", "n", "train_cases"}
   prevalence = np.nanmean(features["train"]["diseases"][:, 0])
@@ -330,14 +381,14 @@ def test_retrieval_matches_the_loop_with_repeats_ties_and_zeros(monkeypatch, blo
   fast, slow = retrieval.ranks(ecg.astype(np.float32), cmr.astype(np.float32), subjects(ids)), slow_ranks(ecg, cmr, ids)
   for direction in slow:
     np.testing.assert_array_equal(fast[direction], slow[direction])
-  scores = retrieval.retrieval(ecg, cmr, subjects(ids))["ecg_to_cmr"]
+  scores = retrieval.retrieval(ecg, cmr, subjects(ids))[0]["ecg_to_cmr"]
   assert scores["r@5"] == np.mean(np.array(slow["ecg_to_cmr"]) <= 5) and scores["n_candidates"] == 60
   assert scores["median_rank"] == np.median(slow["ecg_to_cmr"])
 
 
 def test_other_recordings_of_the_subject_do_not_push_its_match_down():
   ecg = np.eye(4)[[0, 0, 0, 1, 2]]
-  scores = retrieval.retrieval(ecg, ecg[:, None], subjects([9, 9, 9, 1, 2]))
+  scores = retrieval.retrieval(ecg, ecg[:, None], subjects([9, 9, 9, 1, 2]))[0]
   assert scores["ecg_to_cmr"]["r@1"] == scores["cmr_to_ecg"]["r@1"] == 1
 
 
@@ -351,14 +402,14 @@ def test_the_two_phases_count_alike_whatever_their_lengths():
                                        np.ones((500, 16)) + 1e-7 * np.arange(500)[:, None] % 3])
 def test_collapsed_embeddings_never_look_good(collapsed):
   collapsed = collapsed.astype(np.float32)
-  for scores in retrieval.retrieval(collapsed, collapsed[:, None], subjects(range(500))).values():
+  for scores in retrieval.retrieval(collapsed, collapsed[:, None], subjects(range(500)))[0].values():
     assert scores["r@10"] == 0 and scores["median_rank"] == 500
 
 
 def test_random_embeddings_score_at_chance():
   rng = np.random.default_rng(0)
   ids = subjects(rng.integers(0, 600, 1000))
-  for scores in retrieval.retrieval(rng.normal(size=(1000, 16)), rng.normal(size=(1000, 2, 16)), ids).values():
+  for scores in retrieval.retrieval(rng.normal(size=(1000, 16)), rng.normal(size=(1000, 2, 16)), ids)[0].values():
     assert scores["chance_r@10"] == pytest.approx(scores["r@10"], abs=0.02)
     assert scores["chance_r@10"] > 10 / 1000  # a subject with two recordings has two chances
   alone = retrieval.summary(np.arange(1, 101), subjects(range(100)))
@@ -372,7 +423,7 @@ def assembled(features, evaluated):
   results, predictions, probe = evaluated
   ill = diseases.evaluate(features, ["HF", "CM"], draws=20)[0]
   embedding = features["test"]["embedding"]
-  found = retrieval.retrieval(embedding, embedding[:, None], features["test"]["subject"])
+  found = retrieval.retrieval(embedding, embedding[:, None], features["test"]["subject"])[0]
   results = {"note": figures.SYNTHETIC_NOTE, "checkpoint": "<run>&1", **results, "ceiling": {"LVEDV": 0.8},
              "diseases": ill, "retrieval": found}
   results["phenotypes"]["WT"] = {**results["phenotypes"]["WT"], "r2": np.nan, "r2_ci": [np.nan, np.nan]}
@@ -449,6 +500,8 @@ def test_table_is_short_and_aligned(assembled):
 
 def test_every_figure_draws_even_from_little(features, assembled):
   results, predictions, _ = assembled
+  ill, said, _ = diseases.evaluate(features, ["HF", "CM"], draws=20)
+  sick = said["y_true"], said, ill
   y = predictions["y_true"].copy()
   y[:, 2] = np.nan
   rng = np.random.default_rng(0)
@@ -459,9 +512,17 @@ def test_every_figure_draws_even_from_little(features, assembled):
            figures.reconstruction(ecg, ecg, rng.random(10) < 0.5, 100, note="note"),
            figures.reconstruction(ecg, ecg, rng.random((12, 10)) < 0.5, 100, leads=("aVR",)),
            figures.training_curves(records), figures.training_curves([]),
-           figures.retrieval_ranks({"ecg_to_cmr": np.array([1, 1, 3])}, "note")]
+           figures.retrieval_ranks({"ecg_to_cmr": np.array([1, 1, 3])}, "note"),
+           figures.bland_altman(y, predictions["embedding"], results["phenotypes"] | {"WT": results["phenotypes"]["WT"] | {
+               "bias": np.nan, "limits": [np.nan, np.nan]}}, "note"),
+           figures.roc_curves(*sick, "note"), figures.calibration(sick[2], "note")]
   for figure in drawn:
     assert isinstance(figure, Figure)
     figure.canvas.draw()
   titles = [axes.get_title() for axes in drawn[5].axes]
   assert titles == ["loss", "val"]
+  assert [[axes.get_title() for axes in figure.axes] for figure in drawn[-2:]] == [["HF"], ["HF"]]  # CM has too few cases
+  roc = drawn[-2].axes[0].lines[0]
+  known = np.isfinite(said["y_true"][:, 0])
+  area = np.trapezoid(roc.get_ydata(), roc.get_xdata())
+  assert area == pytest.approx(roc_auc_score(said["y_true"][known, 0], said["embedding"][known, 0]), abs=1e-12)

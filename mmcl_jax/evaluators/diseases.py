@@ -27,8 +27,10 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
     draws, seed: of the bootstrap over test subjects.
 
   Returns:
-    results: {model: {NAME: {cases, n, train_cases, auroc, auroc_ci, C}}} with counts of rows; the first three alone
-      where test has fewer than FEWEST_TEST_CASES cases (or controls), or train has only one class.
+    results: {model: {NAME: {cases, n, train_cases, ...}}}, counts of rows, and where test has at least FEWEST_TEST_CASES
+      cases and controls and train has both: auroc, auprc and, at the threshold of best balanced accuracy on validation,
+      balanced_accuracy, each with its interval NAME_ci; threshold; ece; reliability (predicted, observed, n: a list
+      each over tenths of the test rows, by predicted probability); and C.
     predictions: probabilities on test: `subject`, `y_true` [N, C], and one [N, C] per model.
     probe: of the ECG embedding alone, as `fit_probe` returns it, with `names`.
   """
@@ -39,10 +41,11 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
   for model, x in inputs(features).items():
     probes[model] = fit_probe(x["train"], train["diseases"], x["val"], val["diseases"])
     predicted[model] = predict(probes[model], x["test"])
+    chosen = [statistics.best_threshold(known, said) for known, said in zip(val["diseases"].T, predict(probes[model], x["val"]).T)]
     results[model] = {
         name: {"cases": int((y[:, c] == 1).sum()), "n": int(np.isfinite(y[:, c]).sum()),
                "train_cases": int((train["diseases"][:, c] == 1).sum()),
-               **_auroc(y[:, c], predicted[model][:, c], weights, probes[model]["C"][c])}
+               **_scores(y[:, c], predicted[model][:, c], weights, chosen[c], probes[model]["C"][c])}
         for c, name in enumerate(names)}
   predictions = {"subject": test["subject"], "y_true": y, **predicted}
   return results, predictions, {"names": np.array(names), **probes["embedding"]}
@@ -96,10 +99,19 @@ def _validation_score(y, log_odds):
   return area if np.isfinite(area) else -np.logaddexp(0.0, np.where(y == 1, -log_odds, log_odds)).sum()
 
 
-def _auroc(y, probability, weights, inverse_strength):
-  """AUROC and its interval, or nothing where there is too little to tell."""
+def _scores(y, probability, weights, threshold, inverse_strength):
+  """Scores of one disease and their intervals, or nothing where there is too little to tell."""
   if min((y == 1).sum(), (y == 0).sum()) < FEWEST_TEST_CASES or np.isnan(inverse_strength):
     return {}
-  draws = statistics.auroc(y, probability, weights)
-  return {"auroc": float(statistics.auroc(y, probability)), "auroc_ci": statistics.interval(draws).tolist(),
-          "C": float(inverse_strength)}
+  called = probability >= threshold
+  scores = {"auroc": lambda w=None: statistics.auroc(y, probability, w),
+            "auprc": lambda w=None: statistics.auprc(y, probability, w),
+            "balanced_accuracy": lambda w=None: statistics.balanced_accuracy(y, called, w)}
+  found = {}
+  for name, score in scores.items():
+    if name != "balanced_accuracy" or np.isfinite(threshold):  # no cases or no controls in validation: no threshold
+      found |= {name: float(score()), f"{name}_ci": statistics.interval(score(weights)).tolist()}
+  said, seen, rows = statistics.reliability(y, probability)
+  return found | {"threshold": float(threshold), "ece": statistics.ece(y, probability),
+                  "reliability": {"predicted": said.tolist(), "observed": seen.tolist(), "n": rows.tolist()},
+                  "C": float(inverse_strength)}

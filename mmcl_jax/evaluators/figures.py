@@ -7,6 +7,7 @@ Figures are built directly, without pyplot: nothing global is left behind and no
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
 
 from mmcl_jax.data.schema import ECG_RATE_HZ, LEADS
 
@@ -18,6 +19,8 @@ MODELS = {  # of r2_bars: label, marker, fill
     "covariates": ("covariates", "s", MID),
     "random_encoder": ("random encoder", "o", "white"),
 }
+
+DISEASE_MODELS = {"embedding": "embedding", "covariates": "covariates", "with_covariates": "both"}
 
 
 def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict, note: str = "") -> Figure:
@@ -47,6 +50,68 @@ def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict,
     panel.set(yticks=panel.get_xticks(), ylim=limits)
     panel.text(0.04, 0.97, f"{_interval(score['r2'], score['r2_ci'])}\nMAE {score['mae']:.3g}, n = {score['n']:,}",
                transform=panel.transAxes, va="top", fontsize=7, bbox={"fc": "white", "ec": "none", "alpha": 0.8})
+  return figure
+
+
+def bland_altman(y: np.ndarray, prediction: np.ndarray, results: dict, note: str = "") -> Figure:
+  """One panel per phenotype: prediction minus measurement against their mean, with the bias and the limits of agreement.
+
+  Args as in `predicted_against_true`; results also have bias and limits.
+  """
+  figure, panels = _grid(len(results), 4, (2.6, 2.2), note)
+  for k, (panel, (name, score)) in enumerate(zip(panels, results.items())):
+    known = np.isfinite(y[:, k]) & np.isfinite(prediction[:, k])
+    true, predicted = y[known, k], prediction[known, k]
+    panel.set_title(name, fontsize=9, fontweight="bold")
+    panel.set(xlabel=f"mean of both ({score['units']})", ylabel=f"predicted - measured ({score['units']})")
+    panel.scatter((true + predicted) / 2, predicted - true, s=5, c=ACCENT, lw=0,
+                  alpha=float(np.clip(150 / max(len(true), 1), 0.08, 0.6)))
+    if np.isfinite(score["bias"]):
+      for value, style in ((score["bias"], "-"), *((limit, "--") for limit in score["limits"])):
+        panel.axhline(value, color=INK, lw=0.9, ls=style)
+        panel.annotate(f"{value:.3g}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+  return figure
+
+
+def roc_curves(y: np.ndarray, probability: dict, results: dict, note: str = "") -> Figure:
+  """One panel per scored disease: the ROC curve of every model.
+
+  Args:
+    y: [N, C], 1 case, 0 control, NaN unknown.
+    probability: {model: [N, C]}, of DISEASE_MODELS those there are.
+    results: `diseases` of the results, {model: {NAME: {auroc, auroc_ci, ...}}}, names in the order of the columns.
+  """
+  def curve(c, model, score):
+    known = np.isfinite(y[:, c])
+    false_alarms, hits, _ = roc_curve(y[known, c], probability[model][known, c])
+    return false_alarms, hits, f"{score['auroc']:.2f} [{score['auroc_ci'][0]:.2f}, {score['auroc_ci'][1]:.2f}]"
+
+  return _disease_panels(results, note, "false positive rate", "true positive rate", curve, "")
+
+
+def calibration(results: dict, note: str = "") -> Figure:
+  """One panel per scored disease: share of cases against predicted probability, in tenths of the rows, of every model."""
+  curve = lambda c, model, score: (score["reliability"]["predicted"], score["reliability"]["observed"], f"ECE {score['ece']:.3f}")
+  return _disease_panels(results, note, "predicted probability", "share of cases", curve, "o")
+
+
+def _disease_panels(results, note, xlabel, ylabel, curve, marker):
+  """Panels of the diseases that are scored; curve(column, model, score) -> x, y, words for the legend."""
+  names = list(next(iter(results.values())))
+  scored = [name for name in names if "auroc" in results["embedding"][name]]
+  figure, panels = _grid(len(scored), 3, (3.2, 3.0), note)
+  for panel, name in zip(panels, scored):
+    highest = 0.0
+    for (model, label), style in zip(DISEASE_MODELS.items(), LINES):
+      if "auroc" in results.get(model, {}).get(name, {}):
+        x, y, words = curve(names.index(name), model, results[model][name])
+        panel.plot(x, y, ls=style, marker=marker, ms=3, color=ACCENT if model == "embedding" else INK, lw=1.1,
+                   label=f"{label}: {words}")
+        highest = max(highest, *x, *y)
+    panel.plot((0, highest), (0, highest), color=MID, lw=0.7, ls=":")
+    panel.set_title(name, fontsize=9, fontweight="bold")
+    panel.set(xlabel=xlabel, ylabel=ylabel)
+    panel.legend(fontsize=6.5, frameon=False, loc="lower right" if not marker else "upper left")
   return figure
 
 

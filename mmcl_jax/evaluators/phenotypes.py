@@ -156,10 +156,10 @@ def standardisation(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _scores(y, prediction, weights, probe, names, units):
   """{NAME: its scores} of one model on test."""
   count = np.isfinite(y).sum(axis=0)
-  value, low, high, correlation, error = np.where(count >= FEWEST_TEST_ROWS, [
+  value, low, high, correlation, error, bias, lower, upper = np.where(count >= FEWEST_TEST_ROWS, [
       statistics.r2(y, prediction), *statistics.interval(statistics.r2(y, prediction, weights)),
-      statistics.pearson(y, prediction), statistics.mae(y, prediction)], np.nan)
+      statistics.pearson(y, prediction), statistics.mae(y, prediction), *statistics.limits_of_agreement(y, prediction)], np.nan)
   return {name: {"r2": float(value[k]), "r2_ci": [float(low[k]), float(high[k])], "pearson": float(correlation[k]),
-                 "mae": float(error[k]), "n": int(count[k]), "units": units[k],
+                 "mae": float(error[k]), "bias": float(bias[k]), "limits": [float(lower[k]), float(upper[k])], "n": int(count[k]), "units": units[k],
                  "strength": float(probe["strength"][k]), "strength_at_edge": bool(probe["at_edge"][k])}
           for k, name in enumerate(names)}

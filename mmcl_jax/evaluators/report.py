@@ -91,11 +91,14 @@ def _headline(results):
 
 def _disease_rows(diseases):
   models = list(diseases)
-  rows = [["disease", "cases", "n", *(f"AUROC {model.replace('_', ' ')}" for model in models)]]
+  rows = [["disease", "cases", "n", *(f"AUROC {model.replace('_', ' ')}" for model in models),
+           *(f"{score} {models[0]}" for score in ("AUPRC", "balanced accuracy", "ECE"))]]
   for name, counts in diseases[models[0]].items():
     areas = [diseases[model][name] for model in models]
     rows.append([name, f"{counts['cases']:,}", f"{counts['n']:,}",
-                 *(_interval(a.get("auroc"), a.get("auroc_ci")) for a in areas)])
+                 *(_interval(a.get("auroc"), a.get("auroc_ci")) for a in areas),
+                 *(_interval(counts.get(score), counts.get(f"{score}_ci")) for score in ("auprc", "balanced_accuracy")),
+                 _number(counts.get("ece"))])
   return rows
 
 

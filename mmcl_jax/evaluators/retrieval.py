@@ -10,7 +10,7 @@ TIE = 1e-6  # cosines nearer than this are equal: it covers the rounding of floa
 BLOCK_SCORES = 2**22  # scores held at a time
 
 
-def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
+def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[dict, dict]:
   """Retrieval over the whole split, in both directions.
 
   Args:
@@ -19,9 +19,11 @@ def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
     subject: [N, 2]; rows of one subject are correct answers for each other.
 
   Returns:
-    {'ecg_to_cmr': ..., 'cmr_to_ecg': ...}, each {r@1, r@5, r@10, median_rank, n_candidates, chance_r@10}.
+    {'ecg_to_cmr': ..., 'cmr_to_ecg': ...}, each {r@1, r@5, r@10, median_rank, n_candidates, chance_r@10}; and the same
+    directions, each with the ranks [N] behind it, of `ranks`.
   """
-  return {direction: summary(found, subject) for direction, found in ranks(ecg, cmr, subject).items()}
+  found = ranks(ecg, cmr, subject)
+  return {direction: summary(places, subject) for direction, places in found.items()}, found
 
 
 def ranks(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:

@@ -86,6 +86,90 @@ def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -
   return np.divide(won, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
 
 
+def auprc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  """Average precision: the precision at every threshold, weighted by the recall gained there (no interpolation).
+
+  Chance is the prevalence. Arguments and shape as in `auroc`; NaN where cases or controls have no weight.
+  """
+  weights = np.ones(len(y)) if weights is None else weights
+  known = np.flatnonzero(np.isfinite(y))
+  known = known[np.argsort(-score[known], kind="stable")]
+  last = np.append(np.flatnonzero(np.diff(score[known])), len(known) - 1) if len(known) else np.empty(0, int)  # of equal scores
+  weights, case = weights[..., known], y[known] == 1
+  hits, all_ = (np.cumsum(x, axis=-1)[..., last] for x in (weights * case, weights))
+  gained = np.diff(hits, axis=-1, prepend=0.0)
+  precision = np.divide(hits, all_, out=np.zeros_like(hits), where=all_ > 0)
+  cases, total = weights @ case, weights.sum(axis=-1)
+  return np.divide((gained * precision).sum(axis=-1), cases, out=np.full(np.shape(cases), np.nan),
+                   where=(cases > 0) & (cases < total))
+
+
+def best_threshold(y: np.ndarray, score: np.ndarray) -> float:
+  """The score from which on a case is called, of the highest balanced accuracy; NaN without cases or controls.
+
+  It lies half way between two scores, and is the highest of those that are equally good.
+  """
+  known = np.isfinite(y)
+  y, score = y[known], score[known]
+  if not (y == 1).any() or not (y == 0).any():
+    return np.nan
+  levels = np.unique(score)[::-1]
+  case, control = np.sort(score[y == 1]), np.sort(score[y == 0])
+  from_on = lambda x: 1 - np.searchsorted(x, levels) / len(x)  # share of x at each level or above
+  best = np.argmax(from_on(case) - from_on(control))
+  below = levels[best + 1] if best + 1 < len(levels) else levels[best]
+  return float((levels[best] + below) / 2)
+
+
+def balanced_accuracy(y: np.ndarray, called: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  """Mean of sensitivity and specificity of `called` (bool [N]); arguments and shape as in `auroc`."""
+  weights = np.ones(len(y)) if weights is None else weights
+  shares = []
+  for value, right in ((1, called), (0, ~called)):
+    of = weights @ (y == value)
+    shares.append(np.divide(weights @ ((y == value) & right), of, out=np.full(np.shape(of), np.nan), where=of > 0))
+  return (shares[0] + shares[1]) / 2
+
+
+def reliability(y: np.ndarray, probability: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Rows of known y, sorted by probability and cut into `bins` groups of equal size, as few as there are rows.
+
+  Groups of equal size, because the probabilities of a rare disease would all fall into the lowest of ten equal widths.
+
+  Returns:
+    of every group: mean probability, share of cases, number of rows.
+  """
+  known = np.isfinite(y)
+  order = np.argsort(probability[known], kind="stable")
+  groups = [group for group in np.array_split(order, bins) if len(group)]
+  y, probability = y[known], probability[known]
+  return tuple(np.array([f(group) for group in groups])
+               for f in (lambda g: probability[g].mean(), lambda g: (y[g] == 1).mean(), len))
+
+
+def ece(y: np.ndarray, probability: np.ndarray, bins: int = 10) -> float:
+  """Expected calibration error: |mean probability - share of cases| over the groups of `reliability`, by their size.
+
+  (Naeini et al., AAAI 2015.) NaN without rows.
+  """
+  said, seen, rows = reliability(y, probability, bins)
+  return float(rows @ np.abs(said - seen) / rows.sum()) if len(rows) else np.nan
+
+
+def limits_of_agreement(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+  """Bland & Altman's (Lancet 327, 1986): the mean of prediction - y and the mean -+ 1.96 SD; [N] or [N, K] -> [3] or [3, K].
+
+  NaN where fewer than two rows are known in both.
+  """
+  y, prediction, known = _known(y, prediction)
+  n = known.sum(axis=0)
+  enough = n > 1
+  mean = np.divide((prediction - y).sum(axis=0), n, out=np.full(np.shape(n), np.nan), where=enough)
+  squares = np.where(known, prediction - y - mean, 0.0) ** 2
+  sd = np.sqrt(np.divide(squares.sum(axis=0), n - 1, out=np.full(np.shape(n), np.nan), where=enough))
+  return np.stack([mean, mean - 1.96 * sd, mean + 1.96 * sd])
+
+
 def interval(draws: np.ndarray) -> np.ndarray:
   """Percentile 95 % interval of scores [R, ...] -> [2, ...]; NaN where half of the draws or more have no score."""
   usable = np.isfinite(draws).mean(axis=0) > 0.5
