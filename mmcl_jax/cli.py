@@ -14,6 +14,7 @@ PROGRAMS = {
     "train": "joint pre-training of an ECG encoder with cardiac MRI",
     "compile": "what a recipe's training step needs on a TPU slice, told without a TPU",
     "evaluate": "phenotypes, diseases and retrieval from a saved checkpoint",
+    "compare": "evaluated runs side by side, on the same test subjects",
     "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",
     "embed": "embeddings and predicted phenotypes of new ECG recordings",
 }

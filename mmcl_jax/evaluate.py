@@ -6,8 +6,10 @@ Probes are fitted on train, their strength chosen on validation, scores taken on
 """
 
 import argparse
+import json
 import os
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -91,9 +93,11 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
                                                       test["subject"][pairs])
   note = SYNTHETIC if cohort.info.get("synthetic") else ""
   results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
-              "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()}}
+              "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()},
+              "data": data_card(cohort, features), "config": json.loads(run.config.to_json_best_effort())}
   if not first_process:
     return results
+  results["test_scored"] = times_scored(pathlib.Path(workdir), run.step, cohort)
   log = pathlib.Path(workdir) / "metrics.jsonl"
   drawings = {
       "r2": figures.r2_bars(results, note),
@@ -120,6 +124,31 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
           f"{found['n_candidates']} candidates)")
   print(f"{note}\n{out}/report.html" if note else f"{out}/report.html")
   return results
+
+
+def data_card(cohort, features) -> dict:
+  """What the scores rest on: labels known by split, and what `mmcl prepare` read, kept and rejected (quality.json)."""
+  known = lambda kind, names: {name: {split: int(np.isfinite(f[kind][:, k]).sum()) for split, f in features.items()}
+                               for k, name in enumerate(names)}
+  cases = {name: {split: int((f["diseases"][:, k] == 1).sum()) for split, f in features.items()}
+           for k, name in enumerate(cohort.info["diseases"])}
+  quality = pathlib.Path(cohort.path) / "quality.json"
+  read = json.loads(quality.read_text()) if quality.is_file() else {"steps": {}, "reasons": []}
+  return {"source": cohort.info["source"], "with_ecg": cohort.info["with_ecg"], "with_cmr": cohort.info["with_cmr"],
+          "labels": known("phenotypes", cohort.info["phenotypes"]), "cases": cases, "steps": read["steps"],
+          "rejected": {reason["text"]: reason["records"] for reason in read["reasons"]}}
+
+
+def times_scored(workdir: pathlib.Path, step: int, cohort) -> int:
+  """How often the test split of this cohort was scored from this workdir, this time too; kept in evaluation/scored.jsonl.
+
+  A test split that is looked at again and again, to choose by it, is a validation split.
+  """
+  file = workdir / "evaluation" / "scored.jsonl"
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with open(file, "a") as log:
+    print(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "cohort_fingerprint": cohort.fingerprint}), file=log)
+  return sum(cohort.fingerprint in line for line in file.read_text().splitlines())
 
 
 def embed_splits(run, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:

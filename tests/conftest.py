@@ -11,11 +11,11 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compile time is the test time: programs are compiled fast rather than well, and runs of one program share it, across
-# processes too: those that pytest's workers (-n) start, and the workers themselves.
-FAST = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(FAST, '')} {FAST}"
-if "PYTEST_XDIST_WORKER" not in os.environ:
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mmcl_test_cache_")
+# processes too. Set once, by the first: pytest's workers (-n) inherit it, and so does what tests start.
+FAST, CACHE = "--xla_backend_optimization_level=0", "mmcl_test_cache_"
+if CACHE not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=CACHE)
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -78,14 +78,14 @@ def pytest_terminal_summary(terminalreporter):
                                 "torch==2.13.0, then this command again")
 
 
-def simulated(devices: int) -> dict[str, str]:
+def simulated(devices: int, flags: str = FAST) -> dict[str, str]:
   """The environment of a process with that many simulated devices; launch/env.sh tells what NPROC is for."""
-  return {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"} | ({"NPROC": "16"} if devices > 1 else {})
+  return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"} | ({"NPROC": "16"} if devices > 1 else {})
 
 
-def python(code, *args, devices=1, timeout=300):
+def python(code, *args, devices=1, timeout=600, flags=FAST):
   """Runs code in a process of its own with that many simulated devices; returns its stdout, fails with its stderr."""
-  env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])} | simulated(devices)
+  env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])} | simulated(devices, flags)
   done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env,
                         timeout=timeout)
   assert done.returncode == 0, done.stderr[-3000:]

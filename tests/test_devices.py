@@ -50,7 +50,8 @@ print(json.dumps(dict(metrics={str(d): r[2] for d, r in result.items()}, gradien
 
 @pytest.fixture(scope="module")
 def compared(cohort):
-  return json.loads(python(COMPARE, cohort.path, devices=8).strip().splitlines()[-1])
+  # Compiled well: sums that are not vectorised differ by ten times as much between one device and eight.
+  return json.loads(python(COMPARE, cohort.path, devices=8, flags="").strip().splitlines()[-1])
 
 
 def test_loss_and_every_metric_agree(compared):

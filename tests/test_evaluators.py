@@ -334,6 +334,21 @@ def test_disease_scores_match_sklearn_and_few_cases_are_only_counted(features):
   np.testing.assert_array_equal(diseases.evaluate(changed, ["HF", "CM"], draws=10)[2]["coef"], probe["coef"])
 
 
+def test_shuffled_labels_score_nothing(features):
+  """A probe that saw test labels, or a score that favours the probe, would show in the mean over 100 shuffles."""
+  rng, r2, auroc = np.random.default_rng(0), [], []
+  for _ in range(100):
+    shuffled = {}
+    for split, f in features.items():
+      order = rng.permutation(len(f["subject"]))
+      shuffled[split] = {"subject": f["subject"], "embedding": f["embedding"], "phenotypes": f["phenotypes"][order],
+                         "diseases": f["diseases"][order, :1]}
+    r2 += [score["r2"] for score in phenotypes.evaluate(shuffled, NAMES, UNITS, draws=2)[0]["phenotypes"].values()]
+    auroc.append(diseases.evaluate(shuffled, ["HF"], draws=2)[0]["embedding"]["HF"]["auroc"])
+  assert abs(np.mean(r2)) < 0.02 and abs(np.mean(auroc) - 0.5) < 0.02
+  assert np.std(auroc) > 0.01  # they are 100 different shuffles
+
+
 def test_no_cases_in_train_or_in_validation(features):
   rare = {s: {**f, "diseases": f["diseases"].copy()} for s, f in features.items()}
   rare["train"]["diseases"][:, 1] = 0

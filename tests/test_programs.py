@@ -63,9 +63,21 @@ def test_ceiling_is_the_one_that_prepare_prints(report, cohort):
 
 def test_figures_and_tables_are_there(workdir):
   made = {file.name for file in (workdir / "evaluation/6").iterdir()}
-  assert {"report.html", "results.csv", "probes.npz", "r2.png", "reconstruction.png", "training_curves.png",
-          "predicted_against_true.png"} <= made
-  assert (workdir / "evaluation/6/report.html").read_text().count("data:image/png") == 4
+  figures = {"r2.png", "reconstruction.png", "training_curves.png", "predicted_against_true.png", "bland_altman.png", "retrieval.png"}
+  assert made == figures | {"report.html", "results.json", "results.csv", "probes.npz", "predictions.npz"}
+  assert (workdir / "evaluation/6/report.html").read_text().count("data:image/png") == len(figures)
+
+
+def test_the_page_says_what_it_rests_on_and_how_often_test_was_scored(workdir, report, cohort):
+  assert report["test_scored"] == 1 and "has been scored" not in (workdir / "evaluation/6/report.html").read_text()
+  known = [np.isfinite(cohort.splits["train"][i]["phenotypes"]) for i in range(len(cohort.splits["train"]))]
+  assert report["data"]["labels"]["LVEDV"]["train"] == np.sum(known, axis=0)[0]
+  assert report["data"]["steps"]["kept"] == sum(report["counts"].values()) == SUBJECTS
+  assert report["config"]["model"]["ecg"]["size"] == "test"
+  again = evaluate.evaluate(str(workdir), 6)
+  page = (workdir / "evaluation/6/report.html").read_text()
+  assert again["test_scored"] == 2 and "scored 2 times" in page and "not a medical device" in page and "<details>" in page
+  assert again["phenotypes"] == report["phenotypes"]  # a second look changes nothing else
 
 
 def test_another_cohort_is_reported_beside(workdir, cohort):

@@ -235,8 +235,13 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
     xlabel: what is scored.
   """
   rows = [row for row in rows if row in scores]
-  figure = Figure(figsize=(2.2 + 2.2 * len(columns), 1.4 + 0.24 * len(rows)), layout="constrained")
-  panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
+  across = min(len(columns), 4)
+  down = -(-len(columns) // across)
+  figure = Figure(figsize=(2.2 + 2.2 * across, 0.5 + (0.9 + 0.24 * len(rows)) * down), layout="constrained")
+  grid = figure.subplots(down, across, sharey=True, squeeze=False)
+  panels = grid.ravel()
+  for panel in panels[len(columns):]:
+    panel.remove()
   number = lambda x: np.array(x, np.float64)  # None -> NaN
   for panel, column in zip(panels, columns):
     for row, style in zip([row for row in lines if row in scores], LINES):
@@ -248,7 +253,8 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
     panel.set_title(column, fontsize=9, fontweight="bold")
     panel.set_xlabel(xlabel)
     _clean(panel, grid="x")
-  panels[0].set_yticks(np.arange(len(rows)), rows)
+  for panel in grid[:, 0]:
+    panel.set_yticks(np.arange(len(rows)), rows)
   panels[0].set_ylim(len(rows) - 0.5, -0.5)
   figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
   return _finish(figure, note)

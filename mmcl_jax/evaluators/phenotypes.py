@@ -160,6 +160,7 @@ def _scores(y, prediction, weights, probe, names, units):
       statistics.r2(y, prediction), *statistics.interval(statistics.r2(y, prediction, weights)),
       statistics.pearson(y, prediction), statistics.mae(y, prediction), *statistics.limits_of_agreement(y, prediction)], np.nan)
   return {name: {"r2": float(value[k]), "r2_ci": [float(low[k]), float(high[k])], "pearson": float(correlation[k]),
-                 "mae": float(error[k]), "bias": float(bias[k]), "limits": [float(lower[k]), float(upper[k])], "n": int(count[k]), "units": units[k],
+                 "mae": float(error[k]), "bias": float(bias[k]), "limits": [float(lower[k]), float(upper[k])],
+                 "n": int(count[k]), "units": units[k],
                  "strength": float(probe["strength"][k]), "strength_at_edge": bool(probe["at_edge"][k])}
           for k, name in enumerate(names)}

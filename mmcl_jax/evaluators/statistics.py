@@ -176,6 +176,21 @@ def interval(draws: np.ndarray) -> np.ndarray:
   return np.where(usable, np.nanpercentile(np.where(usable, draws, 0.0), [2.5, 97.5], axis=0), np.nan)
 
 
+def simultaneous(value: np.ndarray, draws: np.ndarray) -> np.ndarray:
+  """Intervals [2, ...] that hold all the truths at once in 95 of 100 studies, of scores [...] and their draws [R, ...].
+
+  value -+ c SD, with c the 95 % quantile of the largest |draw - value| / SD of each draw (Westfall & Young 1993), which is
+  wider the more scores there are and the less they depend on each other. NaN where a draw has no score, or SD is 0.
+  """
+  sd = draws.std(axis=0, ddof=1)
+  usable = np.isfinite(draws).all(axis=0) & (sd > 0)
+  if not usable.any():
+    return np.full((2, *np.shape(value)), np.nan)
+  largest = (np.abs(draws - value)[:, usable] / sd[usable]).max(axis=1)
+  reach = np.where(usable, np.quantile(largest, 0.95) * sd, np.nan)
+  return np.stack([value - reach, value + reach])
+
+
 def paired_difference(y: np.ndarray, a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> tuple:
   """R2 of prediction `a` minus R2 of prediction `b` on the same rows and the same draws.
 
