@@ -3,7 +3,7 @@
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
     mmcl train --config=configs/joint.py:demo --workdir=demo/joint --config.data.cohort=demo/cohort
 
-`:demo` takes about 4 minutes on 2 CPU cores. Test R2 from the ECG alone with 2,700 training subjects, 3 seeds: LVM 0.39,
+`:demo` takes 4 to 9 minutes on 2 CPU cores. Test R2 from the ECG alone with 2,700 training subjects, 3 seeds: LVM 0.39,
 LVEDV 0.28, LVEF 0.06; an untrained encoder has 0.34, 0.23, 0.06 and the cohort's ceiling is 0.43, 0.31, 0.09 (synthetic
 cohort, docs/results.md). The other sizes were not trained here: `:tiny` (MMCL's ECG encoder), `:medium` (dual-phase's),
 `:base`, `:large`; e.g. `:size=base,batch=1024`. `:demo,arm=mae` leaves out the CMR towers, `arm=contrastive` the
