@@ -1,10 +1,10 @@
 """How often the 95 % intervals of evaluation hold the truth, by size of the test split and number of cases.
 
-    python benchmarks/coverage.py --simulations=2000        # minutes on one core
+    python benchmarks/coverage.py --simulations=2000        # an hour and more on one core; 40 took 2.5 minutes
 
 A fixed predictor meets new test splits of a made-up population, whose true score is known: R2 in closed form, the
 others from 4 million rows. Every split gets its interval as `mmcl evaluate` makes it (1,000 draws of whole subjects). A fifth
-of the subjects have two recordings, which share all but noise. A JSON line a setting, then a Markdown table: the share of
+of the subjects have two recordings: of R2 the same twice, of the others with a fifth of the score's variance of their own. A JSON line a setting, then a Markdown table: the share of
 intervals that hold the truth, and below and above which share of them it lies.
 """
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import figures, report, statistics
+from mmcl_jax.evaluators.phenotypes import FEWEST_TEST_ROWS
 
 DRAWS = 1000
 COVARIATES = "covariates"
@@ -53,7 +54,8 @@ def compare(runs: list[str], out: str) -> str:
   models = {one.name: one.predictions["embedding"] for one in found}
   if COVARIATES in first.predictions:
     models[COVARIATES] = first.predictions[COVARIATES]
-  r2 = {name: score(lambda w: statistics.r2(y, x, w), weights) for name, x in models.items()}
+  enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
+  r2 = {name: score(lambda w: np.where(enough, statistics.r2(y, x, w), np.nan), weights) for name, x in models.items()}
   diseases = scored_diseases(found)
   sick = first.predictions["disease_y_true"]
   columns = [list(first.results["diseases"]["embedding"]).index(name) for name in diseases]
@@ -110,8 +112,11 @@ def read(path: pathlib.Path) -> Evaluation:
       predictions = dict(arrays)
   except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
     raise UserError(f"cannot read the evaluation in {folder} ({error}); mmcl evaluate makes it anew") from error
-  if lacking := [name for name in ("phenotypes", "diseases", "cohort_fingerprint") if name not in results]:
-    raise UserError(f"{folder} has no {', no '.join(lacking)} in results.json; it is no evaluation of `mmcl evaluate`")
+  lacking = [f"{name} in results.json" for name in ("phenotypes", "diseases", "cohort", "cohort_fingerprint") if name not in results]
+  lacking += [f"{name} in predictions.npz" for name in ("subject", "y_true", "embedding", "disease_y_true", "disease_embedding")
+              if name not in predictions]
+  if lacking:
+    raise UserError(f"{folder} has no {', no '.join(lacking)}; evaluate the run anew with mmcl evaluate")
   return Evaluation((path.parents[1] if path == folder and path.parent.name == "evaluation" else path).resolve().name, folder,
                     results, predictions)
 

@@ -41,7 +41,8 @@ def main(argv):
 def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64) -> dict:
   """Evaluates a checkpoint and writes its report; returns what results.json holds.
 
-  Several hosts embed the recordings together and all get the same results; the first one prints and writes them.
+  Several hosts embed the recordings together and all get the same results; the first one prints and writes them, and
+  counts the times that test was scored.
   """
   step = checkpoint.latest(workdir) if step is None else step
   cohort = cohort_room.load(cohort_path or configuration.load(workdir).data.cohort)

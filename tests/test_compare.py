@@ -26,12 +26,12 @@ def runs(tmp_path):
   return tmp_path
 
 
-def write(folder, y, sick, predicted, risk, fingerprint="f", **more):
+def write(folder, y, sick, predicted, risk, fingerprint="f"):
   folder.mkdir(parents=True)
   illness = {"HF": {"cases": 90, "n": 290, "auroc": 0.5}, "CM": {"cases": 3, "n": 300}}
   (folder / "results.json").write_text(json.dumps({
       "note": "made up", "cohort": "/cohort", "cohort_fingerprint": fingerprint, "phenotypes": {"LVEDV": {}, "LVEF": {}},
-      "diseases": {"embedding": illness}} | more))
+      "diseases": {"embedding": illness}}))
   np.savez(folder / "predictions.npz", subject=np.stack([np.arange(N) // 2, np.zeros(N)], axis=1), y_true=y, disease_y_true=sick,
            embedding=predicted, disease_embedding=risk, covariates=np.zeros_like(y))
 
@@ -68,6 +68,19 @@ def test_a_run_against_itself_differs_by_nothing(runs):
   assert all(one["value"] == 0 and one["ci"] == [0, 0] and not one["stands"] for one in rows)
 
 
+def test_a_phenotype_of_few_measurements_is_not_scored(runs):
+  for name in ("good", "poor"):
+    file = runs / name / "evaluation/10/predictions.npz"
+    stored = dict(np.load(file))
+    stored["y_true"][9:, 1] = np.nan
+    np.savez(file, **stored)
+  text = compare.compare([str(runs / "good"), str(runs / "poor")], str(runs / "out"))
+  found = json.loads((runs / "out/results.json").read_text())
+  assert found["r2"]["good"]["LVEF"] == {"value": None, "ci": [None, None]} and found["r2"]["good"]["LVEDV"]["value"] > 0.5
+  few = found["differences"]["r2"]["poor"][1]
+  assert few["value"] is None and not few["stands"] and "nan" not in text
+
+
 def test_the_newest_step_counts_and_other_cohorts_do_not(runs):
   stored = dict(np.load(runs / "poor/evaluation/10/predictions.npz"))
   arrays = [stored[name] for name in ("y_true", "disease_y_true", "embedding", "disease_embedding")]
@@ -85,7 +98,10 @@ def test_what_cannot_be_compared_is_one_line(runs):
   write(runs / "others/evaluation/10", arrays[0][::-1], *arrays[1:])
   write(runs / "torn/evaluation/10", *arrays)
   (runs / "torn/evaluation/10/predictions.npz").write_bytes(b"PK")
+  write(runs / "early/evaluation/10", *arrays)
+  np.savez(runs / "early/evaluation/10/predictions.npz", **{name: x for name, x in stored.items() if name != "disease_y_true"})
   for other, words in (("elsewhere", "compare runs on one cohort"), ("others", "y_true differs"), ("torn", "cannot read the evaluation"),
+                       ("early", "no disease_y_true in predictions.npz"),
                        ("nothing", "has no evaluation; mmcl evaluate")):
     with pytest.raises(UserError, match=words):
       compare.compare([str(runs / "good"), str(runs / other)], str(runs / "out"))

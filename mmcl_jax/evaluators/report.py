@@ -25,7 +25,8 @@ h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
 th{border-bottom:2px solid #222}th:first-child,td:first-child{text-align:left}
-img{max-width:100%}pre{overflow-x:auto;font-size:.85em}summary{margin-top:2em;cursor:pointer}.note{font-style:italic;color:#555}dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1em}
+img{max-width:100%}pre{overflow-x:auto;font-size:.85em}summary{margin-top:2em;cursor:pointer}
+.note{font-style:italic;color:#555}dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1em}
 dt{color:#555}dd{margin:0;overflow-wrap:anywhere}"""
 
 
