@@ -283,5 +283,9 @@ def test_table_of_topologies_goes_on_where_it_stopped(monkeypatch, tmp_path, cap
   printed = capsys.readouterr().out.splitlines()
   assert printed[-2] == "| demo | v5e:4x4 | 2,048 | 1.5 | 2.00 | 16 | 2.500 | 5.0 | 10.00 | 25.00 | 1.00 | memory | 40% |"
   assert printed[-1].startswith("| demo | v6e:16x16 | does not fit |")
+  monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")
+  run()
+  assert calls[4:] == [("demo", topology) for topology in answers]
+  calls[4:] = []
   run("--batch=64")  # another question: all anew
   assert len(calls) == 7
