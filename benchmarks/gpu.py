@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("grain", "array_record", "tensorflow-datasets", "clu", "ml-collections", "importlib_resources", "dm-tree", "etils",
             "immutabledict", "promise", "simple-parsing", "docstring-parser", "tensorflow-metadata", "googleapis-common-protos",
             "toml", "dill", "absl-py", "fsspec", "zipp", "typing-extensions", "wrapt", "psutil", "tqdm", "protobuf", "more-itertools",
-            "tensorboardX", "wfdb", "pydicom", "nibabel", "defusedxml", "packaging")
+            "tensorboardX", "wfdb", "pydicom", "nibabel", "defusedxml", "packaging", "six", "portpicker")
 BATCHES = {"joint": (64, 128, 256, 512), "mae_medium": (256, 512, 1024, 2048)}  # the first: equal for both
 
 
@@ -112,7 +112,10 @@ def measure(args) -> None:
     done = subprocess.run([sys.executable, f"{ROOT}/benchmarks/input.py", f"--out={scratch.name}", "--subjects=512", "--seconds=2"],
                           env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     found["input"] = done.stdout.splitlines() if done.returncode == 0 else done.stderr[-1000:]
-  run(f"pipeline {case} {batch}", ours(case, batch, f"--cohort={scratch.name}/cohort", "--config.loader.threads=8"), 60)
+    fed = f"--cohort={scratch.name}/cohort", "--config.loader.threads=8", "--config.loader.buffer=16"
+    run(f"pipeline {case} {batch}", ours(case, batch, *fed), 60)
+  else:
+    found["left_out"] += ["input", f"pipeline {case} {batch}"]
   for i in range(1, max(map(len, args.batches.values()))):
     for case, batches in args.batches.items():
       for side, command in sides.items():

@@ -108,7 +108,7 @@ def build(name: str, batch: int, steps: int, overrides: list[str], cohort: str |
     shapes, scales = cohort.info["shapes"], train.targets(cohort, config)
     batches = pipeline.train_batches(cohort.splits["train"], seed=0, batch=config.batch, fields=pretrainer.fields(config.model),
                                      **config.loader)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
   objectives = objective_room.build(config.objectives)
   with jax.set_mesh(mesh):
     example = step_room.example(config, shapes, len(scales.names), config.batch)

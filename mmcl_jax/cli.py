@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import distributed
@@ -13,10 +15,12 @@ PROGRAMS = {
     "inspect": "what a cohort holds, and one of its records as a picture",
     "train": "joint pre-training of an ECG encoder with cardiac MRI",
     "compile": "what a recipe's training step needs on a TPU slice, told without a TPU",
-    "evaluate": "phenotypes, diseases and retrieval from a saved checkpoint",
+    "evaluate": "phenotypes, diseases, retrieval and localisation from a saved checkpoint",
     "compare": "evaluated runs side by side, on the same test subjects",
     "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",
+    "export": "the ECG encoder as one StableHLO file that runs without this package, and its model card",
     "embed": "embeddings and predicted phenotypes of new ECG recordings",
+    "generate": "hearts drawn from ECG recordings: images, labels and what they measure",
 }
 ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 
@@ -24,22 +28,31 @@ ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 def run(program, argv=None, hosts=False):
   """Runs a program's main(argv); a UserError becomes one line on stderr and exit status 2.
 
+  SIGTERM ends a program as Ctrl-C does, which cleans up, with status 75 (EX_TEMPFAIL: run the command again); training
+  saves first (training.distributed.stop_signals).
+
   Args:
     hosts: the program may run on several hosts (training.distributed), which then all end alike.
   """
   argv = sys.argv[1:] if argv is None else argv
   try:
     with distributed.joined(argv) if hosts else contextlib.nullcontext(argv) as rest:
+      if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)  # not before: nothing of Python runs while the hosts come together
       return program(rest)
   except UserError as error:
     print(f"mmcl: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as signalled:
     print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(distributed.status_of(signalled))
   except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def interrupt(signum, frame):
+  raise KeyboardInterrupt(signum)
 
 
 def main():

@@ -64,6 +64,7 @@ def compare(runs: list[str], out: str) -> str:
 
   # -- Differences to the first, and how sure they are when this many are looked at --
   names = {"r2": phenotypes, "auroc": diseases}
+  families = seeds(found)  # with one, the spread that no interval of one run tells of
   differences = {what: differ(scores, first.name, [one.name for one in others]) for what, scores in (("r2", r2), ("auroc", auroc))}
   results = {
       "reference": first.name, "runs": {one.name: str(one.folder) for one in found}, "cohort": first.results["cohort"],
@@ -71,18 +72,22 @@ def compare(runs: list[str], out: str) -> str:
       **{what: {run: table(names[what], *scores[run]) for run in scores} for what, scores in (("r2", r2), ("auroc", auroc))},
       "differences": {what: {run: [{"name": name} | entry for name, entry in zip(names[what], entries)]
                              for run, entries in differences[what].items()} for what in differences},
+      "seeds": {what: {family: over_seeds(names[what], [scores[run][0] for run in members]) for family, members in families.items()}
+                for what, scores in (("r2", r2), ("auroc", auroc)) if scores},
       "retrieval": {one.name: one.results["retrieval"] for one in found if "retrieval" in one.results},
   }
   notes = [first.results["note"]] if first.results.get("note") else []
   counts = " or ".join(f"all {len(of) * len(others)} of {what}" for of, what in ((phenotypes, "R2"), (diseases, "AUROC")) if of)
   notes.append(f"Differences are to {first.name}, paired by test subject. Brackets are 95 % intervals, each by itself; * marks those "
-               f"that stay away from 0 when {counts} are to be right at once. One training run of each: other seeds may differ by "
-               "more.")
+               f"that stay away from 0 when {counts} are to be right at once. They are of these training runs: other seeds may "
+               "differ by more.")
   sections = [(title, rows) for title, rows in (
       ("Phenotypes: test R2", side_by_side("phenotype", results["r2"])),
       ("Phenotypes: difference of R2", changes("phenotype", results["differences"]["r2"])),
+      ("Phenotypes: mean R2 (SD) over seeds", seed_rows("phenotype", results["seeds"].get("r2", {}))),
       ("Diseases: test AUROC", side_by_side("disease", results["auroc"])),
       ("Diseases: difference of AUROC", changes("disease", results["differences"]["auroc"])),
+      ("Diseases: mean AUROC (SD) over seeds", seed_rows("disease", results["seeds"].get("auroc", {}))),
       ("Retrieval of the CMR by its ECG, and back: R@10", retrieval_rows(results["retrieval"]))) if len(rows) > 1]
   forest = {run: {name: {"mean": entry["value"], "ci": entry["ci"]} for name, entry in scores.items()}
             for run, scores in results["r2"].items()}
@@ -109,7 +114,7 @@ def read(path: pathlib.Path) -> Evaluation:
   try:
     results = json.loads((folder / "results.json").read_text())
     with np.load(folder / "predictions.npz") as arrays:
-      predictions = dict(arrays)
+      predictions = {name: np.asarray(x) for name, x in arrays.items()}  # bytes, where a member is no array
   except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
     raise UserError(f"cannot read the evaluation in {folder} ({error}); mmcl evaluate makes it anew") from error
   lacking = [f"{name} in results.json" for name in ("phenotypes", "diseases", "cohort", "cohort_fingerprint") if name not in results]
@@ -117,8 +122,33 @@ def read(path: pathlib.Path) -> Evaluation:
               if name not in predictions]
   if lacking:
     raise UserError(f"{folder} has no {', no '.join(lacking)}; evaluate the run anew with mmcl evaluate")
+  if wrong := malformed(results, predictions):
+    raise UserError(f"{folder}: {', '.join(wrong)} not in the form that mmcl evaluate writes; evaluate the run anew")
   return Evaluation((path.parents[1] if path == folder and path.parent.name == "evaluation" else path).resolve().name, folder,
                     results, predictions)
+
+
+def malformed(results: dict, predictions: dict[str, np.ndarray]) -> list[str]:
+  """The entries of an evaluation that a comparison would stumble over."""
+  tables = lambda x: isinstance(x, dict) and all(isinstance(one, dict) for one in x.values())
+  numbers = lambda x, names: isinstance(x, dict) and all(isinstance(x.get(name), (int, float)) and abs(x[name]) < 1e12 for name in names)
+  wrong = [name for name in ("cohort", "cohort_fingerprint", "note") if not isinstance(results.get(name, ""), str)]
+  wrong += ["phenotypes"] * (not tables(results["phenotypes"]))
+  wrong += ["diseases"] * (not isinstance(results["diseases"], dict) or not tables(results["diseases"].get("embedding")))
+  config, retrieval = results.get("config", {}), results.get("retrieval", {"ecg_to_cmr": {}, "cmr_to_ecg": {}})
+  fine = isinstance(config, dict) and (not config or (isinstance(config.get("data"), dict) and isinstance(config.get("seed"), int)))
+  wrong += ["config"] * (not fine)
+  fine = tables(retrieval) and ("retrieval" not in results or (
+      numbers(retrieval.get("ecg_to_cmr"), ("r@10", "chance_r@10", "n_candidates")) and numbers(retrieval.get("cmr_to_ecg"), ("r@10",))))
+  wrong += ["retrieval"] * (not fine)
+  if wrong:
+    return wrong
+  rows, width = len(np.atleast_1d(predictions["subject"])), {"y_true": len(results["phenotypes"]), "embedding": len(results["phenotypes"])}
+  width |= {f"disease_{name}": len(results["diseases"]["embedding"]) for name in ("y_true", "embedding")}
+  width |= {COVARIATES: width["embedding"]} if COVARIATES in predictions else {}
+  wrong += [name for name, columns in width.items()
+            if predictions[name].shape != (rows, columns) or predictions[name].dtype.kind not in "fiu"]
+  return wrong + ["subject"] * (predictions["subject"].shape != (rows, 2) or predictions["subject"].dtype.kind not in "iu")
 
 
 def named(found: list[Evaluation]) -> list[Evaluation]:
@@ -145,6 +175,23 @@ def scored_diseases(found: list[Evaluation]) -> list[str]:
   """Diseases that every run has an AUROC of."""
   tables = [one.results["diseases"]["embedding"] for one in found]
   return [name for name in tables[0] if all("auroc" in table[name] for table in tables)]
+
+
+def seeds(found: list[Evaluation]) -> dict[str, list[str]]:
+  """{"A, B, ...": [A, B, ...]}: runs whose configs agree in all but the seed and where the cohort lies."""
+  families = {}
+  for one in found:
+    config = {key: value for key, value in one.results.get("config", {}).items() if key != "seed"}
+    if config:
+      config["data"] = {key: value for key, value in config["data"].items() if key != "cohort"}
+      families.setdefault(json.dumps(config, sort_keys=True), {}).setdefault(one.results["config"]["seed"], one.name)
+  return {", ".join(members.values()): list(members.values()) for members in families.values() if len(members) > 1}
+
+
+def over_seeds(names: list[str], values: list[np.ndarray]) -> dict:
+  """{NAME: {mean, sd, seeds}} of a score [K] of each run."""
+  mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=1)
+  return {name: {"mean": float(mean[k]), "sd": float(sd[k]), "seeds": len(values)} for k, name in enumerate(names)}
 
 
 def score(function, weights) -> tuple[np.ndarray, np.ndarray]:
@@ -181,6 +228,12 @@ def changes(what: str, differences: dict) -> list[list[str]]:
   for entries in zip(*differences.values()):
     rows.append([entries[0]["name"], *(report.interval(one["value"], one["ci"]) + " *" * one["stands"] for one in entries)])
   return rows
+
+
+def seed_rows(what: str, families: dict) -> list[list[str]]:
+  names = list(next(iter(families.values()), {}))
+  return [[what, *families], *([name, *(f"{report.number(one[name]['mean'])} ({report.number(one[name]['sd'])})"
+                                        for one in families.values())] for name in names)]
 
 
 def retrieval_rows(retrieval: dict) -> list[list[str]]:

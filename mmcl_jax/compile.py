@@ -98,7 +98,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   parallel.check_batch(config.batch, mesh)
   record, shapes, scales = records(config)
   objectives = objective_room.build(config.objectives)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
   pretrainer.check(config.model, shapes)
   say(f"{topology}: {len(devices)} devices, data={mesh.shape['data']} x model={mesh.shape['model']}; batch {config.batch} "
       f"({config.batch // mesh.shape['data']} a device)")
@@ -112,7 +112,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
     params = reading.arrays(state.params)
     say(parallel.table(state, where, most=8))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
-    batch = global_batch(model, config, record, state.variables, mesh)
+    batch = global_batch(model, config, record, {"params": state.params, "batch_stats": state.statistics}, mesh)
     train_step = jax.jit(step_room.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
                          out_shardings=(where, None))
 
@@ -198,7 +198,8 @@ def records(config):
     return cohort.splits["train"][0], cohort.info["shapes"], train.targets(cohort, config)
   size = preprocess_cmr.Shape()
   plane = (size.size, size.size)
-  images = {"ed_es_volumes": (len(schema.PHASES), size.slices, *plane), "cine_slice": (size.frames, *plane),
+  volumes = len(schema.PHASES), size.slices, *plane
+  images = {"ed_es_volumes": volumes, "labels": volumes, "cine_slice": (size.frames, *plane),
             "three_frames": (3, *plane), "lax": (size.frames, *plane)}
   labels = {"phenotypes": schema.PHENOTYPES, "diseases": schema.DISEASES, "covariates": schema.COVARIATES}
   record = {"subject": np.zeros(2, np.uint32), "has_ecg": np.True_, "has_cmr": np.True_}
@@ -211,7 +212,7 @@ def records(config):
   names = tuple(config.data.targets) or tuple(schema.PHENOTYPES)
   ones = lambda n: (np.zeros(n, np.float32), np.ones(n, np.float32))
   scales = step_room.Scales(names, tuple(schema.COVARIATES), tuple(list(schema.PHENOTYPES).index(name) for name in names),
-                            ones(len(names)), ones(len(schema.COVARIATES)))
+                            ones(len(names)), ones(len(schema.COVARIATES)), tuple(schema.DISEASES))
   return record, {name: list(x.shape) for name, x in record.items()}, scales
 
 

@@ -1,7 +1,6 @@
 """Configs: reading a recipe with its overrides, keeping it beside the run, holding a later run to it."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -10,8 +9,9 @@ from ml_collections import ConfigDict, config_flags
 
 from mmcl_jax.errors import UserError
 
-# What a later run in the same workdir may change: none of it alters the numbers beyond float rounding.
-FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch")
+# What a later run in the same workdir may change: none of it alters the numbers beyond float rounding. (every.evaluate does
+# where training stops early, and may not change there.)
+FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -68,7 +68,12 @@ def defaults(batch: int, steps: int) -> ConfigDict:
                      drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
                      masked_view=False)  # in training, embed the patches that the MAE left visible (FLIP): one pass less
   c.model.cmr = {}                # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
+  c.model.tokenizer = {}          # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
+  c.model.generator = {}          # of the tokenizer's latents from an ECG: dict(size, dropout of the ECG in training, masked: a few
+                                  # tokens at a time, covariates: looks at them too); {}: none
+  c.model.segmenter = {}          # of ed_es_volumes: dict(size); {}: none
   c.model.regression = ()         # towers with a linear read-out of the targets, e.g. ("ecg",)
+  c.model.classification = ()     # towers with a linear read-out of the cohort's diseases
   c.model.projection = dict(hidden=512, width=128, norm=False)  # of every tower's head; norm: with batch norm
   c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: the objective's fixed one
   c.model.learned_bias = 0.0      # where a learned bias of the logits starts (siglip); 0: none
@@ -79,14 +84,19 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.objectives = ConfigDict()     # name -> dict(fn, weight, parameters of fn)
 
   c.optimizer = dict(learning_rate=1e-3, warmup=max(steps // 10, 1), b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0,
-                     rates=(), layer_decay=1.0)  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
+                     rates=(), layer_decay=1.0,  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
+                     ema=0.0)  # what a running mean of the parameters keeps of itself a step, to evaluate by; 0: none
   c.mesh = dict(data=-1, model=1)  # devices along each axis; -1: all that are left
   c.sharding = ()                 # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis
                                   # or None a dimension, or "fsdp", "tensor", "tensor+fsdp"; nothing matched: replicated
   c.loader = dict(threads=2, buffer=4, workers=0)
   c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1))  # steps
-  c.keep = 2                      # checkpoints kept
+  c.keep = 2                      # checkpoints kept, the newest; the best on validation stays beside them
+  c.bad_rows = 0                  # rows without a readable record or a signal that may be left out before training stops
+  c.bad_steps = 0                 # steps in a row with a loss or gradient that is not finite that may be skipped before it stops
   c.evaluators = ("losses", "phenotypes")  # on the validation split, every.evaluate steps
+  c.stop_after = 0                # evaluations in a row without a better c.stop_on after which training ends; 0: never
+  c.stop_on = ""                  # a loss on validation, such as "validation/phenotypes"; the step where it is best is kept
   return c
 
 
@@ -121,14 +131,20 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
     if any(pathlib.Path(workdir).glob("checkpoints/*")):
       raise UserError(f"{workdir} has checkpoints but no config.json, so it is not a whole workdir; take another --workdir")
     return
-  kept, now = flatten(load(workdir).to_dict()), flatten(json.loads(config.to_json()))
-  differing = [f"{key} was {kept.get(key)!r}, now {now.get(key)!r}" for key in sorted(kept.keys() | now.keys())
-               if kept.get(key) != now.get(key) and key.split(".")[0] not in FREE
-               and (key in kept or now[key])]  # a key that came with a later version, and is off, changes nothing
+  differing = differences(load(workdir), config)
   if differing:
     raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
                     f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
                     f"{', '.join(name + '.*' for name in FREE)}")
+
+
+def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
+  """What a later run may not change (all but FREE), in words: `optimizer.b1 was 0.9, now 0.8`."""
+  kept, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
+  return [f"{key} was {kept.get(key)!r}, now {now.get(key)!r}" for key in sorted(kept.keys() | now.keys())
+          if kept.get(key) != now.get(key)
+          and (key.split(".")[0] not in FREE or (key == "every.evaluate" and kept.get("stop_after")))
+          and (key in kept or now[key])]  # a key that came with a later version, and is off, changes nothing
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -137,10 +153,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
   return {k: v for name, x in tree.items() for k, v in flatten(x, f"{prefix}{name}.").items()}
 
 
+def as_text(config: ConfigDict) -> str:
+  """What config.json holds."""
+  return json.dumps(json.loads(config.to_json()), indent=1) + "\n"
+
+
 def save(config: ConfigDict, workdir: str) -> None:
   folder = pathlib.Path(workdir)
-  partial = folder / f"config.json.partial-{os.getpid()}"
-  partial.write_text(json.dumps(json.loads(config.to_json()), indent=1) + "\n")
+  partial = folder / "config.json.partial"
+  partial.write_text(as_text(config))
   partial.rename(folder / "config.json")
 
 
@@ -151,5 +172,5 @@ def load(workdir: str) -> ConfigDict:
     raise UserError(f"{workdir} holds no config.json; expected the --workdir of an `mmcl train` run")
   try:
     return ConfigDict(json.loads(file.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:  # the last two: no object, nested without end
     raise UserError(f"{file} is not readable as JSON ({error}); restore it, or train again in another workdir") from None

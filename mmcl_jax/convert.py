@@ -37,7 +37,7 @@ def parse(argv):
   parser.add_argument("--out", required=True, help="with --input: workdir to make; with --workdir: FILE.safetensors")
   parser.add_argument("--tower", help="the one tower to take or to write (to write: ecg, ecg_mae with the MAE's decoder, "
                       "or a CMR tower); what to call the only CMR encoder of --input")
-  parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the last)")
+  parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the best of a run that stops early, else the last)")
   given = parser.add_argument_group("what an --input does not tell")
   given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
   given.add_argument("--samples", type=int, help="samples that it sees at a time, where its positions are fixed")

@@ -1,64 +1,85 @@
 """`mmcl embed`: embeddings and predicted phenotypes of ECG recordings, from a saved checkpoint.
 
-A recording that cannot be read costs one row of the table, never the run. Several hosts take the recordings in turn, and
-the first one writes.
+Writes OUT/part-00000.parquet, part-00001.parquet and so on, each of the next PART recordings in the order found; hosts take
+the parts in turn, so their number changes nothing. Every part says in its footer what it was made of and from, and the same
+command goes on after the parts that are there. Memory stays flat but for the list of paths. A recording that cannot be
+read costs one row, never the run.
 """
 
 import argparse
-import csv
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-import tempfile
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from mmcl_jax.data.preprocess.ecg import normalise, samples, to_standard
-from mmcl_jax.data.readers import ecg_file, find_ecg, read_ecg
+from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
+from mmcl_jax.data.preprocess.ecg import samples
+from mmcl_jax.data.readers import ecg_file, find_ecg
 from mmcl_jax.data.schema import LEADS
-from mmcl_jax.errors import BadRecord, UserError, writing
+from mmcl_jax.errors import UserError, writing
 from mmcl_jax.training import distributed
 
-COLUMNS = ("path", "status", "reason", "flags")
+PART = 4096  # recordings of a part, rounded up to the batch: what an interruption costs at most
 
 
 class Probes(NamedTuple):
-  """Linear read-outs: prediction = embedding @ coef [D, K] + intercept [K], one column name a phenotype (LVM_g)."""
-  columns: tuple[str, ...]
-  coef: np.ndarray
-  intercept: np.ndarray
+  """Linear read-outs: prediction = embedding @ coef [D, K] + intercept [K]; -+ half_width [K] is its 95 % interval."""
+  columns: tuple[str, ...] = ()  # K, NAME_unit such as LVM_g
+  coef: np.ndarray = np.zeros((0, 0))
+  intercept: np.ndarray = np.zeros(0)
+  half_width: np.ndarray = np.zeros(0)
+  checksum: str | None = None    # of their file; None where there is none
+  units: tuple[str, ...] = ()
 
 
 def main(argv=None):
   args = parse(argv)
   from mmcl_jax.training.restore import load_encoder  # brings JAX: not before the flags are known to be right
-  paths, here = find_recordings(args.input), distributed.here
-  names = hashlib.sha256("\0".join(map(str, paths)).encode("utf-8", "surrogateescape")).hexdigest()
-  distributed.agree({"--workdir": os.path.abspath(args.workdir), "--step": args.step, "the number of recordings": len(paths),
-                     "the hash of their names": names})
+  paths, here, out = find_recordings(args.input), distributed.here, Path(args.out)
+  names = hashlib.sha256()
+  for path in paths:
+    names.update(f"{os.path.abspath(path)}\0".encode("utf-8", "surrogateescape"))
+  run = {"--workdir": os.path.abspath(args.workdir), "--step": args.step, "--batch": args.batch,
+         "the number of recordings": len(paths), "the hash of their names": names.hexdigest()[:16]}
+  distributed.agree(run)
   encoder = load_encoder(args.workdir, args.step)
-  probes = load_probes(args.workdir, encoder.step) if here.index == 0 else None
-  out = Path(args.out)
+  probes = load_probes(args.workdir, encoder.step)
+  size = -(-PART // args.batch) * args.batch
+  run |= {"--step": encoder.step, "the checksum of the checkpoint": encoder.checkpoint[:16],
+          "the checksum of its probes": probes.checksum, "the number of recordings in a part": size}
+  parts = [paths[start:start + size] for start in range(0, len(paths), size)]
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)
+    done = whole_parts(out, run)
+  to_do = [number for number in range(len(parts)) if number not in done]
+  distributed.agree(run | {f"the number of parts to do in {args.out}": len(to_do)})
+  distributed.check_shared(out)
+  if done and here.index == 0:
+    print(f"{len(done)} of {len(parts)} parts are in {out}, {len(to_do)} to do", flush=True)
 
-  rows, embeddings = together(*embed(encoder, paths[here.index::here.count], args.batch))
+  counts = sum(done.values()) if here.index == 0 else 0
+  mine = {number: parts[number] for number in to_do[here.index::here.count]}
+  counts += embed_parts(encoder, probes, out, run, mine, args.batch)
+  distributed.meet()
+  embedded, later = sum(distributed.gather(counts))
   if here.index > 0:
     return
-  if len(embeddings):
-    predict(probes, embeddings, [row for row in rows if row["status"] == "ok"])
-  with writing(out):
-    write(out, rows, embeddings, probes.columns)
-
-  counts = f"{len(embeddings)} of {len(rows)} recordings"
-  if not len(embeddings):
-    raise UserError(f"{counts} embedded; the first, {rows[0]['path']}: {rows[0]['reason']}. All reasons: "
-                    f"{out / 'records.csv'}")
-  print(f"{counts} embedded with step {encoder.step}: {out / 'embeddings.npy'}, {out / 'records.csv'}")
+  told = f"{embedded} of {len(paths)} recordings embedded"
+  if not embedded:
+    first = pq.read_table(out / "part-00000.parquet", columns=["path", "reason"]).slice(0, 1).to_pylist()[0]
+    raise UserError(f"{told}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` of {out}")
+  print(f"{told} with step {encoder.step}: {out}, one table to pandas.read_parquet")
+  if later:
+    print(f"{later} {LATER}; the same command tries their parts again")
 
 
 def parse(argv):
@@ -67,8 +88,8 @@ def parse(argv):
   parser.add_argument("--input", nargs="+", action="extend", default=[], metavar="PATH",
                       help="ECGs, and folders to search for them: WFDB (.hea, .mat, .dat or stem), GE CardioSoft "
                            "(.xml), DICOM (.dcm), arrays (.csv, .npy) with a .json that gives their rate")
-  parser.add_argument("--out", required=True, help="folder for embeddings.npy and records.csv")
-  parser.add_argument("--step", type=int, help="checkpoint to use; the newest unless given")
+  parser.add_argument("--out", required=True, help="folder for the table, in Parquet; a part of it there is gone on from")
+  parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--batch", type=int, default=32, help="recordings per call of the encoder (default: 32)")
   parser.add_argument("more", nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
@@ -80,120 +101,123 @@ def parse(argv):
   return args
 
 
-def find_recordings(inputs) -> list[Path]:
+def find_recordings(inputs) -> list[str]:
   """The recordings that files, stems and folders name, in that order, each once; folders sorted.
 
   A record's header and samples (`folder/*`) are one recording. What does not exist stays in, to be rejected by name.
   """
   found = {}
   for path in map(Path, inputs):
-    for recording in (find_ecg(path) or [path]) if os.path.isdir(path) else [path]:
-      found.setdefault(ecg_file(recording), recording)
+    if os.path.isdir(path):
+      found |= {name: name for name in map(str, find_ecg(path) or [path]) if name not in found}
+    else:
+      found.setdefault(str(ecg_file(path)), str(path))
   return list(found.values())
-
-
-def embed(encoder, paths, batch):
-  """Reads, normalises and embeds recordings; holds one batch of signals at a time.
-
-  Args:
-    encoder: `config.data.ecg_profile`, and `embed`: float32 [batch, 12, samples of the profile] -> float32 [batch, D].
-    paths: recordings.
-    batch: size of every call of the encoder, the last one padded with zeros, so that it compiles once.
-
-  Returns:
-    (rows, embeddings): one dict of COLUMNS a path in order; float32 [N, D] of the rows whose status is ok, in order.
-  """
-  profile = encoder.config.data.ecg_profile
-  rows, waiting, embeddings = [], [], []
-
-  def flush():
-    signals = np.zeros((batch, len(LEADS), samples(profile)), np.float32)
-    signals[:len(waiting)] = [signal for _, signal in waiting]
-    for (row, _), embedding in zip(waiting, np.asarray(encoder.embed(signals))):
-      if np.isfinite(embedding).all():
-        embeddings.append(embedding)
-      else:
-        row.update(status="rejected", reason="the encoder's output is not finite")
-    waiting.clear()
-
-  for path in tqdm(paths, desc="embed", unit="ECG", disable=distributed.here.index > 0):
-    row = {"path": str(path), "status": "ok", "reason": "", "flags": ""}
-    rows.append(row)
-    try:
-      recording = read_ecg(path)
-      signal = normalise(to_standard(recording.ecg_mv, recording.rate_hz), profile)
-    except BadRecord as error:
-      row.update(status="rejected", reason=" ".join(str(error).split()))
-      continue
-    except (OSError, MemoryError) as error:
-      row.update(status="rejected", reason=f"could not be read now ({getattr(error, 'strerror', '') or type(error).__name__})")
-      continue
-    row["flags"] = "; ".join(recording.flags)
-    waiting.append((row, signal))
-    if len(waiting) == batch:
-      flush()
-  if waiting:
-    flush()
-  return rows, np.array(embeddings, np.float32)
-
-
-def together(rows, embeddings):
-  """The rows and embeddings of all hosts, which took the recordings in turn, in the order of the recordings."""
-  if distributed.here.count == 1:
-    return rows, embeddings
-  texts = distributed.gather(np.frombuffer(json.dumps(rows).encode(), np.uint8))
-  tables = [iter(json.loads(text.tobytes())) for text in texts]
-  numbers = distributed.gather(embeddings.ravel())
-  rows = [row for turn in itertools.zip_longest(*tables) for row in turn if row]
-  ok = [row["status"] == "ok" for row in rows]
-  width = sum(map(len, numbers)) // max(sum(ok), 1) or 1  # 1: none was ok
-  vectors = [iter(part.reshape(-1, width)) for part in numbers]
-  found = [next(vectors[i % len(vectors)]) for i in np.flatnonzero(ok)]
-  return rows, np.array(found, np.float32)
 
 
 def load_probes(workdir, step) -> Probes:
   """The phenotype probes that `mmcl evaluate` left for a step; none, and a line that says so, where it has not run."""
-  path = Path(workdir) / "evaluation" / str(step) / "probes.npz"
+  path, again = Path(workdir) / "evaluation" / str(step) / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
-    print(f"no phenotypes will be predicted: {path} is missing; mmcl evaluate --workdir={workdir} makes it "
-          "(with --cohort=DIR where the weights come from elsewhere)")
-    return Probes((), np.zeros((0, 0)), np.zeros(0))
+    if distributed.here.index == 0:
+      print(f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the weights "
+            "come from elsewhere)", flush=True)
+    return Probes()
   try:
     with np.load(path, allow_pickle=False) as arrays:
       columns = tuple(f"{name}_{unit}" for name, unit in zip(arrays["names"], arrays["units"], strict=True))
-      probes = Probes(columns, arrays["coef"], arrays["intercept"])
-  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
-    raise UserError(f"cannot read {path} ({error}); mmcl evaluate --workdir={workdir} makes it anew") from error
-  if probes.coef.shape[1:] != (len(columns),) or probes.intercept.shape != (len(columns),):
-    raise UserError(f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}; "
-                    "expected coef [D, names] and intercept [names]")
+      checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+      coef, intercept, half_width = (np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width"))
+      probes = Probes(columns, coef, intercept, half_width, checksum, tuple(map(str, arrays["units"])))
+  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike; an old one a KeyError
+    raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error
+  if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
+    raise UserError(f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}, "
+                    f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it anew")
   return probes
 
 
-def predict(probes, embeddings, rows):
-  """Puts the predicted phenotypes of `embeddings` [N, D] into `rows` [N]."""
-  if not probes.columns:
-    return
-  if len(probes.coef) != embeddings.shape[1]:
-    raise UserError(f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {embeddings.shape[1]}; "
+def whole_parts(out, run) -> dict[int, np.ndarray]:
+  """{number: counts as of `write`} of the parts that need no more work; UserError for whatever is no part of this run."""
+  found = {}
+  for file in sorted(out.iterdir()):
+    if file.name.startswith((".", "_")):  # a part that was not finished; readers of the folder pass over it
+      continue
+    if not (part := re.fullmatch(r"part-(\d{5,})\.parquet", file.name)):
+      raise UserError(f"{out} holds {file.name}, which is no part of an embedding; name a folder of its own with --out")
+    try:
+      about = json.loads(pq.read_metadata(file).metadata[b"mmcl_jax"])
+      theirs, counts = about["run"], np.array(about["counts"])
+      differing = [f"{fact} is {theirs.get(fact)} there, {now} now" for fact, now in run.items() if theirs.get(fact) != now]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # Arrow's own are ValueErrors
+      raise UserError(f"{file} is damaged, or not of mmcl embed; remove it, and the same command makes it anew") from None
+    if differing:
+      raise UserError(f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or remove {out}")
+    if not counts[1]:
+      found[int(part[1])] = counts
+  return found
+
+
+def embed_parts(encoder, probes, out, run, parts, batch) -> np.ndarray:
+  """Embeds and writes parts, {number: paths}; the sum of their counts."""
+  counts = np.zeros(2, int)
+  if not parts:
+    return counts
+  profile = encoder.config.data.ecg_profile
+  shape = (batch, len(LEADS), samples(profile))
+  width = encoder.embed(np.zeros(shape, np.float32)).shape[1]
+  if probes.columns and len(probes.coef) != width:
+    raise UserError(f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; "
                     "mmcl evaluate fits them anew")
-  for row, values in zip(rows, embeddings.astype(np.float64) @ probes.coef + probes.intercept):
-    row.update(zip(probes.columns, (f"{value:.6g}" for value in values)))
+  total = sum(map(len, parts.values()))
+  with contextlib.closing(read_ahead(itertools.chain.from_iterable(parts.values()), profile, 2 * batch)) as recordings, \
+      tqdm(total=total, desc="embed", unit="ECG", mininterval=1, disable=distributed.here.index > 0) as progress:
+    for number, paths in parts.items():
+      rows, embeddings = [], np.zeros((len(paths), width), np.float32)
+      for start in range(0, len(paths), batch):
+        some = list(itertools.islice(recordings, min(batch, len(paths) - start)))
+        embeddings[start:start + len(some)] = embed(encoder, some, shape)
+        rows += [row for row, _ in some]
+        progress.update(len(some))
+      with writing(out):
+        counts += write(out / f"part-{number:05d}.parquet", rows, embeddings, probes, run)
+  return counts
 
 
-def write(out, rows, embeddings, predicted):
-  """Writes `records.csv` and `embeddings.npy` whole or not at all; an earlier run's go, also where nothing was ok."""
-  with tempfile.TemporaryDirectory(dir=out, prefix=".embed-") as staging:
-    np.save(Path(staging, "embeddings.npy"), embeddings)
-    with open(Path(staging, "records.csv"), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-      table = csv.DictWriter(file, COLUMNS + predicted)
-      table.writeheader()
-      table.writerows(rows)
-    (out / "embeddings.npy").unlink(missing_ok=True)  # never new embeddings beside an old table, nor the reverse
-    os.replace(Path(staging, "records.csv"), out / "records.csv")
-    if len(embeddings):
-      os.replace(Path(staging, "embeddings.npy"), out / "embeddings.npy")
+def embed(encoder, recordings, shape) -> np.ndarray:
+  """float32 [N, D] of recordings as `read` gives them; one that gets none is rejected in its row.
+
+  Every call of the encoder has the same `shape`, filled up with zeros, so that it compiles once; and a recording's place in
+  it depends on no other, so that the parts do not depend on where an interruption fell.
+  """
+  signals = np.zeros(shape, np.float32)
+  for place, (_, ecg) in zip(signals, recordings):
+    if ecg is not None:
+      place[:] = ecg
+  embeddings = encoder.embed(signals)[:len(recordings)]
+  for (row, ecg), embedding in zip(recordings, embeddings):
+    if ecg is not None and not np.isfinite(embedding).all():
+      row.update(status="rejected", reason="the encoder's output is not finite")
+  return embeddings
+
+
+def write(file, rows, embeddings, probes, run) -> np.ndarray:
+  """Writes a part whole or not at all; counts int [2]: recordings embedded, and those that could not be read now (LATER).
+
+  Columns: TEXTS, embedding float32 [D], and float64 NAME_unit, NAME_unit_low, NAME_unit_high; null where rejected.
+  """
+  rejected = np.array([row["status"] != "ok" for row in rows])
+  counts = [int(np.sum(~rejected)), sum(row["reason"].startswith(LATER) for row in rows)]
+  columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in TEXTS}
+  columns["embedding"] = pa.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1], mask=pa.array(rejected))
+  for name, coef, intercept, half in zip(probes.columns, probes.coef.T, probes.intercept, probes.half_width):
+    value = embeddings.astype(np.float64) @ coef + intercept
+    for column, x in ((name, value), (f"{name}_low", value - half), (f"{name}_high", value + half)):
+      columns[column] = pa.array(x, mask=rejected)
+  about = json.dumps({"run": run, "counts": counts})
+  pq.write_table(pa.table(columns).replace_schema_metadata({"mmcl_jax": about}), file.with_name(f".{file.name}"))
+  os.replace(file.with_name(f".{file.name}"), file)
+  return np.array(counts)
 
 
 if __name__ == "__main__":

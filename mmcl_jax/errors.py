@@ -10,6 +10,10 @@ class UserError(Exception):
   """Something the user can put right; the programs print it as one line and exit with 2."""
 
 
+class DamagedRecord(UserError):
+  """A record of a cohort whose bytes are not those that were written: training may leave it out (config.bad_rows)."""
+
+
 class BadRecord(ValueError):
   """One recording or study that cannot be read; a batch of records goes on without it and reports the reason."""
 
@@ -29,5 +33,7 @@ def writing(out):
   """Turns what a folder or a disk refuses into a UserError."""
   try:
     yield
+  except (BrokenPipeError, ConnectionError, TimeoutError):  # of a terminal or a network
+    raise
   except OSError as error:
     raise UserError(f"cannot write to {out}: {error.strerror or error}") from error

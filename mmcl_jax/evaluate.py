@@ -1,4 +1,4 @@
-"""`mmcl evaluate`: phenotypes, diseases and retrieval from a saved checkpoint, with baselines, intervals and figures.
+"""`mmcl evaluate`: phenotypes, diseases, retrieval, localisation from a checkpoint, with baselines, intervals and figures.
 
     mmcl evaluate --workdir=W [--step=N] [--cohort=DIR]
 
@@ -18,10 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from mmcl_jax import configuration
 from mmcl_jax.data import cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, writing
 from mmcl_jax.models import pretrainer
-from mmcl_jax.evaluators import diseases, embeddings, figures, phenotypes, report, retrieval
-from mmcl_jax.training import checkpoint, distributed, metrics, restore, steps
+from mmcl_jax.evaluators import (diseases, embeddings, figures, generation, localisation, low_data, phenotypes, readouts, report,
+                                 retrieval, survival)
+from mmcl_jax.evaluators.drawings import relevance
+from mmcl_jax.training import distributed, metrics, restore, steps
 
 SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 
@@ -29,13 +31,14 @@ SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 def main(argv):
   parser = argparse.ArgumentParser(prog="mmcl evaluate", description="Evaluates a checkpoint.", allow_abbrev=False)
   parser.add_argument("--workdir", required=True, help="folder of the run")
-  parser.add_argument("--step", type=int, help="checkpoint (default: the last)")
+  parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--cohort", help="another cohort than the one it was trained on")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
   args = parser.parse_args(argv)
   if args.batch < 1:
     raise UserError(f"--batch is {args.batch}; expected at least 1")
-  evaluate(args.workdir, args.step, args.cohort, args.batch)
+  with writing(args.workdir):
+    evaluate(args.workdir, args.step, args.cohort, args.batch)
 
 
 def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64) -> dict:
@@ -44,13 +47,16 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   Several hosts embed the recordings together and all get the same results; the first one prints and writes them, and
   counts the times that test was scored.
   """
-  step = checkpoint.latest(workdir) if step is None else step
   cohort = cohort_room.load(cohort_path or configuration.load(workdir).data.cohort)
+  step = restore.choose(workdir, step)
   distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,
                      "the fingerprint of the cohort": cohort.fingerprint})
   run = restore.load_run(workdir, step)
   distributed.check_mesh(run.mesh)
   model = run.config.model
+  if not model.ecg.size and not model.cmr:
+    raise UserError(f"{workdir} has no encoder of an ECG or a CMR, only a {' and a '.join(generation.parts(model))}, which is "
+                    "evaluated with the generator that it serves (configs/ecg_to_cmr.py)")
   reads = "ECG" if model.ecg.size else "CMR"  # a run without an ECG tower is judged by its CMR embedding
   if reads == "ECG" and cohort.info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(f"the cohort {cohort.path} was normalised by profile {cohort.info['ecg_profile']!r}, the encoder was "
@@ -68,37 +74,66 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
     raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
+  if fields and all(name in cohort.info["shapes"] for name in fields):
+    pretrainer.check(model, cohort.info["shapes"])
   has_cmr = bool(fields) and cohort.info["with_cmr"]["test"] > 0 and all(name in cohort.info["shapes"] for name in fields)
 
   first_process = jax.process_index() == 0
+  if first_process and "event_years" in cohort.info["shapes"] and not survival.installed():
+    print("no incident risk: the cohort has dates, but scikit-survival is not installed; pip install 'mmcl-jax[survival]'")
   if fields and not has_cmr and first_process:
-    print(f"no retrieval: the test split of {cohort.path} has no CMR, or lacks some of {', '.join(fields)}")
+    print(f"no retrieval, no localisation: the test split of {cohort.path} has no CMR, or lacks some of {', '.join(fields)}")
+  paired = has_cmr and reads == "ECG" and bool(model.cmr)
+  if has_cmr and not paired and first_process:
+    print(f"no retrieval, no localisation: the run has no {'CMR' if reads == 'ECG' else 'ECG'} tower")
 
   with jax.set_mesh(run.mesh):
-    features = embed_splits(run, cohort, batch, fields if has_cmr else ())
+    untrained = restore.untrained(run)
+    features = embed_splits(run, untrained, cohort, batch, fields if has_cmr and model.cmr else ())
     if reads == "CMR":  # the ceiling is that of an ECG
       features = {split: {name: x for name, x in found.items() if name != "ecg_parameters"} for split, found in features.items()}
     shown = reconstruction(run, cohort, batch) if model.ecg.size and model.ecg.mask_ratio else None
+    located, explained = localisation.evaluate(run, untrained, cohort, batch) if paired else ({}, [])
+    generated = has_cmr and generation.parts(model) == ["tokenizer", "segmenter", "generator"]
+    if generated and (why := generation.lacking(run, cohort, features)):
+      generated = False
+      if first_process:
+        print(f"no hearts are drawn: {why}", flush=True)
+    results_of_draws, hearts = generation.evaluate(run, cohort, features) if generated else ({}, {})
+    paired = paired and bool((features["test"]["has_cmr"] > 0).any())  # an ECG and a CMR, not only the one here, the other there
 
   if first_process:
-    print("fitting probes, drawing 1,000 bootstrap samples (seconds to a minute)", flush=True)
+    print("fitting probes, drawing 1,000 bootstrap samples", flush=True)
   names, units = list(cohort.info["phenotypes"]), list(cohort.info["phenotypes"].values())
-  results, predictions, probe = phenotypes.evaluate(features, names, units)
-  results["diseases"], sick, _ = diseases.evaluate(features, cohort.info["diseases"])
+  measured, ill = readouts.predict(features, run.scales, names, list(cohort.info["diseases"]))
+  results, predictions, probe = phenotypes.evaluate(features, names, units, measured)
+  results["diseases"], sick, _ = diseases.evaluate(features, cohort.info["diseases"], ill)
   predictions |= {f"disease_{name}": x for name, x in sick.items() if name != "subject"}
-  paired = has_cmr and reads == "ECG"
+  scored = [c for c, score in enumerate(results["diseases"]["embedding"].values()) if "auroc" in score]
+  members = {group: [names.index(name) for name in found] for group, found in results["group_members"].items()}
+  whole = {model: [score["value"] for score in groups.values()] for model, groups in results["groups"].items()
+           if model in low_data.MODELS}
+  if scored:
+    for model, found in whole.items():
+      found.append(np.mean([list(results["diseases"][model].values())[c]["auroc"] for c in scored]))
+  results["low_data"] = low_data.evaluate(features, members, scored, whole)
+  if "event_years" in features["test"] and survival.installed():
+    results["survival"], risk = survival.evaluate(features, cohort.info["diseases"])
+    predictions |= {f"survival_{name}": x for name, x in risk.items() if name != "subject"}
   if paired:
     test = features["test"]
     pairs = test["has_cmr"] > 0
     results["retrieval"], ranks = retrieval.retrieval(test["ecg_projection"][pairs], test["cmr_projection"][pairs],
                                                       test["subject"][pairs])
+    results["localisation"] = located
+  if generated:
+    results["generation"] = results_of_draws
   note = SYNTHETIC if cohort.info.get("synthetic") else ""
   results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
               "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()},
               "data": data_card(cohort, features), "config": json.loads(run.config.to_json_best_effort())}
   if not first_process:
     return results
-  results["test_scored"] = times_scored(pathlib.Path(workdir), run.step, cohort)
   log = pathlib.Path(workdir) / "metrics.jsonl"
   drawings = {
       "r2": figures.r2_bars(results, note),
@@ -109,14 +144,20 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if any("auroc" in scores for scores in results["diseases"]["embedding"].values()):
     drawings["roc_curves"] = figures.roc_curves(sick["y_true"], sick, results["diseases"], note)
     drawings["calibration"] = figures.calibration(results["diseases"], note)
+  if results["low_data"]["embedding"]:  # nothing is scored where test has too few labels
+    drawings["low_data"] = figures.low_data(results["low_data"], note)
+  if generated:
+    drawings["hearts"] = figures.hearts(**hearts, note=note)
   if paired:
     drawings["retrieval"] = figures.retrieval_ranks(ranks, note)
   if log.is_file():  # weights from elsewhere have none
     drawings["training_curves"] = figures.training_curves(metrics.read(log), note)
   if shown:
     drawings["reconstruction"] = figures.reconstruction(**shown, note=note)
+  drawings |= relevance(explained, note)
   own = cohort_path is None or not run.manifest["cohort"]  # weights from elsewhere have no cohort: any is theirs
   out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if own else f"{run.step}-{pathlib.Path(cohort_path).resolve().name}")
+  results["test_scored"] = times_scored(pathlib.Path(workdir), run.step, cohort)
   report.write(results, predictions, probe, drawings, out)
   print(report.table(results))
   if paired:
@@ -152,15 +193,14 @@ def times_scored(workdir: pathlib.Path, step: int, cohort) -> int:
   return sum(cohort.fingerprint in line for line in file.read_text().splitlines())
 
 
-def embed_splits(run, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:
-  """Trained and untrained embeddings of every split, in one pass; of ECG encoders, CMR projections of the test split only,
-  where retrieval is scored."""
+def embed_splits(run, untrained, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:
+  """Trained and untrained embeddings, and projections, of every split, in one pass."""
   embed = steps.make_embed(run.model, run.config, run.scales)
   both = jax.jit(lambda pair, rows: embed(pair[0], rows) | {"random_embedding": embed(pair[1], rows)["embedding"]})
-  pair, reads_ecg = (run.state.variables, restore.untrained(run)), bool(run.config.model.ecg.size)
+  pair, reads_ecg = (run.state.variables, untrained), bool(run.config.model.ecg.size)
   return {split: embeddings.collect(both, pair, cohort.splits[split], mesh=run.mesh, batch=batch,
                                     needs="has_ecg" if reads_ecg else "has_cmr",
-                                    fields=fields if split == "test" or not reads_ecg else (), title=f"embed {split}")
+                                    fields=fields, title=f"embed {split}")
           for split in schema.SPLITS}
 
 

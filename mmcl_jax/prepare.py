@@ -25,7 +25,7 @@ import numpy as np
 from mmcl_jax.data import cohort as cohort_room, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.sources import synthetic
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import phenotypes, quality, statistics
 
 ROOM = "mmcl_jax.data.sources"
@@ -59,8 +59,9 @@ def main(argv):
   if args.beam is not None:
     from mmcl_jax.data import beam  # Apache Beam lives in an environment of its own
     run = functools.partial(beam.run, options=args.beam.split())
-  cohort = cohort_room.build(args.out, plan, shares=shares, profile=args.profile, processes=args.processes,
-                             report=report, run=run)
+  with writing(args.out):
+    cohort = cohort_room.build(args.out, plan, shares=shares, profile=args.profile, processes=args.processes,
+                               report=report, run=run)
   print(f"{cohort.path}: {', '.join(f'{n} {split}' for split, n in cohort.info['counts'].items())}")
   if args.source == "synthetic" and min(cohort.info["counts"].values()):
     print("ceiling, R2 on test of ridge on the generator's own ECG parameters: "
@@ -197,7 +198,7 @@ class Identities:
       write_private(file, text.getvalue())
     except OSError as error:
       raise UserError(f"cannot write to --private={self.folder}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, csv.Error):
       raise UserError(f"{file} is not a table of hash,participant; expected the one that was made with this salt") from None
 
 

@@ -3,12 +3,13 @@
     mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
 
 Running the same command again goes on from the last checkpoint, and ends in the same state bit for bit as if it had
-never stopped (same devices; to float tolerance on others). SIGTERM to any host saves a checkpoint on all and exits with
-status 75 (EX_TEMPFAIL: run the command again). On several hosts, see training/distributed.py and docs/multi_host.md.
+never stopped (same devices; to float tolerance on others). SIGTERM to any host, or Ctrl-C, saves a checkpoint on all and
+exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once. On several hosts, see
+training/distributed.py and docs/multi_host.md.
 """
 
+import contextlib
 import json
-import math
 import os
 import pathlib
 
@@ -17,31 +18,35 @@ import numpy as np
 
 from mmcl_jax import configuration, objectives as objective_room
 from mmcl_jax.data import cohort as cohort_room, pipeline
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import (checkpoint, distributed, frozen, initialise, metrics, parallel, restore,
-                               state as state_room, steps as step_room)
+from mmcl_jax.training import (checkpoint, distributed, faults, frozen, initialise, lock, metrics, parallel, restore,
+                               state as state_room, steps as step_room, stopping)
 
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 
 
 def main(argv):
   config, flags = configuration.from_flags("mmcl train", USAGE, argv, {"workdir": "folder of the run, made if absent"})
-  with distributed.sigterm() as asked_to_stop:
+  with distributed.stop_signals() as asked_to_stop, writing(flags.workdir):
     train(config, flags.workdir, asked_to_stop)
 
 
 def train(config, workdir: str, asked_to_stop=lambda: False):
   """Runs or resumes a run; returns its final state.
 
+  Where config.stop_after is set, that is the last state of training, not the best one, which is kept beside it.
+
   Args:
     asked_to_stop: read before every step; once it is true on any host, all save after the next step and exit with 75.
   """
   # -- What is asked for, checked before anything is made or compiled --
   configuration.check_workdir(config, workdir)
-  if min(config.steps, *config.every.values()) < 1:
-    raise UserError(f"config.steps is {config.steps} and config.every {dict(config.every)}; expected numbers of at least 1")
+  if min(config.steps, config.keep, *config.every.values()) < 1:
+    raise UserError(f"config.steps is {config.steps}, config.every {dict(config.every)} and config.keep {config.keep}; "
+                    "expected numbers of at least 1")
+  faults.check(config)
   cohort = cohort_room.load(config.data.cohort)
   others = load_mix(config.data.mix)
   start = checkpoint.latest(workdir) or 0
@@ -53,20 +58,28 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
   distributed.check_mesh(mesh)
   scales = targets(cohort, config)
   objectives = objective_room.build(config.objectives)
-  online.check(config.evaluators)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  online.check(config)
+  stopping.check(config)
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
   check_cohorts(cohort, others, config)
+  cohort, others = tolerant(cohort, config), [(tolerant(one, config), share) for one, share in others]
   first_process = jax.process_index() == 0
 
-  with jax.set_mesh(mesh):
+  with lock.held(workdir), jax.set_mesh(mesh):
+    if (checkpoint.latest(workdir) or 0) != start:
+      raise UserError(f"another run has just saved a checkpoint in {workdir}; give the same command again to go on from there")
     # -- State: the last checkpoint of this workdir, else fresh, with what earlier stages have learned --
     example = step_room.example(config, cohort.info["shapes"], len(scales.names), config.batch)
     tx = state_room.optimizer_for(model, example, config)
     state, where = state_room.create(model, tx, example, config.seed, mesh, config.sharding)
     step_room.check_outputs(model, objectives, example, state)
+    best, skipped = stopping.Best(), faults.Skipped()
     if start:
       abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
       state, _, manifest = checkpoint.restore(workdir, start, abstract)
+      restore.check_config(workdir, start, manifest, config)
+      best = stopping.Best(**manifest.get("best") or {})  # both absent from the checkpoints of older runs
+      skipped = faults.Skipped(**manifest.get("skipped") or {})
       fingerprints = [manifest["cohort"], *manifest.get("mixed", [])]
       for one, fingerprint in zip([cohort, *(other for other, _ in others)], fingerprints, strict=True):
         if fingerprint != one.fingerprint:
@@ -76,6 +89,8 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
       state, carried = initialise.carry_over(state, config, restore.load_variables)
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     distributed.check_shared(workdir)
+
+    spacing = {"spacing": mean_spacing(cohort)} if config.model.get("generator") else {}  # of hearts that nobody has measured
 
     # -- Data: towers that do not learn look at every heart once, before the loop --
     fields = pretrainer.fields(config.model, only=pretrainer.learning(config.model))
@@ -93,72 +108,99 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
       if not start:
         print(initialise.describe(carried))
 
-    # -- The loop: save -> evaluate on the old state -> take the next batch -> step -> write the metrics of the step before --
+    # -- The loop: evaluate -> save -> take the next batch -> step -> write the metrics of the step before --
+    # What is saved holds the word of its own evaluation, so that a resumed run repeats none and misses none.
     step_and_metrics = step_room.make_train_step(model, objectives, tx, config, scales)
 
     def step_on_hosts(state, batch):
-      """`stopping` goes with the batch and comes back with the metrics: all hosts learn at the same step of one's SIGTERM."""
-      stopping = batch.pop("stopping").max()
+      """`asked` goes with the batch and comes back with the metrics: all hosts learn at the same step of one's SIGTERM."""
+      asked = batch.pop("asked").max()
       state, values = step_and_metrics(state, batch)
-      return state, values | {"stopping": stopping}
+      return state, values | {"asked": asked}
 
     train_step = jax.jit(step_on_hosts, donate_argnums=0, out_shardings=(where, None))
     writer = metrics.create_writer(workdir, start, just_logging=not first_process)
     progress = metrics.Progress(start, config.steps, config.batch)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep)
     batches = batch_of(start)
+    spikes = faults.Spikes()
     pending = None  # (step, metrics) on the device: fetched one step late, so that fetching never stalls it
 
     def flush_pending() -> bool:
-      """Fetches the step before; stops where it was not finite. Was any host asked to stop by then?"""
+      """Fetches the step before; stops where it left out too much. Was any host asked to stop by then?"""
+      nonlocal skipped
       if pending is None:
         return False
       step, values = pending
-      values = {name: float(x) for name, x in jax.device_get(values).items()}
-      stopping = values.pop("stopping") > 0
-      if not values.pop("finite"):
+      values = jax.device_get(values)
+      worst = values.pop("worst")
+      values = {name: float(x) for name, x in values.items()}
+      asked = values.pop("asked") > 0
+      if not values["finite"] or values["rows_left_out"]:
+        checkpoints.finish()  # what is said about the last good one must be true,
+        distributed.meet()    # and host 0 has signed it before another host ends all
+      try:
+        skipped = faults.judged(skipped, step, values, worst, config, objectives, workdir)
+      except UserError:
         checkpoints.close()
-        raise UserError(not_finite(step, values, objectives, workdir))
+        raise
+      told = spikes.tell(step, values["loss"], worst)
+      if not values.pop("finite"):
+        told = faults.skipped_step(step, skipped, values, worst, config, objectives)
+      if told and first_process:
+        print(told, flush=True)
       if step % config.every.log == 0 or step == config.steps:
         writer.write_scalars(step, values)
         if first_process:
           shown = {"loss": values["loss"]} | {o.name: values[f"{o.name}/loss"] for o in objectives}
           progress.report(step, shown)
-      return stopping
+      return asked
 
-    stopping = False
+    asked = False
     for step in range(start, config.steps + 1):
       due = lambda every: step > start and (step % every == 0 or step == config.steps)
-      if due(config.every.save) or stopping:
-        stopping |= flush_pending()
+      if due(config.every.evaluate) or due(config.every.save) or asked:
+        asked |= flush_pending()
         pending = None
-        checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
-                         meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales,
-                                           mixed=[other.fingerprint for other, _ in others]))
-      if stopping and step < config.steps:
-        break
       if due(config.every.evaluate):
+        scores = {}
         for evaluate in evaluators:
-          scores = dict(evaluate(state))
-          writer.write_scalars(step, scores)
+          found = dict(evaluate(state))
+          writer.write_scalars(step, found)
           if first_process:
-            print(f"validation {step}/{config.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
-      if step == config.steps:
+            print(f"validation {step}/{config.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
+          scores |= found
+        if config.stop_after:  # by the first host's number: hosts that differed by a rounding would part for good
+          best = stopping.judged(best, step, float(distributed.gather(np.float32([scores[config.stop_on]]))[0][0]))
+      over = step == config.steps or stopping.over(best, config.stop_after)
+      if over and config.stop_after and best.step is None:
+        checkpoints.close()
+        raise UserError(f"{config.stop_on} was not finite at any evaluation up to step {step}, so no step is the best; does the val "
+                        f"split of {cohort.path} know what it is a loss of? --config.stop_after=0 trains without it")
+      if due(config.every.save) or (step > start and (asked or over or step == best.step)):
+        checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
+                         meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales, config=json.loads(config.to_json()),
+                                           best=best._asdict(), skipped=skipped._asdict(), mixed=[other.fingerprint for other, _ in others],
+                                           **spacing))
+      if asked or over:
         break
       rows = next(batches)
-      rows["stopping"] = np.full(len(rows["mask"]), asked_to_stop(), np.float32)
+      rows["asked"] = np.full(len(rows["mask"]), asked_to_stop(), np.float32)
       state, values = train_step(state, parallel.to_global(rows, mesh))
-      stopping = flush_pending()
+      asked = flush_pending()
       checkpoints.poll()
       pending = step + 1, values
     checkpoints.close()
     writer.close()
-  if step < config.steps:
+  if not over:
     if first_process:
       print(f"asked to stop: saved {workdir}/checkpoints/{step}; the same command goes on from there", flush=True)
     raise SystemExit(os.EX_TEMPFAIL)
   if first_process:
-    print(f"trained to step {config.steps}: {workdir}/checkpoints/{config.steps}")
+    early = f" (of {config.steps}: no better {config.stop_on} in {best.since} evaluations)" if step < config.steps else ""
+    print(f"trained to step {step}{early}: {workdir}/checkpoints/{step}")
+    if best.step is not None:
+      print(f"the best {config.stop_on} was {best.loss:.4f} at step {best.step}: {workdir}/checkpoints/{best.step}")
   return state
 
 
@@ -171,7 +213,25 @@ def targets(cohort, config) -> step_room.Scales:
   columns = [known.index(name) for name in names]
   mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
   return step_room.Scales(names, tuple(cohort.info["covariates"]), tuple(columns), (mean[columns], sd[columns]),
-                          cohort_room.train_statistics(cohort, "covariates"))
+                          cohort_room.train_statistics(cohort, "covariates"), tuple(cohort.info["diseases"]))
+
+
+def first_hearts(cohort, most: int = 200):
+  """The first records of train with CMR; those that cannot be read are for training to judge."""
+  source, found = cohort.splits["train"], 0
+  for i in range(len(source)):
+    with contextlib.suppress(DamagedRecord):
+      record = source[i]
+      if record["has_cmr"] and found < most:
+        found += 1
+        yield record
+    if found == most:
+      return
+
+
+def mean_spacing(cohort) -> list[float]:
+  """mm between voxels along Z, H, W, the mean of the first hearts of train."""
+  return np.mean([record["spacing"] for record in first_hearts(cohort)], axis=0, dtype=np.float64).tolist()
 
 
 def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
@@ -180,6 +240,13 @@ def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
   if not all(len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], (int, float)) for pair in pairs):
     raise UserError(f"config.data.mix is {mix!r}; expected pairs of a cohort and its share, such as (('ptbxl', 0.3),)")
   return [(cohort_room.load(path), share) for path, share in pairs]
+
+
+def tolerant(cohort: cohort_room.Cohort, config) -> cohort_room.Cohort:
+  """Its records as training reads them: bad ones count as rows without anything (config.bad_rows)."""
+  reads = ("ecg",) * bool(config.model.ecg.size) + tuple(pretrainer.fields(config.model))
+  return cohort._replace(splits={split: pipeline.Tolerant(source, f"{split} in {cohort.path}", reads) if len(source) else source
+                                 for split, source in cohort.splits.items()})
 
 
 def check_cohorts(cohort, others, config):
@@ -211,12 +278,19 @@ def check_cohorts(cohort, others, config):
     raise UserError(f"the cohort {cohort.path} has no {', '.join(absent)} for config.model.cmr; it has "
                     f"{', '.join(cohort.info['shapes'])}")
   pretrainer.check(config.model, cohort.info["shapes"])
-  if config.model.ecg.film and not cohort.info["covariates"]:
-    raise UserError(f"config.model.ecg.film modulates the ECG tower by covariates, the cohort {cohort.path} has none; prepare it "
-                    "with --tables that hold them, or set film=False")
+  taking = pretrainer.takes_covariates(config.model)
+  if taking and not np.isfinite(cohort_room.train_statistics(cohort, "covariates")).any():
+    raise UserError(f"config.model.{taking[0]}=True asks for covariates, and {cohort.path} knows none that differ in train; prepare "
+                    f"it with --tables that hold them, or set config.model.{taking[0]}=False")
   if any(config.augment.cmr.values()) and any(spec.frozen for spec in config.model.cmr.values()):
     raise UserError(f"config.augment.cmr is {config.augment.cmr.to_dict()}, and frozen towers look at every heart once, as it is; "
                     "set all of it to 0")
+  if config.model.get("segmenter") and not any(record["labels"].any() for record in first_hearts(cohort)):
+    raise UserError(f"the first hearts of {cohort.path} have no labels, which config.model.segmenter learns from; prepare it with "
+                    "segmentations (`mmcl prepare --segmentations`)")
+  if config.model.get("segmenter") and any(config.augment.cmr.values()):
+    raise UserError(f"config.augment.cmr is {config.augment.cmr.to_dict()}, and labels, which the segmenter learns from, would not "
+                    "follow; set all of it to 0")
   check_splits(cohort, others)
   shares = [share for _, share in others]
   if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
@@ -249,15 +323,6 @@ def mixed(cohort, others, config, records) -> list[pipeline.Mixed]:
     source = records(other, "train") if has_all else other.splits["train"]
     found.append(pipeline.Mixed(source, share, pipeline.conforming(other.info, cohort.info, records(cohort, "train")[0], fields)))
   return found
-
-
-def not_finite(step: int, values: dict[str, float], objectives, workdir: str) -> str:
-  guilty = [o.name for o in objectives if not math.isfinite(values[f"{o.name}/loss"])]
-  what = f"objective {', '.join(guilty)} is not finite" if guilty else "the gradient is not finite"
-  last = checkpoint.latest(workdir)
-  return (f"step {step}: {what} (loss {json.dumps(values['loss'])}); the last good checkpoint is "
-          f"{f'{workdir}/checkpoints/{last}' if last else 'none, nothing was saved yet'}; lower the learning rate, or look "
-          "for broken recordings")
 
 
 if __name__ == "__main__":

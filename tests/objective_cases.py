@@ -17,9 +17,13 @@ CASES = {
     "false_negative_removal": (dict(a="ecg", b="image", radius=1.3), ("has_ecg", "has_cmr")),
     "relational": (dict(sigma=0.7), ("has_ecg",)),
     "phenotype_regression": (dict(of="ecg", delta=0.7), ("has_ecg",)),
+    "disease_classification": (dict(of="ecg", smoothing=0.2), ("has_ecg",)),
     "vicreg": (dict(a="ecg", b="image"), ("has_ecg", "has_cmr")),
     "simsiam": (dict(), ("has_ecg",)),
     "cmr_mae": (dict(of="sax", norm_pix=True), ("has_cmr",)),
+    "kl_autoencoder": (dict(noise=0.3), ("has_cmr",)),
+    "segmentation": (dict(), ("has_cmr",)),
+    "flow_matching": (dict(), ("has_cmr",)),
 }
 
 # name, parameters: of those that take ring=True, which must change no number
@@ -52,6 +56,16 @@ def case(seed=0, dtype=np.float32, whole=False):
     batch["targets"][4] = np.nan  # knows nothing
     batch["targets"][7], batch["targets"][8] = [1, np.nan, -1, np.nan], [np.nan, 0, np.nan, 2]  # nothing in common
     batch["targets"][10] = batch["targets"][1]  # the same heart, as far as known
+  outputs["classification"] = {"ecg": 3 * z(B, K), "image": z(B, K)}  # log-odds
+  batch["diseases"] = (rng.random((B, K)) < 0.4).astype(dtype)
+  if not whole:
+    batch["diseases"][rng.random((B, K)) < 0.3] = np.nan
+    batch["diseases"][4] = np.nan  # knows nothing
+  outputs["tokenizer"] = {"reconstruction": z(B, 2, 3, 4, 2), "latent_mean": z(B, 5, 3), "latent_log_variance": z(B, 5, 3)}
+  outputs["segmentation"] = z(B, 2, 3, 4, 2, 4)
+  outputs["generator"] = {"velocity": z(B, 5, 3), "target": z(B, 5, 3)}
+  batch["cmr"] = {"ed_es_volumes": rng.random((B, 2, 3, 4, 2)).astype(dtype)}
+  batch["labels"] = rng.integers(0, 4, (B, 2, 3, 4, 2)).astype(np.uint8)
   return outputs, batch
 
 

@@ -223,6 +223,19 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
   assert os.listdir(tmp_path) == ["c"]
 
 
+def test_the_same_command_finds_its_cohort_and_another_does_not(tmp_path, monkeypatch):
+  """As where it was killed after the cohort had got its name, before it had cleared up."""
+  first = build(tmp_path / "c", plan(30))
+  (tmp_path / "c" / "plan.json").touch()
+  with monkeypatch.context() as patch:
+    patch.setattr(cohort_room, "write_all", None)  # nothing is made again
+    again = build(tmp_path / "c", plan(30))
+    assert again.info == first.info and not (tmp_path / "c" / "plan.json").exists()
+    with pytest.raises(UserError, match="holds a cohort of other inputs or settings"):
+      build(tmp_path / "c", plan(31))
+  assert os.listdir(tmp_path) == ["c"]
+
+
 @pytest.mark.parametrize("out", ["{tmp}/link", "."])
 def test_a_name_that_a_cohort_cannot_get_is_refused_before_the_work(tmp_path, monkeypatch, out):
   (tmp_path / "there").mkdir()

@@ -26,13 +26,14 @@ def runs(tmp_path):
   return tmp_path
 
 
-def write(folder, y, sick, predicted, risk, fingerprint="f"):
+def write(folder, y, sick, predicted, risk, fingerprint="f", **more):
   folder.mkdir(parents=True)
   illness = {"HF": {"cases": 90, "n": 290, "auroc": 0.5}, "CM": {"cases": 3, "n": 300}}
   (folder / "results.json").write_text(json.dumps({
       "note": "made up", "cohort": "/cohort", "cohort_fingerprint": fingerprint, "phenotypes": {"LVEDV": {}, "LVEF": {}},
-      "diseases": {"embedding": illness}}))
-  np.savez(folder / "predictions.npz", subject=np.stack([np.arange(N) // 2, np.zeros(N)], axis=1), y_true=y, disease_y_true=sick,
+      "diseases": {"embedding": illness}, **more}))
+  subject = np.stack([np.arange(N) // 2, np.zeros(N)], axis=1).astype(np.uint32)
+  np.savez(folder / "predictions.npz", subject=subject, y_true=y, disease_y_true=sick,
            embedding=predicted, disease_embedding=risk, covariates=np.zeros_like(y))
 
 
@@ -66,6 +67,23 @@ def test_a_run_against_itself_differs_by_nothing(runs):
   assert list(found["runs"]) == ["good/10 (1)", "good/10 (2)"]
   (rows,) = found["differences"]["r2"].values()
   assert all(one["value"] == 0 and one["ci"] == [0, 0] and not one["stands"] for one in rows)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_told_together(runs):
+  stored = dict(np.load(runs / "good/evaluation/10/predictions.npz"))
+  y, sick = stored["y_true"], stored["disease_y_true"]
+  rng = np.random.default_rng(1)
+  for i, (steps, seed) in enumerate([(9, 0), (9, 1), (9, 2), (8, 5), (9, 2)]):
+    x = np.nan_to_num(y) + rng.normal(size=y.shape)
+    config = {"seed": seed, "steps": steps, "data": {"cohort": f"/elsewhere/{i}", "samples": 5}}
+    write(runs / f"s{i}/evaluation/10", y, sick, x, np.nan_to_num(sick) + x, config=config)
+  text = compare.compare([str(runs / f"s{i}") for i in range(5)], str(runs / "out"))
+  found = json.loads((runs / "out/results.json").read_text())
+  assert list(found["seeds"]["r2"]) == ["s0, s1, s2"]  # s3 trained for another time, s4 has a seed that is there
+  values = [found["r2"][f"s{i}"]["LVEDV"]["value"] for i in range(3)]
+  assert found["seeds"]["r2"]["s0, s1, s2"]["LVEDV"] == {
+      "mean": pytest.approx(np.mean(values)), "sd": pytest.approx(np.std(values, ddof=1)), "seeds": 3}
+  assert f"{np.mean(values):.3f} ({np.std(values, ddof=1):.3f})" in text
 
 
 def test_a_phenotype_of_few_measurements_is_not_scored(runs):

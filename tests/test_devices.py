@@ -19,7 +19,7 @@ config, cohort, scales, model, objectives, batch = tiny_step(sys.argv[1])
 batch["subject"][5] = batch["subject"][2]  # two visits of one person, on different devices
 batch["mask"][11] = 0
 tx = optax.sgd(1.0)  # new parameters are the old ones minus the gradient
-result, text = {}, None
+result, worst, text = {}, {}, None
 for devices in (1, 8):
   mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1), ("data", "model"),
               axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -31,7 +31,8 @@ for devices in (1, 8):
     compiled = step.lower(state, rows).compile()
     new, metrics = compiled(state, rows)
     grads = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), state.params, new.params)
-    result[devices] = grads, jax.device_get(new.statistics), {k: float(v) for k, v in metrics.items()}
+    result[devices] = grads, jax.device_get(new.statistics), {k: float(v) for k, v in metrics.items() if k != "worst"}
+    worst[devices] = metrics["worst"].tolist()
     text = compiled.as_text()
 scale = np.sqrt(sum((g ** 2).sum() for g in jax.tree.leaves(result[1][0])))
 differ = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
@@ -42,7 +43,7 @@ for line in text.splitlines():
     shapes = re.findall(r"[a-z]+[0-9]+\\[([0-9,]*)\\]", found[1])
     sizes.append((found[2], sum(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes)))
 
-print(json.dumps(dict(metrics={str(d): r[2] for d, r in result.items()}, gradient=differ(result[1][0], result[8][0]) / scale,
+print(json.dumps(dict(worst=worst, metrics={str(d): r[2] for d, r in result.items()}, gradient=differ(result[1][0], result[8][0]) / scale,
   statistics=differ(result[1][1], result[8][1]), collectives=sizes,
   parameters=sum(x.size for x in jax.tree.leaves(state.params)))))
 """
@@ -58,6 +59,8 @@ def test_loss_and_every_metric_agree(compared):
   one, eight = compared["metrics"]["1"], compared["metrics"]["8"]
   assert one.keys() == eight.keys()
   assert eight == pytest.approx(one, rel=1e-5, abs=1e-6)
+  assert one["rows_left_out"] == 1
+  assert compared["worst"]["1"] == compared["worst"]["8"]  # the subjects that a spike would name
 
 
 def test_gradients_and_batch_statistics_agree(compared):

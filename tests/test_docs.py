@@ -1,5 +1,9 @@
 """What the documents show works as it stands there."""
 
+import contextlib
+import doctest
+import io
+import os
 import re
 import subprocess
 import sys
@@ -35,3 +39,30 @@ def test_the_source_of_one_s_own_in_your_data(tmp_path):
   assert np.corrcoef(ecg.ravel(), wanted.ravel())[0, 1] > 0.99
   quality = (tmp_path / "cohort/quality.json").read_text()
   assert "flat lead V1" in quality and "DEMO" not in quality + done.stdout + done.stderr
+
+
+def test_the_walkthrough_prints_what_it_says(tmp_path, monkeypatch):
+  """docs/walkthrough.md from top to bottom: bash blocks as a user runs them, Python blocks in one session."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  mmcl = tmp_path / "bin/mmcl"
+  mmcl.parent.mkdir()
+  mmcl.write_text(f'#!/bin/sh\nverb=$1; shift; exec {sys.executable} -m "mmcl_jax.$verb" "$@"\n')
+  mmcl.chmod(0o755)
+  env = os.environ | {"PATH": f"{mmcl.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+  blocks = re.findall(r"^```(bash|python|text)\n(.*?)^```$", (ROOT / "docs/walkthrough.md").read_text(), re.DOTALL | re.MULTILINE)
+  session, printed, compared = {}, "", 0
+  for kind, block in blocks:
+    if kind == "bash":
+      done = subprocess.run(["bash", "-euc", block], capture_output=True, text=True, env=env)
+      assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+      printed = done.stdout
+    elif kind == "python":
+      with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block, "docs/walkthrough.md", "exec"), session)
+      printed = out.getvalue()
+    else:
+      same = doctest.OutputChecker().check_output(block, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+      assert same, f"the walkthrough says\n{block}\nand the block above it printed\n{printed}"
+      compared += 1
+  assert compared >= 5

@@ -1,6 +1,5 @@
 """Several processes of the true programs on this machine: the same numbers as one, and one end for all."""
 
-import csv
 import hashlib
 import http.server
 import json
@@ -16,6 +15,7 @@ import types
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import wfdb
 
@@ -54,6 +54,7 @@ def main(argv):
     if verb == "evaluate":
       evaluate.main([f"--workdir={workdir}", "--batch=12"])
     if verb == "embed":
+      embed.PART = 2  # three parts: host 0 has the first and the last
       embed.main([f"--workdir={workdir}", f"--input={workdir}/in", f"--out={workdir}/out", "--batch=2"])
 
 cli.run(main, sys.argv[1:], hosts=True)
@@ -210,15 +211,37 @@ def test_evaluation_on_two_hosts_is_that_on_one(two, tmp_path):
   np.testing.assert_allclose(a["embedding"], b["embedding"], rtol=1e-3, atol=1e-3 * np.abs(b["embedding"]).max())
 
 
-def test_two_hosts_embed_the_recordings_in_turn(two, tmp_path):
+def test_two_hosts_embed_parts_in_turn_and_one_goes_on(two, tmp_path, monkeypatch):
   from mmcl_jax import embed
-  workdir, _ = two
-  embed.main([f"--workdir={workdir}", f"--input={workdir / 'in'}", f"--out={tmp_path / 'out'}"])
-  together, alone = (list(csv.DictReader(open(out / "records.csv"))) for out in (workdir / "out", tmp_path / "out"))
-  assert [row["status"] for row in together] == ["ok", "ok", "ok", "rejected", "ok"]
-  assert [(row["path"], row["reason"]) for row in together] == [(row["path"], row["reason"]) for row in alone]
-  a, b = (np.load(out / "embeddings.npy") for out in (workdir / "out", tmp_path / "out"))
-  np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  workdir, found = two
+  assert "4 of 5 recordings embedded" in found[0][1] and "recordings embedded" not in found[1][1]
+  monkeypatch.setattr(embed, "PART", 2)
+  flags = [f"--workdir={workdir}", f"--input={workdir / 'in'}", "--batch=2"]
+  embed.main([*flags, f"--out={tmp_path / 'alone'}"])
+  shutil.copytree(workdir / "out", tmp_path / "out")
+  (tmp_path / "out/part-00001.parquet").unlink()
+  embed.main([*flags, f"--out={tmp_path / 'out'}"])
+  together, alone, gone_on = (pd.read_parquet(out) for out in (workdir / "out", tmp_path / "alone", tmp_path / "out"))
+  assert list(together["status"]) == ["ok", "ok", "ok", "rejected", "ok"]
+  for rows in (together, gone_on):
+    pd.testing.assert_frame_equal(rows.drop(columns="embedding"), alone.drop(columns="embedding"), rtol=1e-4)
+    np.testing.assert_allclose(*(np.stack(x["embedding"].dropna()) for x in (rows, alone)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_host_that_never_comes_is_named_on_those_that_did():
+  code = ("import sys; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.JOIN_S = 4; "
+          "cli.run(lambda argv: None, [arg.replace('=2', '=3') if 'processes' in arg else arg for arg in sys.argv[1:]], hosts=True)")
+  for status, _, err in launch(code, 2, 1, timeout=60):
+    assert status not in (0, os.EX_TEMPFAIL)
+    assert "the hosts did not all come together at 127.0.0.1" in err and re.search(r"timed out task names:\s*2\b", err), err[-2000:]
+
+
+def test_a_host_that_is_too_slow_is_named():
+  code = ("import sys, time; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.WAIT_S = 3\n"
+          "def main(argv):\n  time.sleep(12 * distributed.here.index); distributed.agree({})\n"
+          "cli.run(main, sys.argv[1:], hosts=True)")
+  for status, _, err in launch(code, 2, 1, timeout=60):
+    assert status == 2 and "host 0 of 2: host 1 of 2 was not as far as host 0 within 3 s" in err, err[-2000:]
 
 
 def test_hosts_that_disagree_all_say_so_before_anything_is_compiled(cohort, tmp_path):
@@ -259,7 +282,7 @@ def test_stopped_runs_end_in_the_state_of_an_uninterrupted_one(cohort, tmp_path,
 
 def test_sigterm_is_kept_until_it_is_read():
   before = signal.getsignal(signal.SIGTERM)
-  with distributed.sigterm() as came:
+  with distributed.stop_signals() as came:
     assert not came()
     os.kill(os.getpid(), signal.SIGTERM)
     assert came()

@@ -370,6 +370,18 @@ def test_positions_join_and_nothing_is_normalised_again(tmp_path):
   assert record["has_ecg"] and record["has_cmr"] and np.isnan(record["covariates"]).all()
 
 
+@pytest.mark.parametrize("kept", [("CAD",), ("LVM",), ()])
+def test_labels_of_one_kind_or_of_none(tmp_path, kept):
+  options = folder(tmp_path, counts={"train": 3}, images=False)
+  for name in {"CAD", "LVM"} - set(kept):
+    (tmp_path / f"labels_train_{name}_all.pt").unlink()
+  plan = source.plan(options, identify)
+  assert plan.info["diseases"] == ["CAD"] * ("CAD" in kept) and list(plan.info["phenotypes"]) == ["LVM"] * ("LVM" in kept)
+  records = [plan.read(item)[0] for item in plan.items]
+  assert [r["phenotypes"].tolist() for r in records] == [[80 + i] if "LVM" in kept else [] for i in range(3)]
+  assert [r["diseases"].tolist() for r in records] == [[i % 2] if "CAD" in kept else [] for i in range(3)]
+
+
 def test_one_tensor_of_all_reads_as_a_list(tmp_path):
   options = folder(tmp_path, {"train": 3})
   whole = np.random.default_rng(1).standard_normal((3, 1, 12, 2500)).astype(np.float32)  # with an axis of one channel

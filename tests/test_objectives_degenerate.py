@@ -43,7 +43,8 @@ SAME = {  # all projections are one vector: the expected loss, of the batch
     "phenotype_weighted": lambda b: even(b, lambda d: 1 - np.exp(-d / 1.5**2)), "soft_positive": lambda b: np.log(B),
     "false_negative_removal": lambda b: even(b, lambda d: np.sqrt(d) >= 1.3), "relational": relations,
     "vicreg": lambda b: 25 * 2 * 0.99, "simsiam": lambda b: -1.0}
-ZERO = SAME | {"siglip": lambda b: np.log1p(np.exp(3)) + (B - 1) * np.log1p(np.exp(-3)), "simsiam": lambda b: 0.0}
+ZERO = SAME | {"siglip": lambda b: np.log1p(np.exp(3)) + (B - 1) * np.log1p(np.exp(-3)), "simsiam": lambda b: 0.0,
+               "disease_classification": lambda b: np.log(2)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,9 +107,10 @@ def test_a_batch_without_a_row_that_counts_costs_nothing(name, left_out):
 @pytest.mark.parametrize("name", CASES)
 def test_unknown_targets(name):
   outputs, batch = case()
-  value, grads = value_and_grad(name, outputs, batch | {"targets": np.full_like(batch["targets"], np.nan)})
+  unknown = {label: np.full_like(batch[label], np.nan) for label in ("targets", "diseases")}
+  value, grads = value_and_grad(name, outputs, batch | unknown)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-  if name in ("relational", "phenotype_regression"):
+  if name in ("relational", "phenotype_regression", "disease_classification"):
     assert value == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
   if name in ("phenotype_weighted", "soft_positive", "false_negative_removal"):
     temperature = 0.1 if name == "false_negative_removal" else 0.05
@@ -167,6 +169,7 @@ def test_bfloat16_is_raised_to_float32(name):
     ("false_negative_removal", dict(radius="x"), "radius is 'x'"),
     ("relational", dict(sigma=-0.2), "sigma is -0.2"),
     ("phenotype_regression", dict(delta=-0.2), "delta is -0.2"),
+    ("disease_classification", dict(smoothing=1.0), "smoothing is 1.0; expected a number from 0 to below 1"),
     ("vicreg", dict(covariance=-1.0), "covariance is -1.0"),
     ("cmr_mae", dict(of="ecg"), "of is 'ecg'; expected a CMR tower"),
 ])
@@ -182,10 +185,13 @@ def test_targets_that_do_not_fit_are_one_clear_line():
   for columns, words in ((1, r"\(16, 4\) and batch.targets \(16, 1\)"), (0, "at least one in config.data.targets")):
     with pytest.raises(ValueError, match=words):
       objectives.find("phenotype_regression", "")(outputs, batch | {"targets": batch["targets"][:, :columns]})
+  with pytest.raises(ValueError, match=r"\(16, 4\) and batch.diseases \(16, 3\)"):
+    objectives.find("disease_classification", "")(outputs, batch | {"diseases": batch["diseases"][:, :3]})
 
 
 @pytest.mark.parametrize("name, parameters, missing", [
-    ("clip", dict(b="lax"), "lax"), ("nt_xent", dict(of="ed"), "ed"), ("phenotype_regression", dict(of="es"), "es")])
+    ("clip", dict(b="lax"), "lax"), ("nt_xent", dict(of="ed"), "ed"), ("phenotype_regression", dict(of="es"), "es"),
+    ("disease_classification", dict(of="ed"), "ed")])
 def test_a_missing_output_is_named(name, parameters, missing):
   """training.steps.check_outputs makes one line of it, with the outputs that there are."""
   with pytest.raises(KeyError, match=missing):

@@ -4,6 +4,9 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from scipy.special import softmax
+from scipy.stats import norm
+from sklearn.metrics import log_loss, mean_squared_error
 
 from mmcl_jax import objectives
 from mmcl_jax.objectives import common, contrastive, noncontrastive, ntxent, phenotypes, supervised
@@ -141,6 +144,18 @@ def phenotype_regression(outputs, batch, of="ecg", delta=0.0):
   return np.mean(total)
 
 
+def disease_classification(outputs, batch, of="ecg", smoothing=0.0):
+  """sklearn's log-loss of every known label as a case of weight q and a control of weight 1 - q."""
+  total = []
+  for i in np.flatnonzero(rows_of(batch, of)):
+    known = np.isfinite(batch["diseases"][i])
+    if known.any():
+      p = 1 / (1 + np.exp(-outputs["classification"][of][i, known]))
+      q = (1 - smoothing) * batch["diseases"][i, known] + smoothing * 0.5
+      total.append(log_loss(np.repeat([1, 0], len(q)), np.tile(p, 2), sample_weight=np.concatenate([q, 1 - q])))
+  return np.mean(total)
+
+
 def vicreg(outputs, batch, a="ecg", b="ed", invariance=25.0, variance=25.0, covariance=1.0):
   valid = rows_of(batch, a, b)
   views = [named(outputs, name)[valid] for name in (a, b)]
@@ -168,6 +183,35 @@ def cmr_mae(outputs, batch, of="sax", norm_pix=False):
   return np.mean(total)
 
 
+def kl_autoencoder(outputs, batch, noise=0.05):
+  """Gaussians as scipy has them: log-likelihood of the voxels without its constant, KL by its definition, an integral."""
+  made, total = outputs["tokenizer"], []
+  for i in np.flatnonzero(rows_of(batch, "image")):
+    x, y = batch["cmr"]["ed_es_volumes"][i], made["reconstruction"][i]
+    told = norm.logpdf(x, y, noise) - norm.logpdf(0, 0, noise)
+    p, q = norm(made["latent_mean"][i], np.exp(made["latent_log_variance"][i] / 2)), norm(0, 1)
+    at, weights = np.polynomial.hermite_e.hermegauss(8)  # exact: the integrand is a polynomial of degree 2
+    z = p.mean()[..., None] + p.std()[..., None] * at
+    densities = norm.logpdf(z, p.mean()[..., None], p.std()[..., None]) - q.logpdf(z)
+    kl = (densities * weights).sum() / weights.sum()
+    total.append((kl - told.sum()) / x.size)
+  return np.mean(total)
+
+
+def segmentation(outputs, batch):
+  total = []
+  for i in np.flatnonzero(rows_of(batch, "image")):
+    labels, p = batch["labels"][i].ravel(), softmax(outputs["segmentation"][i].reshape(-1, 4), axis=1)
+    dice = [(2 * p[labels == c, c].sum() + 1) / (p[:, c].sum() + (labels == c).sum() + 1) for c in (1, 2, 3)]
+    total.append(log_loss(labels, p, labels=range(4)) + 1 - np.mean(dice))
+  return np.mean(total)
+
+
+def flow_matching(outputs, batch):
+  made = outputs["generator"]
+  return mean_squared_error(*(made[name][rows_of(batch, "image")].ravel() for name in ("target", "velocity")))
+
+
 def mae(outputs, batch, region="masked", ncc_weight=0.0):
   total = []
   for i in np.flatnonzero(rows_of(batch, "ecg")):
@@ -186,7 +230,8 @@ MORE = [
     ("soft_positive", dict()), ("soft_positive", dict(radius=50.0, sigma=0.9)),
     ("false_negative_removal", dict(radius=0.8)), ("relational", dict()),
     ("relational", dict(a="ecg", b="image", sigma=0.5)), ("phenotype_regression", dict(of="image")),
-    ("vicreg", dict(a="ecg", b="ecg.again", variance=3.0, covariance=2.0)), ("cmr_mae", dict())]
+    ("disease_classification", dict(of="image")),
+    ("vicreg", dict(a="ecg", b="ecg.again", variance=3.0, covariance=2.0)), ("cmr_mae", dict()), ("kl_autoencoder", dict())]
 
 
 def test_every_objective_has_a_case():
@@ -213,7 +258,7 @@ def test_clip_weighs_the_direction_it_names():
   outputs, batch = case(whole=True)
   outputs["ecg_projection"] = np.float32([[1, 0], [0, 1]])
   outputs["cmr"]["ed"]["projection"] = np.float32([[1, 3], [-1, 9]])
-  batch = {name: x[:2] for name, x in batch.items()}
+  batch = jax.tree.map(lambda x: x[:2], batch)
   loss = lambda b_to_a: objectives.mean(contrastive.clip(outputs, batch, "ecg", "ed", b_to_a, temperature=0.01))
   assert loss(0.0) < 0.1 and loss(1.0) > 5
   np.testing.assert_allclose(loss(0.75), 0.25 * loss(0.0) + 0.75 * loss(1.0), rtol=1e-6)
@@ -238,6 +283,26 @@ def test_clip_is_cross_entropy_of_torch():
     np.testing.assert_allclose(grad, tensor.grad, atol=1e-10 * float(tensor.grad.norm()))
 
 
+def test_disease_classification_is_that_of_torch():
+  """One disease is cross-entropy over two classes with PyTorch's label smoothing, as MMCL fine-tunes; large odds stay finite."""
+  torch = pytest.importorskip("torch")
+  outputs, batch = case(dtype=np.float64, whole=True)
+  odds, y = outputs["classification"]["ecg"][:, :1].copy(), batch["diseases"][:, :1]
+  odds[0] = 800.0
+  tensor = torch.tensor(odds, requires_grad=True)
+  logits = torch.cat([torch.zeros_like(tensor), tensor], dim=1)
+  expected = torch.nn.functional.cross_entropy(logits, torch.tensor(y[:, 0], dtype=torch.int64), label_smoothing=0.1)
+  expected.backward()
+  with jax.enable_x64(True):
+    loss = lambda odds: objectives.mean(supervised.disease_classification(
+        {"classification": {"ecg": odds}}, batch | {"diseases": y}, smoothing=0.1))
+    value, gradient = jax.value_and_grad(loss)(odds)
+  np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
+  np.testing.assert_allclose(gradient, tensor.grad, atol=1e-14)
+  plain = supervised.disease_classification(outputs, batch, smoothing=0.1).metrics["log_loss"]
+  np.testing.assert_allclose(plain, disease_classification(outputs, batch), rtol=1e-5)
+
+
 @pytest.mark.parametrize("fn, parameters", [
     (phenotypes.soft_positive, dict(radius=0.0)), (phenotypes.false_negative_removal, dict(radius=0.0)),
     (phenotypes.phenotype_weighted, dict(sigma=1e-3))])
@@ -255,7 +320,8 @@ def test_learned_scale_and_bias_stand_in_for_the_parameters():
   learned = outputs | {"log_scale": np.float32(np.log(4)), "bias": np.float32(-2)}
   for name, (parameters, _) in CASES.items():
     fn = objectives.find(name, "")
-    if name in ("mae", "cmr_mae", "simsiam", "vicreg", "phenotype_regression"):
+    if name in ("mae", "cmr_mae", "simsiam", "vicreg", "phenotype_regression", "disease_classification", "kl_autoencoder",
+                "segmentation", "flow_matching"):
       assert objectives.mean(fn(learned, batch, **parameters)) == objectives.mean(fn(outputs, batch, **parameters))
       continue
     fixed = parameters | dict(temperature=0.25) | (dict(bias=-2.0) if name == "siglip" else {})

@@ -16,7 +16,7 @@ class Records:
 
   def __getitem__(self, i):
     small = {name: np.zeros(1, np.float32) for name in ("phenotypes", "diseases", "covariates")}
-    return small | {"subject": np.array([i, 0], np.uint32), "has_ecg": np.uint8(1), "has_cmr": np.uint8(1),
+    return small | {"subject": np.array([i, 0], np.uint32), "visit": np.uint16(i), "has_ecg": np.uint8(1), "has_cmr": np.uint8(1),
                     "ecg": np.full((12, 4), i, np.int16), "ecg_scale": np.float32(1), "cine_slice": np.full((2, 3, 3), i, np.uint8)}
 
 
@@ -70,6 +70,12 @@ def test_one_pass_pads_to_equal_steps_on_every_host(hosts):
   assert seen == list(range(COUNT))
   padding = [e for part in parts for b in part for e, m in zip(b["ecg"], b["mask"]) if not m]
   assert len(padding) == 1 and not padding[0].any()
+
+
+def test_one_pass_carries_what_is_asked_for_where_a_record_has_it():
+  batch = next(pipeline.one_pass(Records(), batch=BATCH, also=("visit", "followed_years", "subject")))
+  np.testing.assert_array_equal(batch["visit"], range(BATCH))
+  assert "followed_years" not in batch and "visit" not in take(1)[0]
 
 
 class EcgOnly:

@@ -1,10 +1,10 @@
 """The programs one after the other, as a user runs them: train, evaluate, embed."""
 
-import csv
 import json
 import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 import wfdb
 from scipy import stats
@@ -41,6 +41,11 @@ def test_results_have_the_documented_layout(report, cohort):
   assert report["ceiling"].keys() == set(names)
   assert {"embedding_minus_random_encoder", "with_covariates_minus_covariates"} <= report["differences"].keys()
   assert all({"value", "ci"} <= d.keys() for d in report["differences"]["embedding_minus_random_encoder"].values())
+  assert report["readouts"].keys() == {"knn", "mlp", "cmr_neighbours"} and report["readouts"]["mlp"].keys() == set(names)
+  assert report["groups"].keys() == {"embedding", *report["baselines"], "ceiling", *report["readouts"]}
+  assert report["diseases"].keys() == report["groups"].keys()
+  assert [point["share"] for point in report["low_data"]["embedding"]["left ventricle"]] == [0.01, 0.1, 1.0]
+  assert "survival" not in report  # the synthetic cohort has no dates
   for direction in ("ecg_to_cmr", "cmr_to_ecg"):
     found = report["retrieval"][direction]
     assert {"r@1", "r@5", "r@10", "median_rank", "n_candidates"} <= found.keys()
@@ -63,7 +68,9 @@ def test_ceiling_is_the_one_that_prepare_prints(report, cohort):
 
 def test_figures_and_tables_are_there(workdir):
   made = {file.name for file in (workdir / "evaluation/6").iterdir()}
-  figures = {"r2.png", "reconstruction.png", "training_curves.png", "predicted_against_true.png", "bland_altman.png", "retrieval.png"}
+  figures = {"r2.png", "reconstruction.png", "training_curves.png", "predicted_against_true.png", "bland_altman.png", "retrieval.png",
+             "low_data.png"}
+  figures |= {f"relevance_{what}_{i}.png" for what in ("cmr", "ecg") for i in (1, 2)}
   assert made == figures | {"report.html", "results.json", "results.csv", "probes.npz", "predictions.npz"}
   assert (workdir / "evaluation/6/report.html").read_text().count("data:image/png") == len(figures)
 
@@ -98,26 +105,26 @@ def test_embedding_a_cohort_s_own_ecg_gives_the_prediction_of_its_evaluation(wor
     write_wfdb(tmp_path / "in", f"subject{i:03d}", synthetic.subject(7, i)["ecg"])
   write_wfdb(tmp_path / "in", "zshort", synthetic.subject(7, 0)["ecg"][:, :1000])
   embed.main([f"--workdir={workdir}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
-  rows = list(csv.DictReader(open(tmp_path / "out/records.csv")))
-  assert [row["status"] for row in rows] == ["ok"] * 3 + ["rejected"]
-  assert "2.00 s long" in rows[3]["reason"]
-  assert np.load(tmp_path / "out/embeddings.npy").shape == (3, 16)
-  saved = np.load(workdir / "evaluation/6/predictions.npz")
-  for row, expected in zip(rows[:3], saved["embedding"]):
-    for (name, unit), value in zip(cohort.info["phenotypes"].items(), expected):
-      column = next(c for c in row if c.startswith(f"{name}_"))
-      # int16 against 5 uV steps of WFDB: a small share of what the phenotype varies by
-      assert float(row[column]) == pytest.approx(value, abs=0.02 * saved["y_true"].std(axis=0).max())
+  rows = pd.read_parquet(tmp_path / "out")
+  assert list(rows["status"]) == ["ok"] * 3 + ["rejected"]
+  assert "2.00 s long" in rows["reason"][3]
+  assert np.stack(rows["embedding"][:3]).shape == (3, 16) and rows["embedding"][3] is None
+  saved, probes = (np.load(workdir / f"evaluation/6/{name}.npz") for name in ("predictions", "probes"))
+  columns = [f"{name}_{unit}" for name, unit in cohort.info["phenotypes"].items()]
+  close = 0.02 * saved["y_true"].std(axis=0).max()  # int16 against 5 uV steps of WFDB
+  np.testing.assert_allclose(rows[columns][:3], saved["embedding"][:3], rtol=0, atol=close)
+  half_width = rows[[f"{column}_high" for column in columns]][:3].to_numpy() - rows[columns][:3].to_numpy()
+  assert cohort.info["counts"]["val"] < 19 and (half_width == probes["half_width"]).all() and np.isposinf(half_width).all()
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the shared real recordings are not here")
 def test_real_recordings_are_embedded(workdir, tmp_path):
   embed.main([f"--workdir={workdir}", f"--input={REAL}", f"--out={tmp_path / 'out'}"])
-  embeddings = np.load(tmp_path / "out/embeddings.npy")
+  rows = pd.read_parquet(tmp_path / "out")
+  embeddings = np.stack(rows["embedding"])
   assert embeddings.shape == (30, 16) and np.isfinite(embeddings).all()
   assert len(np.unique(embeddings.round(5), axis=0)) == 29  # E07509 and E07510 hold the same signal
-  rows = list(csv.DictReader(open(tmp_path / "out/records.csv")))
-  assert len(rows) == 30 and all(np.isfinite(float(row["LVM_g"])) for row in rows)
+  assert np.isfinite(rows["LVM_g"]).all()
 
 
 @pytest.mark.parametrize("program, flags, words", [

@@ -43,9 +43,14 @@ STAGES = {
     "cardionets": (f"cardionets:{DEMO},stage=align", {"ecg": "cardionets_ecg", "cmr_cine": "cardionets_cmr"}, {"contrastive"}),
     "supervised": (f"supervised:{DEMO}", {}, {"phenotypes"}),
     "tuned": (f"supervised:{DEMO},start=pretrained", {"ecg": "mmcl"}, {"phenotypes"}),
+    "diagnosed": ("supervised:test,steps=2,task=diseases", {}, {"diseases"}),
     "tuned_medium": ("supervised:test,steps=2,start=pretrained", {"ecg": "siamese"}, {"phenotypes"}),
     "joint": (f"joint:{DEMO}", {}, {"reconstruction", "dual_phase"}),
+    "autoencoder": (f"cmr_autoencoder:{DEMO}", {}, {"autoencoder"}),
+    "segmenter": (f"cmr_segmenter:{DEMO}", {}, {"segmentation"}),
+    "generator": (f"ecg_to_cmr:{DEMO}", {"ecg": "joint", "tokenizer": "autoencoder", "segmenter": "segmenter"}, {"flow"}),
 }
+GENERATION = {"autoencoder", "segmenter", "generator"}  # stages without an embedding to probe
 CHAINED = [name for name, (_, sources, _) in STAGES.items() if sources]
 FROZEN = {"dual": {"ed", "es"}, "arm_ed_slice": {"slice"}, "arm_cine_slice": {"cine"}, "arm_ed_volume": {"ed"},
           "cardiacnets": {"sax", "lax"}, "cardionets": {"cine"}}
@@ -137,7 +142,8 @@ def test_the_objectives_are_minimised(walk, name):
     assert all(np.isfinite(value) for value in record.values())
     assert record["gradient_norm"] > 0
   validated = {key for record in records for key in record}
-  assert {f"validation/{objective}" for objective in STAGES[name][2]} | {"validation/r2/LVM"} <= validated
+  probed = set() if name in GENERATION else {"validation/r2/LVM"}
+  assert {f"validation/{objective}" for objective in STAGES[name][2]} | probed <= validated
 
 
 @pytest.mark.parametrize("name", CHAINED)
@@ -160,19 +166,21 @@ def test_a_stage_starts_where_the_earlier_ones_ended(walk, name):
 def test_frozen_encoders_stay_as_they_are_and_all_else_learns(walk, name):
   seen = walk(name)
   assert {tower for tower, spec in seen.config.model.cmr.items() if spec.frozen} == FROZEN.get(name, set())
-  modules = [module for module in seen.start["params"] if module == "ecg" or module.startswith("cmr_")]
+  modules = [module for module in seen.start["params"] if module in (*STAGES[name][1], "generator") or module.startswith("cmr_")]
   for module in modules:
     start, end = leaves(seen.start, module), leaves(seen.end, module)
     for path in start:
-      if module.removeprefix("cmr_") in FROZEN.get(name, ()) and path.split("/")[1] == "backbone":
+      backbone = module.removeprefix("cmr_") in FROZEN.get(name, ()) and path.split("/")[1] == "backbone"
+      if backbone or (name == "generator" and module != "generator"):
         np.testing.assert_array_equal(end[path], start[path], err_msg=path)
       else:
         assert not np.array_equal(end[path], start[path]) or unused(path, name), path
 
 
 def unused(path, name):
-  """The only weights that two steps may leave: norms that this stage's objectives do not read."""
-  return name == "arm_ecg_only" and path.startswith("params/fc_norm/")
+  """The only weights that two steps may leave: norms that this stage's objectives do not read; what lies behind gates of 0."""
+  return ((name == "arm_ecg_only" and path.startswith("params/fc_norm/"))
+          or (name == "generator" and not path.startswith("params/velocity/")))
 
 
 def test_a_frozen_stage_cannot_start_without_its_encoder(lax_cohort, walk, tmp_path):
@@ -182,6 +190,8 @@ def test_a_frozen_stage_cannot_start_without_its_encoder(lax_cohort, walk, tmp_p
     train.train(configure(f"dual_phase:{DEMO}", *flags), str(tmp_path / "w"))
   with pytest.raises(UserError, match="matches no parameter of cmr_ed"):  # nor without the ECG encoder that it names
     train.train(configure(f"arms:{DEMO},arm=ed_volume", flags[0], flags[2]), str(tmp_path / "w"))
+  with pytest.raises(UserError, match="the random weights of tokenizer and segmenter; give config.init_from.tokenizer"):
+    train.train(configure(f"ecg_to_cmr:{DEMO}", flags[0], f"--config.init_from.ecg={walk('joint').workdir}"), str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
 
 
@@ -255,7 +265,11 @@ PUBLISHED = {
                                     "objectives.contrastive.temperature": 0.05, "objectives.contrastive.sigma": 0.5, "batch": 256,
                                     "optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.05, "warm-up": FIFTH},
     "supervised:tiny": {"model.ecg.size": "tiny", "model.ecg.pool": "attention", "model.regression": ("ecg",),
-                        "optimizer.learning_rate": 3e-5 * 32 / 4, "optimizer.layer_decay": 1, "warm-up": 0.05},
+                        "optimizer.learning_rate": 3e-5 * 32 / 4, "optimizer.layer_decay": 1, "warm-up": 0.05,
+                        "stop_after": 25, "stop_on": "validation/phenotypes", "every.evaluate": 28_000 // 32},
+    "supervised:tiny,start=pretrained,task=diseases": {
+        "objectives.diseases.fn": "disease_classification", "objectives.diseases.smoothing": 0.1, "model.regression": (),
+        "model.classification": ("ecg",), "stop_on": "validation/diseases"},
     "supervised:tiny,start=pretrained": {"optimizer.learning_rate": 3e-6 * 32 / 4, "optimizer.layer_decay": 0.75,
                                          "model.ecg.drop_path": 0.1, "augment.ecg.gain_noise_sigma": 0.2,
                                          "augment.ecg.rescale_sigma": 0.5, "augment.ecg.phase_noise_strength": 0.075},
@@ -307,6 +321,7 @@ COUNTS = {  # recipe -> part -> weights
     "cardionets:base,stage=ecg": {"ecg": vit(768, 12, 75)},
     "cardionets:base,stage=align": {"ecg": vit(768, 12, 75), "cmr_cine": vit(768, 12, 2 * 256, cls=0)},
     "supervised:tiny": {"ecg": 5_363_328 + 4 * 385 * 384, "regression_ecg": 385 * 12},
+    "supervised:tiny,task=diseases": {"ecg": 5_363_328 + 4 * 385 * 384, "classification_ecg": 385 * 8},
 }
 AUXILIARY = "params/(decoder|siamese.*|norm|backbone/decoder)/"  # what pre-training alone needs
 
@@ -318,10 +333,10 @@ def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
             "covariates": [4], "ed_es_volumes": [2, 12, 96, 96], "cine_slice": [50, 96, 96], "three_frames": [3, 96, 96],
             "lax": [50, 96, 96]}
   pretrainer.check(c.model, shapes)
-  model = pretrainer.build(c.model, c.data.samples, len(c.data.targets) or 12)
+  model = pretrainer.build(c.model, c.data.samples, len(c.data.targets) or 12, 8)
   example = step_room.example(c, shapes, len(c.data.targets) or 12, 2)
   variables = jax.eval_shape(lambda: state_room.variables(model, example))
-  step_room.check_outputs(model, objective_room.build(c.objectives), example, types.SimpleNamespace(variables=variables))
+  step_room.check_outputs(model, objective_room.build(c.objectives), example, types.SimpleNamespace(params=variables["params"], statistics=variables["batch_stats"]))
   state_room.treatments(c, variables["params"], variables["batch_stats"])
   counts = {module: sum(x.size for path, x in leaves(variables, module).items()
                         if path.startswith("params/") and not re.match(AUXILIARY, path)) for module in COUNTS[recipe]}
@@ -334,7 +349,7 @@ def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
 def test_a_recipe_has_the_keys_of_the_contract_and_its_sizes(name):
   """None that another recipe does not know, so that one description serves all; what it leaves out is at its default."""
   module = load(name)
-  free = ("init_from", "model.cmr", "objectives")
+  free = ("init_from", "model.cmr", "model.tokenizer", "model.segmenter", "model.generator", "objectives")
   keys = lambda c: {key for key in configuration.flatten(c.to_dict()) if not key.startswith(free)}
   known = keys(configuration.defaults(8, 6))
   towers = {"kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen"}
@@ -343,7 +358,8 @@ def test_a_recipe_has_the_keys_of_the_contract_and_its_sizes(name):
     c = module.get_config(size)
     assert keys(c) == known
     assert all(set(spec) == towers for spec in c.model.cmr.values())
-    assert set(c.init_from) <= {"ecg", *(f"cmr_{tower}" for tower in c.model.cmr)}
+    generation = [module for module in ("tokenizer", "segmenter") if c.model[module]]
+    assert set(c.init_from) <= {"ecg", *(f"cmr_{tower}" for tower in c.model.cmr), *generation}
     assert module.get_config(f"size={size},batch=4,steps=10").steps == 10
 
 
@@ -378,7 +394,7 @@ def test_readme_and_docs_know_every_recipe(name):
 @pytest.mark.parametrize("argument", [
     *(f"{name}:huge" for name in RECIPES), *(f"{name}:demo,nope=1" for name in RECIPES), *(f"{name}:batch=many" for name in RECIPES),
     "mmcl:arm=nope", "cmr_phenotype:view=lax", "cmr_phenotype:targets=4", "arms:arm=nope", "cardiacnets:stage=nope",
-    "cardionets:stage=nope", "supervised:start=nope", "joint:arm=nope"])
+    "cardionets:stage=nope", "supervised:start=nope", "supervised:task=nope", "joint:arm=nope"])
 def test_an_unknown_argument_is_one_line_that_tells_what_is_known(argument):
   with pytest.raises(UserError) as stop:
     configure(argument)

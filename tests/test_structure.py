@@ -60,12 +60,12 @@ def test_only_one_room_knows_orbax():
 
 
 def test_programs_load_neither_tensorflow_nor_torch(cohort, tmp_path):
-  """Not only at import: a whole run of training, evaluating and embedding."""
+  """Not only at import: a whole run of training, evaluating, embedding and exporting."""
   code = """
 import pathlib, sys
 import wfdb
 from conftest import tiny_flags
-from mmcl_jax import embed, evaluate, prepare, train
+from mmcl_jax import embed, evaluate, export, prepare, train
 from mmcl_jax.data import schema, synthetic
 train.main(tiny_flags(sys.argv[1], sys.argv[2]))
 evaluate.main([f"--workdir={sys.argv[2]}"])
@@ -74,6 +74,7 @@ folder.mkdir()
 wfdb.wrsamp("one", fs=500, units=["mV"] * 12, sig_name=list(schema.LEADS), p_signal=synthetic.subject(0, 0)["ecg"].T.astype(float),
             fmt=["16"] * 12, write_dir=str(folder))
 embed.main([f"--workdir={sys.argv[2]}", f"--input={folder}", f"--out={folder}/out"])
+export.main([f"--workdir={sys.argv[2]}", f"--out={folder}/exported"])
 print("loaded", [m for m in ("tensorflow", "torch") if m in sys.modules])
 """
   assert python(code, cohort.path, tmp_path / "w").strip().endswith("loaded []")

@@ -288,10 +288,11 @@ def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(co
   features = {split: {name: column(split, name) for name in ("subject", "phenotypes", "diseases", "covariates")}
               | {"embedding": rng.normal(size=(len(cohort.splits[split]), 4))} for split in cohort.splits}
   run = types.SimpleNamespace(config=config, step=0, mesh=parallel.make_mesh(data=-1, model=1),
-                              manifest={"cohort": cohort.fingerprint}, scales=None)
+                              manifest={"cohort": cohort.fingerprint}, scales=types.SimpleNamespace(names=(), diseases=()))
   monkeypatch.setattr(evaluate.restore, "load_run", lambda *_: run)
+  monkeypatch.setattr(evaluate.restore, "untrained", lambda *_: {})
   monkeypatch.setattr(evaluate, "embed_splits", lambda *_: features)
-  evaluate.evaluate(str(tmp_path))
+  evaluate.evaluate(str(tmp_path), step=0)
   found = np.load(tmp_path / "evaluation/0/predictions.npz")
   _, wanted, _ = diseases.evaluate(features, cohort.info["diseases"], draws=2)
   np.testing.assert_array_equal(found["subject"], column("test", "subject"))

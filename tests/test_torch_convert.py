@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import wfdb
 
@@ -46,7 +47,7 @@ def test_embeddings_are_those_of_torch(converted, autoencoder, tmp_path):
     wfdb.wrsamp(f"r{i}", fs=500, units=["mV"] * 12, sig_name=list(schema.LEADS), p_signal=ecg.T.astype(float),
                 fmt=["16"] * 12, adc_gain=[2000.0] * 12, baseline=[0] * 12, write_dir=str(tmp_path / "in"))
   embed.main([f"--workdir={converted}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
-  found = np.load(tmp_path / "out/embeddings.npy")
+  found = pd.read_parquet(tmp_path / "out")["embedding"]
   for row, ecg in zip(found, ecgs, strict=True):
     expected = autoencoder(windows(normalise(ecg, "minimal"))).mean(dim=0).detach().numpy()
     np.testing.assert_allclose(row, expected, atol=0.01 * np.abs(expected).max())  # 0.5 uV steps of the file

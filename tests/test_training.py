@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import tiny_config, tiny_flags
+from conftest import ROOT, tiny_config, tiny_flags
 from mmcl_jax import cli, configuration, train
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.data.sources import synthetic as synthetic_source
@@ -149,7 +150,7 @@ def test_a_finished_run_resumes_to_itself(finished, cohort):
 def test_checkpoint_says_what_it_is(finished, cohort):
   assert checkpoint.steps(str(finished[0])) == [3, 6]
   manifest = checkpoint.manifest(str(finished[0]), 6)
-  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/2"
+  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/3"
   assert any(name.startswith("state/") for name in manifest["files"])
 
 
@@ -315,3 +316,15 @@ def test_bfloat16_and_a_learned_temperature_under_its_cap(finished, cohort, tmp_
   exact = metrics.read(finished[0] / "metrics.jsonl")[0]["reconstruction/loss"]
   assert records[0]["reconstruction/loss"] == pytest.approx(exact, rel=0.02)
   assert records[0]["reconstruction/loss"] != exact
+
+
+def test_a_run_that_ends_before_its_first_number_prints_nothing_more(tmp_path):
+  """TensorBoard's writer starts a thread to say that it ends, which Python 3.12 answers with a trace where nothing was written."""
+  code = (f"from mmcl_jax.training import metrics; writer = metrics.create_writer({str(tmp_path)!r}, 0, just_logging=False); "
+          "raise SystemExit(2)")
+  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+  assert ended.returncode == 2 and ended.stderr == "" and not (tmp_path / "tensorboard").exists()
+  writer = metrics.create_writer(str(tmp_path), 0, just_logging=False)
+  writer.write_scalars(1, {"loss": 2.0})
+  writer.close()
+  assert list((tmp_path / "tensorboard").iterdir()) and metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]

@@ -10,6 +10,7 @@ cohort goes on where it was stopped, gives the same records and fingerprint for 
 (mmcl_jax.data.beam), and takes memory for the list of what to read and for one record a process, not for the records.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -22,6 +23,7 @@ import re
 import secrets
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ from tqdm import tqdm
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
-from mmcl_jax.errors import BadRecord, UserError, is_environment
+from mmcl_jax.errors import BadRecord, DamagedRecord, UserError, is_environment
 
 NAME, VERSION = "ecg_cmr", "1.0.0"
 SHARDS_A_SPLIT = 256           # aimed at: a cluster's worth of work, and not too many files to open
@@ -55,6 +57,29 @@ class Cohort(NamedTuple):
   @property
   def fingerprint(self) -> str:
     return self.info["fingerprint"]
+
+
+class Records:
+  """The records of a split, random-access and picklable; one that cannot be read is a UserError that names it."""
+
+  def __init__(self, source, name: str):
+    self.source, self.name = source, name
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, i):
+    if not -len(self) <= i < len(self):
+      raise IndexError(i)
+    try:
+      return self.source[i]
+    except Exception as error:  # what ArrayRecord and tfds make of a damaged chunk, which carries a hash, or of a lost disk
+      text = " ".join(str(error).split())[:150]
+      if is_environment(error) or re.search(r"\b(open|p?read|stat|mmap)\(\) failed", text):
+        raise UserError(f"record {i} of {self.name} cannot be read now ({text}); the same command goes on when the disk is there "
+                        "again") from None
+      raise DamagedRecord(f"record {i} of {self.name} cannot be read ({text}); copy the cohort's files again or prepare it "
+                          "again") from None
 
 
 class Shard(NamedTuple):
@@ -112,7 +137,8 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
   """Makes the cohort of a plan; `out` is complete or absent. Started again after an interruption, it goes on.
 
   Args:
-    out: folder to make; it must not hold anything yet. Work under way lies in `out`.partial.
+    out: folder to make; it must not hold anything yet but the cohort of the same plan, which is opened. Work under way lies
+      in `out`.partial.
     plan: what to read (mmcl_jax.data.sources).
     shares: of train, val and test, drawn by subject, unless the plan gives the splits.
     profile: normalisation of the ECG; of no effect where the source's ECG come normalised.
@@ -128,33 +154,55 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
   profile = plan.info.get("ecg_profile", profile)
   info = {**plan.info, "ecg_profile": profile, "split": list(shares)}
   splits = split_items(plan, shares)
+  info["plan"] = digest_of(plan, info, splits)
+  if (target / "cohort.json").is_file():
+    if (made := load(out)).info.get("plan") != info["plan"]:  # cohorts of earlier versions do not say
+      raise UserError(f"{out} holds a cohort of other inputs or settings; choose another --out or remove it")
+    clear(target)
+    print(f"{out} is there, of the same paths and settings: nothing was read again; remove it to make it anew")
+    return made
   partial.mkdir(parents=True, exist_ok=True)
   with open(partial / "lock", "w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise UserError(f"another process is preparing {out}; wait for it or choose another --out") from None
-    same_plan(partial, plan, info, splits)
-    job = Job(str(partial / "shards"), plan.read, None if plan.info.get("ecg_is_normalised") else profile,
-              {name: len(plan.info[name]) for name in LABELS})
-    job = job._replace(layout=first_layout(job, splits))
-    shards = [Shard(split, i, items[start:start + size]) for split, items in splits.items()
-              for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
-              for i, start in enumerate(range(0, len(items), size))]
-    pathlib.Path(job.folder).mkdir(exist_ok=True)
-    (run or run_locally)(functools.partial(write_shard, job), shards, processes)
-    notes = [(shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text())) for shard in shards]
-    labels = {split: collect_labels(job, [shard for shard in shards if shard.split == split]) for split in schema.SPLITS}
-    finish(partial, job, notes, labels, info)
-    if report:
-      report(str(partial), load(str(partial)), collect(plan, notes, labels))
+    same_plan(partial, info["plan"])
+    if (partial / "shards").is_dir() or not (partial / "cohort.json").is_file():  # else killed right before its name was given
+      write_all(partial, plan, splits, profile, info, processes, report, run or run_locally)
+      (partial / "shards").rename(partial / "shards.done")
+    shutil.rmtree(partial / "shards.done", ignore_errors=True)
     if target.exists():
       target.rmdir()
     partial.rename(target)
-  shutil.rmtree(target / "shards")
-  for leftover in ("plan.json", "lock"):
-    os.remove(target / leftover)
+  clear(target)
   return load(out)
+
+
+def clear(target: pathlib.Path) -> None:
+  """Removes what only work under way needs."""
+  for leftover in ("plan.json", "lock"):
+    (target / leftover).unlink(missing_ok=True)
+
+
+def write_all(partial: pathlib.Path, plan: Plan, splits: dict[str, list[Item]], profile: str, info: dict, processes: int, report,
+              run):
+  """Everything that a cohort holds, into `partial`; arguments are those of `build`."""
+  job = Job(str(partial / "shards"), plan.read, None if plan.info.get("ecg_is_normalised") else profile,
+            {name: len(plan.info[name]) for name in LABELS})
+  job = job._replace(layout=first_layout(job, splits))
+  shards = [Shard(split, i, items[start:start + size]) for split, items in splits.items()
+            for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
+            for i, start in enumerate(range(0, len(items), size))]
+  pathlib.Path(job.folder).mkdir(exist_ok=True)
+  for abandoned in pathlib.Path(job.folder).glob("*.tmp*"):  # by processes that were killed
+    abandoned.unlink(missing_ok=True)
+  run(functools.partial(write_shard, job), shards, processes)
+  notes = [(shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text())) for shard in shards]
+  labels = {split: collect_labels(job, [shard for shard in shards if shard.split == split]) for split in schema.SPLITS}
+  finish(partial, job, notes, labels, info)
+  if report:
+    report(str(partial), load(str(partial)), collect(plan, notes, labels))
 
 
 def check_out(out: str) -> None:
@@ -162,7 +210,7 @@ def check_out(out: str) -> None:
   target = pathlib.Path(out)
   if target.is_symlink() or os.path.ismount(target) or target.resolve() == pathlib.Path.cwd():
     raise UserError(f"--out={out} is a link, a mount or the current folder; expected the name of a new folder")
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+  if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "cohort.json").is_file())):
     raise UserError(f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it")
 
 
@@ -186,22 +234,23 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
   return splits
 
 
-def same_plan(partial: pathlib.Path, plan: Plan, info: dict, splits: dict[str, list[Item]]) -> None:
-  """Writes what `partial` is the beginning of; refuses to go on with something else.
-
-  That is all a record depends on before its files are read: paths, values from tables, settings.
-  """
+def digest_of(plan: Plan, info: dict, splits: dict[str, list[Item]]) -> str:
+  """Of all that a record depends on before its files are read: paths, values from tables, settings."""
   found = hashlib.blake2b(json.dumps([schema.SCHEMA_VERSION, info], sort_keys=True).encode(), digest_size=16)
   found.update(pickle.dumps(getattr(plan.read, "args", ())))
   for split, items in splits.items():
     for item in items:
       found.update(f"{split} {salted_id(item)} ".encode() + pickle.dumps(item.key))
-  digest = json.dumps(found.hexdigest())
+  return found.hexdigest()
+
+
+def same_plan(partial: pathlib.Path, digest: str) -> None:
+  """Writes what `partial` is the beginning of; refuses to go on with something else."""
   file = partial / "plan.json"
-  if file.is_file() and file.read_text() != digest:
+  if file.is_file() and json.loads(file.read_text()) != digest:
     raise UserError(f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew")
   temporary = partial / "plan.json.tmp"
-  temporary.write_text(digest)
+  temporary.write_text(json.dumps(digest))
   temporary.rename(file)
 
 
@@ -263,6 +312,16 @@ def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.Features
       for name, (dtype, shape) in layout.items()})
 
 
+@contextlib.contextmanager
+def record_writer_errors(folder: pathlib.Path):
+  """Turns what ArrayRecord makes of a full disk into a UserError."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise UserError(f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on from what is "
+                    "done") from None
+
+
 @threadpoolctl.threadpool_limits.wrap(limits=1)  # as many processes as cores already compute
 def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: None) -> None:
   """Reads the items of a shard and writes its file, then its note, each under a temporary name first."""
@@ -288,7 +347,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     except BadRecord as error:
       rejected.append({"id": salted_id(item), "reason": str(error)})
     else:
-      writer.write(serializer.serialize_example(described.encode_example(stored)))
+      with record_writer_errors(folder):
+        writer.write(serializer.serialize_example(described.encode_example(stored)))
       # Of the arrays, not of the file: protocol buffers give the same record other bytes in another process.
       digest.update(b"".join(stored[name].tobytes() for name in job.layout))
       for name, values in kept.items():
@@ -296,7 +356,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
       if flags:
         flagged.append({"id": salted_id(item), "flags": flags})
     progress()
-  writer.close()
+  with record_writer_errors(folder):
+    writer.close()
   count = len(kept["subject"])
   if count:
     os.replace(temporary, file)
@@ -316,6 +377,13 @@ def _begin_worker(count):
   global _count
   _count = count
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+  """A worker waits for work on a pipe that it also holds open: it would outlive a parent that was killed."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 def _write_counting(write, shard):
@@ -433,13 +501,19 @@ def load(path: str) -> Cohort:
   try:
     info = json.loads(file.read_text())
     version = info["schema_version"]
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f"{file} is not a cohort description ({error!r}); prepare the cohort again") from None
   if version != schema.SCHEMA_VERSION:
     raise UserError(f"{file} has schema version {version}, this program reads {schema.SCHEMA_VERSION}; "
                     "prepare the cohort again with this version")
+  if wrong := malformed(info):
+    raise UserError(f"{file}: {', '.join(wrong)} is missing or not in the form that `mmcl prepare` writes; copy the file again or "
+                    "prepare the cohort again")
   for name, size in info["files"].items():
-    found = (folder / name).stat().st_size if (folder / name).is_file() else None
+    try:
+      found = (folder / name).stat().st_size
+    except OSError:
+      found = None
     if found != size:
       raise UserError(f"{folder / name} {'is missing' if found is None else f'has {found} bytes'}; cohort.json says {size} "
                       "bytes: copy the file again or prepare the cohort again")
@@ -447,11 +521,39 @@ def load(path: str) -> Cohort:
   info = {"with_ecg": info["counts"], "with_cmr": info["counts"], **info}
   try:
     read_only = tfds.builder_from_directory(str(next(folder.glob("ecg_cmr/*"))))
-    splits = {split: read_only.as_data_source(split) if info["counts"][split] else [] for split in schema.SPLITS}
+    if set(read_only.info.features) != set(info["shapes"]):
+      raise ValueError("features.json and cohort.json list different fields")
+    splits = {split: Records(read_only.as_data_source(split), f"{split} in {path}") if info["counts"][split] else []
+              for split in schema.SPLITS}
   except Exception as error:  # tfds raises whatever the broken file leads to
     raise UserError(f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
                     "prepare the cohort again") from None
+  if wrong := [split for split in schema.SPLITS if len(splits[split]) != info["counts"][split]]:
+    raise UserError(f"{path} has another number of records in {', '.join(wrong)} than cohort.json says; copy its files again or "
+                    "prepare the cohort again")
   return Cohort(str(path), info, splits)
+
+
+def malformed(info: dict[str, Any]) -> list[str]:
+  """The entries of cohort.json that a program would stumble over."""
+  is_a = lambda kind: lambda x: isinstance(x, kind) and not isinstance(x, bool)
+  of = lambda key, value: lambda x: isinstance(x, dict) and all(key(k) and value(v) for k, v in x.items())
+  listed = lambda one, lengths=None: lambda x: isinstance(x, list) and all(map(one, x)) and (lengths is None or len(x) == lengths)
+  word, natural, number = is_a(str), lambda x: is_a(int)(x) and x >= 0, is_a((int, float))
+  counts = lambda x: of(word, natural)(x) and set(x) == set(schema.SPLITS)
+  named = lambda x: of(word, word)(x) or listed(word)(x)
+  moments = lambda x: x is None or listed(number, 2)(x)
+  known = lambda x: of(word, of(word, moments))(x) and {"phenotypes", "covariates"} <= set(x)
+  form = {"fingerprint": word, "source": word, "ecg_profile": word, "phenotypes": of(word, word), "diseases": listed(word),
+          "covariates": named, "counts": counts, "shapes": of(word, listed(natural)), "files": of(word, natural)}
+  later = {"with_ecg": counts, "with_cmr": counts, "train_statistics": known, "salt_tag": word}  # absent from older cohorts
+  wrong = [name for name, right in form.items() if name not in info or not right(info[name])]
+  wrong += [name for name, right in later.items() if info.get(name) is not None and not right(info[name])]
+  if not wrong:  # what one entry says of another
+    wrong += [name for name in LABELS if info["shapes"].get(name) != [len(info[name])]]
+    wrong += [f"train_statistics of {kind}" for kind, found in (info.get("train_statistics") or {}).items()
+              if kind in info and set(found) != set(info[kind])]
+  return wrong
 
 
 def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
@@ -459,8 +561,14 @@ def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
   path = pathlib.Path(cohort.path) / "subjects.npz"
   if not path.is_file():
     raise UserError(f"{path} is missing: copy it again, or prepare the cohort again with this version")
-  with np.load(path) as file:
-    return {split: file[split] for split in schema.SPLITS}
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      found = {split: np.asarray(file[split], np.uint32).reshape(-1, 2) for split in schema.SPLITS}
+  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
+    raise UserError(f"{path} is not readable ({error}); copy it again, or prepare the cohort again") from None
+  if wrong := [split for split, rows in found.items() if len(rows) != cohort.info["counts"][split]]:
+    raise UserError(f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the cohort again")
+  return found
 
 
 def train_statistics(cohort: Cohort, field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,10 @@ workers, and starting at step t needs no saved state. All other randomness (crop
 on the device from (seed, index), where `index` is the position in the stream given here.
 """
 
+import contextlib
 import functools
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,17 +21,20 @@ import numpy as np
 from absl import flags
 
 from mmcl_jax.data import schema
+from mmcl_jax.errors import DamagedRecord, UserError
 
+TRIED = 1000  # records of a split, before it is given up as unreadable
 SMALL = ("subject", "has_ecg", "has_cmr", "phenotypes", "diseases", "covariates")
 
 
-def to_example(index: int, record: dict[str, np.ndarray], fields: tuple[str, ...]) -> dict[str, np.ndarray]:
+def to_example(index: int, record: dict[str, np.ndarray], fields: tuple[str, ...],
+               also: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
   """One stored record -> one row of the batch, still compact (int16, uint8); the device casts."""
   example = {name: record[name] for name in SMALL}
   example |= {"ecg": record["ecg"], "ecg_scale": np.float32(record["ecg_scale"]),
               "cmr": {field: record[field] for field in fields},
-              "index": np.uint32(index % 2**32), "mask": np.uint8(1)}
-  return example | {name: record[name] for name in ("ecg_parameters", "features") if name in record}
+              "index": np.uint32(index % 2**32), "mask": np.uint8(record.get("mask", 1))}
+  return example | {name: record[name] for name in ("features", *also) if name in record}
 
 
 class WithFeatures:
@@ -50,6 +56,75 @@ class WithFeatures:
 
   def __getstate__(self):
     return self.__dict__ | {"mapped": None}
+
+
+class Rows:
+  """Some records of a source, in the order of `rows`."""
+
+  def __init__(self, source, rows):
+    self.source, self.rows = source, rows
+
+  def __len__(self):
+    return len(self.rows)
+
+  def __getitem__(self, i):
+    return self.source[int(self.rows[i])]
+
+
+class Tolerant:
+  """Records of a split for training: one that is unusable (`fault`, or not readable) is zeros with mask 0, told on stderr.
+
+  Every host makes the same row of it and the row keeps its place, so the order of the data does not change; the step
+  counts it and the loop decides (config.bad_rows).
+  """
+
+  def __init__(self, source, name: str, reads: tuple[str, ...]):
+    """`reads`: what is looked at of a record, "ecg" and stored CMR fields."""
+    self.source, self.name, self.reads, self.told = source, name, reads, set()
+    self.zeros = None
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, i):
+    try:
+      record = self.source[i]
+      if not (why := fault(record, self.reads)):
+        return record
+      reason = f"record {i} of {self.name}: {why}"
+    except DamagedRecord as error:
+      reason = str(error)
+    if i not in self.told:
+      self.told.add(i)
+      print(f"mmcl: left out: {reason}", file=sys.stderr, flush=True)
+    return self.blank() | {"mask": np.uint8(0)}
+
+  def blank(self) -> dict[str, np.ndarray]:
+    """Zeros in the form of the first record that can be read."""
+    if self.zeros is None:
+      for i in range(min(len(self.source), TRIED)):
+        with contextlib.suppress(DamagedRecord):
+          self.zeros = blank(self.source[i])
+          break
+      else:
+        raise UserError(f"none of the first {TRIED} records of {self.name} can be read; prepare the cohort again")
+    return self.zeros
+
+
+def fault(record: dict[str, np.ndarray], reads: tuple[str, ...]) -> str | None:
+  """Why a record must not be learned from by who `reads` so much of it, or None."""
+  if record["has_ecg"] and "ecg" in reads:
+    if not 0 < record["ecg_scale"] < np.inf:
+      return f"its ECG has the scale {record['ecg_scale']}; expected a positive number"
+    if not np.ptp(record["ecg"], axis=1).any():
+      return "its ECG is constant in every lead"
+  if record["has_cmr"]:
+    images = [name for name in reads if name in schema.VIEWS.values() and name in record]
+    if flat := [name for name in images if record[name].max() == record[name].min()]:
+      return f"its {', '.join(flat)} has the same grey value everywhere"
+  if wrong := [name for name in ("phenotypes", "covariates") if np.isinf(record[name]).any()]:
+    return f"its {', '.join(wrong)} are infinite"
+  return None
 
 
 class Mixed(NamedTuple):
@@ -77,7 +152,8 @@ def _conform(where, blank_record, fields, record):
   lacks_cmr = any(field not in record for field in fields)
   common = {name: x for name, x in record.items()
             if name in blank_record and not (lacks_cmr and (name in fields or name == "features"))}
-  return blank_record | common | labels | {"has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"])}
+  flags = {"has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"]), "mask": record.get("mask", np.uint8(1))}
+  return blank_record | common | labels | flags
 
 
 def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = (), start_step: int = 0, host: int = 0,
@@ -108,19 +184,29 @@ def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = ()
   return iterate(batches, threads, buffer, workers)
 
 
-def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), host: int = 0, hosts: int = 1, threads: int = 2,
-             buffer: int = 2) -> Iterator[dict]:
-  """Every record once, in order; the last batch is padded with rows of mask 0, so all hosts take equally many steps."""
+def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[str, ...] = (), host: int = 0, hosts: int = 1,
+             threads: int = 2, buffer: int = 2) -> Iterator[dict]:
+  """Every record once, in order; the last batch is padded with rows of mask 0, so all hosts take equally many steps.
+
+  Padding has indices from len(source) on.
+
+  Args are those of `train_batches`, and `also`: further names of the record to carry where it has them.
+  """
   padded = -(-len(source) // batch) * batch
 
   def row(i: int) -> dict[str, np.ndarray]:
-    example = to_example(i, source[min(i, len(source) - 1)], fields)
+    example = to_example(i, source[min(i, len(source) - 1)], fields, also)
     if i >= len(source):
-      example = blank(example)
+      example = blank(example) | {"index": np.uint32(i)}
     return example
 
   rows = grain.MapDataset.range(padded).map(row)[host::hosts]
   return iterate(rows.batch(batch // hosts), threads, buffer, workers=0)
+
+
+def ignore_interrupts(*_) -> None:
+  """Ctrl-C reaches every process of a terminal; the reading ones end with the first, which saves before."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def blank(example: dict) -> dict:
@@ -134,5 +220,6 @@ def iterate(batches: grain.MapDataset, threads: int, buffer: int, workers: int) 
   if workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags, which our programs do not use
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer))
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
+                                worker_init_fn=ignore_interrupts)
   return iter(stream)

@@ -102,7 +102,7 @@ def disease_codes(path=None) -> Codes:
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"the list of diseases {path} cannot be read: {error.strerror}") from None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not a list of diseases ({type(error).__name__}: {str(error)[:200]}); expected TOML "
                     "such as mmcl_jax/data/diseases.toml") from None
   if not entries:

@@ -5,6 +5,7 @@ Figures are built directly, without pyplot: nothing global is left behind and no
 """
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
@@ -180,6 +181,31 @@ def reconstruction(ecg: np.ndarray, rebuilt: np.ndarray, mask: np.ndarray, patch
   return _finish(figure, note)
 
 
+def hearts(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str = "") -> Figure:
+  """A row a subject: the middle slice at ED and ES of its real heart, the same by the tokenizer, and hearts drawn from its ECG.
+
+  Args:
+    real, rebuilt: uint8 [N, P, Z, H, W].
+    draws: uint8 [N, S, P, Z, H, W].
+  """
+  middle = real.shape[2] // 2
+  columns = [("real", real), ("tokenizer", rebuilt)]
+  columns += [(f"GENERATED {i + 1}", draws[:, i]) for i in range(draws.shape[1])]
+  figure = Figure(figsize=(1.6 * len(columns) + 0.4, 0.85 * len(real) + 0.7), layout="constrained")
+  panels = figure.subplots(len(real), 2 * len(columns), squeeze=False)
+  for c, (title, stacks) in enumerate(columns):
+    for n, row in enumerate(panels):
+      for phase, panel in enumerate(row[2 * c:2 * c + 2]):
+        panel.imshow(stacks[n, phase, middle], cmap="gray", vmin=0, vmax=255)
+        panel.set(xticks=[], yticks=[])
+        if n == 0:
+          panel.set_title(f"{title}\n{'ED' if phase == 0 else 'ES'}", fontsize=6.5)
+        if c > 1:
+          panel.text(0.5, 0.02, "generated, not measured", transform=panel.transAxes, ha="center", va="bottom", fontsize=3.6,
+                     color="white", path_effects=[patheffects.withStroke(linewidth=0.8, foreground="black")])
+  return _finish(figure, note)
+
+
 def training_curves(records: list, note: str = "") -> Figure:
   """Every metric over the steps, one panel per group: names that agree up to their last '/' share a panel.
 
@@ -222,6 +248,26 @@ def retrieval_ranks(ranks: dict, note: str = "") -> Figure:
   axes.legend(fontsize=8, frameon=False, loc="upper left")
   _clean(axes, grid="both")
   return _finish(figure, note)
+
+
+def low_data(curves: dict, note: str = "") -> Figure:
+  """One panel per group: score against the number of training subjects with labels, mean and SD over random subsets.
+
+  Args:
+    curves: {MODEL: {GROUP: [{subjects, mean, sd}]}}, of evaluators.low_data.
+  """
+  groups = list(next(iter(curves.values())))
+  figure, panels = _grid(len(groups), 4, (2.7, 2.5), note)
+  for panel, group in zip(panels, groups):
+    for (model, found), style, marker in zip(curves.items(), LINES, "os^D"):
+      subjects, mean, sd = np.array([[point[key] for key in ("subjects", "mean", "sd")] for point in found[group]]).T
+      panel.errorbar(subjects, mean, yerr=sd, ls=style, marker=marker, ms=4, lw=1.1, elinewidth=0.9, capsize=2,
+                     color=ACCENT if model == "embedding" else INK, mfc="white" if marker != "o" else None,
+                     label=model.replace("_", " "))
+    panel.set(xscale="log", xlabel="labelled training subjects", ylabel="AUROC" if "AUROC" in group else "mean $R^2$")
+    panel.set_title(group, fontsize=9, fontweight="bold")
+  panels[0].legend(fontsize=6.5, frameon=False)
+  return figure
 
 
 def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> Figure:

@@ -20,9 +20,11 @@ def build(config, model, objectives, cohort, source, scales, mesh) -> list[Calla
   return [EVALUATORS[name](config, model, objectives, cohort, source, scales, mesh) for name in config.evaluators]
 
 
-def check(names) -> None:
-  if unknown := [name for name in names if name not in EVALUATORS]:
+def check(config) -> None:
+  if unknown := [name for name in config.evaluators if name not in EVALUATORS]:
     raise UserError(f"config.evaluators has {', '.join(unknown)}; expected some of {', '.join(EVALUATORS)}")
+  if "phenotypes" in config.evaluators and not config.model.ecg.size and not config.model.cmr:
+    raise UserError("config.evaluators has phenotypes, and this model has no embedding to probe; set evaluators=('losses',)")
 
 
 def losses(config, model, objectives, cohort, source, scales, mesh):

@@ -8,24 +8,40 @@ import io
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 
 from mmcl_jax.errors import UserError
+from mmcl_jax.training import lock
 
-SECTIONS = ("phenotypes", "baselines", "ceiling", "share_of_ceiling", "differences", "diseases", "retrieval")
+SECTIONS = ("phenotypes", "baselines", "ceiling", "share_of_ceiling", "differences", "groups", "readouts", "low_data", "diseases",
+            "survival", "retrieval", "localisation", "generation")
 MODELS = {"random_encoder": "random", "covariates": "covariates", "with_covariates": "emb + cov"}
+HEARTS = {"drawn": "drawn from the {given}", "another_ecg": "drawn from another's {given}", "without_ecg": "drawn without {given}",
+          "train": "all of train", "covariates": "neighbours by covariates", "ecg_neighbours": "neighbours by ECG embedding",
+          "mean_heart": "mean heart", "rebuilt": "the real one, by the tokenizer", "real": "the real one"}
+READOUTS = {"own_head": "own head", "knn": "k-NN", "mlp": "MLP", "cmr_neighbours": "CMR neighbours (zero-shot)"}
+TITLES = {  # of the figures
+    "r2": "R2 of every phenotype, beside its baselines", "predicted_against_true": "Predicted against measured",
+    "bland_altman": "Bland-Altman: difference against mean, with bias and 95 % limits of agreement",
+    "roc_curves": "ROC curves", "calibration": "Calibration: share of cases against predicted probability",
+    "low_data": "Few labels: probes fitted on a part of the training subjects",
+    "hearts": "Generated, not measured: hearts drawn from an ECG, beside the real one",
+    "retrieval": "Retrieval: share answered within the first k", "training_curves": "Training curves",
+    "reconstruction": "Masked reconstruction of a test recording",
+    **{f"relevance_{kind}_{i}": f"Localisation in the {kind.upper()}, recording {i}" for kind in ("cmr", "ecg") for i in (1, 2)}}
 DPI = 150
-LIMITS = ("What this can tell: how well linear probes on the frozen {encoder} embedding predict labels of held-out people of the same "
+LIMITS = ("What this can tell: how well probes on the frozen {encoder} embedding predict labels of held-out people of the same "
           "cohort. What it cannot: how it does at other sites, devices or populations, for whom the labels were made otherwise, or "
           "whether using it helps anybody. For research only; not a medical device.")
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th{border-bottom:2px solid #222}th:first-child,td:first-child{text-align:left}
-img{max-width:100%}pre{overflow-x:auto;font-size:.85em}summary{margin-top:2em;cursor:pointer}
+th{border-bottom:2px solid #222}th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
+img{min-width:40em;max-width:100%}pre{overflow-x:auto;font-size:.85em}summary{margin-top:2em;cursor:pointer}
 .note{font-style:italic;color:#555}dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1em}
 dt{color:#555}dd{margin:0;overflow-wrap:anywhere}"""
 
@@ -55,17 +71,24 @@ def write(results: dict, predictions: dict, probe: dict, figures: dict, out_dir)
   return Path(out_dir).resolve()
 
 
-@contextlib.contextmanager
-def replaced(out_dir):
-  """A new folder to write a report into, which then takes the place of `out_dir`, whole; an earlier report there goes.
-
-  Errors: UserError where `out_dir` is there and holds something that is not a report.
-  """
+def check_place(out_dir, what: str = "a report", mark: str = "results.json") -> Path:
+  """The whole path of a folder that is free, or holds an earlier one of `what`, known by its `mark`; else UserError."""
   out = Path(out_dir).resolve()
-  if out.exists() and not (out / "results.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-    raise UserError(f"{out} is there and is not a report (it has no results.json); name a new folder for the report.")
+  if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    raise UserError(f"{out} is there and is not {what} (it has no {mark}); name a new folder for it.")
+  return out
+
+
+@contextlib.contextmanager
+def replaced(out_dir, *what):
+  """A new folder to write into, which then takes the place of `out_dir`, whole; an earlier one there goes (check_place)."""
+  out = check_place(out_dir, *what)
   out.parent.mkdir(parents=True, exist_ok=True)
-  new, old = (out.parent / f".{out.name}.{os.getpid()}.{word}" for word in ("new", "old"))
+  here = f".{out.name}.{socket.gethostname()}."
+  new, old = (out.parent / f"{here}{os.getpid()}.{word}" for word in ("new", "old"))
+  for abandoned in out.parent.glob(f"{here}*"):  # by processes of this machine that were killed
+    if not lock.alive(abandoned.name.removeprefix(here).partition(".")[0]):
+      shutil.rmtree(abandoned, ignore_errors=True)
   shutil.rmtree(new, ignore_errors=True)
   try:
     new.mkdir()
@@ -86,7 +109,7 @@ def replaced(out_dir):
 
 def table(results: dict) -> str:
   """The headline scores as aligned text: one phenotype a line, R2 with its 95 % interval, baselines and ceiling."""
-  return aligned(_headline(results), left=2)
+  return aligned(headline(results), left=2)
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
@@ -96,21 +119,49 @@ def aligned(rows: list[list[str]], left: int = 1) -> str:
                    .rstrip() for row in rows)
 
 
-def _headline(results):
+def headline(results):
   """Rows of text, headings first: phenotype, unit, R2 with its interval, baselines and ceiling where known."""
   baselines = {model: results["baselines"][model] for model in MODELS if model in results.get("baselines", {})}
-  ceiling = results.get("ceiling", {})
-  rows = [["phenotype", "unit", "R2 [95 % CI]", *(MODELS[m] for m in baselines), *(["ceiling"] if ceiling else [])]]
+  ceiling, own = results.get("ceiling", {}), results.get("readouts", {}).get("own_head", {})
+  rows = [["phenotype", "unit", "R2 [95 % CI]", *(["own head"] if own else []), *(MODELS[m] for m in baselines),
+           *(["ceiling"] if ceiling else [])]]
   for name, score in results.get("phenotypes", {}).items():
     rows.append([name, score["units"], interval(score["r2"], score["r2_ci"]),
+                 *([interval(own[name]["r2"], own[name]["r2_ci"])] if own else []),
                  *(number(scores[name]["r2"]) for scores in baselines.values()),
                  *([number(ceiling.get(name))] if ceiling else [])])
   return rows
 
 
-def _disease_rows(diseases):
+def readout_rows(results):
+  readouts = results["readouts"]
+  rows = [["phenotype", "linear", *(f"{READOUTS.get(name, name)}{more}" for name in readouts for more in ("", ", r"))]]
+  for name, score in results["phenotypes"].items():
+    cells = [(interval(scores[name]["r2"], scores[name]["r2_ci"]), number(scores[name]["pearson"])) for scores in readouts.values()]
+    rows.append([name, number(score["r2"]), *(cell for pair in cells for cell in pair)])
+  return rows
+
+
+def group_rows(results):
+  models = [model for model in results["groups"] if model != "ceiling"] + ["ceiling"] * ("ceiling" in results["groups"])
+  rows = [["group", "phenotypes", *((MODELS | READOUTS).get(model, model) for model in models)]]
+  for group, members in results["group_members"].items():
+    scores = [results["groups"][model][group] for model in models]
+    rows.append([group, str(len(members)), *(interval(score["value"], score["ci"]) for score in scores)])
+  return rows
+
+
+def survival_rows(survival):
+  rows = [["disease", "events", "n", "median years", *(f"C-index {model.replace('_', ' ')}" for model in survival)]]
+  for name, counts in next(iter(survival.values())).items():
+    rows.append([name, f"{counts['events']:,}", f"{counts['n']:,}", number(counts["median_years"]),
+                 *(interval(scores[name].get("c_index"), scores[name].get("c_index_ci")) for scores in survival.values())])
+  return rows
+
+
+def disease_rows(diseases):
   models = list(diseases)
-  rows = [["disease", "cases", "n", *(f"AUROC {model.replace('_', ' ')}" for model in models),
+  rows = [["disease", "cases", "n", *(f"AUROC {READOUTS.get(model, model.replace('_', ' '))}" for model in models),
            *(f"{score} {models[0]}" for score in ("AUPRC", "balanced accuracy", "ECE"))]]
   for name, counts in diseases[models[0]].items():
     areas = [diseases[model][name] for model in models]
@@ -121,11 +172,62 @@ def _disease_rows(diseases):
   return rows
 
 
-def _retrieval_rows(retrieval):
+def retrieval_rows(retrieval):
   columns = list(next(iter(retrieval.values())))
   return [["direction", *(column.replace("_", " ") for column in columns)],
           *([direction.replace("_", " "), *(f"{scores[c]:,.3g}" if isinstance(scores[c], float) else f"{scores[c]:,}"
                                             for c in columns)] for direction, scores in retrieval.items())]
+
+
+def localisation_rows(cosine):
+  columns = {"value": "share", "another_ecg": "another ECG", "untrained": "untrained, one draw",
+             "minus_another_ecg": "minus another ECG", "minus_untrained": "minus untrained"}
+  rows = [["tower / phase", "inside", "n", *columns.values(), "by chance"]]
+  for place, found in cosine.items():
+    for structure, score in found.items():
+      cells = (interval(score[name], score["ci" if name == "value" else f"{name}_ci"]) for name in columns)
+      rows.append([place, structure, f"{score['n']:,}", *cells, number(score["chance"])])
+  return rows
+
+
+def drawn_phenotype_rows(generation):
+  """Of each phenotype and each thing to show for an ECG: CRPS (lower is better), R2 of the mean, bias."""
+  rows = [["phenotype", "shown", "CRPS", "draws minus this", "R2 of the mean", "bias"]]
+  for name in next(iter(generation["phenotypes"].values())):
+    for what, scores in generation["phenotypes"].items():
+      score, minus = scores[name], generation["differences"].get(what, {}).get(name, {})
+      rows.append([name, shown(generation, what), interval(score["crps"], score["crps_ci"]),
+                   interval(minus.get("value"), minus.get("ci")), interval(score["r2"], score["r2_ci"]), number(score["bias"])])
+  return rows
+
+
+def shown(generation, what: str) -> str:
+  return HEARTS[what].format(given=generation.get("given", "ECG"))
+
+
+def picture_rows(generation):
+  columns = {"psnr": "PSNR (dB)", "ssim": "SSIM", "dice_LV": "Dice LV", "dice_MYO": "Dice MYO", "dice_RV": "Dice RV"}
+  return [["shown", *columns.values()], *([shown(generation, what), *(number(scores.get(name)) for name in columns)]
+                                          for what, scores in generation["images"].items())]
+
+
+def spread_rows(generation):
+  copied = generation["memorisation"]
+  rows = [["draws of one subject", ""], ["share of them that lack a chamber", number(generation["unmeasured"]["drawn"])],
+          *([f"SD of {name} over that of all hearts", number(x)] for name, x in generation["diversity"].items())]
+  if copied:
+    rows += [["distance to the nearest training heart", number(copied["nearest_drawn"])],
+             ["the same of real test hearts", number(copied["nearest_real"])],
+             ["share nearer than 99 % of these", number(copied["closer"])]]
+  return rows
+
+
+def completeness_rows(completeness):
+  """Of each recording shown: what the cosine gains over an input of zeros, and what integrated gradients account for."""
+  rows = [["input", "recording", "gain of the cosine", "sum of the gradients"]]
+  for name, found in completeness.items():
+    rows += [[name, str(i), *(f"{x:.4f}" for x in both)] for i, both in enumerate(zip(found["gain"], found["sum"]), 1)]
+  return rows
 
 
 def _evaluation_page(results, images):
@@ -136,16 +238,35 @@ def _evaluation_page(results, images):
     notes.append(f"The test split of this cohort has been scored {times} times from this workdir. A run that was chosen by "
                  "one of them looks better here than it is.")
   seen = results.get("encoder", "ECG")
-  sections = [(f"Phenotypes from the {seen}", _headline(results))]
-  if results.get("diseases"):
-    sections.append((f"Diseases from the {seen} (few cases: counted, not scored)", _disease_rows(results["diseases"])))
+  sections = [(f"Phenotypes from the {seen}", headline(results))]
+  if results.get("group_members"):
+    sections.append(("Mean R2 of groups of phenotypes", group_rows(results)))
+  if results.get("readouts"):
+    sections.append((f"Other read-outs of the {seen} (R2; r: Pearson's correlation)", readout_rows(results)))
+  if any(results.get("diseases", {}).values()):
+    sections.append((f"Diseases from the {seen} (few cases: counted, not scored)", disease_rows(results["diseases"])))
+  if any(results.get("survival", {}).values()):
+    sections.append((f"Incident disease from the {seen} (few events: counted, not scored)", survival_rows(results["survival"])))
   if results.get("retrieval"):
-    sections.append(("Retrieval over the test split", _retrieval_rows(results["retrieval"])))
-  sections += _data_sections(results.get("data", {}), results.get("counts", {}))
+    sections.append(("Retrieval over the test split", retrieval_rows(results["retrieval"])))
+  if results.get("generation"):
+    counts = results["generation"]["counts"]
+    hearts = f"Hearts drawn from the {results['generation'].get('given', 'ECG')}"
+    sections += [(f"{hearts}: what they measure ({counts['draws']} of each of {counts['subjects']} test subjects)",
+                  drawn_phenotype_rows(results["generation"])),
+                 (f"{hearts}: images, and labels by the segmenter", picture_rows(results["generation"])),
+                 (f"{hearts}: spread, and copies", spread_rows(results["generation"]))]
+  located = results.get("localisation", {})
+  if located.get("cosine"):
+    sections.append(("Localisation: share of the tenth of the pixels nearest to the ECG that lies inside",
+                     localisation_rows(located["cosine"])))
+  if located:
+    sections.append(("Integrated gradients: do they add up?", completeness_rows(located["completeness"])))
+  sections += data_sections(results.get("data", {}), results.get("counts", {}))
   return page("Evaluation", notes, facts, sections, images, {"Config": results.get("config", {})})
 
 
-def _data_sections(data, counts):
+def data_sections(data, counts):
   """Tables of what the scores rest on: records, labels and cases by split; what was left out, and why."""
   if not data:
     return []
@@ -169,12 +290,13 @@ def page(heading: str, notes: list[str], facts: dict, sections: list[tuple[str, 
     heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     parts.append(f'<h2>{title}</h2>\n<div class="scroll"><table><tr>{heads}</tr>\n{body}</table></div>')
   for name, image in images.items():
-    title = html.escape(name.replace("_", " "))
-    parts.append(f'<h2>{title[:1].upper() + title[1:]}</h2>\n'
-                 f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(image).decode()}">')
+    title = html.escape(TITLES.get(name, name))
+    parts.append(f'<h2>{title}</h2>\n<div class="scroll"><img alt="{title}" '
+                 f'src="data:image/png;base64,{base64.b64encode(image).decode()}"></div>')
   parts += [f"<details><summary>{title}</summary><pre>{html.escape(as_json(values))}</pre></details>"
             for title, values in folded.items() if values]
   return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
+          '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
           f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
           + "\n".join(parts) + "\n</body></html>\n")
 
@@ -184,7 +306,8 @@ def _write_csv(results, path):
   with open(path, "w", newline="", encoding="utf-8") as file:
     rows = csv.writer(file)
     rows.writerow(["model", "phenotype", "r2", "lo", "hi", "pearson", "mae", "n", "units"])
-    for model, scores in {"embedding": results.get("phenotypes", {}), **results.get("baselines", {})}.items():
+    models = {"embedding": results.get("phenotypes", {}), **results.get("baselines", {}), **results.get("readouts", {})}
+    for model, scores in models.items():
       for name, s in scores.items():
         values = _plain([s["r2"], *s["r2_ci"], s["pearson"], s["mae"]])
         rows.writerow([model, name, *values, s["n"], s["units"]])

@@ -28,8 +28,8 @@ def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[di
 
 def ranks(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
   """{direction: int [N]}: rank (1 = first) of each row's best correct answer among the rows of other subjects."""
-  ecg = _unit(ecg)
-  cmr = _unit(cmr).mean(axis=1)  # the mean of cosines is the product with the mean of unit vectors
+  ecg = unit(ecg)
+  cmr = unit(cmr).mean(axis=1)  # the mean of cosines is the product with the mean of unit vectors
   person = np.unique(subject, axis=0, return_inverse=True)[1].ravel()
   return {"ecg_to_cmr": _ranks(ecg, cmr, person), "cmr_to_ecg": _ranks(cmr, ecg, person)}
 
@@ -46,7 +46,7 @@ def summary(found: np.ndarray, subject: np.ndarray) -> dict:
           "median_rank": float(np.median(found)), "n_candidates": n, "chance_r@10": float(np.mean(1 - missed))}
 
 
-def _unit(x):
+def unit(x: np.ndarray) -> np.ndarray:
   """Vectors of length 1 along the last axis; a zero vector stays zero and so scores 0 against all."""
   x = np.asarray(x, np.float64)
   return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)

@@ -8,6 +8,8 @@ recordings of one person are not two observations. One matrix of weights serves 
 
 import numpy as np
 
+BLOCK_PAIRS = 2**24  # pairs of people held at a time
+
 
 def bootstrap_weights(subject: np.ndarray, draws: int, seed: int) -> np.ndarray:
   """How often each row occurs in each draw, float64 [R, N]: subjects are drawn with replacement, with all their rows.
@@ -104,6 +106,31 @@ def auprc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -
                    where=(cases > 0) & (cases < total))
 
 
+def c_index(years: np.ndarray, happened: np.ndarray, risk: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  """Harrell's concordance (JAMA 247, 1982): the share of comparable pairs whose earlier event has the higher risk, ties half.
+
+  A pair is comparable where one had the event while the other was still under observation without it.
+
+  Args:
+    years, happened, risk: [N], N people at risk: time to the event, or to the end of observation; higher = sooner.
+    weights: None, [N], or [R, N].
+
+  Returns:
+    the shape of `weights` without N; NaN where no pair is comparable.
+  """
+  weights = np.ones(len(years)) if weights is None else weights
+  won, pairs = np.zeros(weights.shape[:-1]), np.zeros(weights.shape[:-1])
+  events = np.flatnonzero(happened)
+  block = max(1, BLOCK_PAIRS // max(len(years), 1))
+  for start in range(0, len(events), block):
+    i = events[start:start + block, None]
+    later = (years > years[i]) | ((years == years[i]) & ~happened)  # [events, N]
+    concordant = later * ((risk[i] > risk) + 0.5 * (risk[i] == risk))
+    won += (weights[..., i[:, 0]] * (weights @ concordant.T)).sum(axis=-1)
+    pairs += (weights[..., i[:, 0]] * (weights @ later.T.astype(np.float64))).sum(axis=-1)
+  return np.divide(won, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
+
+
 def best_threshold(y: np.ndarray, score: np.ndarray) -> float:
   """The score from which on a case is called, of the highest balanced accuracy; NaN without cases or controls.
 
@@ -170,6 +197,43 @@ def limits_of_agreement(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
   return np.stack([mean, mean - 1.96 * sd, mean + 1.96 * sd])
 
 
+def half_width(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+  """Half of a 95 % prediction interval, in the units of y, of rows that no fit has seen; [N, K] -> [K].
+
+  Split conformal (Lei et al., JASA 113, 2018): the ceil(0.95 (n + 1))-th smallest |y - prediction|. Within it of its
+  prediction lies the y of a further row, exchangeable with these, with a probability of 95 % or (1 / (n + 1) at most) more,
+  whatever the distribution. inf where fewer than 19 rows are known in both: so few cannot promise it.
+  """
+  error = np.sort(np.abs(np.asarray(y, np.float64) - prediction), axis=0)  # NaN last
+  n = np.isfinite(error).sum(axis=0)
+  rank = -(-19 * (n + 1) // 20)  # in integers: 0.95 has no exact float
+  last = np.full((1, error.shape[1]), np.inf)
+  return np.take_along_axis(np.concatenate([error, last]), np.where(rank <= n, rank - 1, len(error))[None], axis=0)[0]
+
+
+def coverage(y: np.ndarray, prediction: np.ndarray, half: np.ndarray) -> np.ndarray:
+  """Share of the rows known in both that lie within `half` [K] of their prediction; [N, K] -> [K], NaN without rows."""
+  y, prediction, known = _known(y, prediction)
+  n = known.sum(axis=0)
+  held = (known & (np.abs(y - prediction) <= half)).sum(axis=0)
+  return np.divide(held, n, out=np.full(np.shape(n), np.nan), where=n > 0)
+
+
+def crps(y: np.ndarray, samples: np.ndarray) -> np.ndarray:
+  """Continuous ranked probability score of samples [N, S, ...] or, for all rows alike, [1, S, ...] against y [N, ...].
+
+  mean |sample - y| - half the mean |sample - another sample|, over pairs of two, so that its expectation is that of endless
+  samples (Ferro 2014); in the units of y, lower is better; of one sample alone it is |sample - y|.
+  """
+  count = samples.shape[1]
+  near = np.abs(samples - y[:, None]).mean(axis=1)
+  if count == 1:
+    return near
+  rank = (2 * np.arange(1, count + 1) - count - 1).reshape(1, -1, *[1] * (samples.ndim - 2))
+  apart = 2 * (rank * np.sort(samples, axis=1)).sum(axis=1) / (count * (count - 1))
+  return near - apart / 2
+
+
 def interval(draws: np.ndarray) -> np.ndarray:
   """Percentile 95 % interval of scores [R, ...] -> [2, ...]; NaN where half of the draws or more have no score."""
   usable = np.isfinite(draws).mean(axis=0) > 0.5
@@ -189,19 +253,6 @@ def simultaneous(value: np.ndarray, draws: np.ndarray) -> np.ndarray:
   largest = (np.abs(draws - value)[:, usable] / sd[usable]).max(axis=1)
   reach = np.where(usable, np.quantile(largest, 0.95) * sd, np.nan)
   return np.stack([value - reach, value + reach])
-
-
-def paired_difference(y: np.ndarray, a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> tuple:
-  """R2 of prediction `a` minus R2 of prediction `b` on the same rows and the same draws.
-
-  Args:
-    y, a, b: [N, K].
-    weights: [R, N].
-
-  Returns:
-    the difference [K] and its 95 % interval [2, K].
-  """
-  return r2(y, a) - r2(y, b), interval(r2(y, a, weights) - r2(y, b, weights))
 
 
 def _known(y, prediction):

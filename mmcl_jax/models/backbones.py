@@ -3,6 +3,10 @@
   backbone(x [B, planes, H, W] in [0, 1], rows [B], train, keys) -> features [B, F], at least float32
 
 `rows` are the weights of the rows in batch statistics (0 = padding), `keys` [B] the keys of drop-path (None: none).
+Where a feature comes from, in evaluation mode:
+
+  backbone.feature_map(x) -> [B, planes', H', W', F], whose mean over planes', H', W' is the features
+  backbone.centres(planes, H, W) -> three arrays, of planes', H', W': the plane, row, column of x in the middle of each cell
 """
 
 import flax.linen as nn

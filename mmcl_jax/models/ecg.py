@@ -91,6 +91,11 @@ class EcgTower(nn.Module):
     patches = tokens[:, 1:]
     return self.fc_norm(self.pool(patches) if self.config.pool == "attention" else patches.mean(axis=1))
 
+  def locate(self, tokens):
+    """tokens [B, N, D] of patches -> [B, N, D]: the embedding that each would give if all tokens, CLS too, were like it."""
+    alone = tokens.reshape(-1, 1, tokens.shape[-1])
+    return self.pooled(jnp.repeat(alone, 2, axis=1)).reshape(tokens.shape)
+
   def features(self, embedding):
     """What the projection head sees: the embedding, or timm's `head` of it."""
     return self.head(embedding) if self.config.head else embedding

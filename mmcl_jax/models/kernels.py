@@ -13,7 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 OWN = {"linear", "gelu", "attention", "permute", "convolve"}
 
@@ -93,11 +93,13 @@ def attention(q, k, v):
 def suits_cudnn(q, k) -> bool:
   """May cuDNN's attention be traced here? Its JAX wrapper asks the GPU at hand and refuses what this excludes.
 
-  A program that is compiled for a GPU where there is none therefore has XLA's attention.
+  A program that is compiled for a GPU where there is none therefore has XLA's attention, and so has one for any number
+  of rows (`mmcl export`), which is the same wherever it was made.
   """
   device = jax.devices()[0]
   return (device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
-          and q.dtype == jnp.bfloat16 and q.shape == k.shape and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128)
+          and q.dtype == jnp.bfloat16 and q.shape == k.shape and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+          and not export.is_symbolic_dim(q.shape[0]))
 
 
 @jax.custom_vjp

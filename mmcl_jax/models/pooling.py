@@ -32,12 +32,13 @@ class FiLM(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, covariates):
-    """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D].
-
-    An unknown covariate counts as the mean, and a column of its own says that it is unknown.
-    """
-    unknown = jnp.isnan(covariates)
-    x = jnp.concatenate([jnp.where(unknown, 0, covariates), unknown.astype(covariates.dtype)], axis=1)
+    """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
     fc = nn.Dense(2 * tokens.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="fc")
-    scale, shift = jnp.split(fc(x)[:, None], 2, axis=-1)
+    scale, shift = jnp.split(fc(with_unknown(covariates))[:, None], 2, axis=-1)
     return tokens * (1 + scale) + shift
+
+
+def with_unknown(covariates):
+  """covariates [B, V] standardised, NaN = unknown -> [B, 2 V]: an unknown one is the mean, and a column of its own says so."""
+  unknown = jnp.isnan(covariates)
+  return jnp.concatenate([jnp.where(unknown, 0, covariates), unknown.astype(covariates.dtype)], axis=1)

@@ -1,21 +1,24 @@
 """The whole pre-training model, assembled from `config.model`: an ECG tower, any number of CMR towers, their heads.
 
-Parameters of a tower stand under its name: `ecg`, `cmr_NAME`, with `head_NAME` (projection) and `regression_NAME`.
+Parameters of a tower stand under its name: `ecg`, `cmr_NAME`, with `head_NAME` (projection), `regression_NAME`
+and `classification_NAME`; beside them `tokenizer`, `segmenter` and `generator`.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import backbones, ecg, vit
+from mmcl_jax.models import backbones, ecg, generator, mar, segmenter, tokenizer, vit
 from mmcl_jax.models.heads import Projection
 from mmcl_jax.models.kernels import at_least_float32
 
 TOWER = ("kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen")  # keys of model.cmr.NAME
 DTYPES = ("float32", "bfloat16", "float64")
+GENERATOR = 1 << 20  # use of a row's keys (`fold`), beyond those of any tower
 
 
 class CmrTower(nn.Module):
@@ -42,6 +45,10 @@ class CmrTower(nn.Module):
     features = at_least_float32(features)
     return self.fc(features) if self.config.width else features
 
+  def locate(self, planes):
+    """planes [B, Z, H, W] -> [B, Z', H', W', D]: the embedding if all of the feature map were like that cell."""
+    return self.embed(self.backbone.feature_map(planes))
+
   def reconstruct(self, planes, keys):
     return self.backbone.reconstruct(planes, keys, self.config.mask_ratio)
 
@@ -56,13 +63,17 @@ class Pretrainer(nn.Module):
     reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden), siamese.{projection, prediction} [2, B, E],
     cmr.NAME.{features [B, F], embedding [B, D], projection [B, E]} and, of a masked video transformer, {patches,
     reconstruction [B, N, P], patch_mask [B, N]},
-    regression.NAME [B, K], again.{ecg_embedding, ecg_projection, cmr.NAME.{...}} of the second augmentation,
+    regression.NAME [B, K], classification.NAME [B, C] (log-odds),
+    again.{ecg_embedding, ecg_projection, cmr.NAME.{...}} of the second augmentation,
+    tokenizer.{latent_mean, latent_log_variance [B, N, C], reconstruction [B, P, Z, H, W]},
+    segmentation [B, P, Z, H, W, labels] (log-odds), generator.{velocity, target [B, N, C]} and, of a masked one, hidden [B, N],
     log_scale [] (learned 1 / temperature), bias [].
   """
 
   config: ConfigDict
   samples: int
   targets: int
+  diseases: int = 0
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -75,6 +86,15 @@ class Pretrainer(nn.Module):
     self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
     self.head = {name: head() for name in names}
     self.regression = {name: nn.Dense(self.targets) for name in c.regression}
+    self.classification = {name: nn.Dense(self.diseases) for name in c.get("classification", ())}
+    if c.get("tokenizer"):
+      spec = c.tokenizer
+      self.tokenizer = tokenizer.Tokenizer(*tokenizer.SIZES[spec.size], tuple(spec.patch), spec.channels, dtype, *depth)
+    if c.get("segmenter"):
+      self.segmenter = segmenter.Segmenter(segmenter.SIZES[c.segmenter.size], len(schema.LABELS), dtype)
+    if c.get("generator"):
+      kind = mar.MaskedGenerator if masked(c) else generator.Generator
+      self.generator = kind(*generator.SIZES[c.generator.size], c.tokenizer.channels, dtype, depth[0])
     if c.learned_temperature:
       self.log_scale = self.param("log_scale", nn.initializers.constant(-jnp.log(c.learned_temperature)), ())
     if c.learned_bias:
@@ -89,6 +109,10 @@ class Pretrainer(nn.Module):
     return {"ecg_tokens": tokens, "ecg_embedding": embedding,
             "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train)}
 
+  def embed_ecg(self, ecg, conditions=None):
+    """ecg_embedding of encode_ecg alone."""
+    return {"ecg_embedding": self.ecg(ecg, None, conditions)[1]}
+
   def encode_cmr(self, batch, keys=None, train=False, only=None):
     """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken where the batch has them."""
     rows, cached, found = batch["mask"] * batch["has_cmr"], batch.get("features", {}), {}
@@ -102,6 +126,46 @@ class Pretrainer(nn.Module):
       embedding = tower.embed(features)
       found[name] = {"features": features, "embedding": embedding, "projection": self.head[name](embedding, rows, train)}
     return found
+
+  def locate_ecg(self, ecg, conditions=None):
+    """ecg [B, L, T] -> [B, N, E]: the projection of every patch token as if there were no other."""
+    tokens, _ = self.ecg(ecg, conditions=conditions)
+    return self.head["ecg"](self.ecg.features(self.ecg.locate(tokens)))
+
+  def locate_cmr(self, cmr):
+    """cmr {field: [B, ...]} -> {tower: [B, Z', H', W', E]}: the projection of every cell of the tower's feature map."""
+    return {name: self.head[name](tower.locate(look(cmr, self.config.cmr[name]))) for name, tower in self.cmr.items()}
+
+  def flow(self, batch, tokens, latents, keys, train):
+    """The velocity of `latents` [B, N, C] at a random place on their way, and what it should be, given the ECG's `tokens`.
+
+    With a masked generator it is that of the hidden tokens, given also those that are not; with covariates, given these too.
+    """
+    dropout, by_token = self.config.generator.dropout if train else 0.0, masked(self.config)
+    latents, shape, conditions = jax.lax.stop_gradient(latents), batch["cmr"]["ed_es_volumes"].shape[2:], batch.get("conditions")
+    x, time, target, kept = generator.on_the_line(latents, keys, dropout, each_token=by_token)
+    if "generator.covariates" in takes_covariates(self.config):  # withheld by a chance of their own: some know no covariates
+      told = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout))(fold(keys, GENERATOR + 1))
+      conditions = jnp.where(told[:, None], conditions, jnp.nan)
+    condition = tokens, kept * batch["has_ecg"], shape, conditions
+    if not by_token:
+      return {"velocity": self.velocity(x, time, *condition), "target": target}
+    hidden = mar.hide(fold(keys, GENERATOR + 2), latents.shape[1])
+    velocity = self.generator.token(x, time, self.tell(latents, hidden, *condition))
+    return {"velocity": velocity, "target": target, "hidden": hidden}
+
+  def condition(self, tokens, given, shape, conditions=None):
+    """What a generator takes last, from the shape (Z, H, W) of a stack and covariates [B, V], for one that asks for them."""
+    covariates = conditions if self.config.generator.get("covariates", False) else None
+    return tokens, given, tokenizer.grid_of(shape, self.config.tokenizer.patch), covariates
+
+  def velocity(self, x, time, *condition):
+    """See models.generator."""
+    return self.generator(x, time, *self.condition(*condition))
+
+  def tell(self, latents, hidden, *condition):
+    """See models.mar."""
+    return self.generator.tell(latents, hidden, *self.condition(*condition))
 
   def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False, seen=None):
     """See models.ecg.EcgTower.reconstruct."""
@@ -143,8 +207,16 @@ class Pretrainer(nn.Module):
     for i, (name, spec) in enumerate(c.cmr.items()):
       if spec.mask_ratio and not spec.frozen:
         outputs["cmr"][name] |= self.cmr[name].reconstruct(look(batch["cmr"], spec), fold(mask_keys, i + 1))
-    if c.regression:
-      outputs["regression"] = {name: self.regression[name](embeddings[name]) for name in c.regression}
+    if c.get("tokenizer"):
+      outputs["tokenizer"] = self.tokenizer(batch["cmr"]["ed_es_volumes"], path_keys if train else None)
+    if c.get("generator"):
+      latents, tokens = outputs["tokenizer"]["latent_mean"], outputs["ecg_tokens"]
+      outputs["generator"] = self.flow(batch, tokens, latents, fold(path_keys, GENERATOR), train)
+    if c.get("segmenter"):
+      outputs["segmentation"] = self.segmenter(batch["cmr"]["ed_es_volumes"])
+    for kind, read_outs in (("regression", self.regression), ("classification", self.classification)):
+      if read_outs:
+        outputs[kind] = {name: read_out(embeddings[name]) for name, read_out in read_outs.items()}
     outputs |= {name: getattr(self, name) for name, on in (("log_scale", c.learned_temperature), ("bias", c.learned_bias)) if on}
     return outputs
 
@@ -175,8 +247,10 @@ def look(cmr: dict, spec) -> jax.Array:
 
 
 def fields(config: ConfigDict, only=None) -> tuple[str, ...]:
-  """Stored fields of the cohort that the CMR towers look at, or those of the towers `only`."""
-  return tuple(sorted({schema.VIEWS[spec.view] for name, spec in config.cmr.items() if only is None or name in only}))
+  """Stored fields of the cohort that the model looks at, or of its CMR towers those of the towers `only`."""
+  found = {schema.VIEWS[spec.view] for name, spec in config.cmr.items() if only is None or name in only}
+  found |= {"ed_es_volumes"} if config.get("tokenizer") or config.get("segmenter") else set()
+  return tuple(sorted(found | ({"labels"} if config.get("segmenter") else set())))
 
 
 def learning(config: ConfigDict) -> list[str]:
@@ -184,13 +258,32 @@ def learning(config: ConfigDict) -> list[str]:
   return [name for name, spec in config.cmr.items() if not spec.frozen]
 
 
+def masked(config: ConfigDict) -> bool:
+  """Does the generator draw a few tokens at a time (models.mar)?"""
+  return bool(config.generator.get("masked", False))  # absent from the configs of older runs
+
+
+def noise_shape(config: ConfigDict, shape: tuple[int, int, int]) -> tuple[int, int]:
+  """Of the noise that a heart of (Z, H, W) grows from: tokens, and their numbers; one more says in which order (models.mar)."""
+  tokens = int(np.prod(tokenizer.grid_of(shape, config.tokenizer.patch)))
+  return tokens, config.tokenizer.channels + masked(config)
+
+
+def takes_covariates(config: ConfigDict) -> list[str]:
+  """Keys of config.model that make it ask for more of a person than the ECG."""
+  of_generator = config.get("generator") and config.generator.get("covariates", False)
+  return ["ecg.film"] * bool(config.ecg.film) + ["generator.covariates"] * bool(of_generator)
+
+
 def sees_all(config: ConfigDict, batch: dict) -> bool:
   """Does the batch hold what every CMR tower needs: its view, or its cached features?"""
   return all(name in batch.get("features", {}) or schema.VIEWS[spec.view] in batch["cmr"] for name, spec in config.cmr.items())
 
 
-def build(config: ConfigDict, samples: int, targets: int = 0) -> Pretrainer:
-  """The model that `config.model` names, for recordings of `samples` samples and `targets` phenotypes to read out.
+def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0) -> Pretrainer:
+  """The model that `config.model` names, for recordings of `samples` samples.
+
+  `targets` phenotypes and `diseases` diseases are there to be read out.
 
   What depends on the cohort's images is checked by `check`.
   """
@@ -201,23 +294,56 @@ def build(config: ConfigDict, samples: int, targets: int = 0) -> Pretrainer:
   if config.learned_temperature < 0 or config.max_scale <= 0:
     raise UserError(f"config.model.learned_temperature is {config.learned_temperature} and max_scale {config.max_scale}; expected 0 "
                     "(none) or a temperature, and a number above 0")
-  if not config.ecg.size and not config.cmr:
-    raise UserError("config.model names no tower; set model.ecg.size, or an entry in model.cmr")
+  if not config.ecg.size and not config.cmr and not config.get("tokenizer") and not config.get("segmenter"):
+    raise UserError("config.model names no tower; set model.ecg.size, an entry in model.cmr, or model.tokenizer")
   if config.ecg.size:
     check_ecg(config.ecg, samples)
   known = [*config.cmr, *(["ecg"] if config.ecg.size else [])]
   if "ecg" in config.cmr:
     raise UserError("config.model.cmr names a tower 'ecg', which is the name of the ECG tower; take another one")
-  if unknown := [name for name in config.regression if name not in known]:
-    raise UserError(f"config.model.regression names {', '.join(unknown)}; expected some of {', '.join(known)}")
-  if config.regression and not targets:
-    raise UserError("config.model.regression asks for phenotypes, the cohort has none of config.data.targets")
+  for kind, there, what in (("regression", targets, "phenotypes, the cohort has none of config.data.targets"),
+                            ("classification", diseases, "diseases, the cohort has none")):
+    read_outs = config.get(kind, ())
+    if unknown := [name for name in read_outs if name not in known]:
+      raise UserError(f"config.model.{kind} names {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if read_outs and not there:
+      raise UserError(f"config.model.{kind} asks for {what}")
   for name, spec in config.cmr.items():
     if lacking := sorted(set(TOWER) - set(spec)) + sorted(set(spec) - set(TOWER)):
       raise UserError(f"config.model.cmr.{name} lacks, or does not know, {', '.join(lacking)}; a tower has {', '.join(TOWER)}")
     if spec.view not in schema.VIEWS:
       raise UserError(f"config.model.cmr.{name}.view is {spec.view!r}; expected one of {', '.join(schema.VIEWS)}")
-  return Pretrainer(config, samples, targets)
+  if config.get("tokenizer"):
+    check_tokenizer(config.tokenizer)
+  if (spec := config.get("segmenter")) and (list(spec) != ["size"] or spec.size not in segmenter.SIZES):
+    raise UserError(f"config.model.segmenter is {spec.to_dict()}; expected dict(size=S), S one of {', '.join(segmenter.SIZES)}, or "
+                    "{} for none")
+  if config.get("generator"):
+    check_generator(config)
+  return Pretrainer(config, samples, targets, diseases)
+
+
+def check_generator(config: ConfigDict):
+  c = config.generator
+  if not {"size", "dropout"} <= set(c) <= {"size", "dropout", "masked", "covariates"}:  # older runs have the first two
+    raise UserError(f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, or {{}} for none")
+  if c.size not in generator.SIZES:
+    raise UserError(f"config.model.generator.size is {c.size!r}; expected one of {', '.join(generator.SIZES)}")
+  if not 0 <= c.dropout < 1:
+    raise UserError(f"config.model.generator.dropout is {c.dropout}; expected a probability from 0 to below 1")
+  if not config.get("tokenizer") or not config.ecg.size:
+    raise UserError("config.model.generator makes latents of the tokenizer from an ECG; it needs model.tokenizer and model.ecg.size")
+  if config.ecg.get("masked_view", False):
+    raise UserError("config.model.generator looks at all tokens of an ECG; set model.ecg.masked_view=False")
+
+
+def check_tokenizer(c: ConfigDict):
+  if sorted(c) != ["channels", "patch", "size"]:
+    raise UserError(f"config.model.tokenizer has {', '.join(c)}; expected size, patch and channels, or {{}} for none")
+  if c.size not in tokenizer.SIZES:
+    raise UserError(f"config.model.tokenizer.size is {c.size!r}; expected one of {', '.join(tokenizer.SIZES)}")
+  if c.channels < 1:
+    raise UserError(f"config.model.tokenizer.channels is {c.channels}; expected at least 1 number a token")
 
 
 def check_ecg(c: ConfigDict, samples: int):
@@ -248,3 +374,11 @@ def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
     if not 1 <= planes <= held:
       raise UserError(f"{where}.planes is {spec.planes}; the cohort's {spec.view} has {held} planes")
     backbones.check(spec, (planes, *shape[-2:]), where)
+  if config.get("tokenizer"):
+    shape, patch = shapes["ed_es_volumes"][1:], tuple(config.tokenizer.patch)
+    if len(patch) != 3 or any(not isinstance(side, int) or side < 1 or length % side for side, length in zip(patch, shape)):
+      raise UserError(f"config.model.tokenizer.patch is {patch}; expected divisors of the cohort's {shape[0]} slices and of the sides "
+                      f"of their {shape[1]} x {shape[2]} pixels")
+  if config.get("segmenter") and any(side % 8 for side in shapes["ed_es_volumes"][2:]):
+    raise UserError(f"config.model.segmenter halves an image three times; the cohort's have {shapes['ed_es_volumes'][2:]} pixels: "
+                    "prepare it with a --size that 8 divides")

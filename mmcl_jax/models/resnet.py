@@ -11,6 +11,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmcl_jax.models import kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
@@ -140,6 +141,7 @@ class Body(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"  # as in vit.through
 
+  @nn.compact
   def body(self, x, rows, train):
     """x [B, Z, H, W, C] -> [B, Z, H', W', F], at least float32; every stage halves H and W, the stem by four."""
     stem = nn.Conv(self.stem, (7, 7), (2, 2), padding=3, use_bias=False, kernel_init=kernel_init, dtype=self.dtype,
@@ -155,6 +157,10 @@ class Body(nn.Module):
         x = block(width, stride, *span, dtype=self.dtype, name=f"stage{i}_block{j}")(x, rows, train)
     return at_least_float32(x)
 
+  def every(self, length):
+    """Pixels of a side that the cells of the last feature map are centred on: every stride-th, as all kernels are odd."""
+    return np.arange(0, length, 2 ** (1 + len(self.stages)))
+
 
 class ResNet(Body):
   """Image [B, C, H, W], planes as channels -> features [B, F]: torchvision's ResNet without its fc.
@@ -162,10 +168,16 @@ class ResNet(Body):
   Intensities in [0, 1] go in as they are, as MMCL feeds its image encoder.
   """
 
-  @nn.compact
   def __call__(self, image, rows, train, keys=None):
     """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them; keys: unused."""
     return self.body(jnp.moveaxis(image, 1, -1)[:, None], rows, train).mean(axis=(1, 2, 3))
+
+  def feature_map(self, image):
+    """[B, C, H, W] -> [B, 1, H', W', F]."""
+    return self.body(jnp.moveaxis(image, 1, -1)[:, None], None, False)
+
+  def centres(self, planes, height, width):
+    return np.array([(planes - 1) / 2]), self.every(height), self.every(width)
 
 
 class SlowResNet(Body):
@@ -174,9 +186,20 @@ class SlowResNet(Body):
   Intensities are taken to [-1, 1]; spatial mean, then one Linear(Z -> 1) over the slices, as in the dual-phase system.
   """
 
-  @nn.compact
+  def setup(self):
+    starts_as_mean = lambda key, shape, dtype: jnp.full(shape, 1 / shape[0], dtype)
+    self.slice_pool = nn.Dense(1, kernel_init=starts_as_mean)
+
   def __call__(self, volume, rows, train, keys=None):
     """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them; keys: unused."""
     x = self.body((2 * volume - 1)[..., None], rows, train).mean(axis=(2, 3))  # [B, Z, F]
-    pool = nn.Dense(1, kernel_init=nn.initializers.constant(1 / x.shape[1]), name="slice_pool")  # starts as the mean
-    return pool(x.swapaxes(1, 2))[..., 0]
+    return self.slice_pool(x.swapaxes(1, 2))[..., 0]
+
+  def feature_map(self, volume):
+    """[B, Z, H, W] -> [B, Z, H', W', F]: every slice with the weight that `slice_pool` gives it."""
+    x = self.body((2 * volume - 1)[..., None], None, False)
+    pool = self.slice_pool.variables["params"]
+    return x.shape[1] * pool["kernel"][:, None, None] * x + pool["bias"]
+
+  def centres(self, planes, height, width):
+    return np.arange(planes), self.every(height), self.every(width)

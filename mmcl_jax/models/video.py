@@ -126,6 +126,13 @@ class VideoViT(nn.Module):
     """x [B, T, H, W] -> features [B, D], at least float32. rows: unused; keys [B]: drop-path where `train`."""
     return at_least_float32(self.tokens(x, keys=keys if train else None)).mean(axis=1)
 
+  def feature_map(self, x):
+    """[B, T, H, W] -> [B, T', H', W', D]: the tokens, where they lie."""
+    return at_least_float32(self.tokens(x)).reshape(len(x), *self.grid(x), self.width)
+
+  def centres(self, *shape):
+    return tuple((np.arange(length // side) + 0.5) * side - 0.5 for length, side in zip(shape, self.patch))
+
   def reconstruct(self, x, keys, ratio):
     """Hides a share `ratio` of the patches by `keys` [B] and fills them in (He et al. 2022).
 

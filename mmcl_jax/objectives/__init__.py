@@ -28,9 +28,13 @@ BUILT_IN = {
     "false_negative_removal": "mmcl_jax.objectives.phenotypes:false_negative_removal",
     "relational": "mmcl_jax.objectives.phenotypes:relational",
     "phenotype_regression": "mmcl_jax.objectives.supervised:phenotype_regression",
+    "disease_classification": "mmcl_jax.objectives.supervised:disease_classification",
     "vicreg": "mmcl_jax.objectives.noncontrastive:vicreg",
     "simsiam": "mmcl_jax.objectives.noncontrastive:simsiam",
     "cmr_mae": "mmcl_jax.objectives.mae:cmr_mae",
+    "kl_autoencoder": "mmcl_jax.objectives.generation:kl_autoencoder",
+    "segmentation": "mmcl_jax.objectives.generation:segmentation",
+    "flow_matching": "mmcl_jax.objectives.generation:flow_matching",
 }
 
 

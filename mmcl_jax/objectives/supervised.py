@@ -1,5 +1,6 @@
 """Supervised objectives."""
 
+import jax
 import jax.numpy as jnp
 
 from mmcl_jax.objectives import Loss, common
@@ -35,3 +36,38 @@ def phenotype_regression(outputs, batch, of: str = "ecg", delta: float = 0.0) ->
   unexplained, total = ((x * weight[:, None]).sum() for x in (squared, jnp.square(targets)))
   return Loss(each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1), weight,
               {"r2": 1 - unexplained / jnp.where(total > 0, total, 1.0)})
+
+
+def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0.0) -> Loss:
+  """Classification of diseases from an embedding: the mean over a row's known diseases of the binary cross-entropy
+
+    -q log p - (1 - q) log(1 - p),   q = y (1 - smoothing) + smoothing / 2      (Szegedy et al. 2016; MMCL: 0.1),
+
+  which is the cross-entropy of two classes with as much label smoothing. Every disease weighs alike, and so do cases and
+  controls: no class weights, so that probabilities keep to the prevalence. A row without a known disease does not count.
+
+  Args:
+    outputs: classification.NAME [B, C], log-odds.
+    batch: diseases [B, C] of 0 and 1 (NaN: unknown), mask, and has_ecg or has_cmr [B].
+    of: "ecg" or a CMR tower out of config.model.classification.
+    smoothing: in [0, 1).
+
+  Metrics: log_loss, the same without smoothing.
+  """
+  common.require_not_negative(smoothing=smoothing)
+  if smoothing >= 1:
+    raise ValueError(f"smoothing is {smoothing}; expected a number from 0 to below 1")
+  diseases = common.at_least_float32(batch["diseases"])
+  odds = common.at_least_float32(outputs["classification"][of])
+  if odds.shape != diseases.shape:
+    raise ValueError(f"outputs.classification.{of} has the shape {odds.shape} and batch.diseases {diseases.shape}; "
+                     "expected the same")
+  known = ~jnp.isnan(diseases)
+  weight = common.row_weight(batch, of) * known.any(axis=1)
+
+  def cross_entropy(smoothing):
+    wanted = jnp.where(known, diseases, 0) * (1 - smoothing) + smoothing / 2
+    each = jnp.where(known, jax.nn.softplus(odds) - wanted * odds, 0)
+    return each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
+
+  return Loss(cross_entropy(smoothing), weight, {"log_loss": common.average(cross_entropy(0.0), weight)})

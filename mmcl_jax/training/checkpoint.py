@@ -1,4 +1,4 @@
-"""Checkpoints: save, restore, latest. The only room that knows orbax.
+"""Checkpoints: save, restore, latest, and what is kept. The only room that knows orbax.
 
     WORKDIR/config.json                     the run's config
     WORKDIR/checkpoints/STEP/state          orbax arrays, restorable on any mesh and any number of hosts
@@ -6,14 +6,17 @@
     WORKDIR/checkpoints/STEP/meta/manifest.json   versions, cohort fingerprint, checksum of every file above
 
 The manifest is written last and makes the step count: orbax itself keeps no checksum on array data and takes any
-numbered folder for a checkpoint.
+numbered folder for a checkpoint. Older steps go only once a newer one counts.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -22,26 +25,33 @@ import orbax.checkpoint as ocp
 
 from mmcl_jax.errors import UserError
 
-FORMAT = "mmcl_jax/2"
+FORMAT = "mmcl_jax/3"
+BEFORE = "mmcl_jax/2"  # still read: its manifest has no checksum of itself
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. `save` returns at once; `finish` waits and writes the manifest."""
+  """The checkpoints of one workdir. `save` returns at once; `finish` waits, writes the manifest and drops old steps."""
 
   def __init__(self, workdir: str, keep: int):
-    self.folder = pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
+    self.folder, self.keep = pathlib.Path(os.path.abspath(workdir)) / "checkpoints", keep
     self.pending = None
     for step in unfinished(self.folder):  # of a run that was stopped while it saved
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / str(step))
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True,
-                                           enable_async_checkpointing=True)
+    # Errors of a save are raised here again, in one line; the log would put the stack traces of orbax's threads beside it.
+    for name in ("absl", "asyncio"):
+      logging.getLogger(name).addFilter(without_trace)
+    options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
     self.manager = ocp.CheckpointManager(self.folder, options=options)
 
   def save(self, step: int, state, data: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Starts to save `state` (pytree of arrays) and `data` (JSON) as `step`."""
+    """Starts to save `state` (pytree of arrays) and `data` (JSON) as `step`; meta["best"] names the best step, if any."""
     self.finish()
-    self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
+    if not self.folder.is_dir():
+      raise UserError(f"{self.folder} is not there any more; bring the folder back, and the same command goes on from its last "
+                      "checkpoint")
+    with saving(self.folder / str(step)):
+      self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
     self.pending = step, meta
 
   def poll(self) -> None:
@@ -53,27 +63,64 @@ class Checkpoints:
     """Waits for the save under way, if any, and signs it."""
     if self.pending is None:
       return
-    self.manager.wait_until_finished()
     (step, meta), self.pending = self.pending, None
-    if jax.process_index() == 0:
-      sign(self.folder / str(step), meta)
+    with saving(self.folder / str(step)):
+      self.manager.wait_until_finished()
+      if jax.process_index() == 0:
+        sign(self.folder / str(step), meta)
+        for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
+          (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)  # first: half a step must not count
+          shutil.rmtree(self.folder / str(old))
 
   def close(self) -> None:
     self.finish()
     self.manager.close()
 
 
+def without_trace(record: logging.LogRecord) -> bool:
+  return not record.exc_info
+
+
+@contextlib.contextmanager
+def saving(folder: pathlib.Path):
+  """Turns whatever orbax makes of a disk that is full, gone or not ours into a UserError; no step counts half."""
+  try:
+    yield
+  except Exception as error:
+    # The system's own word for it, out of several lines of paths, where there is one.
+    number = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os_error_code='(\d+)'", str(error)))), None)
+    reason = os.strerror(number) if number else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise UserError(f"cannot save {folder}: {reason}; the same command goes on from the last checkpoint") from error
+
+
+def surplus(steps: list[int], keep: int, best: int | None) -> list[int]:
+  """The steps that may go: all but the newest `keep` (at least 1), and the best."""
+  return [step for step in sorted(steps)[:-keep] if step != best]
+
+
+def best_step(meta: dict[str, Any]) -> int | None:
+  """The step of the best evaluation by the time that a manifest was written; None: training did not look for it."""
+  return (meta.get("best") or {}).get("step")
+
+
 def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
   packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
   whole = {"format": FORMAT, "packages": packages, **meta, "files": checksums(folder)}
+  whole["sha256"] = checksum_of(whole)
   (folder / "meta").mkdir(exist_ok=True)
   partial = folder / "meta" / "manifest.json.partial"
   partial.write_text(json.dumps(whole, indent=1) + "\n")
   partial.rename(folder / "meta" / "manifest.json")
 
 
+def checksum_of(whole: dict[str, Any]) -> str:
+  """Of a manifest without its own checksum, as JSON that does not depend on the order or the white space of the file."""
+  rest = {name: x for name, x in whole.items() if name != "sha256"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def checksums(folder: pathlib.Path) -> dict[str, str]:
-  files = sorted(file for part in ("state", "data") for file in (folder / part).rglob("*") if file.is_file())
+  files = sorted(file for file in folder.rglob("*") if file.is_file() and file.parent != folder / "meta")
   return {str(file.relative_to(folder)): checksum(file) for file in files}
 
 
@@ -104,6 +151,13 @@ def latest(workdir: str) -> int | None:
   return max(steps(workdir), default=None)
 
 
+def chosen(workdir: str) -> int | None:
+  """The step to use where none is named: the best on validation, where training looked for it, else the last."""
+  last = latest(workdir)
+  best = None if last is None else best_step(manifest(workdir, last))
+  return best if best in steps(workdir) else last
+
+
 def manifest(workdir: str, step: int) -> dict[str, Any]:
   """What was written about a step: format, packages, cohort fingerprint, record shapes, checksums."""
   known = steps(workdir)
@@ -112,10 +166,12 @@ def manifest(workdir: str, step: int) -> dict[str, Any]:
   file = step_folder(workdir, step) / "meta" / "manifest.json"
   try:
     found = json.loads(file.read_text())
-    if found["format"] != FORMAT:
+    if found["format"] not in (FORMAT, BEFORE):
       raise UserError(f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; {way_out(workdir, step)}")
+    if (found["format"] == FORMAT or "sha256" in found) and checksum_of(found) != found["sha256"]:
+      raise UserError(f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}")
     return found
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, OSError, RecursionError):
     raise UserError(f"{file} is not readable; {way_out(workdir, step)}") from None
 
 
@@ -126,6 +182,17 @@ def step_folder(workdir: str, step: int) -> pathlib.Path:
 def way_out(workdir: str, step: int) -> str:
   others = [other for other in steps(workdir) if other != step]
   return f"remove {step_folder(workdir, step)} to use step {max(others)}" if others else f"remove {workdir} and train again"
+
+
+def check_files(workdir: str, step: int) -> dict[str, Any]:
+  """The manifest of a step, once this host's share of its files is found as it was written; else a UserError."""
+  folder, about = step_folder(workdir, step), manifest(workdir, step)
+  for name, written in sorted(about["files"].items())[jax.process_index()::jax.process_count()]:
+    there = (folder / name).is_file()
+    if not there or checksum(folder / name) != written:
+      state = "damaged: its checksum is not the one written when it was saved" if there else "missing"
+      raise UserError(f"{folder / name} is {state}; {way_out(workdir, step)}")
+  return about
 
 
 def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -142,12 +209,7 @@ def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dic
   Raises:
     UserError: the step is absent, foreign, or a file of it is damaged; names the file and the way out.
   """
-  folder, about = step_folder(workdir, step), manifest(workdir, step)
-  for name, written in sorted(about["files"].items())[jax.process_index()::jax.process_count()]:
-    there = (folder / name).is_file()
-    if not there or checksum(folder / name) != written:
-      state = "damaged: its checksum is not the one written when it was saved" if there else "missing"
-      raise UserError(f"{folder / name} is {state}; {way_out(workdir, step)}")
+  folder, about = step_folder(workdir, step), check_files(workdir, step)
   try:
     with ocp.CheckpointManager(folder.parent) as manager:
       items = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract),

@@ -13,6 +13,7 @@ JAX's distributed runtime does the work: its heartbeats, key-value store and bar
 """
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -37,6 +38,7 @@ from mmcl_jax.errors import UserError
 JOIN_S = 300      # the hosts must all have come by then
 HEARTBEAT_S = 30  # a host that is silent for so long is lost, and ends all others
 WAIT_S = 900      # for the slowest host to be as far as the others, e.g. to open a cohort
+MEET_S = 30 * 24 * 3600  # `meet`: a month, for ever to all intents
 LEAVE_S = 5       # a host that fails waits so long for the others to have heard it
 
 HELP = """
@@ -85,8 +87,8 @@ def joined(argv: list[str]):
     yield rest
   except UserError as error:
     leave(2, " ".join(str(error).split()))
-  except KeyboardInterrupt:
-    leave(130, "interrupted; the same command goes on from what is saved")
+  except KeyboardInterrupt as signalled:
+    leave(status_of(signalled), "interrupted; the same command goes on from what is saved")
   except SystemExit as error:
     if error.code not in (None, 0, os.EX_TEMPFAIL):
       leave(error.code if isinstance(error.code, int) else 1, f"ended with status {error.code}")
@@ -96,6 +98,11 @@ def joined(argv: list[str]):
     traceback.print_exc()
     leave(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
   part(listener)
+
+
+def status_of(signalled: KeyboardInterrupt) -> int:
+  """The status to end with: 75 (run the command again) after SIGTERM, 130 after Ctrl-C."""
+  return os.EX_TEMPFAIL if signalled.args == (signal.SIGTERM,) else 130
 
 
 def flags(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -185,30 +192,44 @@ def connect(start: dict[str, Any]) -> threading.Thread:
   global here
   import jax
   from jax._src import distributed as runtime
-  # SIGTERM stays ours (`sigterm`): JAX's service would keep it from ending a program that never asks for it.
+  # SIGTERM stays ours (`stop_signals`): JAX's service would keep it from ending a program that never asks for it.
   jax.config.update("jax_enable_preemption_service", False)
   address = start.get("coordinator_address", "")
   if re.match(r"(127\.|localhost:|\[::1\]:)", address):  # else JAX listens on every interface of the machine
     start = start | {"coordinator_bind_address": address}
+  meeting = speaker(f"the hosts did not all come together{f' at {address}' if address else ''} within {JOIN_S} s; JAX's message "
+                    "above names those that did not (timed out task names; none: host 0, or its address); start the same command "
+                    "on every host, with a port that is free on the first")
+  # With a time of its own, shorter than the hosts', JAX's service tells all of them who did not come.
+  service = runtime._jax.get_distributed_runtime_service
+  runtime._jax.get_distributed_runtime_service = functools.partial(service, cluster_register_timeout=JOIN_S)
   try:
-    jax.distributed.initialize(**start, initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+    jax.distributed.initialize(**start, initialization_timeout=JOIN_S + 15, heartbeat_timeout_seconds=HEARTBEAT_S)
   except Exception as error:
-    print(f"mmcl: error: the hosts did not come together{f' at {address}' if address else ''} within {JOIN_S} s "
-          f"({' '.join(str(error).split())[:200]}); start the same command on every host, with a port that is free on the first",
-          file=sys.stderr, flush=True)
-    os._exit(2)  # an ordinary exit would wait for the hosts once more
+    print(" ".join(str(error).split())[:300], file=sys.stderr, flush=True)
+    os._exit(2)  # an ordinary exit would wait for the hosts once more; `meeting` speaks
+  except BaseException:
+    hush(meeting)
+    raise
+  finally:
+    runtime._jax.get_distributed_runtime_service = service
+  hush(meeting)
   state = runtime.global_state
   who = f"host {state.process_id} of {state.num_processes}"
   # Nothing in this process can speak when the runtime aborts it, which is how it ends where another host was lost.
-  last_words = subprocess.Popen(["sh", "-c", LAST_WORDS, f"mmcl: error: {who}: ended without a word: killed, out of memory, or "
-                                 f"aborted because another host was lost ({HEARTBEAT_S} s without a sign of it); its log and the "
-                                 "other hosts' tell which; the same command goes on from the last checkpoint"],
-                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+  last_words = speaker(f"{who}: ended without a word: killed, out of memory, or aborted because another host was lost ({HEARTBEAT_S} s "
+                       "without a sign of it); its log and the other hosts' tell which; the same command goes on from the last "
+                       "checkpoint")
   here = Host(state.process_id, state.num_processes, state.client, last_words)
   print(f"{who} has joined at {state.coordinator_address}; a host that is lost ends all others after {HEARTBEAT_S} s", flush=True)
   listener = threading.Thread(target=listen, daemon=True)
   listener.start()
   return listener
+
+
+def speaker(text: str) -> subprocess.Popen:
+  """A process that says `text` as an error when this one ends without `hush`."""
+  return subprocess.Popen(["sh", "-c", LAST_WORDS, f"mmcl: error: {text}"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
 def listen() -> None:
@@ -256,9 +277,9 @@ def part(listener: threading.Thread) -> None:
   here = Host()
 
 
-def hush() -> None:
-  """There will be no last words."""
-  here.last_words.communicate(b"orderly\n")
+def hush(words: subprocess.Popen | None = None) -> None:
+  """There will be no last words, or none of that speaker."""
+  (words or here.last_words).communicate(b"orderly\n")
 
 
 def agree(facts: dict[str, Any]) -> None:
@@ -270,13 +291,45 @@ def agree(facts: dict[str, Any]) -> None:
   mine = {fact: json.dumps(x) for fact, x in {"jax": jax.__version__, "mmcl_jax": mmcl_jax.__version__, **facts}.items()}
   if here.index == 0:
     here.client.key_value_set(name, json.dumps(mine))
+  wait_for_all(f"{name}/come")
   first = json.loads(here.client.blocking_key_value_get(name, WAIT_S * 1000))
   differing = [f"{fact} is {mine.get(fact)} here and {first.get(fact)} on host 0" for fact in (first | mine)
                if mine.get(fact) != first.get(fact)]
   if differing:
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise UserError(f"{'; '.join(differing[:4])}{more}; start the same command on every host, with the same files and packages")
-  here.client.wait_at_barrier(name, WAIT_S * 1000)  # a host that differs ends all in here
+  wait_for_all(name)  # a host that differs ends all in here
+
+
+def wait_for_all(barrier: str) -> None:
+  """Waits WAIT_S for the slowest host; a UserError names those that have not come as far by then."""
+  try:
+    here.client.wait_at_barrier(barrier, WAIT_S * 1000)
+  except Exception as error:
+    if "DEADLINE_EXCEEDED" not in str(error):
+      raise
+    late = re.findall(r"\d+", str(error).partition("timed out task names:")[2].partition("[")[0])
+    raise UserError(f"host {', '.join(late) or '?'} of {here.count} was not as far as host {here.index} within {WAIT_S} s; look at its "
+                    "log: a slow disk, another machine's files, or stuck? the same command goes on") from None
+
+
+def meet() -> None:
+  """Waits for the slowest host, however long: to be called where hosts have worked apart. A host that is lost ends all."""
+  if here.count > 1:
+    failed, name = [], f"mmcl/meet/{next(rounds)}"
+
+    def wait():
+      try:
+        here.client.wait_at_barrier(name, MEET_S * 1000)
+      except Exception as error:
+        failed.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)  # the main thread must be free for signals
+    waiting.start()
+    while waiting.is_alive():
+      waiting.join(0.5)
+    if failed:
+      raise failed[0]
 
 
 def check_shared(folder: str) -> None:
@@ -288,6 +341,8 @@ def check_shared(folder: str) -> None:
     probe = pathlib.Path(folder, here.client.blocking_key_value_get(name, WAIT_S * 1000))
     here.client.key_value_set(f"{name}/{here.index}", "seen" if probe.exists() else "")
     return
+  for abandoned in pathlib.Path(folder).glob(".shared-*"):  # by a run that was killed
+    abandoned.unlink(missing_ok=True)
   # A new name: no network file system remembers that it was not there.
   probe = pathlib.Path(folder, f".shared-{uuid.uuid4().hex}")
   probe.touch()
@@ -324,11 +379,20 @@ def gather(x: np.ndarray) -> list[np.ndarray]:
 
 
 @contextlib.contextmanager
-def sigterm():
-  """Within, SIGTERM ends nothing; yields a function that tells whether it has come to this host."""
+def stop_signals():
+  """Within, SIGTERM and the first SIGINT (Ctrl-C) end nothing; yields a function that tells whether one has come here."""
   came = threading.Event()
-  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+
+  def asked(signum, frame):
+    if signum == signal.SIGINT:
+      if came.is_set():
+        raise KeyboardInterrupt
+      print("\nasked to stop: the next step is the last, then a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+    came.set()
+
+  before = {signum: signal.signal(signum, asked) for signum in (signal.SIGTERM, signal.SIGINT)}
   try:
     yield came.is_set
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for signum, handler in before.items():
+      signal.signal(signum, handler)

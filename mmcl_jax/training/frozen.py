@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import inference, steps
+from mmcl_jax.training import inference, lock, steps
 
 VERSION = 1  # of what a tower makes of an image; raise it when that changes
 DECIDING = ("kind", "size", "view", "planes", "patch")  # of a tower's config, for its features
@@ -64,10 +64,12 @@ def with_features(cohort, split: str, model, variables, mesh, workdir: str, batc
   if run := [name for name, absent in zip(files, somewhere) if absent]:
     fields = pretrainer.fields(model.config, only=run)
     found = inference.over_split(jax.jit(steps.make_features(model, run)), variables, source, mesh=mesh, batch=batch, fields=fields,
-                                 threads=threads, title=f"frozen towers ({', '.join(run)}), {split}")
+                                 also=("mask",), threads=threads, title=f"frozen towers ({', '.join(run)}), {split}")
+    if not found["mask"].all():  # records that cannot be read today: features of nothing must not be those of tomorrow
+      files |= {name: files[name].with_name(f"{split}-incomplete.npy") for name in run}
     for turn in (True, False):  # host 0 first: where the folder is shared, the others find the files there
       for name in run:
-        if (jax.process_index() == 0) is turn and not kept(files[name], len(source)):
+        if (jax.process_index() == 0) is turn and (not found["mask"].all() or not kept(files[name], len(source))):
           write(files[name], found[name].astype(np.float32))
       multihost_utils.sync_global_devices(f"features of {split}")
   return pipeline.WithFeatures(source, {name: str(file) for name, file in files.items()})
@@ -95,9 +97,13 @@ def kept(file: pathlib.Path, rows: int) -> bool:
 
 
 def write(file: pathlib.Path, features: np.ndarray) -> None:
-  partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+  here = f".{file.name}.{socket.gethostname()}."
+  partial = file.with_name(f"{here}{os.getpid()}")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in file.parent.glob(f"{here}*"):
+      if not lock.alive(abandoned.name.removeprefix(here)):
+        abandoned.unlink(missing_ok=True)
     with open(partial, "wb") as f:
       np.save(f, features)
     partial.rename(file)

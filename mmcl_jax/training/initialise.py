@@ -1,4 +1,4 @@
-"""A stage that starts from earlier ones: modules taken from their last checkpoints, every parameter accounted for."""
+"""A stage that starts from earlier ones: modules taken from their checkpoints, every parameter accounted for."""
 
 import collections
 import re
@@ -36,7 +36,7 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
 
   Args:
     state: a fresh state; its dtypes and shardings stay.
-    load: workdir -> {"params", "batch_stats"} of its last checkpoint, host arrays, and its "config".
+    load: workdir -> {"params", "batch_stats"} of its best or last checkpoint, host arrays, and its "config".
 
   Returns:
     state, Report.
@@ -191,7 +191,7 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def check_frozen(config, origin) -> None:
-  """No tower is frozen at random weights."""
+  """No tower is frozen at random weights, and no generator learns the latents of a random tokenizer."""
   for tower, spec in config.model.cmr.items():
     fresh = [label(key) for key, text in origin.items()
              if spec.frozen and key[1].startswith(f"cmr_{tower}/backbone/") and text.startswith(FRESH)]
@@ -199,3 +199,8 @@ def check_frozen(config, origin) -> None:
       raise UserError(f"config.model.cmr.{tower}.frozen would freeze random weights ({len(fresh)} arrays, such as "
                       f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the tower, "
                       "and nothing of its backbone to config.init_except")
+  random = [module for module in ("tokenizer", "segmenter", "ecg") if config.model.get("generator")
+            and any(top(key) == module and text.startswith(FRESH) for key, text in origin.items())]
+  if random:
+    raise UserError(f"config.model.generator would learn from, or be judged by, the random weights of {' and '.join(random)}; give "
+                    f"config.init_from.{random[0]} the workdir of a stage that trained {'them' if len(random) > 1 else 'it'}")

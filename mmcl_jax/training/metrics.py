@@ -35,18 +35,23 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
+  """Begins its file with the first number: of a run that is refused before that, Python 3.12 would print a trace at its exit."""
+
   def __init__(self, folder: pathlib.Path):
-    self.writer = tensorboardX.SummaryWriter(str(folder))
+    self.folder, self.writer = folder, None
 
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    self.writer = self.writer or tensorboardX.SummaryWriter(str(self.folder))
     for name, x in scalars.items():
       self.writer.add_scalar(name, float(x), step)
 
   def flush(self) -> None:
-    self.writer.flush()
+    if self.writer:
+      self.writer.flush()
 
   def close(self) -> None:
-    self.writer.close()
+    if self.writer:
+      self.writer.close()
 
 
 class MultiWriter:

@@ -28,29 +28,53 @@ class Run(NamedTuple):
 
 
 class Encoder(NamedTuple):
-  """A trained ECG encoder; `embed` takes normalised ECGs float32 [B, L, T] and gives float32 [B, D]."""
+  """A trained ECG encoder; `embed` takes normalised ECGs float32 [B, L, T] and gives float32 [B, D].
+
+  `checkpoint` is the checksum of its manifest, which holds those of its files.
+  """
 
   config: ConfigDict
   step: int
+  checkpoint: str
   embed: Callable[[np.ndarray], np.ndarray]
 
 
-def load_run(workdir: str, step: int | None = None) -> Run:
-  """Restores `step` (default: the last) on all devices of all hosts, whatever mesh trained it."""
-  config = configuration.load(workdir)
-  step = checkpoint.latest(workdir) if step is None else step
+def choose(workdir: str, step: int | None = None) -> int:
+  """`step`, or where it is None the best on validation, of a run that stops early, which is told; else the last."""
+  if step is not None:
+    return step
+  step, last = checkpoint.chosen(workdir), checkpoint.latest(workdir)
   if step is None:
     raise UserError(f"{workdir} has no checkpoint yet; train it with `mmcl train`")
+  if jax.process_index() == 0 and (best := checkpoint.best_step(checkpoint.manifest(workdir, last))) is not None:
+    what = "the best" if step == best else f"the last, for the best, {best}, is not there any more"
+    print(f"{workdir}: step {step}, {what} by {configuration.load(workdir).stop_on}", flush=True)
+  return step
+
+
+def load_run(workdir: str, step: int | None = None) -> Run:
+  """Restores `step` (None: see `choose`) on all devices of all hosts, whatever mesh trained it."""
+  config = configuration.load(workdir)
+  step = choose(workdir, step)
   about = checkpoint.manifest(workdir, step)
+  check_config(workdir, step, about, config)
   scales = scales_from_json(about["scales"])
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
   example = steps.example(config, about["shapes"], len(scales.names), 1)
   abstract, where = state_room.abstract(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
   with jax.set_mesh(mesh):
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
     state, _, manifest = checkpoint.restore(workdir, step, abstract)
   return Run(config, model, mesh, step, state, scales, manifest)
+
+
+def check_config(workdir: str, step: int, manifest: dict[str, Any], config: ConfigDict) -> None:
+  """Raises a UserError where `config` is not the one that the manifest of a step holds."""
+  trained = ConfigDict(manifest.get("config") or config)  # absent from the checkpoints of older runs
+  if differing := configuration.differences(trained, config):
+    raise UserError(f"{workdir}/config.json is damaged or was changed: it is not the one that step {step} was trained with "
+                    f"({'; '.join(differing[:4])}); put it back")
 
 
 def untrained(run: Run) -> dict:
@@ -61,23 +85,30 @@ def untrained(run: Run) -> dict:
 
 
 def load_variables(workdir: str) -> dict:
-  """params and batch_stats of the last checkpoint, on the host, and the run's config: what a later stage starts from."""
+  """params and batch_stats of the checkpoint of `choose`, on the host, and the run's config: where a later stage starts."""
   run = load_run(workdir)
   return jax.device_get(run.state.variables) | {"config": run.config}
 
 
-def load_encoder(workdir: str, step: int | None = None) -> Encoder:
-  """The ECG tower of a checkpoint alone."""
+def load_ecg_run(workdir: str, step: int | None = None) -> Run:
+  """A run whose ECG encoder asks for nothing but an ECG."""
   run = load_run(workdir, step)
   if not run.config.model.ecg.size:
     raise UserError(f"{workdir} has no ECG encoder (config.model.ecg.size is empty); take a run that has one")
   if run.config.model.ecg.film:
     raise UserError(f"the ECG encoder of {workdir} also takes covariates (config.model.ecg.film), which ECG files do not hold; "
                     "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False")
-  embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples))
+  return run
+
+
+def load_encoder(workdir: str, step: int | None = None) -> Encoder:
+  """The ECG tower of a checkpoint alone."""
+  run = load_ecg_run(workdir, step)
+  embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
   # On one device of this host: every host embeds recordings of its own, at its own pace.
   variables = jax.device_put(jax.device_get(run.state.variables), jax.local_devices()[0])
-  return Encoder(run.config, run.step, lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
+  manifest = checkpoint.checksum(checkpoint.step_folder(workdir, run.step) / "meta" / "manifest.json")
+  return Encoder(run.config, run.step, manifest, lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
 
 
 def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str) -> None:
@@ -89,7 +120,7 @@ def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, s
     origin: where the weights come from, for the manifest.
   """
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
   with jax.set_mesh(mesh):
     example = steps.example(config, shapes, len(scales.names), 1)
     state, _ = state_room.create(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
@@ -106,9 +137,11 @@ def meta(step: int, cohort: str, shapes: dict, scales: steps.Scales, **more) -> 
   """What the manifest of a checkpoint says beside its checksums."""
   numbers = {name: [np.asarray(x, float).tolist() for x in getattr(scales, name)] for name in ("target", "covariate")}
   return {"step": step, "cohort": cohort, "shapes": shapes, "devices": jax.device_count(),
-          "scales": {"names": list(scales.names), "covariates": list(scales.covariates), "columns": list(scales.columns), **numbers}, **more}
+          "scales": numbers | {name: list(getattr(scales, name)) for name in ("names", "covariates", "columns", "diseases")},
+          **more}
 
 
 def scales_from_json(found: dict) -> steps.Scales:
   pair = lambda name: tuple(np.asarray(x, np.float32) for x in found[name])
-  return steps.Scales(tuple(found["names"]), tuple(found["covariates"]), tuple(found["columns"]), pair("target"), pair("covariate"))
+  return steps.Scales(tuple(found["names"]), tuple(found["covariates"]), tuple(found["columns"]), pair("target"),
+                      pair("covariate"), tuple(found.get("diseases", ())))  # absent from the checkpoints of older runs

@@ -24,7 +24,8 @@ class TrainState:
 
   @property
   def variables(self):
-    return {"params": self.params, "batch_stats": self.statistics}
+    """What evaluation looks at: the running mean of the parameters where the optimiser keeps one (config.optimizer.ema)."""
+    return {"params": averaged(self.params, self.opt_state), "batch_stats": self.statistics}
 
 
 class Treatment(NamedTuple):
@@ -73,9 +74,44 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
       optax.scale_by_adam(b1=c.b1, b2=c.b2),
       optax.add_decayed_weights(c.weight_decay, mask=decayed),
       optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
-      optax.scale_by_learning_rate(learning_rate(config)))
+      optax.scale_by_learning_rate(learning_rate(config)),
+      *([keep_average(c.ema)] if c.get("ema", 0.0) else []))  # absent from the configs of older runs
   return optax.partition({"trained": trained, "frozen": optax.set_to_zero()},
                          lambda tree: by_path(lambda t, _: "frozen" if t.frozen else "trained", tree))
+
+
+class Average(NamedTuple):
+  """mean: of the parameters after every update so far, weighted by what adds up to `weight` float32 []."""
+
+  weight: jax.Array
+  mean: Any
+
+
+def keep_average(decay: float) -> optax.GradientTransformation:
+  """Last of a chain: updates pass as they are, and a running mean of the parameters after them is kept beside (Polyak).
+
+  It starts at 0 and is divided by its weight, 1 - decay^updates, where it is read, as Adam's moments are: nothing of the first,
+  random parameters is in it.
+  """
+  if not 0 < decay < 1:
+    raise UserError(f"config.optimizer.ema is {decay}; expected 0 (none) or a number below 1, such as 0.999")
+
+  def update(updates, state, params):
+    mean = jax.tree.map(lambda mean, x, change: decay * mean + (1 - decay) * (x + change), state.mean, params, updates)
+    return updates, Average(decay * state.weight + 1 - decay, mean)
+
+  return optax.GradientTransformation(lambda params: Average(jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), update)
+
+
+def averaged(params, opt_state):
+  """The running mean where the optimiser keeps one and has taken an update in; of frozen parameters, themselves."""
+  is_average, is_masked = (lambda x, kind=kind: isinstance(x, kind) for kind in (Average, optax.MaskedNode))
+  kept = [x for x in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(x)]
+  if not kept:
+    return params
+  weight, mean = kept[0]
+  so_far = lambda mean, x: jnp.where(weight > 0, mean / jnp.maximum(weight, 1e-30), x).astype(x.dtype)
+  return jax.tree.map(lambda mean, x: x if is_masked(mean) else so_far(mean, x), mean, params, is_leaf=is_masked)
 
 
 def stop_frozen(params, treatment: dict[str, Treatment]):

@@ -12,14 +12,18 @@ from jax.sharding import PartitionSpec as P
 from mmcl_jax import objectives as objective_room
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import generator, mar, pretrainer
 from mmcl_jax.training import accumulate, state as state_room
+
+
+WORST = 4  # rows of a batch that a spike of the loss names
 
 
 class Scales(NamedTuple):
   """How labels are standardised: the train split's mean and SD of the targets [K] and of the covariates [V].
 
-  `names` [K] are the targets, `columns` [K] their places among the cohort's phenotypes, `covariates` [V] its covariates.
+  `names` [K] are the targets, `columns` [K] their places among the cohort's phenotypes, `covariates` [V] its covariates,
+  `diseases` [C] its diseases, which are 0 or 1 as they are.
   """
 
   names: tuple[str, ...]
@@ -27,16 +31,19 @@ class Scales(NamedTuple):
   columns: tuple[int, ...]
   target: tuple[np.ndarray, np.ndarray]
   covariate: tuple[np.ndarray, np.ndarray]
+  diseases: tuple[str, ...] = ()
 
 
 def to_float(batch, scales: Scales | None = None):
-  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1].
+  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1]; `labels` of its voxels as they are.
 
   With `scales` also targets [B, K] and conditions [B, V], standardised, NaN = not measured.
   """
   batch = dict(batch)
   batch["ecg"] = batch["ecg"].astype(jnp.float32) * batch.pop("ecg_scale")[:, None, None]
-  batch["cmr"] = {view: x.astype(jnp.float32) / 255 for view, x in batch["cmr"].items()}
+  if "labels" in batch["cmr"]:
+    batch["labels"] = batch["cmr"]["labels"]
+  batch["cmr"] = {view: x.astype(jnp.float32) / 255 for view, x in batch["cmr"].items() if view != "labels"}
   for name in ("mask", "has_ecg", "has_cmr"):
     batch[name] = batch[name].astype(jnp.float32)
   if scales:
@@ -53,7 +60,9 @@ def example(config, shapes: dict[str, list[int]], targets: int, rows: int):
   batch |= {name: array(shapes[name], f32) for name in ("phenotypes", "diseases", "covariates")}
   batch |= {"targets": array((targets,), f32), "conditions": array(shapes["covariates"], f32)}
   batch |= {name: array((), f32) for name in ("mask", "has_ecg", "has_cmr")}
-  batch["cmr"] = {field: array(shapes[field], f32) for field in pretrainer.fields(config.model)}
+  batch["cmr"] = {field: array(shapes[field], f32) for field in pretrainer.fields(config.model) if field != "labels"}
+  if "labels" in pretrainer.fields(config.model):
+    batch["labels"] = array(shapes["labels"], jnp.uint8)
   if config.augment.twice:
     batch["again"] = {name: batch[name] for name in ("ecg", "cmr")}
   return batch
@@ -88,11 +97,11 @@ def augment(batch, keys, config):
 
 def check_outputs(model, objectives, batch, state):
   """Finds an objective that asks for an output the model does not make, before any compile."""
-  def forward(variables, batch, keys):
-    return model.apply(variables, batch, keys, train=False)
+  def forward(params, statistics, batch, keys):
+    return model.apply({"params": params, "batch_stats": statistics}, batch, keys, train=False)
 
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch["mask"].shape[0]))
-  outputs = jax.eval_shape(forward, state.variables, batch, keys)
+  outputs = jax.eval_shape(forward, state.params, state.statistics, batch, keys)
   for objective in objectives:
     try:
       jax.eval_shape(objective.loss, outputs, batch)
@@ -106,15 +115,20 @@ def check_outputs(model, objectives, batch, state):
 
 
 def total_loss(outputs, batch, objectives, step):
-  """Weighted sum of the objectives, and their metrics named objective/metric."""
-  total, metrics = 0.0, {}
+  """Weighted sum of the objectives, and their metrics named objective/metric.
+
+  `worst` among them, uint32 [min(WORST, B), 2], are the subjects of the rows that add most to the sum, not finite first.
+  """
+  total, metrics, rows = 0.0, {}, jnp.zeros(len(batch["mask"]))
   for objective in objectives:
     loss = objective.loss(outputs, batch)
     value, weight = objective_room.mean(loss), objective.weight(step)
     total += weight * value
+    rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / jnp.maximum(jnp.sum(loss.weight), 1)
     metrics |= {f"{objective.name}/loss": value, f"{objective.name}/weight": weight}
     metrics |= {f"{objective.name}/{name}": x for name, x in loss.metrics.items()}
-  return total, metrics
+  _, worst = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(jnp.isfinite(rows), rows, jnp.inf)), min(WORST, len(rows)))
+  return total, metrics | {"worst": batch["subject"][worst]}
 
 
 def make_train_step(model, objectives, tx, config, scales):
@@ -137,6 +151,7 @@ def make_train_step(model, objectives, tx, config, scales):
     judge = lambda outputs, batch: total_loss(outputs, batch, objectives, state.step)
     compute = accumulate.value_and_grad(forward, judge, config.accumulation)
     (loss, metrics), statistics, grads = compute(state.params, state.statistics, batch)
+    worst = jax.lax.with_sharding_constraint(metrics["worst"], P())  # every host names them
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = schedule(state.step)
@@ -144,8 +159,8 @@ def make_train_step(model, objectives, tx, config, scales):
     params = state_room.cap_temperature(optax.apply_updates(state.params, updates), config.model.max_scale)
     new = state_room.TrainState(state.step + 1, params, statistics, opt_state)
     state = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
-    return state, metrics | {"loss": loss, "gradient_norm": norm, "learning_rate": rate,
-                             "finite": finite.astype(jnp.float32)}
+    return state, metrics | {"worst": worst, "loss": loss, "gradient_norm": norm, "learning_rate": rate,
+                             "rows_left_out": jnp.sum(1.0 - batch["mask"]), "finite": finite.astype(jnp.float32)}
 
   return train_step
 
@@ -174,19 +189,26 @@ def make_loss_step(model, objectives, config, scales):
   return loss_step
 
 
-def make_embed_ecg(model, samples: int):
+def windows(ecg, conditions, samples: int):
+  """The whole windows of `samples` samples of ecg [B, L, T], [B W, L, samples], those of a recording one after the other;
+  and conditions [B, V] or None once for each."""
+  B, L, T = ecg.shape
+  count = T // samples
+  ecg = ecg[:, :, :count * samples].reshape(B, L, count, samples).swapaxes(1, 2).reshape(B * count, L, samples)
+  return ecg, None if conditions is None else jnp.repeat(conditions, count, axis=0)
+
+
+def make_embed_ecg(model, samples: int, method: str = "encode_ecg"):
   """(variables, ecg [B, L, T], conditions [B, V] or None) -> ecg_embedding [B, D], ecg_projection [B, E].
 
-  A recording longer than the model's window is embedded as the mean over its whole windows.
+  A recording longer than the model's window is embedded as the mean over its whole windows. By method "embed_ecg" there
+  is no projection, nor its head in the program.
   """
 
   def embed_ecg(variables, ecg, conditions=None):
-    B, L, T = ecg.shape
-    windows = T // samples
-    ecg = ecg[:, :, :windows * samples].reshape(B, L, windows, samples).swapaxes(1, 2).reshape(B * windows, L, samples)
-    conditions = None if conditions is None else jnp.repeat(conditions, windows, axis=0)
-    outputs = model.apply(variables, ecg, conditions, method="encode_ecg")
-    return {name: outputs[name].reshape(B, windows, -1).mean(axis=1) for name in ("ecg_embedding", "ecg_projection")}
+    outputs = model.apply(variables, *windows(ecg, conditions, samples), method=method)
+    over_windows = lambda x: x.reshape(ecg.shape[0], -1, x.shape[-1]).mean(axis=1)  # B may be symbolic (mmcl export)
+    return {name: over_windows(outputs[name]) for name in ("ecg_embedding", "ecg_projection") if name in outputs}
 
   return embed_ecg
 
@@ -195,15 +217,22 @@ def make_embed(model, config, scales):
   """(variables, batch) -> embedding [B, D]: of the ECG, or of a run without an ECG tower, of its CMR towers side by side.
 
   Beside it ecg_projection [B, E], where there is an ECG tower, and cmr_projection [B, towers, E] where the batch has
-  CMR.
+  CMR. What the ECG tower's own read-outs say, where it has them: own_phenotypes [B, K], the targets in their units, and
+  own_diseases [B, C], probabilities. Those of a recording of several windows are of the mean of its log-odds.
   """
-  embed_ecg = make_embed_ecg(model, config.data.samples)
+  embed_ecg, (mean, sd) = make_embed_ecg(model, config.data.samples), scales.target
 
   def embed(variables, batch):
     batch, outputs = to_float(batch, scales if config.model.ecg.film else None), {}
     if config.model.ecg.size:
       found = embed_ecg(variables, batch["ecg"], batch.get("conditions"))
       outputs = {"embedding": found["ecg_embedding"], "ecg_projection": found["ecg_projection"]}
+      # Linear, so that reading out the mean over windows is the mean of reading out each.
+      read_out = lambda kind: model.apply(variables, outputs["embedding"], method=lambda m, x: getattr(m, kind)["ecg"](x))
+      if "ecg" in config.model.regression:
+        outputs["own_phenotypes"] = mean + sd * read_out("regression")
+      if "ecg" in config.model.get("classification", ()):  # absent from the configs of older runs
+        outputs["own_diseases"] = jax.nn.sigmoid(read_out("classification"))
     if config.model.cmr and pretrainer.sees_all(config.model, batch):
       towers = model.apply(variables, batch, method="encode_cmr")
       outputs["cmr_projection"] = jnp.stack([tower["projection"] for tower in towers.values()], axis=1)
@@ -212,6 +241,51 @@ def make_embed(model, config, scales):
     return outputs
 
   return embed
+
+
+def make_generate(model, config, shape: tuple[int, int, int], steps: int, guidance: float):
+  """(variables, ecg [B, L, T], noise [B, S, *pretrainer.noise_shape], conditions [B, V] or None) -> stacks [B, S, P, Z, H, W].
+
+  Each of the S hearts of a recording, in [0, 1], grows from its own noise. Of a recording longer than the model's window they
+  look at its windows in turn.
+
+  Args:
+    shape: (Z, H, W) of a stack.
+    steps, guidance: see models.generator.integrate and guided; with guidance 0 the ECG is not looked at.
+  """
+
+  def generate(variables, ecg, noise, conditions=None):
+    B, S = noise.shape[:2]
+    tokens = model.apply(variables, *windows(ecg, conditions, config.data.samples), method="encode_ecg")["ecg_tokens"]
+    tokens = tokens.reshape(B, -1, *tokens.shape[1:])
+    tokens = tokens[:, np.arange(S) % tokens.shape[1]].reshape(B * S, *tokens.shape[2:])
+    conditions = None if conditions is None else jnp.repeat(conditions, S, axis=0)
+    noise = noise.reshape(B * S, *noise.shape[2:])
+
+    def apply(method, *inputs, given):
+      return model.apply(variables, *inputs, tokens, jnp.full(B * S, given), shape, conditions, method=method)
+
+    if pretrainer.masked(config.model):
+      tell = lambda *known: {given: apply("tell", *known, given=given) for given in generator.looks(guidance)}
+      velocity = lambda x, time, told: generator.guided(
+          lambda given: model.apply(variables, x, time, told[given], method=lambda m, *args: m.generator.token(*args)), guidance)
+      latents = mar.draw(tell, velocity, noise[..., :-1], noise[..., -1].argsort(axis=1), steps)
+    else:
+      velocity = lambda x, time: generator.guided(lambda given: apply("velocity", x, time, given=given), guidance)
+      latents = generator.integrate(velocity, noise, steps)
+    stacks = model.apply(variables, latents, shape, method=lambda m, *args: m.tokenizer.decode(*args))
+    return jnp.clip(stacks, 0, 1).reshape(B, S, *stacks.shape[1:])
+
+  return generate
+
+
+def make_segment(model):
+  """(variables, stacks [B, P, Z, H, W] in [0, 1]) -> labels uint8 [B, P, Z, H, W] (schema.LABELS)."""
+
+  def segment(variables, stacks):
+    return model.apply(variables, stacks, method=lambda m, x: m.segmenter(x)).argmax(axis=-1).astype(jnp.uint8)
+
+  return segment
 
 
 def make_features(model, names):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg, signal
 
-from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES
+from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES, LEADS
 from mmcl_jax.errors import BadRecord, UserError
 
 RATES_HZ = (50, 20_000)
@@ -58,6 +58,14 @@ def normalise(ecg_mv: np.ndarray, profile: str) -> np.ndarray:
 def rate_hz(profile: str) -> int:
   """Samples per second of what a profile gives."""
   return _profile(profile).rate_hz
+
+
+def in_words(profile: str) -> dict:
+  """What an encoder of this profile is given, for those who make it without this package; JSON."""
+  found = _profile(profile)
+  first = f"the first 10 s of a recording, in mV, at {ECG_RATE_HZ} Hz (polyphase resampling), leads in order"
+  return {"leads": list(LEADS), "rate_hz": found.rate_hz, "samples": samples(profile), "unit": "none", "profile": profile,
+          "steps": [first, *found.steps]}
 
 
 def samples(profile: str) -> int:
@@ -114,13 +122,34 @@ def _cardionets(ecg):
 
 
 class Profile(NamedTuple):
-  """What a name stands for: `apply`, float64 [12, 5000] in mV -> [12, 10 * rate_hz], and `rate_hz` of its result."""
+  """What a name stands for: `apply`, float64 [12, 5000] in mV -> [12, 10 * rate_hz]; its steps in words; that rate."""
   apply: Callable[[np.ndarray], np.ndarray]
+  steps: tuple[str, ...]
   rate_hz: int = ECG_RATE_HZ
 
 
-PROFILES = {"minimal": Profile(_minimal), "mmcl": Profile(_mmcl), "dual_phase": Profile(_dual_phase),
-            "cardionets": Profile(_cardionets, 250)}
+BOTH_WAYS = "run forwards and backwards (scipy.signal.sosfiltfilt), the ends mirrored for {} s (padtype='even')"
+PROFILES = {
+    "minimal": Profile(_minimal, (
+        f"Butterworth band-pass of order 2, 0.5 to 100 Hz, {BOTH_WAYS.format(EDGE_S)}",
+        "divided by 0.2 mV")),
+    "mmcl": Profile(_mmcl, (
+        "clipped at 4 standard deviations of the whole recording, to both sides of 0",
+        "less each lead's baseline by asymmetric least squares (Eilers and Boelens 2005): smoothness 1e7, asymmetry 0.3, 5 "
+        "rounds",
+        "z-score (mean and standard deviation of all samples) of each of the groups I II III, aVR aVL aVF, and V1 to V6")),
+    "dual_phase": Profile(_dual_phase, (
+        f"Butterworth high-pass of order 4, 0.5 Hz, {BOTH_WAYS.format(EDGE_S)}",
+        "notch filter at the mains, 50 Hz, or 60 Hz where that stands out of the spectrum, Q 40 (scipy.signal.iirnotch), "
+        "run and mirrored alike (filtfilt)",
+        "Savitzky-Golay filter over 15 samples, order 3",
+        "z-score (mean and standard deviation of all samples), 1e-5 mV added to the standard deviation")),
+    "cardionets": Profile(_cardionets, (
+        "resampled to 250 Hz (scipy.signal.resample_poly, up 1, down 2, padtype='edge')",
+        f"Butterworth high-pass of order 5, 0.67 Hz, {BOTH_WAYS.format(4)}",
+        f"Butterworth low-pass of order 5, 40 Hz, {BOTH_WAYS.format(EDGE_S)}",
+        "z-score (mean and standard deviation of all samples)"), 250),
+}
 
 
 def mains_hz(ecg_mv: np.ndarray) -> int:

@@ -57,7 +57,7 @@ def plan(options, identify) -> Plan:
   items = []
   for split, part in parts.items():
     paths = str(files[split]["ecgs"]), str(files[split]["images"]) if "images" in part else None
-    columns = [np.stack([known[split] for known in group.values()] or [np.empty((0, len(part["ecgs"])))], 1)
+    columns = [np.stack([known[split] for known in group.values()], 1) if group else np.empty((len(part["ecgs"]), 0))
                for group in (phenotypes, diseases)]
     for index, (values, states) in enumerate(zip(*(x.astype(np.float32) for x in columns), strict=True)):
       items.append(Item(identify(f"{split}/{index}"), 0, Key(paths, split, index, values, states)))

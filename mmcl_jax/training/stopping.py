@@ -1,0 +1,41 @@
+"""Early stopping: training ends when validation has gained nothing for long enough.
+
+A score to stop on is a loss, so lower is better, and there is no other rule for the direction.
+"""
+
+import math
+from typing import NamedTuple
+
+from mmcl_jax.errors import UserError
+
+
+class Best(NamedTuple):
+  """Step and loss of the best evaluation so far, None where no loss was finite, and the evaluations in a row since."""
+
+  step: int | None = None
+  loss: float | None = None
+  since: int = 0
+
+
+def judged(best: Best, step: int, loss: float) -> Best:
+  """The best after one more evaluation. Equal is no better, and neither is what is not finite."""
+  better = math.isfinite(loss) and (best.loss is None or loss < best.loss)
+  return Best(step, loss) if better else best._replace(since=best.since + 1)
+
+
+def over(best: Best, patience: int) -> bool:
+  """Has nothing been gained for `patience` evaluations? 0: never."""
+  return 0 < patience <= best.since
+
+
+def check(config) -> None:
+  """Is there such a score as config.stop_on?"""
+  known = [f"validation/{name}" for name in sorted(config.objectives)]
+  if config.stop_after < 0:
+    raise UserError(f"config.stop_after is {config.stop_after}; expected a number of evaluations, or 0: training to the end")
+  if config.stop_after and config.stop_on not in known:
+    raise UserError(f"config.stop_on is {config.stop_on!r}; expected a loss on validation, of which lower is better: "
+                    f"{', '.join(known)}")
+  if config.stop_after and "losses" not in config.evaluators:
+    raise UserError(f"config.stop_on is {config.stop_on}, which 'losses' in config.evaluators computes; it has "
+                    f"{', '.join(config.evaluators) or 'nothing'}")
