@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 import numpy as np
 
-from mmcl_jax.data import cohort as cohort_room, pipeline, synthetic
+from mmcl_jax.data import builder, cohort as cohort_room, pipeline, synthetic
 from mmcl_jax.data.sources import synthetic as source
 
 READERS = ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2))  # threads, processes
@@ -40,7 +40,7 @@ def main():
   folder = pathlib.Path(args.out) / "cohort"
   if not (folder / "cohort.json").is_file():
     plan = source.plan(types.SimpleNamespace(subjects=args.subjects, seed=0))._replace(read=full_size)
-    cohort_room.build(str(folder), plan, shares=(1.0, 0.0, 0.0), profile="minimal", processes=len(os.sched_getaffinity(0)))
+    builder.build(str(folder), plan, shares=(1.0, 0.0, 0.0), profile="minimal", processes=len(os.sched_getaffinity(0)))
   cohort = cohort_room.load(str(folder))
   records = cohort.splits["train"]
   stored = sum(file.stat().st_size for file in folder.rglob("*.array_record*")) / len(records)

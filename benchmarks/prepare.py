@@ -30,7 +30,7 @@ import numpy as np
 import raw_ukb
 import test_raw_ukb as checks
 from mmcl_jax import prepare
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import builder, cohort as cohort_room, schema
 from mmcl_jax.data.readers import acdc, ukb_cmr_dicom, ukb_ecg_xml, ukbb_cardiac, wfdb
 from mmcl_jax.data.sources import ukb
 
@@ -155,14 +155,14 @@ def throughput(out: pathlib.Path, truth: raw_ukb.Truth) -> dict[str, dict]:
   plan = ukb.plan(prepare.parse(["ukb", "--input", *map(str, ecgs + zips), "--segmentations",
                                  str(pathlib.Path(truth.folder, "Segmentations")), "--out=unused"]),
                   lambda participant: schema.subject_hash(participant, b"benchmark"))
-  job = cohort_room.Job("", plan.read, "minimal", {name: len(plan.info[name]) for name in cohort_room.LABELS})
+  job = builder.Job("", plan.read, "minimal", {name: len(plan.info[name]) for name in cohort_room.LABELS})
   found = {
       "ECG XML (20205)": rate(ukb_ecg_xml.read, ecgs),
       "DICOM zip (20209) with segmentation": rate(lambda pair: ukb_cmr_dicom.read(*pair), list(zip(zips, labels)),
                                                   images),
       "NIfTI folder (ukbb_cardiac)": rate(ukbb_cardiac.read, folders),
       "whole record: both, preprocessed, encoded": rate(
-          lambda item: cohort_room.read_item(job, item), plan.items)}
+          lambda item: builder.read_item(job, item), plan.items)}
   if REAL.is_dir():
     found |= {
         "real: WFDB, 12 x 5,000": rate(wfdb.read, sorted((REAL / "ecg/cinc2021_wfdb").glob("*.hea"))),

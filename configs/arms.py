@@ -1,9 +1,9 @@
-"""The five arms of Bujalance Gomez et al. 2026: what part of the CMR an ECG encoder learns from, all else being equal.
+r"""The five arms of Bujalance Gomez et al. 2026: what part of the CMR an ECG encoder learns from, all else being equal.
 
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_phenotype.py:demo,view=cine_slice --workdir=demo/cine \\
+    mmcl train --config=configs/cmr_phenotype.py:demo,view=cine_slice --workdir=demo/cine \
       --config.data.cohort=demo/cohort
-    mmcl train --config=configs/arms.py:demo,arm=cine_slice --workdir=demo/arm_cine --config.data.cohort=demo/cohort \\
+    mmcl train --config=configs/arms.py:demo,arm=cine_slice --workdir=demo/arm_cine --config.data.cohort=demo/cohort \
       --config.init_from.ecg=demo/mae --config.init_from.cmr_cine=demo/cine
     mmcl evaluate --workdir=demo/arm_cine
 

@@ -1,9 +1,9 @@
-"""CardiacNets: an ECG encoder that knows age, sex and body size, tied to short-axis and long-axis CMR encoders.
+r"""CardiacNets: an ECG encoder that knows age, sex and body size, tied to short-axis and long-axis CMR encoders.
 
     mmcl prepare synthetic --lax --subjects=1600 --out=demo/lax
     mmcl train --config=configs/cardiacnets.py:demo,stage=cmr --workdir=demo/cn_cmr --config.data.cohort=demo/lax
     mmcl train --config=configs/cardiacnets.py:demo,stage=ecg --workdir=demo/cn_ecg --config.data.cohort=demo/lax
-    mmcl train --config=configs/cardiacnets.py:demo,stage=align --workdir=demo/cn --config.data.cohort=demo/lax \\
+    mmcl train --config=configs/cardiacnets.py:demo,stage=align --workdir=demo/cn --config.data.cohort=demo/lax \
       --config.init_from.ecg=demo/cn_ecg --config.init_from.cmr_sax=demo/cn_cmr --config.init_from.cmr_lax=demo/cn_cmr
     mmcl evaluate --workdir=demo/cn
 

@@ -1,16 +1,16 @@
-"""CardioNets: an ECG encoder tied to a frozen video autoencoder of the cine; hearts alike are no strong negatives.
+r"""CardioNets: an ECG encoder tied to a frozen video autoencoder of the cine; hearts alike are no strong negatives.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
     mmcl train --config=configs/cardionets.py:demo,stage=cmr --workdir=demo/cio_cmr --config.data.cohort=demo/cohort
     mmcl train --config=configs/cardionets.py:demo,stage=ecg --workdir=demo/cio_ecg --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cardionets.py:demo,stage=align --workdir=demo/cio --config.data.cohort=demo/cohort \\
+    mmcl train --config=configs/cardionets.py:demo,stage=align --workdir=demo/cio --config.data.cohort=demo/cohort \
       --config.init_from.ecg=demo/cio_ecg --config.init_from.cmr_cine=demo/cio_cmr
     mmcl evaluate --workdir=demo/cio
 
 Expected time and score: `:demo` takes about 13 minutes on one of 2 CPU cores (1.5 to prepare; 2, 3 and 5 the stages; 1 to evaluate).
 Test R2, seed 0: LVM 0.45, LVEDV 0.27, LVEF 0.06; an untrained encoder has 0.34, 0.21, -0.01 and the cohort's ceiling is
 0.44, 0.29, 0.07. Retrieval R@10 0.04, chance 0.03 (synthetic cohort).
-`:base`, the published size, was not trained here; it needs a cohort of --profile=cardionets --frames=50 --size=96.
+`:base`, the published size, was not trained here; it needs a cohort of --profile=cardionets --frames=50 --size=96 --pixel-mm=1.8.
 
 Source: Ding et al. 2026 (NEJM AI). Its ECG encoder starts from the public weights of ST-MEM; `stage=ecg` takes their
 place. What else differs: docs/recipes.md.

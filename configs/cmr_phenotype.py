@@ -27,7 +27,7 @@ SIZES = {
 # view -> tower, slices; 0: the frames of a cine
 VIEWS = {"ed_volume": ("ed", 6), "es_volume": ("es", 6), "ed_slice": ("slice", 1), "cine_slice": ("cine", 0)}
 TARGETS = {"3": ("LVEDV", "LVM", "RVEDV"),
-           "13": tuple(schema.PHENOTYPES),  # but for radial strain (Err), which cohorts do not have here
+           "13": tuple(schema.PHENOTYPES),  # but for radial strain (Err), which is not among schema.PHENOTYPES
            "all": ()}
 
 

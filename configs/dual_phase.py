@@ -1,9 +1,9 @@
-"""Dual-phase contrastive learning: an ECG encoder tied to frozen CMR encoders of end-diastole and end-systole.
+r"""Dual-phase contrastive learning: an ECG encoder tied to frozen CMR encoders of end-diastole and end-systole.
 
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
     mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed --config.data.cohort=demo/cohort
     mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es --config.data.cohort=demo/cohort
-    mmcl train --config=configs/dual_phase.py:demo --workdir=demo/dual --config.data.cohort=demo/cohort \\
+    mmcl train --config=configs/dual_phase.py:demo --workdir=demo/dual --config.data.cohort=demo/cohort \
       --config.init_from.ecg=demo/mae --config.init_from.cmr_ed=demo/ed --config.init_from.cmr_es=demo/es
     mmcl evaluate --workdir=demo/dual
 

@@ -1,4 +1,4 @@
-"""CMR from an ECG: rectified flow over the latents of an autoencoder, given the tokens of a trained ECG encoder.
+r"""CMR from an ECG: rectified flow over the latents of an autoencoder, given the tokens of a trained ECG encoder.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
     mmcl train --config=configs/joint.py:demo --workdir=demo/joint --config.data.cohort=demo/cohort

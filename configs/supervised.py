@@ -1,8 +1,8 @@
-"""Phenotypes from the ECG by supervision: the fair baseline of every pre-training, and MMCL's fine-tuning after one.
+r"""Phenotypes from the ECG by supervision: the fair baseline of every pre-training, and MMCL's fine-tuning after one.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
     mmcl train --config=configs/supervised.py:demo --workdir=demo/supervised --config.data.cohort=demo/cohort
-    mmcl train --config=configs/supervised.py:demo,start=pretrained --workdir=demo/tuned \\
+    mmcl train --config=configs/supervised.py:demo,start=pretrained --workdir=demo/tuned \
       --config.data.cohort=demo/cohort --config.init_from.ecg=demo/mmcl
     mmcl evaluate --workdir=demo/supervised
 
@@ -11,7 +11,7 @@ validation gains nothing any more, and the best step is kept.
 Expected time: `:demo` 3 minutes on 2 CPU cores.
 Expected score: test R2 of LVM, LVEDV, LVEF by a probe on the embedding: from scratch 0.40, 0.27, 0.05; fine-tuned from
 configs/joint.py:demo 0.38, 0.28, 0.07, whose frozen embedding has 0.39, 0.27, 0.06 (seed 0 of each, all intervals overlap);
-an untrained network 0.34, 0.22, 0.05; docs/results.md.
+an untrained network 0.34, 0.22, 0.05.
 The other sizes were not trained here: `:tiny` (MMCL's encoder), `:medium`, `:base`.
 
 Source: Turgut et al. 2025 (fine-tuning). What differs: docs/recipes.md.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a synthetic cohort: prepare -> joint pre-training -> checkpoint -> phenotype regression -> report.
-# Everything lands under demo/; 5 to 17 minutes on 2 CPU cores, with the install. Run again, it goes on where it stopped.
+# Everything lands under demo/; 5 to 20 minutes on 2 CPU cores, with the install. Run again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh

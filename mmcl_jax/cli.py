@@ -13,7 +13,7 @@ from mmcl_jax.training import distributed
 PROGRAMS = {
     "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
     "inspect": "what a cohort holds, and one of its records as a picture",
-    "train": "joint pre-training of an ECG encoder with cardiac MRI",
+    "train": "a recipe: joint pre-training of an ECG encoder with cardiac MRI, or a stage of it",
     "compile": "what a recipe's training step needs on a TPU slice, told without a TPU",
     "evaluate": "phenotypes, diseases, retrieval and localisation from a saved checkpoint",
     "compare": "evaluated runs side by side, on the same test subjects",

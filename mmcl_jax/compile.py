@@ -37,7 +37,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from mmcl_jax import configuration, objectives as objective_room, train
-from mmcl_jax.data import cohort as cohort_room, pipeline, schema
+from mmcl_jax.data import builder, cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
@@ -206,7 +206,7 @@ def records(config):
   record |= {name: np.zeros(shape, np.uint8) for name, shape in images.items()}
   record |= {name: np.zeros(len(names), np.float32) for name, names in labels.items()}
   record["ecg"] = np.zeros((len(schema.LEADS), preprocess_ecg.samples(config.data.ecg_profile)), np.float32)
-  record = cohort_room.encode(record, None)
+  record = builder.encode(record, None)
   if unknown := [name for name in config.data.targets if name not in schema.PHENOTYPES]:
     raise UserError(f"config.data.targets has {', '.join(unknown)}; without a cohort there are {', '.join(schema.PHENOTYPES)}")
   names = tuple(config.data.targets) or tuple(schema.PHENOTYPES)

@@ -22,7 +22,8 @@ import types
 
 import numpy as np
 
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import builder, schema
+from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.sources import synthetic
 from mmcl_jax.errors import UserError, writing
@@ -44,7 +45,7 @@ EVERY_SOURCE = {"source", "more", "out", "private", "processes", "beam"}  # flag
 def main(argv):
   args = parse(argv)
   shares = fractions(args.split)
-  cohort_room.check_out(args.out)
+  builder.check_out(args.out)
   plan_of = find_source(args)
   if args.source == "synthetic":
     plan = plan_of(args)
@@ -60,8 +61,8 @@ def main(argv):
     from mmcl_jax.data import beam  # Apache Beam lives in an environment of its own
     run = functools.partial(beam.run, options=args.beam.split())
   with writing(args.out):
-    cohort = cohort_room.build(args.out, plan, shares=shares, profile=args.profile, processes=args.processes,
-                               report=report, run=run)
+    cohort = builder.build(args.out, plan, shares=shares, profile=args.profile, processes=args.processes,
+                           report=report, run=run)
   print(f"{cohort.path}: {', '.join(f'{n} {split}' for split, n in cohort.info['counts'].items())}")
   if args.source == "synthetic" and min(cohort.info["counts"].values()):
     print("ceiling, R2 on test of ridge on the generator's own ECG parameters: "
@@ -211,13 +212,13 @@ def write_private(file: pathlib.Path, text: str):
   os.replace(temporary, file)
 
 
-def prepare_synthetic(out: str, subjects: int, seed: int, shares, profile: str, processes: int) -> cohort_room.Cohort:
+def prepare_synthetic(out: str, subjects: int, seed: int, shares, profile: str, processes: int) -> Cohort:
   """Writes a synthetic cohort to the folder `out`."""
   plan = synthetic.plan(types.SimpleNamespace(subjects=subjects, seed=seed))
-  return cohort_room.build(out, plan, shares=shares, profile=profile, processes=processes, report=quality.write)
+  return builder.build(out, plan, shares=shares, profile=profile, processes=processes, report=quality.write)
 
 
-def ceiling(cohort: cohort_room.Cohort) -> dict[str, float]:
+def ceiling(cohort: Cohort) -> dict[str, float]:
   """What the ECG can tell at most, linearly: test R2 of ridge on the generator's noise-free ECG parameters."""
   columns = {split: [source[i] for i in range(len(source))] for split, source in cohort.splits.items()}
   x, y = ({split: np.stack([record[name] for record in records]).astype(np.float64) for split, records in columns.items()}

@@ -1,4 +1,4 @@
-"""`mmcl train`: the joint pre-training loop.
+"""`mmcl train`: the training loop of every recipe.
 
     mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
 

@@ -83,7 +83,7 @@ def simulated(devices: int, flags: str = FAST) -> dict[str, str]:
   return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"} | ({"NPROC": "16"} if devices > 1 else {})
 
 
-def python(code, *args, devices=1, timeout=600, flags=FAST):
+def python(code, *args, devices=1, timeout=1200, flags=FAST):
   """Runs code in a process of its own with that many simulated devices; returns its stdout, fails with its stderr."""
   env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])} | simulated(devices, flags)
   done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env,

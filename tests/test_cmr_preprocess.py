@@ -10,7 +10,7 @@ from scipy import ndimage
 from conftest import ROOT
 from mmcl_jax.data import measure, schema
 from mmcl_jax.data.preprocess import cmr, motion
-from mmcl_jax.data.readers.cine import Cine, assemble
+from mmcl_jax.data.readers.cine import assemble
 from mmcl_jax.data.synthetic import cmr as synthetic, population
 from mmcl_jax.errors import BadRecord
 

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import stat
 import struct
 import tracemalloc

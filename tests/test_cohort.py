@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmcl_jax import prepare
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import builder, cohort as cohort_room, schema
 from mmcl_jax.data.sources import Item, Plan, synthetic
 from mmcl_jax.errors import BadRecord, UserError
 
@@ -48,7 +48,7 @@ def plan(n=220, read=read, **changes) -> Plan:
 
 
 def build(out, plan, processes=1, **kwargs):
-  return cohort_room.build(str(out), plan, shares=SHARES, profile="minimal", processes=processes, **kwargs)
+  return builder.build(str(out), plan, shares=SHARES, profile="minimal", processes=processes, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_each_fault_costs_its_own_record_and_is_told_without_names(built):
   assert kept == [i for i in range(220) if i % 10 not in (3, 4, 5, 6)]
   assert outcome.steps == {"toys": 220, "read": 220, "kept": 132} and len(outcome.rejected) == 88
   by_id = {entry["id"]: entry["reason"] for entry in outcome.rejected}
-  reasons = {i: by_id[cohort_room.salted_id(plan().items[i])] for i in range(220) if i % 10 in (3, 4, 5, 6)}
+  reasons = {i: by_id[builder.salted_id(plan().items[i])] for i in range(220) if i % 10 in (3, 4, 5, 6)}
   assert reasons[13] == "<id>: the file of <id> is cut off"  # in any case
   assert reasons[14] == "unexpected KeyError: '<id>'"
   assert "ecg int16 [12, 4000]" in reasons[15] and "covariates" in reasons[16]
@@ -228,7 +228,7 @@ def test_the_same_command_finds_its_cohort_and_another_does_not(tmp_path, monkey
   first = build(tmp_path / "c", plan(30))
   (tmp_path / "c" / "plan.json").touch()
   with monkeypatch.context() as patch:
-    patch.setattr(cohort_room, "write_all", None)  # nothing is made again
+    patch.setattr(builder, "write_all", None)  # nothing is made again
     again = build(tmp_path / "c", plan(30))
     assert again.info == first.info and not (tmp_path / "c" / "plan.json").exists()
     with pytest.raises(UserError, match="holds a cohort of other inputs or settings"):
@@ -271,12 +271,12 @@ def test_training_statistics_are_those_of_the_training_split(built):
 def test_moments_against_numpy_and_where_there_are_none():
   values = np.random.default_rng(0).normal(100, 1e-3, (500, 6)).astype(np.float32)
   values[::3, 1], values[1:, 2], values[:, 3], values[:, 4], values[:-2, 5] = np.nan, np.nan, 0.1, np.nan, np.nan
-  found = cohort_room.moments(values)
+  found = builder.moments(values)
   assert found[2:5] == [None] * 3  # one value, one value many times, none
   wide = values.astype(np.float64)
   for column in (0, 1, 5):
     np.testing.assert_allclose(found[column], [np.nanmean(wide[:, column]), np.nanstd(wide[:, column])], rtol=1e-12)
-  assert cohort_room.moments(values[:0]) == [None] * 6 and cohort_room.moments(values[:, :0]) == []
+  assert builder.moments(values[:0]) == [None] * 6 and builder.moments(values[:, :0]) == []
 
 
 def test_a_cohort_without_phenotypes_has_empty_statistics(built):

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import time
 
 import numpy as np
 import pytest
@@ -188,16 +187,6 @@ def test_difference_is_paired():
   assert ci[0, 0] < value[0] < ci[1, 0]
   unpaired = np.ptp(statistics.interval(statistics.r2(y, a, weights)), axis=0)
   assert np.ptp(ci[:, 0]) < 0.3 * unpaired[0]
-
-
-def test_a_thousand_draws_of_many_probes_take_little_time():
-  rng = np.random.default_rng(0)
-  y = rng.normal(size=(3000, 12))
-  started = time.perf_counter()
-  weights = statistics.bootstrap_weights(subjects(rng.integers(0, 2000, 3000)), draws=1000, seed=0)
-  for _ in range(5):
-    statistics.interval(statistics.r2(y, y + 1, weights))
-  assert time.perf_counter() - started < 6  # about 0.3 s; the loop it replaces takes a minute
 
 
 @pytest.mark.parametrize("n", [19, 39, 250])

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import tiny_config
 from mmcl_jax import train
-from mmcl_jax.data import cohort as cohort_room, pipeline
+from mmcl_jax.data import pipeline
 from mmcl_jax.models import pretrainer
 from mmcl_jax.training import frozen, metrics, restore
 

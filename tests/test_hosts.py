@@ -61,7 +61,7 @@ cli.run(main, sys.argv[1:], hosts=True)
 """
 
 
-def launch(code, count, devices, *args, each=lambda i: (), timeout=600):
+def launch(code, count, devices, *args, each=lambda i: (), timeout=1200):
   """Runs code on `count` hosts with `devices` devices each: [(status, stdout, stderr)]."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -229,18 +229,18 @@ def test_two_hosts_embed_parts_in_turn_and_one_goes_on(two, tmp_path, monkeypatc
 
 
 def test_a_host_that_never_comes_is_named_on_those_that_did():
-  code = ("import sys; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.JOIN_S = 4; "
+  code = ("import sys; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.JOIN_S = 15; "
           "cli.run(lambda argv: None, [arg.replace('=2', '=3') if 'processes' in arg else arg for arg in sys.argv[1:]], hosts=True)")
-  for status, _, err in launch(code, 2, 1, timeout=60):
+  for status, _, err in launch(code, 2, 1):
     assert status not in (0, os.EX_TEMPFAIL)
     assert "the hosts did not all come together at 127.0.0.1" in err and re.search(r"timed out task names:\s*2\b", err), err[-2000:]
 
 
 def test_a_host_that_is_too_slow_is_named():
-  code = ("import sys, time; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.WAIT_S = 3\n"
+  code = ("import sys, time; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.WAIT_S, distributed.LEAVE_S = 3, 60\n"
           "def main(argv):\n  time.sleep(12 * distributed.here.index); distributed.agree({})\n"
           "cli.run(main, sys.argv[1:], hosts=True)")
-  for status, _, err in launch(code, 2, 1, timeout=60):
+  for status, _, err in launch(code, 2, 1):
     assert status == 2 and "host 0 of 2: host 1 of 2 was not as far as host 0 within 3 s" in err, err[-2000:]
 
 

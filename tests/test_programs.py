@@ -1,5 +1,6 @@
 """The programs one after the other, as a user runs them: train, evaluate, embed."""
 
+import argparse
 import json
 import pathlib
 
@@ -12,8 +13,10 @@ from sklearn.metrics import r2_score
 
 from conftest import SHARES, SUBJECTS, tiny_flags
 from mmcl_jax import cli, embed, evaluate, prepare, train
-from mmcl_jax.data import schema, synthetic
+from mmcl_jax.data import builder, schema, synthetic
+from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
+from mmcl_jax.evaluators import survival
 
 REAL = pathlib.Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
 
@@ -90,6 +93,40 @@ def test_the_page_says_what_it_rests_on_and_how_often_test_was_scored(workdir, r
 def test_another_cohort_is_reported_beside(workdir, cohort):
   evaluate.main([f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"])
   assert (workdir / "evaluation/3-cohort/results.json").is_file()
+
+
+def dated(item):
+  """A synthetic ECG with dates, without a CMR: every eighth had AF before the visit, of the others it comes to 6 in 10."""
+  record, flags = source.read(8, False, item)
+  record = {name: x for name, x in record.items() if name not in ("ed_es_volumes", "labels", "cine_slice", "three_frames", "spacing")}
+  sick, years = item.key % 8 == 0, np.random.default_rng(item.key).exponential(5)
+  record["diseases"] = np.where(np.array(schema.DISEASES) == "AF", float(sick), 0).astype(np.float32)
+  first = -1.0 if sick else years if years <= 5 else np.nan
+  record["event_years"] = np.where(np.array(schema.DISEASES) == "AF", first, np.nan).astype(np.float32)
+  return record | {"has_cmr": np.False_, "followed_years": np.float32(5)}, flags
+
+
+def test_a_cohort_with_dates_is_scored_for_incident_disease(workdir, tmp_path, monkeypatch):
+  metrics = pytest.importorskip("sksurv.metrics")
+  plan = source.plan(argparse.Namespace(subjects=SUBJECTS, seed=8))._replace(read=dated)
+  cohort = builder.build(str(tmp_path / "dated"), plan, shares=SHARES, profile="minimal", processes=1)
+  monkeypatch.setattr(survival, "FEWEST_EVENTS", 5)  # of 18 in test
+  evaluate.main([f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"])
+  out = workdir / "evaluation/3-dated"
+  found, saved = json.loads((out / "results.json").read_text())["survival"], np.load(out / "predictions.npz")
+  af, test = schema.DISEASES.index("AF"), cohort.splits["test"]
+  records = [test[i] for i in range(len(test))]
+  risk = [r for r in records if r["diseases"][af] == 0]
+  assert found.keys() == {"embedding", "random_encoder", "covariates", "with_covariates"}
+  for model, scores in found.items():
+    of = np.isfinite(years := saved["survival_years"][:, af])
+    happened = saved["survival_happened"][of, af]
+    assert scores["AF"]["n"] == of.sum() == len(risk)
+    assert scores["AF"]["events"] == happened.sum() == sum(np.isfinite(r["event_years"][af]) for r in risk) >= 5
+    oracle = metrics.concordance_index_censored(happened, years[of], saved[f"survival_{model}"][of, af])[0]
+    assert scores["AF"]["c_index"] == pytest.approx(oracle, abs=1e-12)
+    assert scores["HF"]["events"] == 0 and "c_index" not in scores["HF"]
+  assert "Incident disease" in (out / "report.html").read_text()
 
 
 def write_wfdb(folder, name, ecg_mv, rate=500, leads=schema.LEADS):

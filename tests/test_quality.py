@@ -16,7 +16,7 @@ from matplotlib.path import Path
 from PIL import Image
 
 from mmcl_jax import inspect
-from mmcl_jax.data import cohort as cohort_room, schema, synthetic
+from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError
@@ -30,7 +30,7 @@ def outcome_of(cohort, **changes):
   """What prepare would report of a cohort, from its records."""
   rows = [(split, source[i]) for split, source in cohort.splits.items() for i in range(len(source))]
   phenotypes, covariates = (np.stack([r[name] for _, r in rows]) for name in ("phenotypes", "covariates"))
-  return cohort_room.Outcome({"files": 90, "kept": len(rows)}, [], [], phenotypes, covariates,
+  return builder.Outcome({"files": 90, "kept": len(rows)}, [], [], phenotypes, covariates,
                              [split for split, _ in rows])._replace(**changes)
 
 
@@ -239,14 +239,14 @@ def ecg_only(tmp_path_factory):
           "ecg_profile": "cardionets"}
   plan = Plan(items, read, info, {"files": 40}, [(items[2], "DEMO0002 twice")], split=lambda item: "train")
   folder = tmp_path_factory.mktemp("ecg_only") / "c"
-  return cohort_room.build(str(folder), plan, shares=(1, 0, 0), profile="minimal", processes=1, report=quality.write)
+  return builder.build(str(folder), plan, shares=(1, 0, 0), profile="minimal", processes=1, report=quality.write)
 
 
 def test_names_stay_out_of_the_report(ecg_only):
   folder = pathlib.Path(ecg_only.path)
   found = json.loads((folder / "quality.json").read_text())
   assert [g["text"] for g in found["reasons"]] == ["<id> has # samples", "<id> twice"]
-  salted = {cohort_room.salted_id(Item(schema.subject_hash(f"DEMO{i:04d}", SALT), 3, i)) for i in range(40)}
+  salted = {builder.salted_id(Item(schema.subject_hash(f"DEMO{i:04d}", SALT), 3, i)) for i in range(40)}
   ids = [entry["id"] for entry in found["rejected"] + found["flagged"]]
   assert set(ids) <= salted and len(ids) == 9 + 32
   for name in ("quality.json", "quality.html"):
@@ -257,7 +257,7 @@ def test_names_stay_out_of_the_report(ecg_only):
 
 def test_salted_ids_of_records_are_those_of_prepare(ecg_only):
   record = ecg_only.splits["train"][0]
-  assert drawings.salted_id(record) == cohort_room.salted_id(Item(schema.subject_hash("DEMO0000", SALT), 3, 0))
+  assert drawings.salted_id(record) == builder.salted_id(Item(schema.subject_hash("DEMO0000", SALT), 3, 0))
 
 
 def test_a_normalised_ecg_is_drawn_at_its_rate_and_without_unit(ecg_only):

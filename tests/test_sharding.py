@@ -1,12 +1,11 @@
 """Sharding rules: what each splits, what is refused, and that a step is the same however its state lies on 8 devices."""
 
 import json
-import re
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType
 
 from conftest import python
 from mmcl_jax.errors import UserError

@@ -55,7 +55,7 @@ def fakes(**starts):
 def test_schedule_keeps_the_order_and_the_number_of_jobs():
   runs = fakes(a="", b="", c="", d="ab", e="d", f="")
   lock, going, peak, ended, told = threading.Lock(), set(), [0], [], []
-  met = threading.Barrier(2, timeout=30)
+  met = threading.Barrier(2, timeout=600)
 
   def work(run):
     with lock:

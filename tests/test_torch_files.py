@@ -124,7 +124,7 @@ def test_small_pickles_that_would_take_for_ever(tmp_path, name):
           "for read in (mmcl_pt.load, mmcl_pt.load_checkpoint):\n"
           "  try: read(sys.argv[1])\n"
           "  except BadRecord: pass\n")
-  subprocess.run([sys.executable, "-c", code, str(file)], check=True, timeout=60, env={
+  subprocess.run([sys.executable, "-c", code, str(file)], check=True, timeout=600, env={
       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])
   })
 

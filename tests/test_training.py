@@ -14,7 +14,7 @@ import pytest
 
 from conftest import ROOT, tiny_config, tiny_flags
 from mmcl_jax import cli, configuration, train
-from mmcl_jax.data import cohort as cohort_room
+from mmcl_jax.data import builder, cohort as cohort_room
 from mmcl_jax.data.sources import synthetic as synthetic_source
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint, metrics, restore
@@ -91,7 +91,7 @@ def ecg_only(tmp_path_factory):
 
   plan = source._replace(read=read, info=source.info | {"phenotypes": {}})
   out = tmp_path_factory.mktemp("ecg_only") / "c"
-  return cohort_room.build(str(out), plan, shares=(1, 0, 0), profile="minimal", processes=1)
+  return builder.build(str(out), plan, shares=(1, 0, 0), profile="minimal", processes=1)
 
 
 def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(finished, cohort, ecg_only, tmp_path):
@@ -128,7 +128,7 @@ def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg
 
 def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, tmp_path):
   plan = synthetic_source.plan(types.SimpleNamespace(subjects=64, seed=7))  # the same people, all of them in train
-  again = cohort_room.build(str(tmp_path / "c"), plan, shares=(1, 0, 0), profile="minimal", processes=1)
+  again = builder.build(str(tmp_path / "c"), plan, shares=(1, 0, 0), profile="minimal", processes=1)
   config = tiny_config(cohort.path)
   config.data.mix = ((again.path, 0.5),)
   held_out = cohort.info["counts"]["val"] + cohort.info["counts"]["test"]

@@ -169,7 +169,7 @@ def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = ()
     start_step: the first step to yield.
     host, hosts: this process and how many there are.
     threads, buffer: reading threads, and batches read ahead.
-    workers: reading processes; 0 reads in threads of this one, which is faster for records below 1 MB.
+    workers: reading processes; 0 reads in threads of this one, which takes less processor time a record below 1 MB.
     mix: further cohorts; `source` has the share that they leave.
 
   Yields:

@@ -238,7 +238,7 @@ def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
 
 
 def salted_id(record: dict) -> str:
-  """The name of a stored record in reports, as mmcl_jax.data.cohort.salted_id has it."""
+  """The name of a stored record in reports, as mmcl_jax.data.builder.salted_id has it."""
   return f"{int(record['subject'][1]):08x}{int(record['subject'][0]):08x}/{int(record.get('visit', 0))}"
 
 

@@ -34,19 +34,6 @@ SHOWN = 2   # of them drawn
 STEPS = 64  # of the integral from zeros to the input
 
 
-class Chosen:
-  """The records `places` of `source`."""
-
-  def __init__(self, source, places: list[int]):
-    self.source, self.places = source, places
-
-  def __len__(self):
-    return len(self.places)
-
-  def __getitem__(self, i):
-    return self.source[self.places[i]]
-
-
 def evaluate(run, untrained, cohort, batch: int, draws: int = 1000, seed: int = 0) -> tuple[dict, list[dict]]:
   """Scores the image maps of the test split and explains its first recordings; of a run with an ECG tower and CMR towers.
 
@@ -71,7 +58,7 @@ def evaluate(run, untrained, cohort, batch: int, draws: int = 1000, seed: int = 
   both = lambda pair, rows: maps(pair[0], rows) | {f"untrained_{name}": x for name, x in maps(pair[1], rows).items()}
   found = inference.over_split(both, (run.state.variables, untrained), source, mesh=run.mesh, batch=batch,
                                fields=pretrainer.fields(run.config.model), also=("subject",), title="localise test")
-  results, first = {}, Chosen(source, list(range(min(SHOWN, len(source)))))
+  results, first = {}, pipeline.Rows(source, list(range(min(SHOWN, len(source)))))
   if "labels" in cohort.info["shapes"]:
     weights = statistics.bootstrap_weights(found["subject"], draws, seed)
     results["cosine"] = score(run.config.model.cmr, source, found, weights)
@@ -79,7 +66,7 @@ def evaluate(run, untrained, cohort, batch: int, draws: int = 1000, seed: int = 
   return results, examples
 
 
-def paired(source, most: int) -> Chosen:
+def paired(source, most: int) -> pipeline.Rows:
   """The first records with both an ECG and a CMR."""
   places = []
   for i in tqdm(range(len(source)), "look for pairs", unit="record", delay=3, disable=jax.process_index() > 0):
@@ -88,7 +75,7 @@ def paired(source, most: int) -> Chosen:
       places.append(i)
       if len(places) == most:
         break
-  return Chosen(source, places)
+  return pipeline.Rows(source, places)
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from mmcl_jax.data import ukb_fields
-from mmcl_jax.data.cohort import Cohort, Outcome
+from mmcl_jax.data.builder import Outcome
+from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.synthetic import couplings
 from mmcl_jax.evaluators import drawings, quality_page
 from mmcl_jax.evaluators.figures import SYNTHETIC_NOTE

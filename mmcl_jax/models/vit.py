@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmcl_jax.models import kernels
-from mmcl_jax.models.kernels import at_least_float32
 
 # name -> width, depth, heads of the encoder; width, depth, heads of the MAE decoder.
 SIZES = {

@@ -34,6 +34,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str, keep: int):
     self.folder, self.keep = pathlib.Path(os.path.abspath(workdir)) / "checkpoints", keep
+    self.config = [file for file in (self.folder.parent / "config.json",) if file.is_file()]  # weights alone have none
     self.pending = None
     for step in unfinished(self.folder):  # of a run that was stopped while it saved
       if jax.process_index() == 0:
@@ -47,10 +48,7 @@ class Checkpoints:
   def save(self, step: int, state, data: dict[str, Any], meta: dict[str, Any]) -> None:
     """Starts to save `state` (pytree of arrays) and `data` (JSON) as `step`; meta["best"] names the best step, if any."""
     self.finish()
-    if not self.folder.is_dir():
-      raise UserError(f"{self.folder} is not there any more; bring the folder back, and the same command goes on from its last "
-                      "checkpoint")
-    with saving(self.folder / str(step)):
+    with self.saving(step):
       self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
     self.pending = step, meta
 
@@ -64,8 +62,9 @@ class Checkpoints:
     if self.pending is None:
       return
     (step, meta), self.pending = self.pending, None
-    with saving(self.folder / str(step)):
+    with self.saving(step):
       self.manager.wait_until_finished()
+      self.check_there()  # before it counts
       if jax.process_index() == 0:
         sign(self.folder / str(step), meta)
         for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
@@ -76,21 +75,30 @@ class Checkpoints:
     self.finish()
     self.manager.close()
 
+  @contextlib.contextmanager
+  def saving(self, step: int):
+    """Turns whatever orbax makes of a disk that is full, gone or not ours into a UserError; no step counts half."""
+    self.check_there()
+    try:
+      yield
+    except UserError:
+      raise
+    except Exception as error:
+      self.check_there()
+      # The system's own word for it, out of several lines of paths, where there is one.
+      number = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os_error_code='(\d+)'", str(error)))), None)
+      reason = os.strerror(number) if number else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+      raise UserError(f"cannot save {self.folder / str(step)}: {reason}; the same command goes on from the last checkpoint") from error
+
+  def check_there(self) -> None:
+    """A UserError where the workdir has gone: orbax would make it anew, and training go on in a folder of few steps."""
+    if not self.folder.is_dir() or not all(file.is_file() for file in self.config):
+      raise UserError(f"{self.folder} is not there any more; bring the folder back, and the same command goes on from its last "
+                      "checkpoint")
+
 
 def without_trace(record: logging.LogRecord) -> bool:
   return not record.exc_info
-
-
-@contextlib.contextmanager
-def saving(folder: pathlib.Path):
-  """Turns whatever orbax makes of a disk that is full, gone or not ours into a UserError; no step counts half."""
-  try:
-    yield
-  except Exception as error:
-    # The system's own word for it, out of several lines of paths, where there is one.
-    number = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os_error_code='(\d+)'", str(error)))), None)
-    reason = os.strerror(number) if number else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise UserError(f"cannot save {folder}: {reason}; the same command goes on from the last checkpoint") from error
 
 
 def surplus(steps: list[int], keep: int, best: int | None) -> list[int]:

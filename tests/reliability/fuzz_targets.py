@@ -21,7 +21,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "configs")]
 import raw_ukb
 from fuzz import Target
 from mmcl_jax import configuration
-from mmcl_jax.data import cohort as cohort_room, readers, schema, ukb_fields
+from mmcl_jax.data import builder, cohort as cohort_room, readers, schema, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.readers import mmcl_pt as reader_pt, tables, ukb_cmr_dicom, ukb_ecg_xml, wfdb
 from mmcl_jax.data.sources import acdc, labels, mmcl_pt, mnms, ukb, wfdb as source_wfdb
@@ -376,7 +376,7 @@ def make_cohort(folder):
   from mmcl_jax import prepare
   for seed in ("0", "1"):
     plan = prepare.synthetic.plan(types.SimpleNamespace(subjects=16, seed=int(seed), lax=False))
-    cohort_room.build(str(folder / seed / "c"), plan, shares=(0.4, 0.3, 0.3), profile="minimal", processes=1)
+    builder.build(str(folder / seed / "c"), plan, shares=(0.4, 0.3, 0.3), profile="minimal", processes=1)
 
 
 def read_cohort(folder):

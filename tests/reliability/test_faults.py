@@ -215,7 +215,7 @@ def test_spikes_stand_out_from_the_median():
   assert faults.Spikes().tell(1, 1e9, worst) is None  # nothing to compare with
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.sampled_from([1e-12, 1e-4, 1.0, 1e3, 1e6]), st.floats(0, 1))
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("mae", "cmr_mae", "phenotype_regression", "vicreg")])
 def test_objectives_stay_finite(name, seed, size, zeroed):

@@ -80,6 +80,9 @@ def made(tmp_path_factory) -> Made:
   raw, out, private = folder / "raw", folder / "cohort", folder / "private"
   truth = raw_ukb.write(raw, SUBJECTS, seed=4, frames=8, slices=7, size=64, faults=tuple(FAULTS), processes=2)
   few_phenotypes(raw / "tables/phenotypes.csv")
+  private.mkdir(mode=0o700)
+  (private / "salt").touch(mode=0o600)
+  (private / "salt").write_text(64 * "5" + "\n")  # the same splits in every run of the test, none of them empty
   printed = prepare(raw, out, private, "--segmentations", raw / "Segmentations", "--withdrawn", raw / "withdrawn.csv",
                     "--tables", *sorted((raw / "tables").iterdir()))
   workdir = folder / "workdir"

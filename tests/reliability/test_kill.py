@@ -20,9 +20,9 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("name, kills", [("train", 2), ("prepare", 2)])
 def test_killed_programs_end_as_if_nothing_had_happened(base, name, kills):
-  found = kill.chain(name, kill.programs(base)[name], base, kills, seed=0)
+  found = kill.chain(name, kill.programs(base)[name], base, kills, seed=1)  # at 0.4 and 0.3 of the usual time first
   assert found["differs"] == [] and found["kills"] >= 1
-  assert found["disk_of_usual"] < 2
+  assert found["disk_of_usual"] < {"train": 3, "prepare": 2}[name]  # a third checkpoint under way, and their sizes differ
 
 
 def test_the_comparison_finds_what_differs(base, tmp_path):
@@ -53,7 +53,7 @@ def test_a_program_that_leaves_a_process_behind_is_found(tmp_path, monkeypatch):
   monkeypatch.setattr(kill, "wait_for_sessions", lambda sessions, wait=kill.wait_for_sessions: wait(sessions, patience=1))
   program = kill.Program(1, lambda folder: [["sh", "-c", "sleep 30 & sleep 30"]], None)
   with pytest.raises(RuntimeError, match="outlived the program"):
-    kill.run(program, tmp_path / "x", 0.5, random.Random(0))
+    kill.run(program, tmp_path / "x", 3, random.Random(0))
 
 
 def test_sigterm_ends_prepare_and_its_workers_with_75(tmp_path):
@@ -63,6 +63,6 @@ def test_sigterm_ends_prepare_and_its_workers_with_75(tmp_path):
     assert running.poll() is None, running.stderr.read()[-2000:]
     time.sleep(0.05)
   running.terminate()
-  _, err = running.communicate(timeout=60)
+  _, err = running.communicate(timeout=600)
   assert running.returncode == os.EX_TEMPFAIL and "mmcl: interrupted; the same command goes on" in err and "Traceback" not in err
   assert kill.wait_for_sessions([running.pid]) == []

@@ -31,7 +31,7 @@ def start(verb, *args, **kwargs):
 
 def refused(process, status=2) -> str:
   """The one line of a program that ends with `status`; no stack trace beside it."""
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=600)
   assert process.returncode == status, (out[-500:], err[-2000:])
   lines = [line for line in err.splitlines() if line.startswith("mmcl: ")]
   assert len(lines) == 1, err[-2000:]
@@ -138,9 +138,8 @@ def test_every_file_of_a_checkpoint_is_missed_and_every_flipped_bit_is_found(coh
   shutil.copytree(whole[0], tmp_path / "w")
   step = tmp_path / "w/checkpoints/6"
   rng, tried = np.random.default_rng(0), 0
-  for file in sorted(step.rglob("*")):
-    if not file.is_file():
-      continue
+  files = [file for file in sorted(step.rglob("*")) if file.is_file()]  # 20 to 40: orbax's differ from save to save
+  for file in files:
     content = file.read_bytes()
     flipped = bytearray(content)
     if content:
@@ -160,7 +159,7 @@ def test_every_file_of_a_checkpoint_is_missed_and_every_flipped_bit_is_found(coh
         assert str(file) in str(error.value) or file.name == "manifest.json"
       file.write_bytes(content)
   checkpoint.check_files(str(tmp_path / "w"), 6)
-  assert tried > 60
+  assert tried == sum(3 if file.stat().st_size else 1 for file in files) > 30
 
 
 def test_a_changed_config_is_not_restored_as_if_it_were_the_run_s(whole, tmp_path):
@@ -184,7 +183,7 @@ def test_a_second_run_is_refused_and_told_who_holds_the_workdir(cohort, tmp_path
   # Ctrl-C saves and leaves, like SIGTERM.
   asked = time.monotonic()
   first.send_signal(signal.SIGINT)
-  out, err = first.communicate(timeout=120)
+  out, err = first.communicate(timeout=600)
   assert first.returncode == os.EX_TEMPFAIL and "asked to stop: saved" in out and "Ctrl-C again ends at once" in err
   assert checkpoint.latest(str(tmp_path / "w")) and not (tmp_path / "w/lock").exists()
   print(f"left {time.monotonic() - asked:.1f} s after Ctrl-C")

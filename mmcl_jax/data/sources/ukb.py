@@ -38,7 +38,7 @@ class Visit(NamedTuple):
 
 
 def plan(options, identify, folders: bool = False) -> Plan:
-  """`options`: input, tables, segmentations, withdrawn, diseases, codes, shape.
+  """`options`: input, tables, segmentations, withdrawn, diseases, codes, censored, shape.
 
   `folders`: the CMR are folders ID_VISIT of NIfTI files, as the ukbb_cardiac pipeline leaves them, instead of zips.
   """

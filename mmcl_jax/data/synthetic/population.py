@@ -47,12 +47,6 @@ def within_sex_correlation(row: couplings.Correlation) -> float:
   return (row.r * np.sqrt(np.prod(variances)) - between_sexes(*row[:2])) / within_sexes(*row[:2])
 
 
-def pooled_correlation(first: str, second: str, r: float) -> float:
-  """The inverse of `within_sex_correlation`: what a within-sex correlation r is over both sexes."""
-  variances = [between_sexes(n, n) + within_sexes(n, n) for n in (first, second)]
-  return (r * within_sexes(first, second) + between_sexes(first, second)) / np.sqrt(np.prod(variances))
-
-
 def log_sd(moments: tuple[float, float]) -> float:
   """SD of the logarithm of a lognormal of this mean and SD."""
   return np.sqrt(np.log1p((moments[1] / moments[0]) ** 2))
