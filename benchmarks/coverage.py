@@ -1,6 +1,6 @@
 """How often the 95 % intervals of evaluation hold the truth, by size of the test split and number of cases.
 
-    python benchmarks/coverage.py --simulations=1000 --out=coverage.jsonl    # two hours of a core; run again, it goes on
+    python benchmarks/coverage.py --simulations=1000 --out=coverage.jsonl    # 15 to 40 minutes of a core; run again, it goes on
 
 A fixed predictor meets new test splits of a made-up population, whose true score is known: R2 in closed form, the
 others from 4 million rows. Every split gets its interval as `mmcl evaluate` makes it (1,000 draws of whole subjects). A fifth

@@ -116,6 +116,23 @@ def test_a_workdir_that_vanishes_is_one_line(cohort, tmp_path):
     restore.load_run(str(tmp_path / "w"))  # whatever a late thread has put there
 
 
+def test_a_folder_made_anew_in_place_of_one_that_vanished_does_not_count(tmp_path):
+  """As where the workdir goes between two calls of orbax, which makes what is missing."""
+  workdir = tmp_path / "w"
+  workdir.mkdir()
+  (workdir / "config.json").write_text("{}")
+  saved = checkpoint.Checkpoints(str(workdir), keep=1)
+  saved.save(1, {"a": np.zeros(1)}, {}, {})
+  saved.manager.wait_until_finished()
+  workdir.rename(tmp_path / "elsewhere")
+  shutil.copytree(tmp_path / "elsewhere/checkpoints", workdir / "checkpoints")
+  with pytest.raises(UserError, match="w/checkpoints is not there any more"):
+    saved.finish()
+  with pytest.raises(UserError, match="w/checkpoints is not there any more"):
+    saved.save(2, {"a": np.zeros(1)}, {}, {})
+  assert checkpoint.steps(str(workdir)) == [] and not (workdir / "checkpoints/2").exists()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may become somebody else")
 @pytest.mark.skipif(not all(folder.stat().st_mode & 0o5 == 0o5 for top in (ROOT, pathlib.Path(sys.prefix)) for folder in (top, *top.parents)),
                     reason="somebody else may not read this checkout")
