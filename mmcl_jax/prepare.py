@@ -193,7 +193,7 @@ class Identities:
       if file.exists():
         with open(file, newline="") as f:
           rows = {name: participant for name, participant in list(csv.reader(f))[1:]}
-      rows |= {f"{int(h[1]):08x}{int(h[0]):08x}": participant for participant, h in self.known.items()}
+      rows |= {schema.hash_name(h): participant for participant, h in self.known.items()}
       text = io.StringIO()
       csv.writer(text, lineterminator="\n").writerows([("hash", "participant"), *sorted(rows.items())])
       write_private(file, text.getvalue())

@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
 
 def salted_id(item: Item) -> str:
   """What reports call a record: the subject's hash in 16 hexadecimal digits, and the visit."""
-  return f"{int(item.subject[1]):08x}{int(item.subject[0]):08x}/{item.visit}"
+  return f"{schema.hash_name(item.subject)}/{item.visit}"
 
 
 def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.ndarray]:

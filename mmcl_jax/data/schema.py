@@ -76,6 +76,11 @@ def subject_hash(identifier: str, salt: bytes) -> np.ndarray:
   return np.frombuffer(digest, "<u4").copy()
 
 
+def hash_name(subject: np.ndarray) -> str:
+  """A subject's hash, uint32 [2], in 16 hexadecimal digits, as reports name it."""
+  return f"{int(subject[1]):08x}{int(subject[0]):08x}"
+
+
 def split_of(subject: np.ndarray, fractions: tuple[float, float, float]) -> str:
   """The split of a subject, decided by its hash alone: stable when a cohort grows, equal for all visits of a person.
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.data.schema import LABELS, LEADS, PHASES
+from mmcl_jax.data.schema import LABELS, LEADS, PHASES, hash_name
 
 MM_A_SECOND, MM_A_MV = 25, 10
 WIDTH = 270                       # mm; 10 s take 250
@@ -239,7 +239,7 @@ def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
 
 def salted_id(record: dict) -> str:
   """The name of a stored record in reports, as mmcl_jax.data.builder.salted_id has it."""
-  return f"{int(record['subject'][1]):08x}{int(record['subject'][0]):08x}/{int(record.get('visit', 0))}"
+  return f"{hash_name(record['subject'])}/{int(record.get('visit', 0))}"
 
 
 def describe(record: dict, info: dict, split: str, index: int) -> str:

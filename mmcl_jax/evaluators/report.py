@@ -243,7 +243,7 @@ def _evaluation_page(results, images):
     sections.append(("Mean R2 of groups of phenotypes", group_rows(results)))
   if results.get("readouts"):
     sections.append((f"Other read-outs of the {seen} (R2; r: Pearson's correlation)", readout_rows(results)))
-  if any(results.get("diseases", {}).values()):
+  if any(results.get("diseases", {}).values()):  # coverage: benchmarks/coverage.py, docs/results.md
     sections.append((f"Diseases from the {seen} (few cases: counted, not scored; from 30 to 100 cases, 95 % intervals hold the "
                      "truth 92 to 95 times in 100)", disease_rows(results["diseases"])))
   if any(results.get("survival", {}).values()):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint
 
@@ -95,4 +96,4 @@ class Spikes:
 
 def names(subjects: np.ndarray) -> str:
   """Hashes of subjects, uint32 [N, 2], as the reports of `mmcl prepare` write them."""
-  return ", ".join(dict.fromkeys(f"{int(high):08x}{int(low):08x}" for low, high in subjects))
+  return ", ".join(dict.fromkeys(map(schema.hash_name, subjects)))
