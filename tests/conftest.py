@@ -71,8 +71,21 @@ def tiny_step(cohort_path):
           objectives.build(config.objectives), batch)
 
 
-def pytest_terminal_summary(terminalreporter):
-  """Says what was not compared with PyTorch, which is no dependency, and how to compare it."""
+def pytest_runtest_makereport(item, call):
+  """Leaves the faults that a test guards against beside its outcome, for the table at the end."""
+  for marker in item.iter_markers("reported") if call.when == "call" or call.excinfo else ():
+    outcome = "right" if call.excinfo is None else "skipped" if call.excinfo.errisinstance(pytest.skip.Exception) else "WRONG"
+    item.user_properties += [("reported", f"{fault} | {outcome}") for fault in marker.args]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """Lists the reported faults with `-m reported`, and says what was not compared with PyTorch, which is no dependency."""
+  if config.option.markexpr == "reported":
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed") + terminalreporter.getreports("skipped"):
+      if report.when == "call" or report.outcome != "passed":
+        for name, text in report.user_properties:
+          if name == "reported":
+            terminalreporter.write_line(f"| {text} | {report.nodeid} |")
   if not importlib.util.find_spec("torch"):
     terminalreporter.write_line("the tests of parity with PyTorch were skipped; to run them: .venv/bin/pip install "
                                 "torch==2.13.0, then this command again")
