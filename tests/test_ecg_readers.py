@@ -23,6 +23,7 @@ from scipy import io as scipy_io
 from conftest import python
 from mmcl_jax.data import readers
 from mmcl_jax.data.readers import array_ecg, dicom_ecg, ukb_ecg_xml, wfdb
+from mmcl_jax.data.readers.recording import lead_names
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 from test_ecg_input import INDEPENDENT, heart, no_network, record, rewrite, stacked  # noqa: F401 (a fixture)
@@ -100,6 +101,36 @@ def test_comments(tmp_path):
   rejects(tmp_path / "absent", "no such file", read=wfdb.comments)
   (tmp_path / "long.hea").write_bytes(b"#a: b\n" * 20_000)
   rejects(tmp_path / "long.hea", "more than 65536 bytes", read=wfdb.comments)
+
+
+@pytest.mark.reported("Lead I, DI, ECG I and MDC_ECG_LEAD_I were no leads")
+@pytest.mark.parametrize("spelling", ["Lead {}", "lead_{}", "ECG {}", "MDC_ECG_LEAD_{}", " {} "])
+def test_common_spellings_of_leads(spelling):
+  names = [spelling.format(lead) for lead in LEADS]
+  assert lead_names(names) == dict(zip(LEADS, range(12)))
+  assert lead_names(["DI", "DII", "diii"]) == {"I": 0, "II": 1, "III": 2}
+
+
+def test_names_that_may_be_something_else_are_no_leads():
+  assert lead_names(["ECG1", "Lead 1", "-aVR", "ECG -I", "D1", "MLII", "", None, "C1", "1"]) == {}
+  with pytest.raises(BadRecord, match="II occurs twice"):
+    lead_names(["II", "Lead II"])
+
+
+@pytest.mark.reported("a record without any known lead was an AttributeError of wfdb",
+                      "a lead was said to be absent, and not what the file has in its place")
+def test_reasons_name_the_leads_found(tmp_path, xml):
+  header, _ = cinc(tmp_path, names=[f"ECG{n}" for n in range(12)])
+  rejects(header, "no lead I, II, V1, V2, V3, V4, V5, V6; it has ECG0, ECG1, ECG2")
+  header, _ = cinc(tmp_path, line="A0001.mat 16+24 {gain}/mV 16 0 0 0 0")
+  rejects(header, "no lead I, II")
+  rejects(xml(data=VALID_XML.replace(b'lead="V3"', b'lead="3<"'.replace(b"<", b"&lt;"))), "no lead V3; it has I, II")
+  np.save(tmp_path / "a.npy", np.zeros((2, 5000)))
+  declare(tmp_path, leads=["ECG1", "\x1b[31m" + "x" * 99])
+  rejects(tmp_path / "a.npy", "it has ECG1, ??31mxxxxxxxxxxxxxxx")
+  sources = {name: code("MDC", "99", f"Lead {n}") for n, name in enumerate(INDEPENDENT, 7)}
+  group = multiplex({name: heart()[name] for name in INDEPENDENT}, sources=sources)
+  rejects(dicom(tmp_path / "a.dcm", group), "it has Lead 7, Lead 8")
 
 
 # CardioSoft's XML

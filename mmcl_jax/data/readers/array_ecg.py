@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mmcl_jax.data.readers.files import bad_record, check_file, present, read_bytes
-from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per
+from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per, needed_leads
 from mmcl_jax.errors import BadRecord
 
 KIND = "an array (.csv, .npy)"
@@ -97,5 +97,5 @@ def _read_npy(path, leads):
                     f"samples] or [samples, {len(leads)}], {len(leads)} leads being declared")
   if len(array) != len(leads):
     array = array.T
-  places = lead_names(leads)
+  places = needed_leads(leads)
   return {lead: np.array(array[place, :MAX_SAMPLES], np.float64) for lead, place in places.items()}, array.shape[1]

@@ -16,7 +16,7 @@ from pydicom.waveforms import multiplex_array
 
 from mmcl_jax.data.readers.files import bad_record, read_bytes
 from mmcl_jax.data.readers.recording import (
-    DERIVABLE, MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per)
+    DERIVABLE, MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per, told)
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
@@ -51,22 +51,25 @@ def read(path) -> Recording:
 
 def _choose(groups):
   """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be derived."""
-  found = []
+  found, names = [], []
   for number, group in enumerate(groups):
     if absent := [name for name in REQUIRED if name not in group]:
       raise BadRecord(f"its multiplex group {number + 1} lacks {', '.join(absent)}")
-    leads = lead_names(_lead(channel) for channel in group.get("ChannelDefinitionSequence") or [])
+    channels = group.get("ChannelDefinitionSequence") or []
+    leads = lead_names(map(_lead, channels))
+    names += [_source(channel).get("CodeMeaning") for channel in channels]
     median = "MEDIAN" in str(group.get("MultiplexGroupLabel", "")).upper()
     if not median and set(LEADS) <= set(leads) | set(DERIVABLE):
       found.append((group.NumberOfWaveformSamples / float(group.SamplingFrequency), len(leads), number, leads))
   if not found:
-    raise BadRecord(f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count)")
+    raise BadRecord(f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count); "
+                    f"it has {told(names)}")
   return max(found, key=lambda group: group[:2])[2:]
 
 
 def _lead(channel):
   """Name of a channel's lead by its code, or by its meaning such as "Lead I (Einthoven)"; None where unknown."""
-  source = (channel.get("ChannelSourceSequence") or [{}])[0]
+  source = _source(channel)
   code = re.fullmatch(r"(?:5\.6\.3-9-|2:)(\d+)", str(source.get("CodeValue", "")))  # SCPECG, MDC
   coded = LEAD_OF_CODE.get(int(code[1])) if code else None
   meaning = re.fullmatch(r"(?:lead\s+)?(\w+)\s*(?:[(,].*)?", str(source.get("CodeMeaning", "")).strip(), re.I)
@@ -74,6 +77,10 @@ def _lead(channel):
   if coded and named and coded != named:
     raise BadRecord(f"a channel is coded as lead {coded} and named {named}")
   return coded or named
+
+
+def _source(channel):
+  return (channel.get("ChannelSourceSequence") or [{}])[0]
 
 
 def _read_group(dataset, number, leads):

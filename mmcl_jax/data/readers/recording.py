@@ -1,5 +1,6 @@
 """What every ECG reader ends in: leads by name, in any number and order -> twelve leads in mV, checked."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from mmcl_jax.errors import BadRecord
 MV_PER_UNIT = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}
 MAX_SAMPLES = 120_000     # read at most per lead: 2 minutes at 1 kHz
 
+SPELLING = re.compile(r"(?:mdc_)?(?:ecg|ekg)?[ _]?(?:lead)?[ _]?(\w+)")
+LEAD_OF_NAME = {lead.lower(): lead for lead in LEADS} | {"di": "I", "dii": "II", "diii": "III"}
 DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I and II
 MAX_MISSING = 0.01        # share of a lead's samples that may be interpolated
 FLAT_MV = 0.01            # a lead that moves less than this was not connected
@@ -27,17 +30,33 @@ class Recording(NamedTuple):
 def lead_names(names) -> dict[str, int]:
   """{lead: its place in `names`} of the twelve leads, in any case and order; other names are left out.
 
-  Raises BadRecord where a lead occurs twice.
+  Taken are the names of LEADS and their common spellings: "Lead I", "ECG II", "MDC_ECG_LEAD_V1", and DI to DIII. What might
+  be something else is not: "ECG1", "Lead 1", "-aVR". Raises BadRecord where a lead occurs twice.
   """
-  spelling = {lead.lower(): lead for lead in LEADS}
   places = {}
   for place, name in enumerate(names):
-    lead = spelling.get((name or "").strip().lower())
+    spelled = SPELLING.fullmatch((name or "").strip().lower())
+    lead = LEAD_OF_NAME.get(spelled[1]) if spelled else None
     if lead in places:
       raise BadRecord(f"lead {lead} occurs twice")
     if lead:
       places[lead] = place
   return places
+
+
+def needed_leads(names) -> dict[str, int]:
+  """`lead_names`; BadRecord that tells the names found where a lead is absent that cannot be derived."""
+  names = list(names)
+  places = lead_names(names)
+  if absent := [lead for lead in LEADS if lead not in places and lead not in DERIVABLE]:
+    raise BadRecord(f"no lead {', '.join(absent)}; it has {told(names)}")
+  return places
+
+
+def told(names) -> str:
+  """Names that a file gives its signals, short enough for a reason: they may be anything."""
+  some = [re.sub(r"[^\w.+ -]", "?", str(name or "unnamed"))[:20].strip() for name in names[:12]]
+  return ", ".join(some + ["..."] * (len(names) > 12)) or "no named signal"
 
 
 def mv_per(unit: str, lead: str) -> float:

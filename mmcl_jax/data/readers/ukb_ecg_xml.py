@@ -8,7 +8,7 @@ import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
 
 from mmcl_jax.data.readers.files import bad_record, read_bytes
-from mmcl_jax.data.readers.recording import Recording, assemble, lead_names, length_flags
+from mmcl_jax.data.readers.recording import Recording, assemble, length_flags, needed_leads
 from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES
 from mmcl_jax.errors import BadRecord
 
@@ -64,7 +64,7 @@ def read_full_disclosure(path) -> Recording:
     if len(samples) % block:
       raise BadRecord(f"its full disclosure has {len(samples)} samples; expected a multiple of {block}")
     blocks = samples.reshape(-1, len(names), ECG_RATE_HZ)
-    leads = {lead: blocks[:, place].ravel() for lead, place in lead_names(names).items()}
+    leads = {lead: blocks[:, place].ravel() for lead, place in needed_leads(names).items()}
     return assemble(leads, ECG_RATE_HZ, length_flags(len(samples) // len(names), ECG_RATE_HZ))
 
 
@@ -100,7 +100,7 @@ def _leads(element, length):
   _agree(element, "NumberOfLeads", len(waves))
   _agree(element, "ChannelSampleCountTotal", length)
   leads = {}
-  for lead, place in lead_names(wave.get("lead") for wave in waves).items():
+  for lead, place in needed_leads(wave.get("lead") for wave in waves).items():
     leads[lead] = scale * _samples(waves[place].text or "", f"of lead {lead}")
     if len(leads[lead]) != length:
       raise BadRecord(f"lead {lead} has {len(leads[lead])} samples; expected {length:g}")

@@ -15,7 +15,7 @@ import wfdb
 from wfdb.io.header import parse_header_content, rx_signal
 
 from mmcl_jax.data.readers.files import bad_record, check_file, present, read_bytes
-from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per
+from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, length_flags, mv_per, needed_leads
 from mmcl_jax.errors import BadRecord
 
 # FLAC formats (508, 516, 524) have no fixed size.
@@ -76,7 +76,7 @@ def _read_leads(folder, stem, lines):
   if not about.fs > 0 or not about.sig_len:
     raise BadRecord(f"the header gives {about.fs} Hz and {about.sig_len} samples; expected both positive")
 
-  channels = lead_names(about.sig_name or [])
+  channels = needed_leads(about.sig_name or [])
   mv_per_unit, flags = _scales(channels, lines)
   for name in {about.file_name[channel] for channel in channels.values()}:
     _check_samples(folder, name, about)
