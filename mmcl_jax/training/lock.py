@@ -1,17 +1,14 @@
 """One run at a time in a workdir: WORKDIR/lock, held while training runs and free again however it ends."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import pathlib
 import socket
 import time
 
+from mmcl_jax import files
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.training import distributed
-
-UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextlib.contextmanager
@@ -47,19 +44,20 @@ def held(workdir: str):
 def take(path: pathlib.Path, workdir: str) -> int:
   """The open, locked file. Opened again where its holder removed it in between: the name would be free for a third."""
   while True:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    file = files.opened(path, os.O_RDWR)
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      free = files.locked(file)
     except OSError as error:
-      if error.errno in UNSUPPORTED:
+      if error.errno in files.UNSUPPORTED:
         print(f"{workdir} is on a file system without locks; make sure that no other run trains in it", flush=True)
         return file
+      os.close(file)
+      raise
+    if not free:
       holder = os.read(file, 200).decode(errors="replace").strip()
       os.close(file)
-      if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-        raise
       raise UserError(f"another run is training in {workdir} ({holder or 'it has just begun'}); wait for it, stop it, or take "
-                      "another --workdir") from None
+                      "another --workdir")
     if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
       os.truncate(file, 0)
       os.pwrite(file, f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)

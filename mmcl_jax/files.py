@@ -1,0 +1,69 @@
+"""Files of the programs' own: written whole or not at all, never through a link, and their locks.
+
+A workdir or a cohort may come from a stranger, or lie where others write too: a link there, under a name that we write to,
+would have us write over any file of the user's.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import stat
+
+from mmcl_jax.errors import UserError
+
+UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without locks say
+HELD = {errno.EWOULDBLOCK, errno.EACCES}
+
+
+def opened(path, flags: int) -> int:
+  """The descriptor of a file to add to or to lock, made if absent; a UserError where the name is a link or no plain file."""
+  with contextlib.suppress(FileNotFoundError):
+    about = os.lstat(path)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+      what = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "no file of its own"
+      raise UserError(f"{path} is {what}, and what is written to it would go elsewhere; expected a plain file: remove it")
+  return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # these two: should it change just now
+
+
+def new(path, mode: str = "w", **options):
+  """A new file open for writing; what had the name before goes, a link too, and what that leads to stays."""
+  with contextlib.suppress(FileNotFoundError):
+    os.unlink(path)
+  return open(path, mode.replace("w", "x"), **options)
+
+
+@contextlib.contextmanager
+def replaced(path, mode: str = "w", **options):
+  """An open file that takes the place of `path` once it is whole."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    with new(partial, mode, **options) as file:
+      yield file
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def no_links(*folders) -> None:
+  """Raises a UserError where one of these folders, or anything in them, is a symbolic link."""
+  for folder in folders:
+    found = [folder]
+    for parent, inner, names in os.walk(folder):
+      found += [os.path.join(parent, name) for name in (*inner, *names)]
+    if link := next(filter(os.path.islink, found), None):
+      raise UserError(f"{link} is a symbolic link, and what is written there would go elsewhere; expected a file or folder of "
+                      "its own: put what it leads to in its place, or remove it")
+
+
+def locked(file: int) -> bool:
+  """Takes the lock of an open file until it is closed; False where another process holds it. Errors of file systems pass."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    if error.errno not in HELD:
+      raise
+    return False
+  return True
