@@ -1,7 +1,8 @@
 """From an ECG at any sampling rate to what an encoder sees: 10 s, filtered and scaled by a named profile.
 
 A profile takes float [12, 5000] in mV at 500 Hz and gives 10 s without unit at its own rate: [12, 2500] at 250 Hz for
-`cardionets`, [12, 5000] for the others. All filters run forwards and backwards, so no wave moves in time, and no
+CardioNets', [12, 5000] for the others. `mmcl`, `dual_phase` and `cardionets` are the published ones, for weights that
+were trained on them; `minimal` and the mirrored ones are this project's. All filters run forwards and backwards, so no wave moves in time, and no
 profile turns finite input into NaN.
 """
 
@@ -100,10 +101,18 @@ def _mmcl(ecg):
 
 
 def _dual_phase(ecg):
-  """Alvarez-Florez et al. 2026 (dual-phase contrastive learning), from the code that they published.
+  """Alvarez-Florez et al. 2026 (dual-phase contrastive learning), as in the code that they published.
 
-  Their notch stands at 60 Hz, also on recordings from 50 Hz mains; here it is at the recording's own.
+  Its notch stands at 60 Hz whatever the mains are, and scipy's own short ends bend the first and last second of a
+  recording: `dual_phase_mirrored` mends both.
   """
+  ecg = _filtered(ecg, 4, 0.5, "highpass", edge_s=None)
+  ecg = signal.filtfilt(*signal.iirnotch(60, Q=40, fs=ECG_RATE_HZ), ecg)
+  return _z_score(signal.savgol_filter(ecg, window_length=15, polyorder=3), 1e-8, ddof=1)  # 1e-5 uV
+
+
+def _dual_phase_mirrored(ecg):
+  """`dual_phase` with mirrored ends, and its notch at the recording's own mains."""
   notch = signal.iirnotch(mains_hz(ecg), Q=40, fs=ECG_RATE_HZ)
   ecg = signal.filtfilt(*notch, _filtered(ecg, 4, 0.5, "highpass"), padtype="even",
                         padlen=EDGE_S * ECG_RATE_HZ)
@@ -113,9 +122,17 @@ def _dual_phase(ecg):
 def _cardionets(ecg):
   """Ding et al., "Translating Electrocardiograms to CMR" (CardioNets): 250 Hz, 0.67 to 40 Hz, z-score of all leads.
 
-  Order 5 and both directions as in the transforms of ST-MEM (github.com/bakqui/ST-MEM), whose encoder they take. All
-  10 s are kept: their random crop of 9 s (2250 samples) is the recipe's.
+  Resampling, filters and their ends are those of ST-MEM (Na et al. 2024, github.com/bakqui/ST-MEM util/transforms.py),
+  whose encoder they take. All 10 s are kept: their random crop of 9 s (2250 samples) is the recipe's, and comes after
+  the filters here, where theirs comes before.
   """
+  ecg = signal.resample(ecg, ecg.shape[1] // 2, axis=1)
+  ecg = _filtered(ecg, 5, 0.67, "highpass", 250, edge_s=None)
+  return _z_score(_filtered(ecg, 5, 40, "lowpass", 250, edge_s=None), 1e-12)
+
+
+def _cardionets_mirrored(ecg):
+  """`cardionets` with mirrored ends, resampled by a polyphase filter, which does not wrap the end onto the beginning."""
   ecg = signal.resample_poly(ecg, 1, 2, axis=1, padtype="edge")
   ecg = _filtered(ecg, 5, 0.67, "highpass", 250, edge_s=4)  # a filter of higher order rings for longer
   return _z_score(_filtered(ecg, 5, 40, "lowpass", 250), 1e-12)
@@ -129,6 +146,8 @@ class Profile(NamedTuple):
 
 
 BOTH_WAYS = "run forwards and backwards (scipy.signal.sosfiltfilt), the ends mirrored for {} s (padtype='even')"
+SCIPY_ENDS = "run forwards and backwards (scipy.signal.sosfiltfilt with its default ends)"
+SAVITZKY_GOLAY = "Savitzky-Golay filter over 15 samples, order 3"
 PROFILES = {
     "minimal": Profile(_minimal, (
         f"Butterworth band-pass of order 2, 0.5 to 100 Hz, {BOTH_WAYS.format(EDGE_S)}",
@@ -139,12 +158,22 @@ PROFILES = {
         "rounds",
         "z-score (mean and standard deviation of all samples) of each of the groups I II III, aVR aVL aVF, and V1 to V6")),
     "dual_phase": Profile(_dual_phase, (
+        f"Butterworth high-pass of order 4, 0.5 Hz, {SCIPY_ENDS}",
+        "notch filter at 60 Hz, Q 40 (scipy.signal.iirnotch and filtfilt with its default ends)",
+        SAVITZKY_GOLAY,
+        "z-score (mean and sample standard deviation of all samples), 1e-8 mV added to the standard deviation")),
+    "dual_phase_mirrored": Profile(_dual_phase_mirrored, (
         f"Butterworth high-pass of order 4, 0.5 Hz, {BOTH_WAYS.format(EDGE_S)}",
         "notch filter at the mains, 50 Hz, or 60 Hz where that stands out of the spectrum, Q 40 (scipy.signal.iirnotch), "
         "run and mirrored alike (filtfilt)",
-        "Savitzky-Golay filter over 15 samples, order 3",
+        SAVITZKY_GOLAY,
         "z-score (mean and standard deviation of all samples), 1e-5 mV added to the standard deviation")),
     "cardionets": Profile(_cardionets, (
+        "resampled to 250 Hz by its Fourier transform (scipy.signal.resample)",
+        f"Butterworth high-pass of order 5, 0.67 Hz, {SCIPY_ENDS}",
+        f"Butterworth low-pass of order 5, 40 Hz, {SCIPY_ENDS}",
+        "z-score (mean and standard deviation of all samples)"), 250),
+    "cardionets_mirrored": Profile(_cardionets_mirrored, (
         "resampled to 250 Hz (scipy.signal.resample_poly, up 1, down 2, padtype='edge')",
         f"Butterworth high-pass of order 5, 0.67 Hz, {BOTH_WAYS.format(4)}",
         f"Butterworth low-pass of order 5, 40 Hz, {BOTH_WAYS.format(EDGE_S)}",
@@ -197,10 +226,14 @@ def _second_difference_gram(n):
 
 
 def _filtered(ecg, order, cut_hz, kind, rate=ECG_RATE_HZ, edge_s=EDGE_S):
+  """Butterworth, both ways; `edge_s`: seconds by which the ends are mirrored, None: scipy's short, turned-over ends.
+
+  Turned over, a recording that ends within a QRS complex gets a slope of 1 mV.
+  """
   sos = signal.butter(order, cut_hz, kind, fs=rate, output="sos")
-  # Mirrored ends: scipy's default turns them over, and a recording that ends within a QRS complex gets a slope of 1 mV.
-  return signal.sosfiltfilt(sos, ecg, padtype="even", padlen=edge_s * rate)
+  ends = {} if edge_s is None else {"padtype": "even", "padlen": edge_s * rate}
+  return signal.sosfiltfilt(sos, ecg, **ends)
 
 
-def _z_score(ecg, epsilon):
-  return (ecg - ecg.mean()) / (ecg.std() + epsilon)
+def _z_score(ecg, epsilon, ddof=0):
+  return (ecg - ecg.mean()) / (ecg.std(ddof=ddof) + epsilon)
