@@ -17,6 +17,7 @@ import numpy as np
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import figures, report, statistics
 from mmcl_jax.evaluators.phenotypes import FEWEST_TEST_ROWS
+from mmcl_jax.paths import local
 
 DRAWS = 1000
 COVARIATES = "covariates"
@@ -33,8 +34,9 @@ class Evaluation(NamedTuple):
 
 def main(argv):
   parser = argparse.ArgumentParser(prog="mmcl compare", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-  parser.add_argument("runs", nargs="+", metavar="W", help="workdir, or folder of an evaluation; the first is the reference")
-  parser.add_argument("--out", required=True, help="folder for the report")
+  parser.add_argument("runs", type=local, nargs="+", metavar="W",
+                      help="workdir, or folder of an evaluation; the first is the reference")
+  parser.add_argument("--out", type=local, required=True, help="folder for the report")
   args = parser.parse_intermixed_args(argv)
   if len(args.runs) < 2:
     raise UserError("mmcl compare needs two runs or more; the first is the one that the others are held against")

@@ -74,7 +74,7 @@ def main(argv):
   parser = argparse.ArgumentParser(usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False)
   parser.add_argument("--batch", type=rows)
   given, rest = parser.parse_known_args(argv)
-  config, flags = configuration.from_flags("mmcl compile", USAGE, rest, {
+  config, flags = configuration.from_flags("mmcl compile", USAGE, rest, paths={}, words={
       "topology": f"TPU slice ({', '.join(CHIPS)}, such as v5e:4x4 or v5p:8x8x8), or cpu:N"})
   print(json.dumps(compile_step(config, flags.topology, given.batch)))
 

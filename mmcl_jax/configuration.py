@@ -6,8 +6,10 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from mmcl_jax.errors import UserError
+from mmcl_jax.paths import local
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float rounding. (every.evaluate does
 # where training stops early, and may not change there.)
@@ -100,13 +102,29 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   return c
 
 
-def from_flags(program: str, usage: str, argv: list[str], required: dict[str, str]) -> tuple[ConfigDict, flags.FlagValues]:
-  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and the `required` flags (name -> help)."""
-  values = flags.FlagValues()
+class Path(flags.ArgumentParser):
+  """Reads a flag that is a path."""
+
+  def parse(self, argument: str) -> str:
+    return local(argument)
+
+
+class Recipe(ConfigFileFlagParser):
+  """Reads `FILE.py[:ARGUMENT]`."""
+
+  def parse(self, path: str) -> ConfigDict:
+    return super().parse(local(path))
+
+
+def from_flags(program: str, usage: str, argv: list[str], paths: dict[str, str],
+               words: dict[str, str] = {}) -> tuple[ConfigDict, flags.FlagValues]:
+  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and the flags that must be there, paths and words (name -> help)."""
+  values, required = flags.FlagValues(), paths | words
   config_flags.DEFINE_config_file("config", None, "recipe, FILE.py[:ARGUMENT]; --config.x.y=V overrides",
                                   lock_config=True, flag_values=values, sys_argv=[program, *argv])
+  values["config"].parser = Recipe("config")
   for name, text in required.items():
-    flags.DEFINE_string(name, None, text, flag_values=values)
+    flags.DEFINE(Path() if name in paths else flags.ArgumentParser(), name, None, text, flag_values=values)
   if "--help" in argv or "-h" in argv:
     print(f"{usage}\n\nflags:\n  --config=FILE.py[:ARGUMENT]  recipe; --config.x.y=VALUE overrides one of its values")
     print("\n".join(f"  --{name}=...  {text}" for name, text in required.items()))
@@ -121,7 +139,18 @@ def from_flags(program: str, usage: str, argv: list[str], required: dict[str, st
   missing = [name for name in ("config", *required) if getattr(values, name) is None]
   if missing or rest:
     raise UserError(f"{'missing --' + ', --'.join(missing) if missing else f'unexpected {rest}'}; {usage}")
+  read_paths(config)
   return config, values
+
+
+def read_paths(config: ConfigDict) -> None:
+  """Reads the paths that a config names; "" stands for none."""
+  config.data.cohort = config.data.cohort and local(config.data.cohort)
+  for module, workdir in config.init_from.items():
+    config.init_from[module] = workdir and local(workdir)
+  if isinstance(config.data.mix, tuple):  # of pairs, as whoever opens the cohorts sees to
+    config.data.mix = tuple((local(one[0]), *one[1:]) if isinstance(one, (tuple, list)) and one and isinstance(one[0], str) else one
+                            for one in config.data.mix)
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError, writing
+from mmcl_jax.paths import local
 
 FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")  # options of torch_weights.load
 PROFILES = {"tiny": "mmcl", "medium": "dual_phase"}  # ECG encoder -> how its authors normalised ECGs
@@ -32,9 +33,10 @@ def main(argv=None):
 def parse(argv):
   parser = argparse.ArgumentParser(prog="mmcl convert", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--input", help="PyTorch weights: .pth, .pt, .ckpt or .safetensors")
-  source.add_argument("--workdir", help="folder of a run, whose weights shall go out")
-  parser.add_argument("--out", required=True, help="with --input: workdir to make; with --workdir: FILE.safetensors")
+  source.add_argument("--input", type=local, help="PyTorch weights: .pth, .pt, .ckpt or .safetensors")
+  source.add_argument("--workdir", type=local, help="folder of a run, whose weights shall go out")
+  parser.add_argument("--out", type=local, required=True,
+                      help="with --input: workdir to make; with --workdir: FILE.safetensors")
   parser.add_argument("--tower", help="the one tower to take or to write (to write: ecg, ecg_mae with the MAE's decoder, "
                       "or a CMR tower); what to call the only CMR encoder of --input")
   parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the best of a run that stops early, else the last)")

@@ -26,6 +26,7 @@ from mmcl_jax.data.preprocess.ecg import samples
 from mmcl_jax.data.readers import ecg_file, find_ecg
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import UserError, writing
+from mmcl_jax.paths import local
 from mmcl_jax.training import distributed
 
 PART = 4096  # recordings of a part, rounded up to the batch: what an interruption costs at most
@@ -84,14 +85,15 @@ def main(argv=None):
 
 def parse(argv):
   parser = argparse.ArgumentParser(prog="mmcl embed", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-  parser.add_argument("--workdir", required=True, help="folder of the training run")
-  parser.add_argument("--input", nargs="+", action="extend", default=[], metavar="PATH",
+  parser.add_argument("--workdir", type=local, required=True, help="folder of the training run")
+  parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH",
                       help="ECGs, and folders to search for them: WFDB (.hea, .mat, .dat or stem), GE CardioSoft "
                            "(.xml), DICOM (.dcm), arrays (.csv, .npy) with a .json that gives their rate")
-  parser.add_argument("--out", required=True, help="folder for the table, in Parquet; a part of it there is gone on from")
+  parser.add_argument("--out", type=local, required=True,
+                      help="folder for the table, in Parquet; a part of it there is gone on from")
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--batch", type=int, default=32, help="recordings per call of the encoder (default: 32)")
-  parser.add_argument("more", nargs="*", metavar="PATH", help="more inputs")
+  parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
   args.input += args.more
   if not args.input:

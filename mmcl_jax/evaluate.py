@@ -23,6 +23,7 @@ from mmcl_jax.models import pretrainer
 from mmcl_jax.evaluators import (diseases, embeddings, figures, generation, localisation, low_data, phenotypes, readouts, report,
                                  retrieval, survival)
 from mmcl_jax.evaluators.drawings import relevance
+from mmcl_jax.paths import local
 from mmcl_jax.training import distributed, metrics, restore, steps
 
 SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
@@ -30,9 +31,9 @@ SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 
 def main(argv):
   parser = argparse.ArgumentParser(prog="mmcl evaluate", description="Evaluates a checkpoint.", allow_abbrev=False)
-  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
-  parser.add_argument("--cohort", help="another cohort than the one it was trained on")
+  parser.add_argument("--cohort", type=local, help="another cohort than the one it was trained on")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
   args = parser.parse_args(argv)
   if args.batch < 1:

@@ -22,6 +22,7 @@ from mmcl_jax.embed import Probes, load_probes
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import model_card, report
 from mmcl_jax.models import vit
+from mmcl_jax.paths import local
 from mmcl_jax.training import restore, steps
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -32,8 +33,8 @@ NEEDED = ("counts", "phenotypes", "cohort_fingerprint")  # of results.json, by t
 
 def main(argv):
   parser = argparse.ArgumentParser(prog="mmcl export", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-  parser.add_argument("--workdir", required=True, help="folder of the run")
-  parser.add_argument("--out", required=True, help=f"folder for {ARTEFACT}, {ABOUT} and {CARD}")
+  parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
+  parser.add_argument("--out", type=local, required=True, help=f"folder for {ARTEFACT}, {ABOUT} and {CARD}")
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--platforms", default="cpu,cuda,tpu", help="what the file shall run on, of "
                       f"{', '.join(PLATFORMS)} (default %(default)s)")

@@ -30,6 +30,7 @@ from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import drawings, generation
 from mmcl_jax.models import pretrainer
+from mmcl_jax.paths import local
 from mmcl_jax.training import checkpoint, restore, steps
 
 MARK = "generated, not measured"  # in every picture and every header
@@ -38,10 +39,11 @@ UNITS = [schema.PHENOTYPES[name] for name in generation.PHENOTYPES]
 
 def main(argv):
   parser = argparse.ArgumentParser(prog="mmcl generate", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-  parser.add_argument("--workdir", required=True, help="folder of the run")
-  parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
+  parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
+  parser.add_argument("--input", type=local, nargs="+", required=True, metavar="PATH",
                       help="ECGs, and folders to search for them (as mmcl embed)")
-  parser.add_argument("--out", required=True, help="folder for the hearts; what is there of the same run is gone on from")
+  parser.add_argument("--out", type=local, required=True,
+                      help="folder for the hearts; what is there of the same run is gone on from")
   parser.add_argument("--samples", type=int, default=8, help="hearts of each recording (default %(default)s)")
   parser.add_argument("--guidance", type=float, default=1.0,
                       help="1: as the ECG says; above: further away from the hearts of all; 0: any heart (default %(default)s)")

@@ -16,6 +16,7 @@ from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import drawings, quality
 from mmcl_jax.evaluators.figures import SYNTHETIC_NOTE
+from mmcl_jax.paths import local
 
 COUNTED = 2000  # records that are read for the tables; of larger cohorts a sample
 DPI = 254       # 10 pixels a millimetre of ECG paper
@@ -61,11 +62,11 @@ def main(argv=None):
 def parse(argv):
   parser = argparse.ArgumentParser(prog="mmcl inspect", allow_abbrev=False,
                                    description="Tells what a cohort holds, or draws one of its records.")
-  parser.add_argument("cohort", metavar="COHORT", help="folder made by mmcl prepare")
+  parser.add_argument("cohort", type=local, metavar="COHORT", help="folder made by mmcl prepare")
   parser.add_argument("--index", type=int, metavar="I", help="draw this record of the split, the first is 0")
   parser.add_argument("--split", default="train",
                       help=f"{', '.join(schema.SPLITS)}: where --index counts (default %(default)s)")
-  parser.add_argument("--out", metavar="FILE.png", help="of the drawing (default COHORT-SPLIT-I.png, in this folder)")
+  parser.add_argument("--out", type=local, metavar="FILE.png", help="of the drawing (default COHORT-SPLIT-I.png, in this folder)")
   args = parser.parse_args(argv)
   if args.split not in schema.SPLITS:
     raise UserError(f"--split={args.split}; expected one of {', '.join(schema.SPLITS)}")

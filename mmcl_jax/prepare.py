@@ -28,6 +28,7 @@ from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ec
 from mmcl_jax.data.sources import synthetic
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import phenotypes, quality, statistics
+from mmcl_jax.paths import local
 
 ROOM = "mmcl_jax.data.sources"
 SOURCES = {  # name -> where its plan is, what it reads
@@ -81,19 +82,20 @@ def parse(argv):
                                    epilog="sources:\n" + "\n".join(f"  {name:16s}{what}" for name, (_, what) in SOURCES.items())
                                    + "\n  my_module:plan  a source of your own (docs/your_data.md)")
   parser.add_argument("source", metavar="SOURCE", help="one of the sources below")
-  parser.add_argument("--input", nargs="+", action="extend", default=[], metavar="PATH", help="raw files and folders")
-  parser.add_argument("--tables", nargs="+", action="extend", default=[], metavar="FILE",
+  parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH", help="raw files and folders")
+  parser.add_argument("--tables", type=local, nargs="+", action="extend", default=[], metavar="FILE",
                       help="CSV, TSV or Parquet tables of phenotypes, covariates and outcomes")
-  parser.add_argument("--segmentations", metavar="DIR", help="ukb: folders {id}_{visit} with ukbb_cardiac's seg_sa.nii.gz")
-  parser.add_argument("--withdrawn", metavar="FILE", help="ids of participants who have withdrawn, one a line")
+  parser.add_argument("--segmentations", type=local, metavar="DIR",
+                      help="ukb: folders {id}_{visit} with ukbb_cardiac's seg_sa.nii.gz")
+  parser.add_argument("--withdrawn", type=local, metavar="FILE", help="ids of participants who have withdrawn, one a line")
   parser.add_argument("--diseases", default="any", choices=("any", "prevalent", "incident"),
                       help="which diagnoses count, by their date against the visit (default %(default)s)")
   parser.add_argument("--censored", metavar="YYYY-MM-DD", help="end of follow-up (default: the last diagnosis or death in the "
                       "tables)")
-  parser.add_argument("--codes", metavar="FILE", help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
-  parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-  parser.add_argument("--private", metavar="DIR", help="folder of the salt and of the table from hashes to participants; "
-                      "stays with you. The same folder gives the same hashes and splits (default OUT.private)")
+  parser.add_argument("--codes", type=local, metavar="FILE", help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
+  parser.add_argument("--out", type=local, required=True, metavar="DIR", help="folder to make")
+  parser.add_argument("--private", type=local, metavar="DIR",
+                      help="folder of the salt and of the table from hashes to participants; stays with you. The same folder gives the same hashes and splits (default OUT.private)")
   parser.add_argument("--split", default="0.7,0.1,0.2", help="shares of train,val,test, drawn by subject (default %(default)s)")
   parser.add_argument("--profile", default="minimal",
                       help="normalisation of the ECG: " + ", ".join(preprocess_ecg.PROFILES) + " (default %(default)s)")
@@ -107,7 +109,7 @@ def parse(argv):
   parser.add_argument("--lax", action="store_true", help="synthetic: the long-axis view too")
   parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)")
   parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam with these pipeline options (docs/beam.md)")
-  parser.add_argument("more", nargs="*", metavar="PATH", help="more inputs")
+  parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
   args.input += args.more
   args.given = {name for name, value in vars(args).items() if value != parser.get_default(name) and value != []}
