@@ -13,8 +13,8 @@ import stat
 
 from mmcl_jax.errors import UserError
 
-UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without locks say
-HELD = {errno.EWOULDBLOCK, errno.EACCES}
+ENOTSUPP = 524  # the kernel's own, which autofs and NFS let through; errno has no name for it
+UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, ENOTSUPP}  # what file systems without locks say
 
 
 def opened(path, flags: int) -> int:
@@ -58,12 +58,18 @@ def no_links(*folders) -> None:
                       "its own: put what it leads to in its place, or remove it")
 
 
-def locked(file: int) -> bool:
-  """Takes the lock of an open file until it is closed; False where another process holds it. Errors of file systems pass."""
+def locked(file: int, where: str) -> bool:
+  """Takes the lock of an open file until it is closed; False where another process holds it.
+
+  On a file system without locks, which is said with `where`, it is as if nobody did. What a disk or network refuses else is
+  raised.
+  """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    if error.errno not in HELD:
-      raise
+  except BlockingIOError:
     return False
+  except OSError as error:
+    if error.errno not in UNSUPPORTED:
+      raise
+    print(f"{where} is on a file system without locks; make sure that nothing else writes to it", flush=True)
   return True

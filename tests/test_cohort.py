@@ -1,5 +1,6 @@
 """Making a cohort: interrupted or not, by one process or two, the same records; what identifies a person stays out."""
 
+import errno
 import functools
 import json
 import os
@@ -10,10 +11,11 @@ import types
 import numpy as np
 import pytest
 
-from mmcl_jax import prepare
+from mmcl_jax import files, prepare
 from mmcl_jax.data import builder, cohort as cohort_room, schema
 from mmcl_jax.data.sources import Item, Plan, synthetic
 from mmcl_jax.errors import BadRecord, UserError
+from mmcl_jax.training import lock
 
 SHARES = (0.6, 0.2, 0.2)
 SALT = b"of this test"
@@ -24,6 +26,10 @@ def record(number: int) -> dict:
   return {"has_ecg": np.True_, "has_cmr": np.False_, "ecg": rng.normal(size=(12, 5000)).astype(np.float32),
           "phenotypes": np.array([number, np.nan], np.float32), "diseases": np.zeros(0, np.float32),
           "covariates": np.full(4, number, np.float32)}
+
+
+def record_alone(item):
+  return record(item.key), ()
 
 
 def read(item):
@@ -221,6 +227,39 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
   with pytest.raises(UserError, match="is not empty"):
     build(tmp_path / "c", plan(30))
   assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.reported("prepare could not run where files cannot be locked, and blamed another process")
+@pytest.mark.parametrize("number", sorted(files.UNSUPPORTED))
+def test_where_files_cannot_be_locked_it_is_said_and_the_work_goes_on(tmp_path, monkeypatch, capsys, number):
+  def flock(file, operation):
+    raise OSError(number, "no locks here")
+
+  monkeypatch.setattr(files.fcntl, "flock", flock)
+  build(tmp_path / "c", plan(30, record_alone))
+  assert capsys.readouterr().out.count("c.partial is on a file system without locks") == 1
+  with lock.held(str(tmp_path / "w")):
+    assert f"process {os.getpid()}" in (tmp_path / "w/lock").read_text()
+  assert "w is on a file system without locks" in capsys.readouterr().out
+
+
+def test_what_another_process_prepares_is_left_to_it(tmp_path):
+  (tmp_path / "c.partial").mkdir()
+  with open(tmp_path / "c.partial/lock", "w") as held:
+    assert files.locked(held.fileno(), "c")
+    with pytest.raises(UserError, match="another process is preparing"):
+      build(tmp_path / "c", plan(30, record_alone))
+
+
+def test_a_lock_that_fails_otherwise_is_no_other_process(tmp_path, monkeypatch):
+  def flock(file, operation):
+    raise OSError(errno.EIO, "broken disk")
+
+  monkeypatch.setattr(files.fcntl, "flock", flock)
+  with pytest.raises(OSError, match="broken disk"):
+    build(tmp_path / "c", plan(30, record_alone))
+  with pytest.raises(UserError, match="cannot write to .*broken disk"), lock.held(str(tmp_path / "w")):
+    pass
 
 
 def test_the_same_command_finds_its_cohort_and_another_does_not(tmp_path, monkeypatch):

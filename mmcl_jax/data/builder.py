@@ -6,7 +6,6 @@ cohort goes on where it was stopped, gives the same records and fingerprint for 
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -29,6 +28,7 @@ import threadpoolctl
 from array_record.python import array_record_module
 from tqdm import tqdm
 
+from mmcl_jax import files
 from mmcl_jax.data import schema
 from mmcl_jax.data.cohort import LABELS, Cohort, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
@@ -122,11 +122,9 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
     print(f"{out} is there, of the same paths and settings: nothing was read again; remove it to make it anew")
     return made
   partial.mkdir(parents=True, exist_ok=True)
-  with open(partial / "lock", "w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      raise UserError(f"another process is preparing {out}; wait for it or choose another --out") from None
+  with open(files.opened(partial / "lock", os.O_RDWR), "w") as lock:
+    if not files.locked(lock.fileno(), str(partial)):
+      raise UserError(f"another process is preparing {out}; wait for it or choose another --out")
     same_plan(partial, info["plan"])
     if (partial / "shards").is_dir() or not (partial / "cohort.json").is_file():  # else killed right before its name was given
       write_all(partial, plan, splits, profile, info, processes, report, run or run_locally)

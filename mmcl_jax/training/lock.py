@@ -46,11 +46,8 @@ def take(path: pathlib.Path, workdir: str) -> int:
   while True:
     file = files.opened(path, os.O_RDWR)
     try:
-      free = files.locked(file)
-    except OSError as error:
-      if error.errno in files.UNSUPPORTED:
-        print(f"{workdir} is on a file system without locks; make sure that no other run trains in it", flush=True)
-        return file
+      free = files.locked(file, workdir)
+    except OSError:
       os.close(file)
       raise
     if not free:
