@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the tests of PyTorch weights need t
 
 import torch_models as published
 from mmcl_jax.errors import UserError
-from mmcl_jax.interop import torch_weights
+from mmcl_jax.interop import modules, recognise, torch_weights
 
 PATCH, SAMPLES, B = 20, 100, 2
 TEST = (16, 1, 2)                                    # vit.SIZES["test"], and its decoder
@@ -180,7 +180,7 @@ def lightning(**changes):
 def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
   parts, tree = lightning()
   model, variables, report = torch_weights.read(saved(tmp_path, tree, "last.ckpt"))
-  assert model.config.projection.to_dict() == dict(hidden=10, width=6, norm=False) and model.config.ecg.head == 0
+  assert model.config.projection.to_dict() == dict(hidden=10, ecg_hidden=0, width=6, norm=False) and model.config.ecg.head == 0
   found = encode_ecg(model, variables)
   close(found["ecg_projection"], parts["head_ecg"](parts["ecg"](torch.tensor(ECG))))
   embedding, projection = encode_cmr(model, variables, "image", IMAGE)
@@ -196,11 +196,67 @@ def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
 
 
 def test_heads_of_different_sizes_are_converted_one_at_a_time(tmp_path):
-  _, tree = lightning(head_ecg=head(16, hidden=12))
+  _, tree = lightning(head_ecg=head(16, width=7))
   path = saved(tmp_path, tree)
   with pytest.raises(UserError, match="heads of different sizes .*--tower=NAME"):
     torch_weights.load(path)
-  assert torch_weights.load(path, tower="ecg")[0].config.projection.hidden == 12
+  assert torch_weights.load(path, tower="ecg")[0].config.projection.width == 7
+
+
+@functools.cache
+def three_pairs():
+  """The dual-phase system's modules by its names for them: heads of two hidden widths, and what it leaves unused."""
+  parts = {"ecg_encoder": vit(("norm", "fc_norm"), head=9), "projection_head_ecg": head(9, hidden=12, norm=True, seed=1)}
+  for i, phase in enumerate(("diastole", "systole"), start=2):
+    parts[f"cmr_encoder_{phase}"] = published.randomise(published.SlowResNet(*SLOW, slices=5, fc=4), i).eval()
+    parts[f"projection_head_{phase}"] = head(4, norm=True, seed=i)
+  parts["cmr_encoder"] = parts["cmr_encoder_diastole"]
+  parts["temporal_mlp"] = parts["cmr_encoder_systole"].temporal_mlp
+  parts["projection_head_cmr"] = head(4, norm=True, seed=9)  # as it was initialised
+  return parts
+
+
+def keys_of(parts, *names):
+  return {key: x for name in names or parts for key, x in prefixed(f"{name}.", parts[name]).items()}
+
+
+@pytest.mark.reported("dual-phase checkpoints were refused, or loaded with an untrained head on the flags that the refusal advised")
+def test_a_dual_phase_checkpoint_of_three_pairs(tmp_path):
+  parts = three_pairs()
+  model, variables, report = torch_weights.read(saved(tmp_path, {"model": keys_of(parts)}))
+  assert model.config.projection.to_dict() == dict(hidden=10, ecg_hidden=12, width=6, norm=True)
+  ecg = parts["ecg_encoder"]
+  close(encode_ecg(model, variables)["ecg_projection"],
+        parts["projection_head_ecg"](ecg.head(ecg(torch.tensor(ECG)))), 5e-5)
+  for tower, phase in (("ed", "diastole"), ("es", "systole")):
+    embedding = parts[f"cmr_encoder_{phase}"](torch.tensor(2 * VOLUME[:, None] - 1))
+    found = encode_cmr(model, variables, tower, VOLUME)
+    close(found[0], embedding, 5e-5)
+    close(found[1], parts[f"projection_head_{phase}"](embedding), 5e-5)
+  assert any("neither trains nor uses: projection_head_cmr.layers.0.weight" in line for line in report)
+  assert any("second name of an encoder's Linear over slices: temporal_mlp." in line for line in report)
+  state = torch_weights.state_dict(model, variables)
+  assert state["head_ecg.layers.0.weight"].shape == (12, 9) and state["head_ed.layers.0.weight"].shape == (10, 4)
+
+
+def test_a_dual_phase_checkpoint_of_one_pair(tmp_path):
+  """There projection_head_cmr is the trained one."""
+  parts = three_pairs()
+  state = keys_of(parts, "ecg_encoder", "projection_head_ecg", "cmr_encoder", "temporal_mlp", "projection_head_cmr")
+  model, variables = torch_weights.load(saved(tmp_path, {"model": state}))
+  embedding = parts["cmr_encoder"](torch.tensor(2 * VOLUME[:, None] - 1))
+  close(encode_cmr(model, variables, "ed", VOLUME)[1], parts["projection_head_cmr"](embedding), 5e-5)
+
+
+@pytest.mark.reported("the logits of MMCL's fine-tuned encoders were not theirs, which pass fc_norm twice")
+def test_the_head_of_a_fine_tuned_encoder(tmp_path):
+  net = vit(("norm", "fc_norm"), pool="attention", head=4)
+  model, variables, report = torch_weights.read(saved(tmp_path, {"model": net.state_dict()}))
+  embedding = net(torch.tensor(ECG))
+  found = encode_ecg(model, variables)
+  close(found["ecg_embedding"], embedding)
+  close(found["ecg_projection"][:, :4], net.head(net.fc_norm(embedding)))
+  assert any("fc_norm once more" in line for line in report)
 
 
 @pytest.mark.parametrize("channels, slices, fc, blocks", [(1, 5, 4, True), (1, 0, 0, False), (3, 5, 0, True)])
@@ -240,7 +296,7 @@ def test_dual_phase_pretraining_holds_its_encoder_twice(tmp_path):
 # ---- published sizes
 
 def test_sizes_are_read_off_shapes(tmp_path):
-  for size, numbers, patch, samples in (("tiny", (384, 3, 6), 100, 2500), ((192, 2, 3), (192, 2, 3), 50, 1000)):
+  for size, numbers, patch, samples in (("tiny", (384, 3, 6), 100, 2500), ((192, 12, 3), (192, 12, 3), 50, 1000)):
     net = published.ViT(*numbers, patch, samples)
     model, _ = torch_weights.load(saved(tmp_path, net.state_dict()))
     assert model.config.ecg.size == size and (model.config.ecg.patch, model.samples) == (patch, samples)
@@ -258,7 +314,7 @@ def test_sizes_are_read_off_shapes(tmp_path):
 def test_heads_that_no_weight_tells(tmp_path):
   net = published.randomise(published.ViT(40, 1, 5, PATCH, SAMPLES)).float().eval()
   path = saved(tmp_path, net.state_dict())
-  with pytest.raises(UserError, match="width of 40 has.*--heads="):
+  with pytest.raises(UserError, match="1 blocks of a width of 40 have.*--heads="):
     torch_weights.load(path)
   with pytest.raises(UserError, match="heads is 3, which does not divide the width of 40"):
     torch_weights.load(path, heads=3)
@@ -267,6 +323,17 @@ def test_heads_that_no_weight_tells(tmp_path):
   torch_weights.save(model, variables, tmp_path / "x.safetensors", "ecg")
   again, _ = torch_weights.load(tmp_path / "x.safetensors")  # our own files tell them
   assert again.config.ecg.size[2] == 5
+
+
+@pytest.mark.reported("MMCL's big encoder, 768 wide with 8 heads, was loaded with 12 and was 8 % off")
+def test_heads_hang_on_width_and_depth(tmp_path):
+  """768 wide: 8 heads at 8 blocks (MMCL's and CardiacNets' big), 12 at 12 (ViT-B); of 9 blocks nobody knows."""
+  for depth, heads in ((8, 8), (12, 12)):
+    state = published.ViT(768, depth, heads, PATCH, SAMPLES).state_dict()
+    assert recognise.transformer(state, "", "cls_token", modules.Options(), {}) == (768, depth, heads)
+  state |= {key.replace("blocks.0", "blocks.12"): x for key, x in state.items()}
+  with pytest.raises(UserError, match="13 blocks of a width of 768 .*768 wide, 8 blocks: 8; 768 wide, 12 blocks: 12"):
+    recognise.transformer(state, "", "cls_token", modules.Options(), {})
 
 
 def test_pooling_is_read_off_keys_or_given(tmp_path):

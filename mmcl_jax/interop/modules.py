@@ -17,7 +17,9 @@ IGNORED = (
 )
 # Prefix -> module; "*" is the only encoder of a file, head_* its projection head.
 MODULES = (
-    (r"(encoder_ecg|ecg_encoder|ecg)\.", "ecg"),
+    (r"(encoder_ecg|ecg_encoder|ECG_encoder|ecg)\.", "ecg"),
+    (r"CMR_encoder1\.", "cmr_sax"),
+    (r"CMR_encoder2\.", "cmr_lax"),
     (r"encoder_imaging\.", "cmr_image"),
     (r"cmr_encoder(_diastole)?\.", "cmr_ed"),
     (r"cmr_encoder_systole\.", "cmr_es"),
@@ -28,6 +30,12 @@ MODULES = (
     (r"(projection_head|projector)\.", "head_*"),
     (r"(?P<ours>(cmr|head)_\w+)\.", ""),
     (r"(online_network\.)?", "*"),
+)
+# Keys that are idle where the file has others: what a key begins with -> what the others begin with, and what it is.
+IDLE = (
+    ("projection_head_cmr.", "projection_head_diastole.",
+     "a head that the dual-phase system's three-pair model neither trains nor uses"),
+    ("temporal_mlp.", "cmr_encoder.", "a second name of an encoder's Linear over slices"),
 )
 LAYOUTS = {  # kind -> what it is called, and keys that tell of it
     "vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
@@ -86,19 +94,36 @@ class Modules(NamedTuple):
 
 def split(state: dict[str, np.ndarray], options: Options, path) -> Modules:
   """Raises UserError where a key belongs to no module, or the user must say which tower is wanted."""
-  found = assign(state, options, path)
+  found = leave_others(assign(state, options, path), options)
   for module in found.arrays:
     if not module.startswith("head_"):
       found.kinds[module] = layout(found, module, path)
-  return choose(call(found, options, path), options, path)
+  return check(call(found, options, path), options, path)
+
+
+def leave_others(found: Modules, options: Options) -> Modules:
+  """Takes out the encoders beside a named one that is wanted, which may be of any layout, and their heads."""
+  towers = {module: module.removeprefix("cmr_").removeprefix("head_") for module in found.arrays}
+  encoders = {tower for module, tower in towers.items() if not module.startswith("head_")}
+  if options.tower in encoders:
+    for module, tower in towers.items():
+      if tower in encoders and tower != options.tower:
+        found.ignore(module, "other towers", "")
+        del found.arrays[module]
+  return found
 
 
 def assign(state, options, path) -> Modules:
   """Every key to its module, kinds still unknown. A key may stand twice where its arrays are equal."""
   found = Modules(collections.defaultdict(dict), {}, {}, {}, collections.defaultdict(list))
+  # Without the parts that wrappers put into a name.
+  plains = {key: ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod")) for key in state}
+  idle = [(beginning, what) for beginning, others, what in IDLE
+          if any(plain.startswith(others) for plain in plains.values())]
   for key, array in state.items():
-    plain = ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))  # of wrappers
+    plain = plains[key]
     reasons = [f"--ignore={regex}" for regex in options.ignore if re.search(regex, key)]
+    reasons += [what for beginning, what in idle if plain.startswith(beginning)]
     reasons += [what for regex, what in IGNORED if re.search(regex, plain)]
     if reasons:
       found.ignored[reasons[0]].append(key)
@@ -123,9 +148,11 @@ def layout(found: Modules, module: str, path) -> str:
   if kind is None:
     shown = sorted(found.theirs[f"{module}.{key}"] for key in keys)
     more = f" and {len(shown) - 5} more keys" if len(shown) > 5 else ""
+    others = [other.removeprefix("cmr_") for other in found.arrays if not other.startswith("head_") and other != module]
+    advice = f"take another encoder alone with --tower=, one of {', '.join(others)}, or " if others else ""
     raise UserError(
         f"{path} has {', '.join(shown[:5])}{more}, which no layout explains; expected "
-        f"{', '.join(text for text, _ in LAYOUTS.values())}; leave out with --ignore=REGEX what is no encoder")
+        f"{', '.join(text for text, _ in LAYOUTS.values())}; {advice}leave out with --ignore=REGEX what is no encoder")
   for key in list(keys):
     renamed = key
     for pattern, text in RENAMED[kind]:
@@ -157,8 +184,8 @@ def call(found: Modules, options: Options, path) -> Modules:
   return Modules(arrays, kinds, theirs, prefixes, found.ignored)
 
 
-def choose(found: Modules, options: Options, path) -> Modules:
-  """Leaves the tower that the user wants, or all of them."""
+def check(found: Modules, options: Options, path) -> Modules:
+  """`found`, whose encoders are what they are named, with the tower that the user wants among them."""
   wrong = [module for module, kind in found.kinds.items() if module == "*" or (kind == "vit") != (module == "ecg")]
   strange = sorted(found.theirs[f"{module}.{key}"] for module in wrong for key in found.arrays[module])
   if not found.kinds or strange:
@@ -169,10 +196,4 @@ def choose(found: Modules, options: Options, path) -> Modules:
   towers = [module.removeprefix("cmr_") for module in found.kinds]
   if options.tower and options.tower not in towers:
     raise UserError(f"{path} holds the towers {', '.join(towers)}; --tower={options.tower} is none of them")
-  for module in list(found.arrays):
-    tower = module.removeprefix("cmr_").removeprefix("head_")
-    if options.tower not in (None, tower) and tower in towers:
-      found.ignore(module, "other towers", "")
-      del found.arrays[module]
-      found.kinds.pop(module, None)
   return found

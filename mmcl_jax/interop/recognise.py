@@ -15,8 +15,12 @@ from mmcl_jax.models import resnet, vit
 
 L = len(schema.LEADS)
 MAX_DEPTH, MAX_WIDTH = 200, 16384  # beyond them it is no model but a way to take memory
-HEADS = {width: heads for width, _, heads, *_ in vit.SIZES.values()} | {192: 3}  # width -> heads, as published
-DECODER_HEADS = {size[3]: size[5] for size in vit.SIZES.values()}
+# Width and blocks -> attention heads, of published encoders: our sizes; MMCL's and CardiacNets' small, medium, big and
+# huge (ECGEncoder.py); timm's ViT-Ti and ViT-S. The same of decoders: ours, and that of MMCL's big.
+HEADS = {(width, depth): heads for width, depth, heads, *_ in vit.SIZES.values()}
+HEADS |= {(512, 4): 8, (640, 6): 8, (768, 8): 8, (1280, 32): 16, (192, 12): 3, (384, 12): 6}
+DECODER_HEADS = {(width, depth): heads for *_, width, depth, heads in vit.SIZES.values()}
+DECODER_HEADS |= {(256, 4): 8, (512, 8): 16}
 
 
 class Found(NamedTuple):
@@ -96,11 +100,14 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
       found.modules.ignore("ecg", "head., which the projection head passes by", "head.")  # as in MMCL
     else:
       spec["head"] = out
+      spec["head_norm"] = spec["pool"] == "attention" and not head
   decoder = f", decoder {size[3]} wide, {size[4]} blocks, {size[5]} heads" if decodes else ""
   found.notes.insert(
       0, f"ECG encoder: {'MAE' if decodes else 'ViT'} with timm's keys, {width} wide, {depth} blocks, {heads} "
       f"heads{decoder} (size {named or 'of its own'}), patches of {patch} samples, {samples} samples, "
       f"{spec['positions']} positions, pool {spec['pool']}" + f", head {spec['head']}" * bool(spec["head"]))
+  if spec.get("head_norm"):
+    found.notes.append("its head sees the embedding through fc_norm once more, as in MMCL's code for fine-tuning")
   return spec, samples, spec["head"] or width
 
 
@@ -108,7 +115,7 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
   """Width, depth and heads of the blocks under a prefix; `others` are further keys that are as wide as they.
 
   A fused qkv does not tell its heads: they are given, told by the metadata of our own files, or those of the published
-  encoder of this width.
+  encoder of this width and depth. Of the width alone they would be a guess: 768 has 12 heads in ViT-B, 8 in MMCL's big.
   """
   width = last_axis(keys, rf"^({others}|{prefix}blocks\.\d+\.(norm1|norm2|attn\.proj)\.(weight|bias))$")
   if not 0 < width <= MAX_WIDTH or width % 4:
@@ -116,14 +123,16 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
         f"{prefix}blocks are {width} wide; expected a multiple of 4 (sin-cos positions), at most {MAX_WIDTH}")
   known, flag = (DECODER_HEADS, "decoder_heads") if prefix else (HEADS, "heads")
   told = metadata.get(flag, "")
-  heads = getattr(options, flag) or (int(told) if re.fullmatch(r"\d{1,4}", told) else known.get(width))
+  depth = count(keys, rf"^{prefix}blocks\.(\d+)\.")
+  heads = getattr(options, flag) or (int(told) if re.fullmatch(r"\d{1,4}", told) else known.get((width, depth)))
   if not heads:
+    published = "; ".join(f"{width} wide, {depth} blocks: {heads}" for (width, depth), heads in sorted(known.items()))
     raise UserError(
-        f"the weights do not tell how many attention heads a width of {width} has, and no published encoder has "
-        f"this width ({', '.join(map(str, sorted(known)))}); give it with --{flag}=, in Python {flag}=")
+        f"the weights do not tell how many attention heads {depth} blocks of a width of {width} have, and no published "
+        f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in Python {flag}=")
   if heads < 1 or width % heads:
     raise UserError(f"{flag} is {heads}, which does not divide the width of {width}")
-  return width, count(keys, rf"^{prefix}blocks\.(\d+)\."), heads
+  return width, depth, heads
 
 
 def table(columns: int, width: int) -> np.ndarray:
@@ -282,17 +291,17 @@ def projection(found: Found, widths: dict[str, int], path) -> dict:
       })
     found.notes.append("no projection head in the file: the projections are the embeddings as they are")
     return dict(hidden=2 * width, width=width, norm=False)
-  size, *others = sizes.values()
-  if any(other != size for other in others):
+  own = sizes.get("ecg")
+  size, *others = [size for name, size in sizes.items() if name != "ecg"] or [own]
+  if any(other != size for other in others) or (own and own | {"hidden": size["hidden"]} != size):
     shown = ", ".join(f"{name} {one['hidden']}, {one['width']}{', batch norm' * one['norm']}"
                       for name, one in sizes.items())
     raise UserError(
-        f"{path} has projection heads of different sizes ({shown}), and one run has them alike; convert one tower at "
-        "a time with --tower=NAME")
-  found.notes.append(
-      f"projection heads of {', '.join(sizes)}: {size['hidden']} to {size['width']}{', with batch norm' * size['norm']}"
-  )
-  return size
+        f"{path} has projection heads of different sizes ({shown}), and one run has them alike, but for the hidden width of "
+        "the ECG's; convert one tower at a time with --tower=NAME")
+  shown = "; ".join(f"{name} {one['hidden']} to {one['width']}" for name, one in sizes.items())
+  found.notes.append(f"projection heads: {shown}{', with batch norm' * size['norm']}")
+  return size | {"ecg_hidden": own["hidden"] if own and own != size else 0}
 
 
 def head_size(keys) -> dict:

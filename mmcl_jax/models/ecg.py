@@ -98,6 +98,8 @@ class EcgTower(nn.Module):
 
   def features(self, embedding):
     """What the projection head sees: the embedding, or timm's `head` of it."""
+    if self.config.get("head_norm", False):
+      embedding = self.fc_norm(embedding)
     return self.head(embedding) if self.config.head else embedding
 
   def __call__(self, ecg, keys=None, conditions=None, seen=None):

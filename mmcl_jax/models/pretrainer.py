@@ -78,13 +78,13 @@ class Pretrainer(nn.Module):
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     depth = c.get("remat", "none"), c.get("scan", False)  # absent from the configs of older runs
-    head = lambda: Projection(c.projection.hidden, c.projection.width, c.projection.norm)
+    hidden = dict.fromkeys(c.cmr, c.projection.hidden) | {"ecg": c.projection.get("ecg_hidden", 0) or c.projection.hidden}
     names = list(c.cmr)
     if c.ecg.size:
       self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype, *depth)
       names.append("ecg")
     self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
-    self.head = {name: head() for name in names}
+    self.head = {name: Projection(hidden[name], c.projection.width, c.projection.norm) for name in names}
     self.regression = {name: nn.Dense(self.targets) for name in c.regression}
     self.classification = {name: nn.Dense(self.diseases) for name in c.get("classification", ())}
     if c.get("tokenizer"):
