@@ -1,6 +1,7 @@
 """Configs: reading a recipe with its overrides, keeping it beside the run, holding a later run to it."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.paths import local
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float rounding. (every.evaluate does
-# where training stops early, and may not change there.)
+# where training stops early, and may not change there.) Where cohorts and earlier stages lie is free too: see `differences`.
 FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
 
 
@@ -158,11 +159,17 @@ def read_paths(config: ConfigDict) -> None:
 def check_workdir(config: ConfigDict, workdir: str) -> None:
   """A workdir belongs to one config: raises a UserError where another one is kept there."""
   file = pathlib.Path(workdir) / "config.json"
+  begun = any(pathlib.Path(workdir).glob("checkpoints/*"))
   if not file.is_file():
-    if any(pathlib.Path(workdir).glob("checkpoints/*")):
+    if begun:
       raise UserError(f"{workdir} has checkpoints but no config.json, so it is not a whole workdir; take another --workdir")
     return
-  differing = differences(load(workdir), config)
+  kept = load(workdir)
+  differing = differences(kept, config)
+  if not begun:  # where it starts from still counts
+    before, now = (flatten(json.loads(one.init_from.to_json())) for one in (kept, config))
+    differing += [f"init_from.{module} was {before[module]!r}, now {now[module]!r}" for module in sorted(before.keys() & now.keys())
+                  if before[module] and now[module] and os.path.realpath(before[module]) != os.path.realpath(now[module])]
   if differing:
     raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
                     f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
@@ -170,12 +177,26 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
 
 
 def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
-  """What a later run may not change (all but FREE), in words: `optimizer.b1 was 0.9, now 0.8`."""
+  """What a later run may not change (all but FREE), in words: `optimizer.b1 was 0.9, now 0.8`.
+
+  Paths are free: a cohort is known by the fingerprint that a checkpoint holds, and an earlier stage (init_from) is read at the
+  first step alone.
+  """
   kept, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
   return [f"{key} was {kept.get(key)!r}, now {now.get(key)!r}" for key in sorted(kept.keys() | now.keys())
-          if kept.get(key) != now.get(key)
+          if not same(key, kept.get(key), now.get(key))
           and (key.split(".")[0] not in FREE or (key == "every.evaluate" and kept.get("stop_after")))
           and (key in kept or now[key])]  # a key that came with a later version, and is off, changes nothing
+
+
+def same(key: str, one: Any, other: Any) -> bool:
+  """Are two values of a config the same but for paths?"""
+  if key == "data.cohort" or key.startswith("init_from."):
+    return bool(one) == bool(other)
+  if key == "data.mix" and one and other:
+    shares = lambda mix: [pair[1:] for pair in mix]
+    return shares(one) == shares(other)
+  return one == other
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

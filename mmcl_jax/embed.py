@@ -122,8 +122,8 @@ def load_probes(workdir, step) -> Probes:
   path, again = Path(workdir) / "evaluation" / str(step) / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
     if distributed.here.index == 0:
-      print(f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the weights "
-            "come from elsewhere)", flush=True)
+      print(f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the cohort "
+            "has moved or the weights come from elsewhere)", flush=True)
     return Probes()
   try:
     with np.load(path, allow_pickle=False) as arrays:

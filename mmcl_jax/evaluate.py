@@ -6,6 +6,7 @@ Probes are fitted on train, their strength chosen on validation, scores taken on
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ from mmcl_jax.evaluators import (diseases, embeddings, figures, generation, loca
                                  retrieval, survival)
 from mmcl_jax.evaluators.drawings import relevance
 from mmcl_jax.paths import local
-from mmcl_jax.training import distributed, metrics, restore, steps
+from mmcl_jax.training import checkpoint, distributed, metrics, restore, steps
 
 SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 
@@ -48,8 +49,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   Several hosts embed the recordings together and all get the same results; the first one prints and writes them, and
   counts the times that test was scored.
   """
-  cohort = cohort_room.load(cohort_path or configuration.load(workdir).data.cohort)
   step = restore.choose(workdir, step)
+  cohort = cohort_room.load(cohort_path) if cohort_path else own_cohort(workdir, step)
   distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,
                      "the fingerprint of the cohort": cohort.fingerprint})
   run = restore.load_run(workdir, step)
@@ -62,9 +63,6 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if reads == "ECG" and cohort.info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(f"the cohort {cohort.path} was normalised by profile {cohort.info['ecg_profile']!r}, the encoder was "
                     f"trained on {run.config.data.ecg_profile!r}; prepare the cohort with --profile={run.config.data.ecg_profile}")
-  if cohort_path is None and cohort.fingerprint != run.manifest["cohort"]:
-    raise UserError(f"{cohort.path} is no longer the cohort that step {run.step} was trained on; name the one to evaluate "
-                    "on with --cohort=DIR")
   lacking = [f"{reads} in {split}" for split in schema.SPLITS if not cohort.info[f"with_{reads.lower()}"][split]]
   lacking += ["phenotypes"] * (not cohort.info["phenotypes"])
   fields = pretrainer.fields(model)
@@ -156,8 +154,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if shown:
     drawings["reconstruction"] = figures.reconstruction(**shown, note=note)
   drawings |= relevance(explained, note)
-  own = cohort_path is None or not run.manifest["cohort"]  # weights from elsewhere have no cohort: any is theirs
-  out = pathlib.Path(workdir) / "evaluation" / (str(run.step) if own else f"{run.step}-{pathlib.Path(cohort_path).resolve().name}")
+  out = place(pathlib.Path(workdir) / "evaluation", run, cohort)
   results["test_scored"] = times_scored(pathlib.Path(workdir), run.step, cohort)
   report.write(results, predictions, probe, drawings, out)
   print(report.table(results))
@@ -167,6 +164,39 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
           f"{found['n_candidates']} candidates)")
   print(f"{note}\n{out}/report.html" if note else f"{out}/report.html")
   return results
+
+
+def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
+  """The cohort that a step was trained on, by its fingerprint: where the config has it, or where it lay in training."""
+  manifest = checkpoint.manifest(workdir, step)
+  if not manifest["cohort"]:
+    raise UserError(f"the weights of {workdir} come from elsewhere and have no cohort of their own; name the one to evaluate on "
+                    "with --cohort=DIR")
+  places = list(filter(None, (configuration.load(workdir).data.cohort, manifest.get("cohort_path"))))
+  found = [cohort_room.load(path) for path in places if (pathlib.Path(path) / "cohort.json").is_file()]
+  for cohort in found:
+    if cohort.fingerprint == manifest["cohort"]:
+      return cohort
+  if found:
+    raise UserError(f"{found[0].path} is no longer the cohort that step {step} was trained on; name the one to evaluate on with "
+                    "--cohort=DIR")
+  raise UserError(f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; name the folder in "
+                  "which it is now with --cohort=DIR")
+
+
+def place(root: pathlib.Path, run, cohort) -> pathlib.Path:
+  """ROOT/STEP on the run's own cohort, else ROOT/STEP-NAME; with a part of the fingerprint where another cohort has that.
+
+  Weights from elsewhere have no cohort; the first one is theirs.
+  """
+  name = f"{run.step}-{pathlib.Path(cohort.path).resolve().name}"
+  own = [str(run.step)] if run.manifest["cohort"] in ("", cohort.fingerprint) else []
+  for folder in (root / one for one in (*own, name)):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # none there, or one that is made anew
+      if json.loads((folder / "results.json").read_text()).get("cohort_fingerprint") != cohort.fingerprint:
+        continue
+    return folder
+  return root / f"{name}-{cohort.fingerprint[:8]}"
 
 
 def data_card(cohort, features) -> dict:

@@ -50,6 +50,8 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
   cohort = cohort_room.load(config.data.cohort)
   others = load_mix(config.data.mix)
   start = checkpoint.latest(workdir) or 0
+  if start:  # what it started from stays on record, wherever that lies by now
+    config.init_from = configuration.load(workdir).init_from
   distributed.agree({**{f"config.{key}": value for key, value in configuration.flatten(json.loads(config.to_json())).items()},
                      "--workdir": os.path.abspath(workdir), "its last checkpoint": start,
                      "the fingerprint of the cohorts": [one.fingerprint for one in (cohort, *(other for other, _ in others))]})
@@ -181,7 +183,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
         checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
                          meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales, config=json.loads(config.to_json()),
                                            best=best._asdict(), skipped=skipped._asdict(), mixed=[other.fingerprint for other, _ in others],
-                                           **spacing))
+                                           cohort_path=os.path.abspath(cohort.path), **spacing))
       if asked or over:
         break
       rows = next(batches)

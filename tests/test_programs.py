@@ -3,6 +3,8 @@
 import argparse
 import json
 import pathlib
+import shutil
+import types
 
 import numpy as np
 import pandas as pd
@@ -11,8 +13,8 @@ import wfdb
 from scipy import stats
 from sklearn.metrics import r2_score
 
-from conftest import SHARES, SUBJECTS, tiny_flags
-from mmcl_jax import cli, embed, evaluate, prepare, train
+from conftest import SHARES, SUBJECTS, tiny_config, tiny_flags
+from mmcl_jax import cli, configuration, embed, evaluate, prepare, train
 from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
@@ -90,9 +92,50 @@ def test_the_page_says_what_it_rests_on_and_how_often_test_was_scored(workdir, r
   assert again["phenotypes"] == report["phenotypes"]  # a second look changes nothing else
 
 
-def test_another_cohort_is_reported_beside(workdir, cohort):
-  evaluate.main([f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"])
-  assert (workdir / "evaluation/3-cohort/results.json").is_file()
+@pytest.mark.reported("a run evaluated on its own cohort in another place counted as not evaluated")
+def test_the_own_cohort_is_the_own_one_wherever_it_lies(workdir, cohort, tmp_path):
+  shutil.copytree(cohort.path, tmp_path / "moved")
+  evaluate.main([f"--workdir={workdir}", f"--cohort={tmp_path}/moved/", "--step=3"])
+  assert (workdir / "evaluation/3/results.json").is_file() and not list((workdir / "evaluation").glob("3-*"))
+
+
+@pytest.mark.reported("a run's cohort was looked for in the current folder alone")
+def test_the_own_cohort_is_found_where_the_config_has_it_or_where_it_lay(cohort, tmp_path, monkeypatch):
+  manifest = {"cohort": cohort.fingerprint, "cohort_path": cohort.path}
+  monkeypatch.setattr(evaluate.checkpoint, "manifest", lambda workdir, step: manifest)
+  monkeypatch.chdir(tmp_path)
+  config = tiny_config("c/")
+  pathlib.Path("w").mkdir()
+  configuration.save(config, "w")
+  assert evaluate.own_cohort("w", 3).path == cohort.path
+  shutil.copytree(cohort.path, "c")
+  assert evaluate.own_cohort("w", 3).path == "c/"
+  description = pathlib.Path("c/cohort.json")
+  description.write_text(json.dumps(json.loads(description.read_text()) | {"fingerprint": "another"}))
+  assert evaluate.own_cohort("w", 3).path == cohort.path
+  manifest["cohort_path"] = "/gone"
+  with pytest.raises(UserError, match="^c/ is no longer the cohort .* --cohort=DIR"):
+    evaluate.own_cohort("w", 3)
+  shutil.rmtree("c")
+  with pytest.raises(UserError, match="^no cohort at 'c/' or '/gone', .* --cohort=DIR"):
+    evaluate.own_cohort("w", 3)
+  manifest["cohort"] = ""
+  with pytest.raises(UserError, match="come from elsewhere .* --cohort=DIR"):
+    evaluate.own_cohort("w", 3)
+
+
+@pytest.mark.reported("the evaluation on a cohort was overwritten by that on another of the same name")
+@pytest.mark.parametrize("own, steps", [("f", ("6", "6-c", "6-c-h")), ("", ("6", "6-c", "6-c-h")), ("x", ("6-c", "6-c-g", "6-c-h"))])
+def test_evaluations_on_cohorts_of_one_name_lie_side_by_side(tmp_path, own, steps):
+  run = types.SimpleNamespace(step=6, manifest={"cohort": own})
+  for _ in range(2):  # a second time each is where it was
+    for (fingerprint, folder), step in zip((("f", "/a/c"), ("g", "/b/c/"), ("h", "/d/c")), steps):
+      found = evaluate.place(tmp_path, run, types.SimpleNamespace(path=folder, fingerprint=fingerprint))
+      assert found == tmp_path / step
+      found.mkdir(exist_ok=True)
+      (found / "results.json").write_text(json.dumps({"cohort_fingerprint": fingerprint}))
+  (found / "results.json").write_text("damaged")
+  assert evaluate.place(tmp_path, run, types.SimpleNamespace(path="/d/c", fingerprint="h")) == found
 
 
 def dated(item):

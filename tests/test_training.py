@@ -209,6 +209,43 @@ def test_a_workdir_belongs_to_one_config(copy, cohort):
   configuration.check_workdir(free, str(copy))
 
 
+@pytest.mark.reported("a run could not go on when its cohort was moved, or was named with a slash at the end")
+def test_a_run_goes_on_with_its_cohort_elsewhere_and_with_no_other(copy, finished, cohort, tmp_path):
+  shutil.rmtree(copy / "checkpoints/6")
+  shutil.copytree(cohort.path, tmp_path / "moved")
+  same(jax.device_get(train.train(tiny_config(f"{tmp_path}/moved/"), str(copy))), finished[1])
+  assert configuration.load(str(copy)).data.cohort == f"{tmp_path}/moved/"
+  assert checkpoint.manifest(str(copy), 6)["cohort_path"] == f"{tmp_path}/moved"
+  description = tmp_path / "moved/cohort.json"
+  description.write_text(json.dumps(json.loads(description.read_text()) | {"fingerprint": "0" * 32}))
+  with pytest.raises(UserError, match="was trained on the cohort"):
+    train.train(tiny_config(str(tmp_path / "moved")), str(copy))
+
+
+@pytest.mark.reported("a run could not go on when its cohort was moved, or was named with a slash at the end")
+@pytest.mark.parametrize("begun", [True, False])
+def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(tmp_path, monkeypatch, begun):
+  def config_of(cohort="c", mix=(("m", 0.3),), ecg="e"):
+    config = tiny_config(cohort)
+    config.data.mix, config.init_from.ecg = mix, ecg
+    return config
+
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "w/checkpoints/3").mkdir(parents=True) if begun else (tmp_path / "w").mkdir()
+  configuration.save(config_of(), "w")
+  for free in (dict(cohort="c/"), dict(cohort="./c"), dict(cohort=str(tmp_path / "c")), dict(mix=(("/elsewhere/m", 0.3),)),
+               dict(ecg="e/"), dict(ecg=f"{tmp_path}/e")):
+    configuration.check_workdir(config_of(**free), "w")
+  for other, words in ((dict(mix=(("m", 0.4),)), "data.mix was"), (dict(mix=()), "data.mix was"), (dict(ecg=""), "init_from.ecg was 'e'")):
+    with pytest.raises(UserError, match=words):
+      configuration.check_workdir(config_of(**other), "w")
+  if begun:  # it was read at the first step and is not any more
+    configuration.check_workdir(config_of(ecg="elsewhere"), "w")
+  else:
+    with pytest.raises(UserError, match="init_from.ecg was 'e', now 'elsewhere'"):
+      configuration.check_workdir(config_of(ecg="elsewhere"), "w")
+
+
 @pytest.mark.parametrize("objective, name", [("explode", "mine"), ("bad_gradient", "gradient")])
 def test_a_non_finite_step_stops_with_the_last_good_checkpoint(cohort, tmp_path, monkeypatch, objective, name):
   """An objective from outside the package, named by its path, that breaks at update 4."""

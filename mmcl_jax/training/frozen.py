@@ -76,7 +76,7 @@ def with_features(cohort, split: str, model, variables, mesh, workdir: str, batc
 
 
 def folder(cohort, workdir: str) -> pathlib.Path:
-  beside = pathlib.Path(f"{str(cohort.path).rstrip('/')}.cache")
+  beside = pathlib.Path(f"{os.path.abspath(cohort.path)}.cache")
   try:
     beside.mkdir(exist_ok=True)
     if os.access(beside, os.W_OK | os.X_OK):
