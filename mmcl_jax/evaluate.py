@@ -52,7 +52,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   step = restore.choose(workdir, step)
   cohort = cohort_room.load(cohort_path) if cohort_path else own_cohort(workdir, step)
   distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,
-                     "the fingerprint of the cohort": cohort.fingerprint})
+                     "the fingerprint of the cohort": cohort.fingerprint, "the content of its files": cohort.content})
   run = restore.load_run(workdir, step)
   distributed.check_mesh(run.mesh)
   model = run.config.model

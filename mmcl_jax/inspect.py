@@ -1,7 +1,8 @@
-"""`mmcl inspect`: what a cohort holds, and one of its records as a picture.
+"""`mmcl inspect`: what a cohort holds, one of its records as a picture, and whether its files are those that were written.
 
     mmcl inspect demo/cohort
     mmcl inspect demo/cohort --split=test --index=3 --out=heart.png
+    mmcl inspect demo/cohort --check
 """
 
 import argparse
@@ -42,6 +43,9 @@ MEANING = {
 def main(argv=None):
   args = parse(argv)
   cohort = cohort_room.load(args.cohort)
+  if args.check:
+    print(f"{args.cohort}: {cohort_room.check(cohort)} files read whole, all as they were written")
+    return
   if args.index is None:
     print("\n".join(tell(cohort)))
     return
@@ -66,6 +70,7 @@ def parse(argv):
   parser.add_argument("--index", type=int, metavar="I", help="draw this record of the split, the first is 0")
   parser.add_argument("--split", default="train",
                       help=f"{', '.join(schema.SPLITS)}: where --index counts (default %(default)s)")
+  parser.add_argument("--check", action="store_true", help="read every file whole and compare it with its checksum in cohort.json")
   parser.add_argument("--out", type=local, metavar="FILE.png", help="of the drawing (default COHORT-SPLIT-I.png, in this folder)")
   args = parser.parse_args(argv)
   if args.split not in schema.SPLITS:

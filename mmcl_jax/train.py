@@ -52,9 +52,11 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
   start = checkpoint.latest(workdir) or 0
   if start:  # what it started from stays on record, wherever that lies by now
     config.init_from = configuration.load(workdir).init_from
+  read = [cohort, *(other for other, _ in others)]
   distributed.agree({**{f"config.{key}": value for key, value in configuration.flatten(json.loads(config.to_json())).items()},
                      "--workdir": os.path.abspath(workdir), "its last checkpoint": start,
-                     "the fingerprint of the cohorts": [one.fingerprint for one in (cohort, *(other for other, _ in others))]})
+                     "the fingerprint of the cohorts": [one.fingerprint for one in read],
+                     "the content of the cohorts' files": [one.content for one in read]})
   mesh = parallel.make_mesh(**config.mesh)
   parallel.check_batch(config.batch, mesh)
   distributed.check_mesh(mesh)

@@ -29,13 +29,12 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from mmcl_jax import files
-from mmcl_jax.data import schema
-from mmcl_jax.data.cohort import LABELS, Cohort, load
+from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError, is_environment
 
-NAME, VERSION = "ecg_cmr", "1.0.0"
 SHARDS_A_SPLIT = 256           # aimed at: a cluster's worth of work, and not too many files to open
 RECORDS_A_SHARD = (50, 2000)   # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
 KEPT = ("subject", "has_ecg", "has_cmr", "phenotypes", "covariates")  # beside a shard, for the reports
@@ -263,13 +262,6 @@ def scrub(text: str, item: Item) -> str:
   return " ".join(text.split())[:300]
 
 
-def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.FeaturesDict:
-  """TFDS features of a stored record. `encoding="bytes"` is 10 to 20 times faster to write than none."""
-  return tfds.features.FeaturesDict({
-      name: tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes" if np.prod(shape) else "none")
-      for name, (dtype, shape) in layout.items()})
-
-
 @contextlib.contextmanager
 def record_writer_errors(folder: pathlib.Path):
   """Turns what ArrayRecord makes of a full disk into a UserError."""
@@ -437,6 +429,8 @@ def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], lab
            "train_statistics": {field: dict(zip(info[field], moments(labels["train"][field])))
                                 for field in ("phenotypes", "covariates")},
            "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
+           "checksums": {str(file.relative_to(partial)): [cohort_room.ends(file), cohort_room.whole(file)]
+                         for file in (*files, partial / "subjects.npz")},
            "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}
   (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
 

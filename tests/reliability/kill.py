@@ -105,7 +105,7 @@ def same_cohort(folder, reference) -> list[str]:
   found = same_names(folder, reference)
   one, other = (cohort_room.load(str(root / "w")) for root in (folder, reference))
   # Names of the files and not their sizes: protocol buffers give a record other bytes, and a file another length, in another process.
-  said = [which.info | {"files": sorted(which.info["files"])} for which in (one, other)]
+  said = [which.info | {name: sorted(which.info[name]) for name in ("files", "checksums")} for which in (one, other)]
   found += [f"cohort.json: {name}" for name in said[0] | said[1] if said[0].get(name) != said[1].get(name)]
   subjects = [cohort_room.subjects(which) for which in (one, other)]
   for split in one.splits:

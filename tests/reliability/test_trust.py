@@ -1,12 +1,17 @@
 """What a stranger's files may do: nothing that they name is run, and no write leaves the folder that was asked for."""
 
+import json
 import os
+import pathlib
+import shutil
 
 import pytest
+from array_record.python import array_record_module
 
-from mmcl_jax import files
+from mmcl_jax import evaluate, files, inspect, train
+from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import lock
+from mmcl_jax.training import distributed, lock
 
 
 @pytest.fixture
@@ -53,3 +58,125 @@ def test_a_new_file_takes_the_place_of_a_link(tmp_path, victim, make):
     file.write("new")
   assert (tmp_path / "table").read_text() == "new" and not (tmp_path / "table").is_symlink()
   assert sorted(os.listdir(tmp_path)) == ["mine", "table"]
+
+
+# -- A cohort from a stranger, or not the same on every host --
+
+
+@pytest.fixture
+def copied(cohort, tmp_path):
+  return pathlib.Path(shutil.copytree(cohort.path, tmp_path / "c"))
+
+
+def edited(file, change):
+  content = json.loads(file.read_text())
+  change(content)
+  file.write_text(json.dumps(content))
+
+
+HOSTILE = "hostile.Feature"
+PLACES = {
+    "the whole": lambda whole: whole.update(pythonClassName=HOSTILE),
+    "a field": lambda whole: whole["featuresDict"]["features"]["ecg"].update(pythonClassName=HOSTILE),
+    "a field of a field": lambda whole: whole["featuresDict"]["features"].update(ecg={
+        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+        "featuresDict": {"features": {"x": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}}}}}),
+    "a sequence": lambda whole: whole["featuresDict"]["features"].update(ecg={
+        "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+        "sequence": {"length": "-1", "feature": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}}}}),
+    "a dtype": lambda whole: whole["featuresDict"]["features"]["ecg"]["tensor"].update(dtype=HOSTILE),
+}
+
+
+@pytest.mark.reported("opening a cohort imported the module that its features.json names")
+@pytest.mark.parametrize("place", PLACES)
+def test_opening_a_cohort_runs_no_code(copied, tmp_path, monkeypatch, place):
+  (tmp_path / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Feature: pass\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  edited(next(copied.glob("ecg_cmr/*/features.json")), PLACES[place])
+  edited(next(copied.glob("ecg_cmr/*/dataset_info.json")), lambda info: info.update(moduleName="hostile"))
+  opening = {"inspect": lambda: inspect.main([str(copied)]), "mix": lambda: train.load_mix([(str(copied), 0.3)]),
+             "evaluate": lambda: evaluate.evaluate("absent", cohort_path=str(copied))}
+  for verb, run in opening.items():
+    with pytest.raises(UserError, match=r"features\.json") as refused:
+      run()
+    assert "\n" not in str(refused.value), verb
+  assert not (tmp_path / "ran").exists()
+
+
+def rewritten(file, change):
+  """A shard with other records, as ArrayRecord writes it."""
+  reader = array_record_module.ArrayRecordReader(str(file))
+  records = change(reader.read_all())
+  reader.close()
+  writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1,snappy")
+  for one in records:
+    writer.write(one)
+  writer.close()
+
+
+def shard(folder, split):
+  return next(folder.glob(f"ecg_cmr/*/*-{split}.array_record*"))
+
+
+CHANGES = {  # of the shard of val
+    "a record is missing": lambda records: records[:-1],
+    "another order": lambda records: records[::-1],
+    "a record twice": lambda records: [records[0], *records[:-1]],
+}
+
+
+@pytest.mark.reported("a host with other records under the same path trained to the end")
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_records_under_the_same_description_are_refused(copied, change):
+  file = shard(copied, "val")
+  rewritten(file, CHANGES[change])
+  edited(copied / "cohort.json", lambda info: info["files"].update({str(file.relative_to(copied)): file.stat().st_size}))
+  with pytest.raises(UserError, match="val.*is not the file that was written with this cohort"):
+    cohort_room.load(str(copied))
+  edited(copied / "cohort.json", lambda info: info.pop("checksums"))  # as of an earlier version
+  if change == "a record is missing":
+    with pytest.raises(UserError, match="another number of records in val"):
+      cohort_room.load(str(copied))
+
+
+@pytest.mark.reported("hosts with unlike files under one path did not find out")
+def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(cohort, copied, config, tmp_path, monkeypatch):
+  class Agreed(Exception):
+    pass
+
+  def keep(facts):
+    told.append(facts)
+    raise Agreed
+
+  edited(copied / "cohort.json", lambda info: info.pop("checksums"))
+  told = []
+  monkeypatch.setattr(distributed, "agree", keep)
+  for change in (lambda records: records, lambda records: records[::-1]):
+    rewritten(shard(copied, "val"), change)
+    edited(copied / "cohort.json", lambda info: info["files"].update(
+        {name: (copied / name).stat().st_size for name in info["files"]}))
+    config.data.mix = ((str(copied), 0.3),)
+    with pytest.raises(Agreed):
+      train.train(config, str(tmp_path / "w"))
+  differing = [fact for fact in told[0] if told[0][fact] != told[1][fact]]
+  assert differing == ["the content of the cohorts' files"] and told[0]["the fingerprint of the cohorts"][1] == cohort.fingerprint
+
+
+@pytest.mark.reported("the checksums of a cohort's files could not be compared")
+def test_a_cohort_is_read_whole_on_request(copied, capsys):
+  inspect.main([str(copied), "--check"])
+  assert "4 files read whole, all as they were written" in capsys.readouterr().out
+  middle = shard(copied, "train")
+  content = bytearray(middle.read_bytes())
+  content[len(content) // 2] ^= 1  # further from both ends than what is looked at each time
+  middle.write_bytes(content)
+  with pytest.raises(UserError, match="train.*its checksum differs"):
+    inspect.main([str(copied), "--check"])
+
+
+@pytest.mark.parametrize("name", ["../mine", "/etc/hostname", "ecg_cmr/1.0.0/ecg_cmr-train.array_record-00000-of-00001[0:1]"])
+def test_a_description_names_no_file_outside_its_cohort(copied, name):
+  edited(copied / "cohort.json", lambda info: info["files"].update({name: 1}))
+  with pytest.raises(UserError, match="files is missing or not in the form"):
+    cohort_room.load(str(copied))
