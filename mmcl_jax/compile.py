@@ -36,7 +36,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mmcl_jax import configuration, objectives as objective_room, train
+from mmcl_jax import configuration, objectives as objective_room, ranges, train
 from mmcl_jax.data import builder, cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
@@ -92,6 +92,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
     batch: rows of the global batch; None: see the module.
   """
   # -- What is asked for, checked before anything is traced or compiled --
+  ranges.check(config)
   devices, chip = find_devices(topology)
   mesh = parallel.make_mesh(**config.mesh, devices=devices)
   config.batch = batch or batch_of(config, mesh)

@@ -95,7 +95,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.sharding = ()                 # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis
                                   # or None a dimension, or "fsdp", "tensor", "tensor+fsdp"; nothing matched: replicated
   c.loader = dict(threads=2, buffer=4, workers=0)
-  c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1))  # steps
+  c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1),  # steps
+                 save_minutes=30.0)  # saves after so many minutes without a save, too; 0: never
   c.keep = 2                      # checkpoints kept, the newest; the best on validation stays beside them
   c.bad_rows = 0                  # rows without a readable record or a signal that may be left out before training stops
   c.bad_steps = 0                 # steps in a row with a loss or gradient that is not finite that may be skipped before it stops

@@ -50,8 +50,9 @@ def main(argv):
   parser.add_argument("--seed", type=int, default=0, help="of the noise that hearts grow from (default %(default)s)")
   parser.add_argument("--step", type=int, help="checkpoint (default: the last, or the best of a run that stops early)")
   args = parser.parse_args(argv)
-  if args.samples < 1 or not 0 <= args.guidance < np.inf:
-    raise UserError(f"--samples is {args.samples} and --guidance {args.guidance}; expected at least 1, and 0 or a number above")
+  if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
+    raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at least 1, 0 or a "
+                    "number above, and a whole number from 0 to 4294967295")
   paths = find_recordings(args.input)
   run = load_generator(args.workdir, args.step, args.guidance)
   manifest = checkpoint.checksum(checkpoint.step_folder(args.workdir, run.step) / "meta" / "manifest.json")

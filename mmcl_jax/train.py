@@ -16,7 +16,7 @@ import pathlib
 import jax
 import numpy as np
 
-from mmcl_jax import configuration, objectives as objective_room
+from mmcl_jax import configuration, objectives as objective_room, ranges
 from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
@@ -42,11 +42,8 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
     asked_to_stop: read before every step; once it is true on any host, all save after the next step and exit with 75.
   """
   # -- What is asked for, checked before anything is made or compiled --
+  ranges.check(config)
   configuration.check_workdir(config, workdir)
-  if min(config.steps, config.keep, *config.every.values()) < 1:
-    raise UserError(f"config.steps is {config.steps}, config.every {dict(config.every)} and config.keep {config.keep}; "
-                    "expected numbers of at least 1")
-  faults.check(config)
   cohort = cohort_room.load(config.data.cohort)
   others = load_mix(config.data.mix)
   start = checkpoint.latest(workdir) or 0

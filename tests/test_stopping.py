@@ -50,7 +50,6 @@ def test_the_newest_and_the_best_are_kept(steps, keep, best, gone):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(stop_after=-1), "stop_after is -1; expected"),
     (dict(stop_on="validation/r2/LVM"), "'validation/r2/LVM'; expected a loss .*validation/diseases, validation/phenotypes"),
     (dict(stop_on=""), "stop_on is ''"),
     (dict(evaluators=("phenotypes",)), "'losses' in config.evaluators computes; it has phenotypes"),

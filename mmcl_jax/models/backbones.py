@@ -51,8 +51,6 @@ def check(spec, shape: tuple[int, int, int], where: str) -> None:
   if any(length % side for length, side in zip(shape, patch)):
     raise UserError(f"{where}.patch is {patch}, which does not divide the input of {' x '.join(map(str, shape))} "
                     "(planes, rows, columns); choose a patch that does, or other planes")
-  if not 0 <= spec["drop_path"] < 1:
-    raise UserError(f"{where}.drop_path is {spec['drop_path']}; expected a number from 0 to below 1")
   tokens = shape[0] // patch[0] * (shape[1] // patch[1]) * (shape[2] // patch[2])
   if ratio and (not 0 < ratio < 1 or not 0 < round(tokens * ratio) < tokens):
     raise UserError(f"{where}.mask_ratio is {ratio} of {tokens} patches; expected 0, or a number below 1 that hides at "

@@ -291,9 +291,6 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
     raise UserError(f"config.model.dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}")
   if (remat := config.get("remat", "none")) not in vit.REMAT:
     raise UserError(f"config.model.remat is {remat!r}; expected one of {', '.join(vit.REMAT)}")
-  if config.learned_temperature < 0 or config.max_scale <= 0:
-    raise UserError(f"config.model.learned_temperature is {config.learned_temperature} and max_scale {config.max_scale}; expected 0 "
-                    "(none) or a temperature, and a number above 0")
   if not config.ecg.size and not config.cmr and not config.get("tokenizer") and not config.get("segmenter"):
     raise UserError("config.model names no tower; set model.ecg.size, an entry in model.cmr, or model.tokenizer")
   if config.ecg.size:
@@ -329,8 +326,6 @@ def check_generator(config: ConfigDict):
     raise UserError(f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, or {{}} for none")
   if c.size not in generator.SIZES:
     raise UserError(f"config.model.generator.size is {c.size!r}; expected one of {', '.join(generator.SIZES)}")
-  if not 0 <= c.dropout < 1:
-    raise UserError(f"config.model.generator.dropout is {c.dropout}; expected a probability from 0 to below 1")
   if not config.get("tokenizer") or not config.ecg.size:
     raise UserError("config.model.generator makes latents of the tokenizer from an ECG; it needs model.tokenizer and model.ecg.size")
   if config.ecg.get("masked_view", False):
@@ -342,8 +337,6 @@ def check_tokenizer(c: ConfigDict):
     raise UserError(f"config.model.tokenizer has {', '.join(c)}; expected size, patch and channels, or {{}} for none")
   if c.size not in tokenizer.SIZES:
     raise UserError(f"config.model.tokenizer.size is {c.size!r}; expected one of {', '.join(tokenizer.SIZES)}")
-  if c.channels < 1:
-    raise UserError(f"config.model.tokenizer.channels is {c.channels}; expected at least 1 number a token")
 
 
 def check_ecg(c: ConfigDict, samples: int):
@@ -356,8 +349,6 @@ def check_ecg(c: ConfigDict, samples: int):
   if not 0 <= c.mask_ratio < 1 or (c.mask_ratio and not 0 < round(tokens * c.mask_ratio) < tokens):
     raise UserError(f"config.model.ecg.mask_ratio is {c.mask_ratio} of {tokens} patches; expected a number from 0 (no decoder) to "
                     "below 1 that hides at least one patch and leaves one")
-  if not 0 <= c.drop_path < 1:
-    raise UserError(f"config.model.ecg.drop_path is {c.drop_path}; expected a number from 0 to below 1")
   if c.get("masked_view", False) and not c.mask_ratio:
     raise UserError("config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
                     "model.ecg.mask_ratio above 0")

@@ -27,11 +27,6 @@ class Skipped(NamedTuple):
   steps: int = 0  # in a row, up to now
 
 
-def check(config) -> None:
-  if min(config.bad_rows, config.bad_steps) < 0:
-    raise UserError(f"config.bad_rows is {config.bad_rows} and config.bad_steps {config.bad_steps}; expected numbers of at least 0")
-
-
 def judged(skipped: Skipped, step: int, values: dict[str, float], worst: np.ndarray, config, objectives, workdir: str) -> Skipped:
   """Counts what `step` left out.
 

@@ -31,8 +31,6 @@ def over(best: Best, patience: int) -> bool:
 def check(config) -> None:
   """Is there such a score as config.stop_on?"""
   known = [f"validation/{name}" for name in sorted(config.objectives)]
-  if config.stop_after < 0:
-    raise UserError(f"config.stop_after is {config.stop_after}; expected a number of evaluations, or 0: training to the end")
   if config.stop_after and config.stop_on not in known:
     raise UserError(f"config.stop_on is {config.stop_on!r}; expected a loss on validation, of which lower is better: "
                     f"{', '.join(known)}")
