@@ -1,9 +1,11 @@
 """Checkpoints: save, restore, latest, and what is kept. The only room that knows orbax.
 
     WORKDIR/config.json                     the run's config
+    WORKDIR/run                             a random name, which all its manifests repeat
     WORKDIR/checkpoints/STEP/state          orbax arrays, restorable on any mesh and any number of hosts
     WORKDIR/checkpoints/STEP/data           position in the data stream, JSON
-    WORKDIR/checkpoints/STEP/meta/manifest.json   versions, cohort fingerprint, checksum of every file above
+    WORKDIR/checkpoints/STEP/meta/manifest.json   versions, cohort fingerprint, checksum of every file above,
+                                            its own step and run
 
 The manifest is written last and makes the step count: orbax itself keeps no checksum on array data and takes any
 numbered folder for a checkpoint. Older steps go only once a newer one counts.
@@ -17,12 +19,14 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from mmcl_jax import files
 from mmcl_jax.errors import UserError
 
 FORMAT = "mmcl_jax/3"
@@ -36,6 +40,8 @@ class Checkpoints:
     self.folder, self.keep = pathlib.Path(os.path.abspath(workdir)) / "checkpoints", keep
     self.config = [file for file in (self.folder.parent / "config.json",) if file.is_file()]  # weights alone have none
     self.pending = None
+    files.no_links(self.folder)
+    self.run = name_run(self.folder.parent) if jax.process_index() == 0 else ""
     for step in unfinished(self.folder):  # of a run that was stopped while it saved
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / str(step))
@@ -66,7 +72,7 @@ class Checkpoints:
       self.manager.wait_until_finished()
       self.check_there()  # before it counts
       if jax.process_index() == 0:
-        sign(self.folder / str(step), meta)
+        sign(self.folder / str(step), {"run": self.run, **meta})
         for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
           (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)  # first: half a step must not count
           shutil.rmtree(self.folder / str(old))
@@ -97,6 +103,22 @@ class Checkpoints:
                       "checkpoint")
 
 
+def name_run(folder: pathlib.Path) -> str:
+  """The name of the run in a workdir; a new one gets one."""
+  if not (name := run_name(folder)):
+    last = latest(str(folder))
+    name = (manifest(str(folder), last) if last is not None else {}).get("run") or secrets.token_hex(8)
+    with files.replaced(folder / "run") as file:
+      file.write(name + "\n")
+  return name
+
+
+def run_name(workdir) -> str:
+  """"" where there is none, as in workdirs of earlier versions."""
+  file = pathlib.Path(workdir) / "run"
+  return file.read_text(errors="replace").strip() if file.is_file() else ""
+
+
 def without_trace(record: logging.LogRecord) -> bool:
   return not record.exc_info
 
@@ -116,9 +138,8 @@ def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
   whole = {"format": FORMAT, "packages": packages, **meta, "files": checksums(folder)}
   whole["sha256"] = checksum_of(whole)
   (folder / "meta").mkdir(exist_ok=True)
-  partial = folder / "meta" / "manifest.json.partial"
-  partial.write_text(json.dumps(whole, indent=1) + "\n")
-  partial.rename(folder / "meta" / "manifest.json")
+  with files.replaced(folder / "meta" / "manifest.json") as file:
+    file.write(json.dumps(whole, indent=1) + "\n")
 
 
 def checksum_of(whole: dict[str, Any]) -> str:
@@ -178,6 +199,13 @@ def manifest(workdir: str, step: int) -> dict[str, Any]:
       raise UserError(f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; {way_out(workdir, step)}")
     if (found["format"] == FORMAT or "sha256" in found) and checksum_of(found) != found["sha256"]:
       raise UserError(f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}")
+    if found.get("step", step) != step:
+      raise UserError(f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give every step its "
+                      f"own name again, or {way_out(workdir, step)}")
+    run, other = run_name(workdir), found.get("run", "")  # neither in those of earlier versions
+    if run and other and run != other:
+      raise UserError(f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another run, or that file "
+                      f"changed; put back what was there, or {way_out(workdir, step)}")
     return found
   except (ValueError, KeyError, TypeError, OSError, RecursionError):
     raise UserError(f"{file} is not readable; {way_out(workdir, step)}") from None

@@ -188,6 +188,43 @@ def test_a_changed_config_is_not_restored_as_if_it_were_the_run_s(whole, tmp_pat
     restore.load_run(str(tmp_path / "w"))
 
 
+def exchange(folder, *others):
+  (folder / "6").rename(folder / "x")
+  (folder / "3").rename(folder / "6")
+  (folder / "x").rename(folder / "3")
+
+
+def rename(folder, *others):
+  (folder / "6").rename(folder / "9")
+
+
+def copy_in(folder, other):
+  shutil.rmtree(folder / "6")
+  shutil.copytree(other / "checkpoints/6", folder / "6")
+
+
+@pytest.mark.reported("two steps of a run that were exchanged were restored without a word",
+                      "a step that was copied from another run was restored without a word")
+@pytest.mark.parametrize("change, words", [(exchange, "6/meta/manifest.json is of step 3: its folder was renamed or exchanged"),
+                                           (rename, "9/meta/manifest.json is of step 6"), (copy_in, "copied from another run")])
+def test_a_step_stays_in_its_place_and_run(cohort, config, whole, tmp_path, change, words):
+  """Every program that takes the newest step, before any work; a whole workdir may be copied and moved."""
+  shutil.copytree(whole[0], tmp_path / "w")
+  restore.choose(str(tmp_path / "w"))
+  other = shutil.copytree(whole[0], tmp_path / "other")
+  (other / "run").unlink()
+  for step in checkpoint.steps(str(other)):  # as another run would have signed them
+    about = checkpoint.manifest(str(other), step)
+    checkpoint.sign(other / "checkpoints" / str(step), {name: x for name, x in about.items() if name != "sha256"} | {"run": "another"})
+  checkpoint.check_files(str(other), 6)
+  change(tmp_path / "w/checkpoints", other)
+  for run in (lambda: restore.choose(str(tmp_path / "w")), lambda: restore.load_run(str(tmp_path / "w")),
+              lambda: train.train(config, str(tmp_path / "w"))):
+    with pytest.raises(UserError, match=words) as refused:
+      run()
+    assert "remove " in str(refused.value) and "\n" not in str(refused.value)
+
+
 # -- Two runs --
 
 def test_a_second_run_is_refused_and_told_who_holds_the_workdir(cohort, tmp_path):

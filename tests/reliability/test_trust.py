@@ -96,7 +96,7 @@ def test_opening_a_cohort_runs_no_code(copied, tmp_path, monkeypatch, place):
   edited(next(copied.glob("ecg_cmr/*/features.json")), PLACES[place])
   edited(next(copied.glob("ecg_cmr/*/dataset_info.json")), lambda info: info.update(moduleName="hostile"))
   opening = {"inspect": lambda: inspect.main([str(copied)]), "mix": lambda: train.load_mix([(str(copied), 0.3)]),
-             "evaluate": lambda: evaluate.evaluate("absent", cohort_path=str(copied))}
+             "evaluate": lambda: evaluate.evaluate("absent", step=1, cohort_path=str(copied))}
   for verb, run in opening.items():
     with pytest.raises(UserError, match=r"features\.json") as refused:
       run()
