@@ -67,7 +67,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.augment.twice = False         # a second augmentation of every row, for objectives that compare two (outputs.again)
 
   c.model = ConfigDict()
-  c.model.ecg = dict(size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
+  c.model.ecg = dict(kind="vit",  # or "st_mem", ST-MEM's encoder, which cannot be masked
+                     size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
                      drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
                      head_norm=False,    # the head sees the embedding through fc_norm once more, as MMCL's fine-tuned encoders
                      masked_view=False)  # in training, embed the patches that the MAE left visible (FLIP): one pass less

@@ -19,7 +19,7 @@ from mmcl_jax.errors import UserError, writing
 from mmcl_jax.paths import local
 
 FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")  # options of torch_weights.load
-PROFILES = {"tiny": "mmcl", "medium": "dual_phase"}  # ECG encoder -> how its authors normalised ECGs
+PROFILES = {"tiny": "mmcl", "medium": "dual_phase", "st_mem": "cardionets"}  # ECG encoder -> how its authors normalised ECGs
 
 
 def main(argv=None):
@@ -43,7 +43,7 @@ def parse(argv):
   given = parser.add_argument_group("what an --input does not tell")
   given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
   given.add_argument("--samples", type=int, help="samples that it sees at a time, where its positions are fixed")
-  given.add_argument("--heads", type=int, help="attention heads of the encoder, where its width is not a published one")
+  given.add_argument("--heads", type=int, help="attention heads of the encoder, where its width and depth are not published ones")
   given.add_argument("--decoder_heads", type=int, help="likewise of the MAE decoder")
   given.add_argument("--pool", help="mean, attention or cls, where it is not what the keys tell")
   given.add_argument("--view", help=f"what a CMR encoder looks at: {', '.join(schema.VIEWS)}")
@@ -74,6 +74,8 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   with config.ignore_type():  # the size of a tower is a name, or numbers
     config.model = model.config
   size = model.config.ecg.size if isinstance(model.config.ecg.size, str) else "of its own"
+  if model.config.ecg.kind == "st_mem":
+    size = "st_mem"
   config.data.ecg_profile = profile or PROFILES.get(size, "minimal")
   if size and not profile:
     why = "as published with this encoder" if size in PROFILES else "which the file does not say"

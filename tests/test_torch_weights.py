@@ -11,8 +11,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the tests of PyTorch weights need torch: pip install '.[torch]'")
 
 import torch_models as published
+from mmcl_jax import configuration
 from mmcl_jax.errors import UserError
+from mmcl_jax.evaluators import localisation
 from mmcl_jax.interop import modules, recognise, torch_weights
+from mmcl_jax.models import pretrainer, st_mem
 
 PATCH, SAMPLES, B = 20, 100, 2
 TEST = (16, 1, 2)                                    # vit.SIZES["test"], and its decoder
@@ -291,6 +294,52 @@ def test_dual_phase_pretraining_holds_its_encoder_twice(tmp_path):
   twice["encoder.0.norm.bias"] = twice["encoder.0.norm.bias"] + 1
   with pytest.raises(UserError, match="model.0.norm.bias and encoder.0.norm.bias, which both are .*differ"):
     torch_weights.load(saved(tmp_path, {"model_state_dict": twice | own}))
+
+
+@pytest.mark.reported("ST-MEM's encoder, which CardioNets start from, was refused")
+@pytest.mark.parametrize("head_width", [0, 5])
+def test_st_mem(tmp_path, head_width):
+  """The encoder alone or in its autoencoder, and out again."""
+  net = published.randomise(published.StMem(*TEST, PATCH, SAMPLES, head_width)).float().eval()
+  state = net.state_dict()
+  if not head_width:
+    state = prefixed("encoder.", net) | {key: x for key, x in state.items() if key.startswith("to_patch_embedding.")}
+    state |= {"to_decoder_embedding.weight": torch.ones(8, 16), "mask_embedding": torch.ones(1, 1, 8),
+              "decoder_blocks.0.attn.fn.to_qkv.weight": torch.ones(24, 8), "decoder_pos_embed": torch.ones(1, 7, 8)}
+  path = saved(tmp_path, {"model": state})
+  model, variables, report = torch_weights.read(path, heads=TEST[2])
+  c = model.config.ecg
+  assert (c.kind, c.size, c.patch, c.head, model.samples) == ("st_mem", "test", PATCH, head_width, SAMPLES)
+  found = encode_ecg(model, variables)
+  close(found["ecg_tokens"], net.tokens(torch.tensor(ECG)))
+  close(found["ecg_embedding"], net(torch.tensor(ECG)))
+  if head_width:
+    close(found["ecg_projection"][:, :head_width], net.head(net(torch.tensor(ECG))))
+  else:
+    assert any("ST-MEM's decoder" in line and "mask_embedding" in line for line in report)
+  into_torch(published.StMem(*TEST, PATCH, SAMPLES, head_width), torch_weights.state_dict(model, variables, "ecg"))
+  torch_weights.save(model, variables, tmp_path / "x.safetensors", "ecg")
+  again, loaded = torch_weights.load(tmp_path / "x.safetensors")  # our own files tell the heads
+  assert again.config == model.config
+  np.testing.assert_array_equal(loaded["params"]["ecg"]["block0"]["qkv"]["kernel"], variables["params"]["ecg"]["block0"]["qkv"]["kernel"])
+  with pytest.raises(UserError, match="16 wide with 0 heads"):
+    torch_weights.load(path)
+
+
+def test_where_st_mem_looks():
+  """Its attention falls on patches, lead by lead, and on separators, which are left out."""
+  c = configuration.defaults(batch=2, steps=1).model
+  c.ecg.update(kind="st_mem", size="test", patch=PATCH, positions="learned")
+  model = pretrainer.build(c, SAMPLES)
+  batch = {"ecg": jnp.asarray(ECG), "mask": jnp.ones(B), "has_ecg": jnp.ones(B)}
+  variables = model.init(jax.random.key(0), batch, jax.random.split(jax.random.key(1), B))
+  weights = localisation.attention_map(model, variables, jnp.asarray(ECG))
+  assert weights.shape == (B, 60) and (weights.sum(axis=1) < 1).all()  # separators have the rest
+  sequence = jnp.arange(12 * 7).reshape(1, -1)
+  assert st_mem.patches(sequence)[0, :6].tolist() == [1, 2, 3, 4, 5, 8]
+  c.ecg.mask_ratio = 0.5
+  with pytest.raises(UserError, match="mask_ratio=0.5; ST-MEM's encoder has"):
+    pretrainer.build(c, SAMPLES)
 
 
 # ---- published sizes

@@ -145,6 +145,74 @@ class MaskedAutoencoder(ViT):
     return self.decoder_pred(self.decoder_norm(x))[:, 1:].reshape(B, LEADS, -1)
 
 
+class PreNorm(nn.Module):
+  def __init__(self, width, fn):
+    super().__init__()
+    self.norm = nn.LayerNorm(width)
+    self.fn = fn
+
+  def forward(self, x):
+    return self.fn(self.norm(x))
+
+
+class StMemAttention(nn.Module):
+  def __init__(self, width, heads):
+    super().__init__()
+    self.heads = heads
+    self.to_qkv = nn.Linear(width, 3 * width)
+    self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
+
+  def forward(self, x):
+    q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.to_qkv(x).chunk(3, dim=2))
+    return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class StMemMlp(nn.Module):
+  def __init__(self, width):
+    super().__init__()
+    self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(0.0), nn.Linear(4 * width, width))
+
+  def forward(self, x):
+    return self.net(x)
+
+
+class StMem(nn.Module):
+  """ST-MEM's encoder (Na et al. 2024), by its keys: every lead between two separators, and told by an embedding."""
+
+  def __init__(self, width, depth, heads, patch, samples, head=0):
+    super().__init__()
+    self.depth, self.patch = depth, patch
+    self.to_patch_embedding = nn.Sequential(nn.Identity(), nn.LayerNorm(patch), nn.Linear(patch, width), nn.LayerNorm(width))
+    self.pos_embedding = nn.Parameter(torch.zeros(1, samples // patch + 2, width))
+    self.sep_embedding = nn.Parameter(torch.zeros(width))
+    self.lead_embeddings = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(LEADS))
+    for i in range(depth):
+      block = nn.Module()
+      block.attn, block.ff = PreNorm(width, StMemAttention(width, heads)), PreNorm(width, StMemMlp(width))
+      self.add_module(f"block{i}", block)
+    self.norm = nn.LayerNorm(width)
+    if head:
+      self.head = nn.Linear(width, head)
+
+  def tokens(self, ecg):
+    """ecg [B, L, T] -> of the patches [B, N, D], lead by lead."""
+    leads = []
+    for i, lead in enumerate(ecg.unbind(1)):
+      x = self.to_patch_embedding(lead.unflatten(1, (-1, self.patch)))
+      separator = self.sep_embedding.expand(len(x), 1, -1)
+      leads.append(torch.cat([separator, x, separator], dim=1) + self.pos_embedding + self.lead_embeddings[i])
+    x = torch.cat(leads, dim=1)
+    for i in range(self.depth):
+      block = getattr(self, f"block{i}")
+      x = x + block.attn(x)
+      x = x + block.ff(x)
+    return torch.cat([lead[:, 1:-1] for lead in x.chunk(LEADS, dim=1)], dim=1)
+
+  def forward(self, ecg):
+    """embedding [B, D]."""
+    return self.norm(self.tokens(ecg).mean(dim=1))
+
+
 class Bottleneck(nn.Module):
   def __init__(self, into, width, stride):
     super().__init__()

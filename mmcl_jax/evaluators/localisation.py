@@ -23,7 +23,7 @@ from mmcl_jax.data import pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.evaluators import statistics
 from mmcl_jax.evaluators.retrieval import TIE
-from mmcl_jax.models import backbones, pretrainer, vit
+from mmcl_jax.models import backbones, pretrainer, st_mem, vit
 from mmcl_jax.objectives.contrastive import normalise
 from mmcl_jax.training import inference, steps
 
@@ -149,6 +149,8 @@ def attention_map(model, variables, ecg, conditions=None):
   q, k, _ = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
   if pool:
     return attention(q.mean(axis=1, keepdims=True), k).mean(axis=(1, 2))
+  if pretrainer.is_st_mem(model.config):
+    return st_mem.patches(attention(st_mem.patches(q), k).mean(axis=(1, 2)))
   return attention(q[:, :1] if c.pool == "cls" else q[:, 1:], k).mean(axis=(1, 2))[:, 1:]
 
 

@@ -39,12 +39,15 @@ IDLE = (
 )
 LAYOUTS = {  # kind -> what it is called, and keys that tell of it
     "vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
+    "st_mem": ("ST-MEM's encoder", r"^block\d+\.attn\.fn\.to_qkv\.weight$"),
     "slow_resnet": ("a slow ResNet with PyTorchVideo's keys", r"(^|\.)res_blocks\.\d+\.branch2\."),
     "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
 }
-DEFAULT = {"vit": "ecg", "slow_resnet": "ed", "resnet": "image"}  # what an encoder without a name is called
+OF_ECG = ("vit", "st_mem")
+DEFAULT = {"vit": "ecg", "st_mem": "ecg", "slow_resnet": "ed", "resnet": "image"}  # what an encoder without a name is called
 RENAMED = {  # the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a Linear
     "vit": (),
+    "st_mem": (),
     "resnet": ((r"^0\.", "conv1."), (r"^1\.", "bn1."), (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}.")),
     "slow_resnet": ((r"^(\d)\.", r"blocks.\1."), (r"^blocks\.5\.proj\.", "fc.")),
 }
@@ -170,12 +173,12 @@ def call(found: Modules, options: Options, path) -> Modules:
   (module, kind), = found.kinds.items()
   default = DEFAULT[kind] if module == "*" else module.removeprefix("cmr_")
   tower = options.tower or default
-  if (kind == "vit") != (tower == "ecg"):
-    what, advice = ("an ECG", "leave --tower out") if kind == "vit" else ("a CMR", "give it another with --tower=NAME")
+  if (kind in OF_ECG) != (tower == "ecg"):
+    what, advice = ("an ECG", "leave --tower out") if kind in OF_ECG else ("a CMR", "give it another with --tower=NAME")
     raise UserError(f"{path} holds {what} encoder, which the name {tower} is not for; {advice}")
   if not re.fullmatch(r"\w+", tower):
     raise UserError(f"--tower={tower}; expected a name of letters, digits and underscores")
-  renamed = {module: "ecg" if kind == "vit" else f"cmr_{tower}"} | dict.fromkeys(
+  renamed = {module: "ecg" if kind in OF_ECG else f"cmr_{tower}"} | dict.fromkeys(
       ("head_*", f"head_{default}"), f"head_{tower}")
   name = lambda module: renamed.get(module, module)
   theirs = {f"{name(key.partition('.')[0])}.{key.partition('.')[2]}": theirs for key, theirs in found.theirs.items()}
@@ -186,7 +189,7 @@ def call(found: Modules, options: Options, path) -> Modules:
 
 def check(found: Modules, options: Options, path) -> Modules:
   """`found`, whose encoders are what they are named, with the tower that the user wants among them."""
-  wrong = [module for module, kind in found.kinds.items() if module == "*" or (kind == "vit") != (module == "ecg")]
+  wrong = [module for module, kind in found.kinds.items() if module == "*" or (kind in OF_ECG) != (module == "ecg")]
   strange = sorted(found.theirs[f"{module}.{key}"] for module in wrong for key in found.arrays[module])
   if not found.kinds or strange:
     raise UserError(

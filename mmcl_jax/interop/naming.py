@@ -42,6 +42,20 @@ VIT = (  # timm, and MAE's decoder; attention_pool is MMCL's torch.nn.MultiheadA
     (r"^pool/qkv/bias$", "attention_pool/in_proj_bias"),
     (r"^pool/proj/", "attention_pool/out_proj/"),
 )
+ST_MEM = (  # its own keys, after vit-pytorch's
+    (r"^patch_norm/", "to_patch_embedding/1/"),
+    (r"^patch_embed/", "to_patch_embedding/2/"),
+    (r"^embed_norm/", "to_patch_embedding/3/"),
+    (r"^pos_embed$", "pos_embedding"),
+    (r"^sep_embed$", "sep_embedding"),
+    (r"^lead_embed(\d+)$", r"lead_embeddings/\1"),
+    (r"^(block\d+)/norm1/", r"\1/attn/norm/"),
+    (r"^(block\d+)/qkv/", r"\1/attn/fn/to_qkv/"),
+    (r"^(block\d+)/proj/", r"\1/attn/fn/to_out/0/"),
+    (r"^(block\d+)/norm2/", r"\1/ff/norm/"),
+    (r"^(block\d+)/fc1/", r"\1/ff/fn/net/0/"),
+    (r"^(block\d+)/fc2/", r"\1/ff/fn/net/3/"),
+)
 RESNET = (  # torchvision
     (r"^backbone/stem/", "conv1/"),
     (r"^backbone/stem_norm/", "bn1/"),
@@ -76,13 +90,15 @@ def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) ->
   """
   for (collection, path), shape in shapes.items():
     module, _, rest = path.partition("/")
-    kind = "vit" if module == "ecg" else "head" if module.startswith("head_") else ""
+    kind = config.ecg.get("kind", "vit") if module == "ecg" else "head" if module.startswith("head_") else ""
     if module.startswith("cmr_"):
       kind = config.cmr[module.removeprefix("cmr_")].kind
     if kind == "head":
       rules = NORMED_HEAD if config.projection.norm else HEAD
     elif kind == "vit" and module == "ecg" and not rest.startswith(("siamese/", "film/")):
       rules = VIT
+    elif kind == "st_mem":
+      rules = ST_MEM
     elif kind in ("resnet", "slow_resnet"):
       rules = RESNET if kind == "resnet" else SLOW
     else:
@@ -102,7 +118,7 @@ def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, 
   if not rest.endswith("/kernel"):
     return tuple(shape)
   into, out = shape[-2:]
-  if rest == "patch_embed/kernel":
+  if rest == "patch_embed/kernel" and kind == "vit":
     return out, 1, 1, into  # one lead, `into` samples
   if not rest.startswith("backbone/") or rest.startswith("backbone/slice_pool/"):
     return out, into

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mmcl_jax import configuration
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.interop.modules import LAYOUTS, Modules, Options, split
+from mmcl_jax.interop.modules import LAYOUTS, OF_ECG, Modules, Options, split
 from mmcl_jax.models import resnet, vit
 
 L = len(schema.LEADS)
@@ -44,8 +44,8 @@ def recognise(state: dict[str, np.ndarray], metadata: dict[str, str], options: O
   modules = split(state, options, path)
   found, widths = Found(c.model, options.samples or c.data.samples, modules, {}, [], []), {}
   for module, kind in modules.kinds.items():
-    if kind == "vit":
-      spec, samples, widths["ecg"] = ecg(found, metadata, options)
+    if kind in OF_ECG:
+      spec, samples, widths["ecg"] = (ecg if kind == "vit" else st_mem)(found, metadata, options)
       with c.ignore_type():  # a size is a name, or numbers
         c.model.ecg.update(spec)
       found = found._replace(samples=samples)
@@ -133,6 +133,34 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
   if heads < 1 or width % heads:
     raise UserError(f"{flag} is {heads}, which does not divide the width of {width}")
   return width, depth, heads
+
+
+def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
+  """`ecg` of ST-MEM's encoder. Its heads are 64 wide; the decoder of a whole autoencoder is left out."""
+  found.modules.ignore("ecg", "ST-MEM's decoder, which works lead by lead", "to_decoder_embedding.", "mask_embedding",
+                       "decoder_")
+  keys = found.modules.arrays["ecg"]
+  width = last_axis(keys, r"^(sep_embedding|lead_embeddings\.\d+|norm\.weight)$")
+  told = metadata.get("heads", "")
+  heads = options.heads or (int(told) if re.fullmatch(r"\d{1,4}", told) else width // 64)
+  if not 0 < width <= MAX_WIDTH or not heads or width % heads:
+    raise UserError(f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of at most "
+                    f"{MAX_WIDTH}, give them with --heads=")
+  depth, patch = count(keys, r"^block(\d+)\."), last_axis(keys, r"^to_patch_embedding\.2\.weight$")
+  columns = keys["pos_embedding"].shape[1] - 2 if getattr(keys.get("pos_embedding"), "ndim", 0) == 3 else 0
+  if columns < 1 or not patch:
+    raise UserError("ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or to_patch_embedding.2.weight is "
+                    "missing; was the file cut off?")
+  samples = columns * patch
+  if options.samples not in (None, samples):
+    raise UserError(f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are others")
+  size = (width, depth, heads)
+  named = next((name for name, numbers in vit.SIZES.items() if numbers[:3] == size), None)
+  head = len(keys["head.weight"]) if "head.weight" in keys else 0
+  found.notes.append(f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads (size {named or 'of its own'}), "
+                     f"patches of {patch} samples, {samples} samples" + f", head {head}" * bool(head))
+  spec = {"kind": "st_mem", "size": named or size, "patch": patch, "positions": "learned", "pool": "mean", "head": head}
+  return spec, samples, head or width
 
 
 def table(columns: int, width: int) -> np.ndarray:

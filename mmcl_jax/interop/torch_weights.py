@@ -24,14 +24,14 @@ class Loaded(NamedTuple):
 def load(path, **options):
   """A model and its variables from PyTorch weights.
 
-  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, torchvision's ResNet-18 and
-  -50 (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several towers with projection heads,
-  and what `save` wrote. Sizes and options are read off keys and shapes.
+  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, ST-MEM's encoder,
+  torchvision's ResNet-18 and -50 (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several
+  towers with projection heads, and what `save` wrote. Sizes and options are read off keys and shapes.
 
   Args:
     path: a file of torch.save or safetensors; weights only, nothing in it is executed.
     tower: which tower to take of a file with several ("ecg", "image", ...), or how to call the only CMR encoder.
-    heads, decoder_heads: attention heads, where no published encoder has this width.
+    heads, decoder_heads: attention heads, where no published encoder has this width and depth.
     pool: mean | attention | cls, where it is not what the keys tell (fc_norm: mean; head and norm alone: cls).
     samples: length of the ECGs that it is for, where positions are fixed and it is not the one it was trained on.
     view: which view a CMR encoder looks at (schema.VIEWS).
@@ -186,12 +186,12 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
   state |= {f"{key.removesuffix('running_mean')}num_batches_tracked": np.zeros((), np.int64) for key in state
             if key.endswith(".running_mean")}
   if c.ecg.size:
-    state |= tables(model, flat["params", "ecg/cls_token"].dtype)
+    state |= tables(model, flat["params", "ecg/patch_embed/kernel"].dtype)
   module, unwanted = "", ()
   if tower in ("ecg", "ecg_mae"):
     module, unwanted = "ecg.", ("fc_norm.", "attention_pool.", "head.") if tower == "ecg_mae" else ("decoder_",
                                                                                                     "mask_token")
-    if tower == "ecg" and c.ecg.pool != "cls":
+    if tower == "ecg" and c.ecg.pool != "cls" and not pretrainer.is_st_mem(c):
       unwanted += ("norm.",)  # the decoder's
   elif tower:
     module = f"cmr_{tower}."

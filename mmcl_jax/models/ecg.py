@@ -14,6 +14,7 @@ from mmcl_jax.models.heads import Projection
 from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.pooling import AttentionPool, FiLM
 
+KINDS = ("vit", "st_mem")  # st_mem: models.st_mem
 POOLS = ("mean", "attention", "cls")
 POSITIONS = ("sincos", "learned")
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import backbones, ecg, generator, mar, segmenter, tokenizer, vit
+from mmcl_jax.models import backbones, ecg, generator, mar, segmenter, st_mem, tokenizer, vit
 from mmcl_jax.models.heads import Projection
 from mmcl_jax.models.kernels import at_least_float32
 
@@ -81,7 +81,10 @@ class Pretrainer(nn.Module):
     hidden = dict.fromkeys(c.cmr, c.projection.hidden) | {"ecg": c.projection.get("ecg_hidden", 0) or c.projection.hidden}
     names = list(c.cmr)
     if c.ecg.size:
-      self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype, *depth)
+      if is_st_mem(c):
+        self.ecg = st_mem.StMem(c.ecg, self.samples, dtype, *depth)
+      else:
+        self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype, *depth)
       names.append("ecg")
     self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
     self.head = {name: Projection(hidden[name], c.projection.width, c.projection.norm) for name in names}
@@ -339,7 +342,19 @@ def check_tokenizer(c: ConfigDict):
     raise UserError(f"config.model.tokenizer.size is {c.size!r}; expected one of {', '.join(tokenizer.SIZES)}")
 
 
+def is_st_mem(config: ConfigDict) -> bool:
+  """Is the ECG tower of config.model ST-MEM's (models.st_mem) instead of a ViT?"""
+  return config.ecg.get("kind", "vit") == "st_mem"
+
+
 def check_ecg(c: ConfigDict, samples: int):
+  if c.get("kind", "vit") not in ecg.KINDS:
+    raise UserError(f"config.model.ecg.kind is {c.kind!r}; expected one of {', '.join(ecg.KINDS)}")
+  if c.get("kind", "vit") == "st_mem":
+    others = {"pool": "mean", "positions": "learned", "mask_ratio": 0.0, "film": False, "siamese": False, "masked_view": False}
+    if wrong := [f"{name}={c[name]!r}" for name, value in others.items() if c[name] != value]:
+      raise UserError(f"config.model.ecg has kind='st_mem' and {', '.join(wrong)}; ST-MEM's encoder has "
+                      f"{', '.join(f'{name}={value!r}' for name, value in others.items())}: set them, or kind='vit'")
   for key, known in (("size", vit.SIZES), ("pool", ecg.POOLS), ("positions", ecg.POSITIONS)):
     if isinstance(c[key], str) and c[key] not in known:
       raise UserError(f"config.model.ecg.{key} is {c[key]!r}; expected one of {', '.join(known)}")

@@ -76,12 +76,13 @@ class Block(nn.Module):
   layer: int = 0
   drop_path: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x, keys=None):
     B, N, D = x.shape
     dense = lambda width, name: Dense(width, self.dtype, name=name)
-    norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
+    norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
 
     y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
     y = kernels.attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
