@@ -25,7 +25,7 @@ SIZES = {
     "tiny": ("mmcl", 2500, 0.8, 0.1, 0.0, 128, 87_500, 0.1, 3.2e-4, 0.15),            # 400 epochs x 28,000 / 128
     "medium": ("dual_phase", 5000, 0.7, 0.1, 0.1, 64, 185_500, 0.16, 1e-4, 1e-4),     # 250 epochs x 47,500 / 64
     "base": ("dual_phase", 5000, 0.7, 0.1, 0.1, 64, 185_500, 0.16, 1e-4, 1e-4),       # dual-phase tried it too
-    "large": ("minimal", 5000, 0.8, 0.0, 0.0, 32, 362_500, 0.1, 5e-5, 0.05),          # 400 epochs x 29,000 / 32
+    "large": ("minimal", 5000, 0.8, 0.1, 0.0, 32, 362_500, 0.1, 5e-5, 0.05),          # 400 epochs x 29,000 / 32
 }
 
 # ECG profile -> augmentation: strength of phase noise; SD of noise in proportion to the signal, of white noise, of gain
@@ -52,8 +52,8 @@ def get_config(arg=None):
   c.model.ecg.update(size=arg.size, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)
   c.model.projection.update(hidden=32 if arg.size == "test" else 512, width=128)  # SimSiam's; else built and left alone
 
-  # (1 - w) MSE + w (1 - NCC) with MSE over all patches, as in MMCL's and dual-phase's code; `large`: He et al. 2022.
-  c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all" if ncc else "masked", ncc_weight=ncc)
+  # (1 - w) MSE + w (1 - NCC) with MSE over all patches, as in MMCL's and dual-phase's code.
+  c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=ncc)
   if siamese:
     c.objectives.siamese = dict(fn="simsiam", weight=siamese)
   c.optimizer.update(learning_rate=learning_rate, warmup=max(int(warmup * c.steps), 1), b1=0.9, b2=0.95,

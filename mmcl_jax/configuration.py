@@ -71,6 +71,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
                      size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
                      drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
                      head_norm=False,    # the head sees the embedding through fc_norm once more, as MMCL's fine-tuned encoders
+                     film_after=False,   # FiLM after the blocks, with ReLU, as CardiacNets has it
+                     dropout=0.0,        # in training, as timm's drop_rate
                      masked_view=False)  # in training, embed the patches that the MAE left visible (FLIP): one pass less
   c.model.cmr = {}                # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
   c.model.tokenizer = {}          # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
@@ -80,7 +82,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.model.regression = ()         # towers with a linear read-out of the targets, e.g. ("ecg",)
   c.model.classification = ()     # towers with a linear read-out of the cohort's diseases
   c.model.projection = dict(hidden=512, ecg_hidden=0, width=128, norm=False)  # of every tower's head; ecg_hidden: of the
-  # ECG's where it is not that of the others (0: it is); norm: with batch norm
+  # ECG's where it is not that of the others (0: it is); norm: with batch norm; hidden 0: one Linear
   c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: the objective's fixed one
   c.model.learned_bias = 0.0      # where a learned bias of the logits starts (siglip); 0: none
   c.model.max_scale = 100.0       # cap of a learned 1 / temperature

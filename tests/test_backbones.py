@@ -407,6 +407,30 @@ def test_film_is_its_formula_and_starts_as_the_identity():
   assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.reported("CardiacNets' covariates acted before the blocks and without ReLU")
+def test_gated_film_is_cardiacnets_formula():
+  torch = pytest.importorskip("torch")
+  rng = np.random.default_rng(0)
+  tokens, covariates = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 6))
+  film = pooling.GatedFiLM(jnp.float64)
+  variables = film.init(jax.random.key(0), tokens, covariates)
+  fc = variables["params"]["fc"]
+  for x in (fc["kernel"], fc["bias"]):  # as torch.nn.Linear starts
+    assert 0.5 / 6**0.5 < np.abs(x).max() <= 1 / 6**0.5
+  variables = randomised(variables)
+  fc = variables["params"]["fc"]
+  fcs = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU()).double()
+  weight, bias = (torch.tensor(np.array(x)) for x in (fc["kernel"].T, fc["bias"]))
+  fcs.load_state_dict({"0.weight": weight, "0.bias": bias})
+  gamma, beta = fcs(torch.tensor(covariates)).chunk(2, dim=-1)
+  assert {(gamma == 0).any().item(), (gamma > 0).any().item()} == {True}  # the ReLU is seen at work
+  expected = gamma[:, None] * torch.tensor(tokens) + beta[:, None]
+  assert relative(film.apply(variables, tokens, covariates), expected.detach()) < 1e-12
+  unknown = np.where(np.arange(6) % 2, np.nan, covariates)
+  found, mean = (film.apply(variables, tokens, x) for x in (unknown, np.nan_to_num(unknown)))
+  np.testing.assert_array_equal(found, mean)
+
+
 # ------------------------------------------------------------------------------------------------------------- registry
 
 SPEC = dict(kind="vit", size="test", patch=(2, 8, 8), mask_ratio=0.5, drop_path=0.0)

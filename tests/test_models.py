@@ -90,6 +90,57 @@ def test_learned_positions_start_as_the_fixed_ones_and_pools_differ_as_they_say(
   np.testing.assert_allclose(by_cls.apply(cls, x)[1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.reported("CardiacNets' covariates acted before the blocks and without ReLU",
+                      "CardiacNets' embedding was the mean token, not the class token")
+def test_covariates_modulate_all_tokens_after_the_blocks_and_before_the_norm():
+  x = jax.random.normal(jax.random.key(0), (2, 12, 40))
+  covariates = jax.random.normal(jax.random.key(2), (2, 3))
+  plain, tower = ecg_tower(pool="cls"), ecg_tower(pool="cls", film=True, film_after=True)
+  variables = tower.init(jax.random.key(1), x, None, covariates)
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+  rest = {name: x for name, x in variables["params"].items() if name != "film"}
+  before = np.asarray(plain.apply({"params": rest}, x, method="tokens"), np.float64)
+  fc = p["film"]["fc"]
+  gain, shift = np.split(np.maximum(covariates @ fc["kernel"] + fc["bias"], 0), 2, axis=1)
+  after = gain[:, None] * before + shift[:, None]
+  z = after[:, 0]
+  expected = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+  tokens, embedding = tower.apply(variables, x, None, covariates)
+  np.testing.assert_allclose(tokens, after[:, 1:], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.reported("CardiacNets' ECG encoder was trained without its dropout")
+def test_dropout_is_timm_s_and_belongs_to_the_sample():
+  keys = jax.random.split(jax.random.key(0), 400)
+  x = vit.dropout(jnp.ones((400, 50)), keys, 0.25, 3)
+  assert set(np.unique(x)) == {0.0, np.float32(1 / 0.75)}
+  assert abs(float(x.mean()) - 1) < 4 * np.sqrt(0.25 / 0.75 / x.size)
+  np.testing.assert_array_equal(vit.dropout(jnp.ones((400, 50)), keys[::-1], 0.25, 3), x[::-1])
+  assert not (vit.dropout(jnp.ones((400, 50)), keys, 0.25, 4) == x).all()
+
+  block, keys = vit.Block(heads=2, layer=5, dropout=0.4), keys[:2]
+  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  variables = block.init(jax.random.key(1), x)
+  np.testing.assert_array_equal(block.apply(variables, x), vit.Block(heads=2).apply(variables, x))
+  p = variables["params"]
+  norm = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  dense = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]
+  drop = lambda x, i: vit.dropout(x, keys, 0.4, 3 * 5 + i)
+  q, k, v = jnp.moveaxis(dense(norm(x), "qkv").reshape(2, 5, 3, 2, 4), (2, 3), (0, 2))
+  y = (jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2) @ v).swapaxes(1, 2).reshape(2, 5, 8)
+  y = x + drop(dense(y, "proj"), 1)
+  y = y + drop(dense(drop(nn.gelu(dense(norm(y), "fc1"), approximate=False), 2), "fc2"), 3)
+  np.testing.assert_allclose(block.apply(variables, x, keys), y, rtol=1e-4, atol=1e-5)
+
+  dropping, plain = ecg_tower(dropout=0.4), ecg_tower()
+  ecgs = jax.random.normal(jax.random.key(0), (2, 12, 40))
+  variables = plain.init(jax.random.key(1), ecgs)
+  np.testing.assert_array_equal(dropping.apply(variables, ecgs)[1], plain.apply(variables, ecgs)[1])
+  trained, steady = (tower.apply(variables, ecgs, keys)[1] for tower in (dropping, plain))
+  assert not np.allclose(trained, steady)
+
+
 def test_decoder_puts_visible_patches_where_they_were():
   """Without blocks, each visible token passes through the linear layers alone and comes out at its own place."""
   decoder = mae.Decoder(width=4, depth=0, heads=1, patch=4)

@@ -195,6 +195,31 @@ def test_a_frozen_stage_cannot_start_without_its_encoder(lax_cohort, walk, tmp_p
   assert not (tmp_path / "w").exists()
 
 
+def test_cardiacnets_encoder_keeps_what_its_class_token_was_trained_with():
+  """The published alignment at `test`: from the ECG stage, and from one that pools otherwise."""
+  def variables(recipe):
+    c = configure(recipe)
+    model = pretrainer.build(c.model, c.data.samples)
+    shapes = {"ecg": [12, 1000], "phenotypes": [12], "diseases": [8], "covariates": [4],
+              "cine_slice": [5, 32, 32], "lax": [5, 32, 32]}
+    example = step_room.example(c, shapes, 12, 2)
+    return c, jax.eval_shape(lambda: state_room.variables(model, example))
+
+  align, there = variables("cardiacnets:test,stage=align")
+  treated = state_room.treatments(align, there["params"])
+  frozen = {path for path, treatment in treated.items() if treatment.frozen}
+  assert {path.split("/")[0] for path in frozen} == {"cmr_sax", "cmr_lax", "head_sax", "head_lax"}
+  (regex, _) = align.init_except
+
+  def kept(paths):
+    return {path for path in paths if not re.search(regex, path.replace("params/", "ecg/"))}
+
+  for earlier in ("cardiacnets:test,stage=ecg", "ecg_mae:test,steps=2"):
+    before = {path for path in leaves(variables(earlier)[1], "ecg") if "siamese" not in path}
+    assert kept(before) == kept(leaves(there, "ecg"))
+    assert "params/norm/scale" in kept(before)
+
+
 # -- What is published --
 
 TEN, FIFTH = 0.1, 0.2  # share of warm-up
@@ -211,7 +236,9 @@ PUBLISHED = {
                        "augment.ecg.phase_noise_strength": 0.075, "augment.ecg.gain_noise_sigma": 0.2,
                        "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 1e-4, "warm-up": 40 / 250,
                        "seen": 250 * 0.7 * 67_897},
-    "ecg_mae:large": {"data.samples": 5000, "model.ecg.mask_ratio": 0.8, "objectives.reconstruction.region": "masked",
+    "ecg_mae:large": {"data.samples": 5000, "model.ecg.mask_ratio": 0.8,
+                      "objectives.reconstruction.region": "all",
+                      "objectives.reconstruction.ncc_weight": 0.1,
                       "batch": 32, "optimizer.learning_rate": 5e-5, "optimizer.weight_decay": 0.05},
     "cmr_simclr:r50": {"model.cmr.image.kind": "resnet", "model.cmr.image.size": "r50", "model.cmr.image.view": "three_frames",
                        "augment.twice": True, "augment.cmr.rotation_deg": 45, "objectives.simclr.fn": "nt_xent",
@@ -251,8 +278,13 @@ PUBLISHED = {
                                     "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 0.05, "warm-up": TEN},
     "cardiacnets:large,stage=ecg": {"model.ecg.size": "large", "model.ecg.patch": 100, "model.ecg.mask_ratio": 0.8,
                                     "model.ecg.film": False, "augment.ecg.time_flip": 0.33, "augment.ecg.sign_flip": 0.33,
-                                    "batch": 32, "optimizer.learning_rate": 5e-5, "warm-up": TEN},
-    "cardiacnets:large,stage=align": {"model.ecg.film": True, "model.cmr.sax.frozen": True, "model.cmr.lax.frozen": True,
+                                    "objectives.reconstruction.region": "all",
+                                    "objectives.reconstruction.ncc_weight": 0.1,
+                                    "model.ecg.dropout": 0, "batch": 32, "optimizer.learning_rate": 5e-5, "warm-up": TEN},
+    "cardiacnets:large,stage=align": {"model.ecg.film": True, "model.ecg.film_after": True,
+                                      "model.ecg.pool": "cls",
+                                      "model.ecg.dropout": 0.05, "model.projection.hidden": 0,
+                                      "freeze": ("^head_(sax|lax)/",), "model.cmr.sax.frozen": True, "model.cmr.lax.frozen": True,
                                       "objectives.ecg_sax.temperature": 0.1, "objectives.ecg_lax.temperature": 0.1,
                                       "model.projection.width": 256, "batch": 64, "optimizer.learning_rate": 1e-4 * 64 / 256,
                                       "optimizer.weight_decay": 0.05, "warm-up": TEN},
@@ -316,7 +348,9 @@ COUNTS = {  # recipe -> part -> weights
     "arms:medium,arm=ed_volume": {"cmr_ed": SLOW_R50 + 2049 * 768},
     "cardiacnets:large,stage=cmr": {"cmr_sax": vit(768, 12, 50 * 256, cls=0), "cmr_lax": vit(768, 12, 50 * 256, cls=0)},
     "cardiacnets:large,stage=ecg": {"ecg": vit(1024, 24, 100)},
-    "cardiacnets:large,stage=align": {"ecg": vit(1024, 24, 100) + (2 * 4 + 1) * 2 * 1024, "cmr_sax": vit(768, 12, 50 * 256, cls=0)},
+    "cardiacnets:large,stage=align": {"ecg": vit(1024, 24, 100) + (4 + 1) * 2 * 1024,
+                                      "cmr_sax": vit(768, 12, 50 * 256, cls=0),
+                                      "head_ecg": 1025 * 256, "head_sax": 769 * 256},
     "cardionets:base,stage=cmr": {"cmr_cine": vit(768, 12, 2 * 256, cls=0)},
     "cardionets:base,stage=ecg": {"ecg": vit(768, 12, 75)},
     "cardionets:base,stage=align": {"ecg": vit(768, 12, 75), "cmr_cine": vit(768, 12, 2 * 256, cls=0)},
@@ -324,6 +358,7 @@ COUNTS = {  # recipe -> part -> weights
     "supervised:tiny,task=diseases": {"ecg": 5_363_328 + 4 * 385 * 384, "classification_ecg": 385 * 8},
 }
 AUXILIARY = "params/(decoder|siamese.*|norm|backbone/decoder)/"  # what pre-training alone needs
+BY_CLS = AUXILIARY.replace("norm", "fc_norm")
 
 
 @pytest.mark.parametrize("recipe", COUNTS)
@@ -338,8 +373,9 @@ def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
   variables = jax.eval_shape(lambda: state_room.variables(model, example))
   step_room.check_outputs(model, objective_room.build(c.objectives), example, types.SimpleNamespace(params=variables["params"], statistics=variables["batch_stats"]))
   state_room.treatments(c, variables["params"], variables["batch_stats"])
+  auxiliary = BY_CLS if c.model.ecg.pool == "cls" else AUXILIARY
   counts = {module: sum(x.size for path, x in leaves(variables, module).items()
-                        if path.startswith("params/") and not re.match(AUXILIARY, path)) for module in COUNTS[recipe]}
+                        if path.startswith("params/") and not re.match(auxiliary, path)) for module in COUNTS[recipe]}
   assert counts == COUNTS[recipe]
 
 

@@ -226,6 +226,13 @@ def test_projection_heads(norm, train):
       assert relative(changed["batch_stats"][name]["var"], net.state_dict()[f"{key}.running_var"]) < 1e-9
 
 
+def test_a_head_of_one_linear():
+  net = published.randomise(torch.nn.Linear(10, 6).double())
+  params = {"fc": {"kernel": net.weight.detach().numpy().T, "bias": net.bias.detach().numpy()}}
+  x = np.random.default_rng(5).normal(size=(8, 10))
+  assert relative(heads.Projection(0, 6).apply({"params": params}, x), net(torch.tensor(x))) < 1e-12
+
+
 def projections(dtype=np.float64):
   rng = np.random.default_rng(7)
   return {name: rng.normal(size=(16, 9)).astype(dtype) for name in ("ecg", "ed", "es")}

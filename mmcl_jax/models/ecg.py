@@ -12,7 +12,7 @@ from mmcl_jax.data import schema
 from mmcl_jax.models import mae, vit
 from mmcl_jax.models.heads import Projection
 from mmcl_jax.models.kernels import at_least_float32
-from mmcl_jax.models.pooling import AttentionPool, FiLM
+from mmcl_jax.models.pooling import AttentionPool, FiLM, GatedFiLM
 
 KINDS = ("vit", "st_mem")  # st_mem: models.st_mem
 POOLS = ("mean", "attention", "cls")
@@ -41,15 +41,18 @@ class EcgTower(nn.Module):
     if c.positions == "learned":
       table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
       self.pos_embed = self.param("pos_embed", lambda _: jnp.pad(table, ((1, 0), (0, 0)))[None])
+    self.dropout = c.get("dropout", 0.0)  # absent from the configs of older runs, as film_after
     for i in range(depth):
-      setattr(self, f"block{i}", vit.Block(heads, i, c.drop_path * i / max(depth - 1, 1), self.dtype))
+      rate = c.drop_path * i / max(depth - 1, 1)
+      setattr(self, f"block{i}", vit.Block(heads, i, rate, self.dtype, dropout=self.dropout))
     self.norm = nn.LayerNorm(epsilon=1e-6)
     if c.pool != "cls":
       self.fc_norm = nn.LayerNorm(epsilon=1e-6)
     if c.pool == "attention":
       self.pool = AttentionPool(heads, self.dtype)
+    self.film_after = c.film and c.get("film_after", False)
     if c.film:
-      self.film = FiLM(self.dtype)
+      self.film = (GatedFiLM if self.film_after else FiLM)(self.dtype)
     if c.head:
       self.head = nn.Dense(c.head)
     if c.mask_ratio:
@@ -62,8 +65,9 @@ class EcgTower(nn.Module):
     return vit.sincos_2d(len(schema.LEADS), tokens // len(schema.LEADS), width)
 
   def tokens(self, ecg, keep=None, keys=None, conditions=None):
-    """Args: ecg [B, L, T]; keep [B, M] patches to look at (None: all); keys [B] for drop-path (None: evaluation);
-    conditions [B, V] standardised covariates, where the config says `film`.
+    """Args: ecg [B, L, T]; keep [B, M] patches to look at (None: all); keys [B] for dropout and
+    drop-path (None: evaluation); conditions [B, V] standardised covariates, where the config says
+    `film`.
 
     Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
     """
@@ -79,10 +83,12 @@ class EcgTower(nn.Module):
     x += position.astype(x.dtype)
     cls = self.cls_token + self.pos_embed[:, :1] if learned else self.cls_token
     x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, width)).astype(x.dtype), x], axis=1)
-    if self.config.film:
+    x = vit.dropout(x, keys, self.dropout, 0)
+    if self.config.film and not self.film_after:
       x = self.film(x, conditions)
     blocks = [getattr(self, f"block{i}") for i in range(vit.numbers(self.config.size)[1])]
-    return vit.through(blocks, x, keys, self.remat, self.scan)
+    x = vit.through(blocks, x, keys, self.remat, self.scan)
+    return self.film(x, conditions) if self.film_after else x
 
   def pooled(self, tokens):
     """tokens [B, 1 + M, D] -> embedding [B, D], at least float32."""

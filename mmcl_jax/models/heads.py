@@ -7,7 +7,11 @@ from mmcl_jax.models.resnet import BatchNorm
 
 
 class Projection(nn.Module):
-  """Linear - ReLU - Linear with bias (MMCL); `norm`: without bias, batch norm after each (SimCLR v1, newer heads)."""
+  """Linear - ReLU - Linear with bias (MMCL).
+
+  norm: without bias, batch norm after each (SimCLR v1, newer heads).
+  hidden 0: one Linear (CardiacNets).
+  """
 
   hidden: int
   width: int
@@ -16,6 +20,8 @@ class Projection(nn.Module):
   @nn.compact
   def __call__(self, x, rows=None, train=False):
     """x [B, D] -> [B, E]; rows [B] weight of each row in the batch statistics."""
+    if not self.hidden:
+      return nn.Dense(self.width, name="fc")(x)
     rows = jnp.ones(len(x)) if rows is None else rows
     normed = lambda x, name: BatchNorm(jnp.promote_types(x.dtype, jnp.float32), name=name)(x, rows, train) if self.norm else x
     x = nn.Dense(self.hidden, use_bias=not self.norm, name="fc1")(x)

@@ -1,6 +1,7 @@
 """Attention pooling of tokens, and their modulation by covariates (FiLM). Letters: B batch, N tokens, D width."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmcl_jax.models import kernels, vit
@@ -36,6 +37,26 @@ class FiLM(nn.Module):
     fc = nn.Dense(2 * tokens.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="fc")
     scale, shift = jnp.split(fc(with_unknown(covariates))[:, None], 2, axis=-1)
     return tokens * (1 + scale) + shift
+
+
+class GatedFiLM(nn.Module):
+  """gain * tokens + shift, both the ReLU of a Linear of the row's covariates.
+
+  As in the code of CardiacNets (Ding et al. 2024). An unknown covariate is the mean. The Linear
+  starts as torch.nn.Linear does: weight and bias U(-1, 1) / sqrt(V).
+  """
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens, covariates):
+    """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
+    bound = covariates.shape[-1] ** -0.5
+    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    fc = nn.Dense(2 * tokens.shape[-1], kernel_init=uniform, bias_init=uniform, dtype=self.dtype,
+                  name="fc")
+    gain, shift = jnp.split(nn.relu(fc(jnp.nan_to_num(covariates)))[:, None], 2, axis=-1)
+    return gain * tokens + shift
 
 
 def with_unknown(covariates):

@@ -351,7 +351,8 @@ def check_ecg(c: ConfigDict, samples: int):
   if c.get("kind", "vit") not in ecg.KINDS:
     raise UserError(f"config.model.ecg.kind is {c.kind!r}; expected one of {', '.join(ecg.KINDS)}")
   if c.get("kind", "vit") == "st_mem":
-    others = {"pool": "mean", "positions": "learned", "mask_ratio": 0.0, "film": False, "siamese": False, "masked_view": False}
+    others = {"pool": "mean", "positions": "learned", "mask_ratio": 0.0, "film": False, "siamese": False, "masked_view": False,
+              "dropout": 0.0}
     if wrong := [f"{name}={c[name]!r}" for name, value in others.items() if c[name] != value]:
       raise UserError(f"config.model.ecg has kind='st_mem' and {', '.join(wrong)}; ST-MEM's encoder has "
                       f"{', '.join(f'{name}={value!r}' for name, value in others.items())}: set them, or kind='vit'")
@@ -364,6 +365,9 @@ def check_ecg(c: ConfigDict, samples: int):
   if not 0 <= c.mask_ratio < 1 or (c.mask_ratio and not 0 < round(tokens * c.mask_ratio) < tokens):
     raise UserError(f"config.model.ecg.mask_ratio is {c.mask_ratio} of {tokens} patches; expected a number from 0 (no decoder) to "
                     "below 1 that hides at least one patch and leaves one")
+  if c.get("film_after", False) and not c.film:
+    raise UserError("config.model.ecg.film_after says where covariates modulate the tokens; it "
+                    "needs model.ecg.film=True")
   if c.get("masked_view", False) and not c.mask_ratio:
     raise UserError("config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
                     "model.ecg.mask_ratio above 0")

@@ -19,6 +19,8 @@ SIZES = {
     "large": (1024, 24, 16, 512, 8, 16),    # CardiacNets, Ding et al. 2024 (decoder of He et al. 2022)
 }
 
+DROPOUT = 1 << 16  # uses of a row's keys by dropout, beyond those of drop-path and of towers
+
 
 def numbers(size) -> tuple[int, ...]:
   """The numbers of a size: a name of SIZES, or the numbers themselves (as read off foreign weights)."""
@@ -53,6 +55,18 @@ def drop_path(x: jax.Array, keys: jax.Array | None, rate, layer) -> jax.Array:
   return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
+def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place) -> jax.Array:
+  """Zeroes numbers of x [B, ...] with probability `rate`, scales the rest (Srivastava et al. 2014).
+
+  keys [B] or None (evaluation); place: which of a transformer's dropouts it is, a number or traced.
+  """
+  if keys is None or not rate:
+    return x
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+  keys = jax.vmap(lambda key: jax.random.fold_in(key, DROPOUT + place))(keys)
+  return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
+
+
 class Dense(nn.Module):
   """x [..., I] -> [..., features]: flax's Dense by kernels.linear, Glorot-uniform at first."""
 
@@ -70,25 +84,30 @@ class Dense(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block; x [B, N, D]. Exact GELU, qkv in one matrix."""
+  """Pre-norm transformer block; x [B, N, D].
+
+  Exact GELU, qkv in one matrix; dropout as timm's drop_rate: after `proj`, GELU and `fc2`.
+  """
 
   heads: int
   layer: int = 0
   drop_path: float = 0.0
   dtype: jnp.dtype = jnp.float32
   epsilon: float = 1e-6
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(self, x, keys=None):
     B, N, D = x.shape
     dense = lambda width, name: Dense(width, self.dtype, name=name)
     norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
+    drop = lambda x, i: dropout(x, keys, self.dropout, 3 * self.layer + i)
 
     y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
     y = kernels.attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
-    x = x + drop_path(dense(D, "proj")(y), keys, self.drop_path, 2 * self.layer)
-    y = kernels.gelu(dense(4 * D, "fc1")(norm("norm2")(x)))
-    return x + drop_path(dense(D, "fc2")(y), keys, self.drop_path, 2 * self.layer + 1)
+    x = x + drop_path(drop(dense(D, "proj")(y), 1), keys, self.drop_path, 2 * self.layer)
+    y = drop(kernels.gelu(dense(4 * D, "fc1")(norm("norm2")(x))), 2)
+    return x + drop_path(drop(dense(D, "fc2")(y), 3), keys, self.drop_path, 2 * self.layer + 1)
 
 
 # ---------------------------------------------------------------------------------------------------- blocks in a row
@@ -127,7 +146,7 @@ def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool =
     for block in blocks:
       x = again(functools.partial(run, layer=block.layer, rate=block.drop_path))(x, block.variables["params"])
     return x
-  keys = keys if any(block.drop_path for block in blocks) else None
+  keys = keys if any(block.drop_path or block.dropout for block in blocks) else None
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compute_params, blocks))
   layers = jnp.array([block.layer for block in blocks])
   rates = jnp.array([float(block.drop_path) for block in blocks])
