@@ -45,6 +45,7 @@ def main(argv):
 
 def compare(runs: list[str], out: str) -> str:
   """Writes the report; returns its table as text."""
+  report.check_place(out)
   found = named([read(pathlib.Path(run)) for run in runs])
   check(found)
   first, others = found[0], found[1:]
@@ -91,14 +92,18 @@ def compare(runs: list[str], out: str) -> str:
       ("Diseases: difference of AUROC", changes("disease", results["differences"]["auroc"])),
       ("Diseases: mean AUROC (SD) over seeds", seed_rows("disease", results["seeds"].get("auroc", {}))),
       ("Retrieval of the CMR by its ECG, and back: R@10", retrieval_rows(results["retrieval"]))) if len(rows) > 1]
+  what, label = ("r2", "test R\u00b2") if phenotypes else ("auroc", "test AUROC")
   forest = {run: {name: {"mean": entry["value"], "ci": entry["ci"]} for name, entry in scores.items()}
-            for run, scores in results["r2"].items()}
-  images = {"r2": report.png(figures.forest(forest, phenotypes, [one.name for one in found], (COVARIATES,), "test $R^2$",
-                                            notes[0] if first.results.get("note") else ""))}
+            for run, scores in results[what].items()}
+  images = {}
+  if names[what]:
+    images[what] = report.png(figures.forest(forest, names[what], [one.name for one in found], (COVARIATES,), label,
+                                             notes[0] if first.results.get("note") else ""))
   facts = {one.name: one.folder for one in found} | {"cohort": first.results["cohort"], "test recordings": f"{len(y):,}"}
   with report.replaced(out) as folder:
     (folder / "results.json").write_text(report.as_json(results))
-    (folder / "r2.png").write_bytes(images["r2"])
+    for name, image in images.items():
+      (folder / f"{name}.png").write_bytes(image)
     (folder / "report.html").write_text(report.page("Comparison", notes, facts, sections, images, {}), encoding="utf-8")
   text = "\n\n".join(report.aligned(rows) for _, rows in sections)
   return "\n\n".join([text, *notes, f"{out}/report.html"])

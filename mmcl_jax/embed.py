@@ -25,10 +25,12 @@ from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
 from mmcl_jax.data.preprocess.ecg import samples
 from mmcl_jax.data.readers import ecg_file, find_ecg
 from mmcl_jax.data.schema import LEADS
-from mmcl_jax.errors import UserError, writing
+from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.paths import local
 from mmcl_jax.training import distributed
 
+EVALUATION = {"metavar": "DIR", "type": local,
+              "help": "what mmcl evaluate --out wrote of this step (default: W/evaluation/STEP)"}
 PART = 4096  # recordings of a part, rounded up to the batch: what an interruption costs at most
 
 
@@ -46,6 +48,7 @@ def main(argv=None):
   args = parse(argv)
   from mmcl_jax.training.restore import load_encoder  # brings JAX: not before the flags are known to be right
   paths, here, out = find_recordings(args.input), distributed.here, Path(args.out)
+  check_writable(out)
   names = hashlib.sha256()
   for path in paths:
     names.update(f"{os.path.abspath(path)}\0".encode("utf-8", "surrogateescape"))
@@ -53,9 +56,9 @@ def main(argv=None):
          "the number of recordings": len(paths), "the hash of their names": names.hexdigest()[:16]}
   distributed.agree(run)
   encoder = load_encoder(args.workdir, args.step)
-  probes = load_probes(args.workdir, encoder.step)
+  probes = load_probes(args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation))
   size = -(-PART // args.batch) * args.batch
-  run |= {"--step": encoder.step, "the checksum of the checkpoint": encoder.checkpoint[:16],
+  run |= {"--step": encoder.step, "the checksum of the checkpoint": encoder.checkpoint,
           "the checksum of its probes": probes.checksum, "the number of recordings in a part": size}
   parts = [paths[start:start + size] for start in range(0, len(paths), size)]
   with writing(out):
@@ -91,6 +94,7 @@ def parse(argv):
                            "(.xml), DICOM (.dcm), arrays (.csv, .npy) with a .json that gives their rate")
   parser.add_argument("--out", type=local, required=True,
                       help="folder for the table, in Parquet; a part of it there is gone on from")
+  parser.add_argument("--evaluation", **EVALUATION)
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--batch", type=int, default=32, help="recordings per call of the encoder (default: 32)")
   parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
@@ -117,9 +121,24 @@ def find_recordings(inputs) -> list[str]:
   return list(found.values())
 
 
-def load_probes(workdir, step) -> Probes:
-  """The phenotype probes that `mmcl evaluate` left for a step; none, and a line that says so, where it has not run."""
-  path, again = Path(workdir) / "evaluation" / str(step) / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
+def evaluation(workdir, step, given: str | None) -> Path:
+  """The folder of the evaluation of a step: `given` (--evaluation), which must be of this checkpoint, or the workdir's own."""
+  if not given:
+    return Path(workdir) / "evaluation" / str(step)
+  from mmcl_jax.training import restore
+  try:
+    of = json.loads((Path(given) / "results.json").read_bytes())["checkpoint"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the folder of "
+                    f"an evaluation of {workdir}") from None
+  if of != restore.checksum(workdir, step):
+    raise UserError(f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected one of the same")
+  return Path(given)
+
+
+def load_probes(workdir, step, folder: Path) -> Probes:
+  """The phenotype probes of an evaluation; none, and a line that says so, where it has not run or its cohort has no phenotypes."""
+  path, again = folder / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
     if distributed.here.index == 0:
       print(f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the cohort "
@@ -136,6 +155,8 @@ def load_probes(workdir, step) -> Probes:
   if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
     raise UserError(f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}, "
                     f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it anew")
+  if not columns and distributed.here.index == 0:
+    print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)
   return probes
 
 

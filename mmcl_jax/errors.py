@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import tempfile
 
 OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
@@ -37,3 +39,12 @@ def writing(out):
     raise
   except OSError as error:
     raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def check_writable(folder) -> None:
+  """Raises a UserError where a folder cannot be written to, or not be made: before the work, not after it."""
+  there = os.path.abspath(folder)
+  while not os.path.lexists(there):
+    there = os.path.dirname(there)
+  with writing(folder):
+    tempfile.TemporaryFile(dir=there).close()

@@ -1,8 +1,8 @@
 """`mmcl evaluate`: phenotypes, diseases, retrieval, localisation from a checkpoint, with baselines, intervals and figures.
 
-    mmcl evaluate --workdir=W [--step=N] [--cohort=DIR]
+    mmcl evaluate --workdir=W [--step=N] [--cohort=DIR] [--out=DIR]
 
-Probes are fitted on train, their strength chosen on validation, scores taken on test. Writes W/evaluation/STEP/.
+Probes are fitted on train, their strength chosen on validation, scores taken on test. Writes W/evaluation/STEP/, or DIR.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mmcl_jax import configuration
+from mmcl_jax import configuration, files
 from mmcl_jax.data import cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError, writing
@@ -35,17 +35,20 @@ def main(argv):
   parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--cohort", type=local, help="another cohort than the one it was trained on")
+  parser.add_argument("--out", type=local, help="folder for the report, as where the workdir is not yours (default: W/evaluation/STEP)")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
   args = parser.parse_args(argv)
   if args.batch < 1:
     raise UserError(f"--batch is {args.batch}; expected at least 1")
-  with writing(args.workdir):
-    evaluate(args.workdir, args.step, args.cohort, args.batch)
+  with writing(args.out or args.workdir):
+    evaluate(args.workdir, args.step, args.cohort, args.batch, args.out)
 
 
-def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64) -> dict:
+def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64,
+             out: str | None = None) -> dict:
   """Evaluates a checkpoint and writes its report; returns what results.json holds.
 
+  What is needed at the end is looked at before the work: where the report goes, and what it reads beside the cohort.
   Several hosts embed the recordings together and all get the same results; the first one prints and writes them, and
   counts the times that test was scored.
   """
@@ -64,12 +67,12 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     raise UserError(f"the cohort {cohort.path} was normalised by profile {cohort.info['ecg_profile']!r}, the encoder was "
                     f"trained on {run.config.data.ecg_profile!r}; prepare the cohort with --profile={run.config.data.ecg_profile}")
   lacking = [f"{reads} in {split}" for split in schema.SPLITS if not cohort.info[f"with_{reads.lower()}"][split]]
-  lacking += ["phenotypes"] * (not cohort.info["phenotypes"])
+  lacking += ["phenotypes and no diseases"] * (not cohort.info["phenotypes"] and not cohort.info["diseases"])
   fields = pretrainer.fields(model)
   lacking += [field for field in fields if reads == "CMR" and field not in cohort.info["shapes"]]
   if lacking:
     raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
-                    "phenotypes on test: name another one with --cohort")
+                    "phenotypes and diseases on test: name another one with --cohort")
   if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
     raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
@@ -78,6 +81,11 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   has_cmr = bool(fields) and cohort.info["with_cmr"]["test"] > 0 and all(name in cohort.info["shapes"] for name in fields)
 
   first_process = jax.process_index() == 0
+  out = pathlib.Path(out) if out else place(pathlib.Path(workdir) / "evaluation", run, cohort)
+  if first_process:
+    report.check_place(out)
+    earlier, curves = scored_before(pathlib.Path(workdir), cohort), metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+  read = prepared(cohort)
   if first_process and "event_years" in cohort.info["shapes"] and not survival.installed():
     print("no incident risk: the cohort has dates, but scikit-survival is not installed; pip install 'mmcl-jax[survival]'")
   if fields and not has_cmr and first_process:
@@ -128,18 +136,18 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if generated:
     results["generation"] = results_of_draws
   note = SYNTHETIC if cohort.info.get("synthetic") else ""
-  results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step, "cohort": cohort.path,
+  results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step,
+              "checkpoint": restore.checksum(workdir, run.step), "cohort": cohort.path,
               "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()},
-              "data": data_card(cohort, features), "config": json.loads(run.config.to_json_best_effort())}
+              "data": data_card(cohort, features) | read, "config": json.loads(run.config.to_json_best_effort())}
   if not first_process:
     return results
-  log = pathlib.Path(workdir) / "metrics.jsonl"
-  drawings = {
-      "r2": figures.r2_bars(results, note),
-      "predicted_against_true": figures.predicted_against_true(predictions["y_true"], predictions["embedding"],
-                                                               results["phenotypes"], note),
-      "bland_altman": figures.bland_altman(predictions["y_true"], predictions["embedding"], results["phenotypes"], note),
-  }
+  drawings = {}
+  if names:
+    y, predicted = predictions["y_true"], predictions["embedding"]
+    drawings["r2"] = figures.r2_bars(results, note)
+    drawings["predicted_against_true"] = figures.predicted_against_true(y, predicted, results["phenotypes"], note)
+    drawings["bland_altman"] = figures.bland_altman(y, predicted, results["phenotypes"], note)
   if any("auroc" in scores for scores in results["diseases"]["embedding"].values()):
     drawings["roc_curves"] = figures.roc_curves(sick["y_true"], sick, results["diseases"], note)
     drawings["calibration"] = figures.calibration(results["diseases"], note)
@@ -149,13 +157,13 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     drawings["hearts"] = figures.hearts(**hearts, note=note)
   if paired:
     drawings["retrieval"] = figures.retrieval_ranks(ranks, note)
-  if log.is_file():  # weights from elsewhere have none
-    drawings["training_curves"] = figures.training_curves(metrics.read(log), note)
+  if curves:  # weights from elsewhere have none
+    drawings["training_curves"] = figures.training_curves(curves, note)
   if shown:
     drawings["reconstruction"] = figures.reconstruction(**shown, note=note)
   drawings |= relevance(explained, note)
-  out = place(pathlib.Path(workdir) / "evaluation", run, cohort)
-  results["test_scored"] = times_scored(pathlib.Path(workdir), run.step, cohort)
+  results["test_scored"] = earlier + 1
+  count_scoring(pathlib.Path(workdir), run.step, cohort)
   report.write(results, predictions, probe, drawings, out)
   print(report.table(results))
   if paired:
@@ -200,28 +208,56 @@ def place(root: pathlib.Path, run, cohort) -> pathlib.Path:
 
 
 def data_card(cohort, features) -> dict:
-  """What the scores rest on: labels known by split, and what `mmcl prepare` read, kept and rejected (quality.json)."""
+  """What the scores rest on: labels known, and cases, by split."""
   known = lambda kind, names: {name: {split: int(np.isfinite(f[kind][:, k]).sum()) for split, f in features.items()}
                                for k, name in enumerate(names)}
   cases = {name: {split: int((f["diseases"][:, k] == 1).sum()) for split, f in features.items()}
            for k, name in enumerate(cohort.info["diseases"])}
-  quality = pathlib.Path(cohort.path) / "quality.json"
-  read = json.loads(quality.read_text()) if quality.is_file() else {"steps": {}, "reasons": []}
   return {"source": cohort.info["source"], "with_ecg": cohort.info["with_ecg"], "with_cmr": cohort.info["with_cmr"],
-          "labels": known("phenotypes", cohort.info["phenotypes"]), "cases": cases, "steps": read["steps"],
-          "rejected": {reason["text"]: reason["records"] for reason in read["reasons"]}}
+          "labels": known("phenotypes", cohort.info["phenotypes"]), "cases": cases}
 
 
-def times_scored(workdir: pathlib.Path, step: int, cohort) -> int:
-  """How often the test split of this cohort was scored from this workdir, this time too; kept in evaluation/scored.jsonl.
+def prepared(cohort) -> dict:
+  """What `mmcl prepare` read, kept and rejected, {steps, rejected}: empty where quality.json is absent, or damaged, which is said."""
+  file = pathlib.Path(cohort.path) / "quality.json"
+  try:
+    found = json.loads(file.read_bytes()) if file.exists() else {"steps": {}, "reasons": []}
+    return {"steps": {name: int(count) for name, count in found["steps"].items()},
+            "rejected": {str(reason["text"]): int(reason["records"]) for reason in found["reasons"]}}
+  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    if jax.process_index() == 0:
+      print(f"{file} cannot be read ({type(error).__name__}): the report will not tell what was read and rejected", flush=True)
+    return {"steps": {}, "rejected": {}}
 
-  A test split that is looked at again and again, to choose by it, is a validation split.
+
+def scored_before(workdir: pathlib.Path, cohort) -> int:
+  """How often the test split of this cohort was scored from this workdir so far, by evaluation/scored.jsonl.
+
+  A test split that is looked at again and again, to choose by it, is a validation split. What stands in the way of counting
+  this time too is said.
   """
-  file = workdir / "evaluation" / "scored.jsonl"
-  file.parent.mkdir(parents=True, exist_ok=True)
-  with open(file, "a") as log:
-    print(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "cohort_fingerprint": cohort.fingerprint}), file=log)
-  return sum(cohort.fingerprint in line for line in file.read_text().splitlines())
+  file, lines, times, damaged = workdir / "evaluation" / "scored.jsonl", [], 0, 0
+  try:
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    file.parent.mkdir(exist_ok=True)
+    os.close(files.opened(file, os.O_WRONLY))
+  except OSError as error:
+    print(f"this scoring of the test split will not be counted: {file}: {error.strerror}", flush=True)
+  for line in lines:
+    try:
+      times += json.loads(line)["cohort_fingerprint"] == cohort.fingerprint
+    except (ValueError, KeyError, TypeError, RecursionError):
+      damaged += 1
+  if damaged:
+    print(f"{file}: {damaged} lines cannot be read; what they say of earlier scorings is not counted", flush=True)
+  return times
+
+
+def count_scoring(workdir: pathlib.Path, step: int, cohort) -> None:
+  line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "cohort_fingerprint": cohort.fingerprint}
+  with contextlib.suppress(OSError):  # said by `scored_before`
+    with open(files.opened(workdir / "evaluation" / "scored.jsonl", os.O_WRONLY | os.O_APPEND), "a") as log:
+      print(json.dumps(line), file=log)
 
 
 def embed_splits(run, untrained, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import export
 
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.embed import Probes, load_probes
+from mmcl_jax.embed import EVALUATION, Probes, evaluation, load_probes
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import model_card, report
 from mmcl_jax.models import vit
@@ -36,6 +36,7 @@ def main(argv):
   parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
   parser.add_argument("--out", type=local, required=True, help=f"folder for {ARTEFACT}, {ABOUT} and {CARD}")
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
+  parser.add_argument("--evaluation", **EVALUATION)
   parser.add_argument("--platforms", default="cpu,cuda,tpu", help="what the file shall run on, of "
                       f"{', '.join(PLATFORMS)} (default %(default)s)")
   args = parser.parse_args(argv)
@@ -45,23 +46,30 @@ def main(argv):
   place = report.check_place(args.out, "an export", ABOUT)
 
   run = restore.load_ecg_run(args.workdir, args.step)
-  probes, results = load_probes(args.workdir, run.step), load_results(args.workdir, run.step)
-  if bool(probes.columns) != bool(results):
-    raise UserError(f"{args.workdir}/evaluation/{run.step} has only one of probes.npz and results.json; mmcl evaluate "
-                    f"--workdir={args.workdir} makes both")
+  folder = evaluation(args.workdir, run.step, args.evaluation)
+  probes, results = load_probes(args.workdir, run.step, folder), load_results(args.workdir, folder)
+  if (probes.checksum is None) != (results is None):
+    raise UserError(f"{folder} has only one of probes.npz and results.json; mmcl evaluate --workdir={args.workdir} makes both")
+  try:
+    card = model_card.model_card(run.config, run.manifest, results)
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    if results is None:
+      raise
+    raise UserError(f"{folder}/results.json is not in the form that mmcl evaluate writes ({error!r}); mmcl evaluate "
+                    f"--workdir={args.workdir} makes it anew") from error
   exported = lower(run, probes, platforms)
   artefact = exported.serialize()
   about = describe(run, probes, exported, artefact)
   with writing(place), report.replaced(place, "an export", ABOUT) as folder:
     (folder / ARTEFACT).write_bytes(artefact)
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    (folder / CARD).write_text(model_card.model_card(run.config, run.manifest, results), encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
   print(f"step {run.step} for {', '.join(platforms)}: {place / ARTEFACT} ({len(artefact) / 1e6:,.1f} MB), {ABOUT}, {CARD}")
 
 
-def load_results(workdir: str, step: int) -> dict | None:
-  """What `mmcl evaluate` measured of a step; None where it has not run."""
-  path = pathlib.Path(workdir) / "evaluation" / str(step) / "results.json"
+def load_results(workdir: str, folder: pathlib.Path) -> dict | None:
+  """What `mmcl evaluate` measured; None where it has not run."""
+  path = folder / "results.json"
   if not path.exists():
     return None
   try:

@@ -27,11 +27,11 @@ from tqdm import tqdm
 from mmcl_jax.data import schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
-from mmcl_jax.errors import UserError, writing
+from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.evaluators import drawings, generation
 from mmcl_jax.models import pretrainer
 from mmcl_jax.paths import local
-from mmcl_jax.training import checkpoint, restore, steps
+from mmcl_jax.training import restore, steps
 
 MARK = "generated, not measured"  # in every picture and every header
 UNITS = [schema.PHENOTYPES[name] for name in generation.PHENOTYPES]
@@ -53,11 +53,11 @@ def main(argv):
   if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
     raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at least 1, 0 or a "
                     "number above, and a whole number from 0 to 4294967295")
+  check_writable(args.out)
   paths = find_recordings(args.input)
   run = load_generator(args.workdir, args.step, args.guidance)
-  manifest = checkpoint.checksum(checkpoint.step_folder(args.workdir, run.step) / "meta" / "manifest.json")
-  about = {"mark": MARK, "checkpoint": manifest[:16], "step": run.step, "samples": args.samples, "guidance": args.guidance,
-           "seed": args.seed}
+  about = {"mark": MARK, "checkpoint": restore.checksum(args.workdir, run.step), "step": run.step, "samples": args.samples,
+           "guidance": args.guidance, "seed": args.seed}
   out = pathlib.Path(args.out)
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,15 @@ import pandas as pd
 import pytest
 import wfdb
 from scipy import stats
-from sklearn.metrics import r2_score
+from sklearn.metrics import r2_score, roc_auc_score
 
-from conftest import SHARES, SUBJECTS, tiny_config, tiny_flags
-from mmcl_jax import cli, configuration, embed, evaluate, prepare, train
+from conftest import ROOT, SHARES, SUBJECTS, tiny_config, tiny_flags
+from mmcl_jax import cli, compare, configuration, embed, evaluate, export, generate, prepare, train
 from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import survival
+from mmcl_jax.evaluators import diseases, survival
+from mmcl_jax.training import metrics
 
 REAL = pathlib.Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
 
@@ -170,6 +171,155 @@ def test_a_cohort_with_dates_is_scored_for_incident_disease(workdir, tmp_path, m
     assert scores["AF"]["c_index"] == pytest.approx(oracle, abs=1e-12)
     assert scores["HF"]["events"] == 0 and "c_index" not in scores["HF"]
   assert "Incident disease" in (out / "report.html").read_text()
+
+
+def diagnosed(item):
+  """A synthetic ECG with diseases alone, as of PTB-XL: neither phenotypes nor a CMR; every other one has AF."""
+  record, flags = dated(item)
+  record = {name: x for name, x in record.items() if name not in ("event_years", "followed_years", "ecg_parameters")}
+  record["diseases"] = np.where(np.array(schema.DISEASES) == "AF", float(item.key % 2), 0).astype(np.float32)
+  return record | {"phenotypes": np.zeros(0, np.float32)}, flags
+
+
+@pytest.fixture(scope="module")
+def ptb(tmp_path_factory):
+  plan = source.plan(argparse.Namespace(subjects=SUBJECTS, seed=9))
+  plan = plan._replace(read=diagnosed, info=plan.info | {"phenotypes": {}})
+  return builder.build(str(tmp_path_factory.mktemp("data") / "ptb"), plan, shares=SHARES, profile="minimal", processes=1)
+
+
+@pytest.fixture(scope="module")
+def ptb_run(ptb, tmp_path_factory):
+  """Trained on diseases for 6 steps and evaluated on them, the report beside the workdir."""
+  out = tmp_path_factory.mktemp("ptb") / "w"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(diseases, "FEWEST_TEST_CASES", 3)
+    train.main([f"--config={ROOT}/configs/supervised.py:test,task=diseases", f"--workdir={out}", f"--config.data.cohort={ptb.path}",
+                "--config.evaluators=('losses','phenotypes')"])
+    evaluate.main([f"--workdir={out}", f"--out={out}-report"])
+  return out
+
+
+@pytest.mark.reported("a cohort of ECGs with diseases but no phenotypes could not be evaluated")
+def test_a_cohort_with_diseases_alone_is_scored(ptb_run, ptb):
+  report = pathlib.Path(f"{ptb_run}-report")
+  found, saved = json.loads((report / "results.json").read_text()), np.load(report / "predictions.npz")
+  assert found["phenotypes"] == {} and found["cohort_fingerprint"] == ptb.fingerprint
+  af = list(found["diseases"]["embedding"]).index("AF")
+  for model in ("embedding", "random_encoder", "covariates", "own_head", "knn", "mlp"):
+    oracle = roc_auc_score(saved["disease_y_true"][:, af], saved[f"disease_{model}"][:, af])
+    assert found["diseases"][model]["AF"]["auroc"] == pytest.approx(oracle, abs=1e-12)
+  assert found["low_data"]["embedding"]["diseases (AUROC)"][-1]["mean"] == found["diseases"]["embedding"]["AF"]["auroc"]
+  page = (report / "report.html").read_text()
+  assert "Diseases from the ECG" in page and "Phenotypes from" not in page and "read-outs" not in page
+  assert {"roc_curves.png", "calibration.png", "low_data.png"} <= {f.name for f in report.iterdir()}
+  assert not (report / "r2.png").exists()
+  assert found["test_scored"] == 1 and len((ptb_run / "evaluation/scored.jsonl").read_text().splitlines()) == 1
+
+
+def test_without_phenotypes_the_other_programs_say_what_is_true(ptb_run, tmp_path, capsys):
+  report = f"{ptb_run}-report"
+  (tmp_path / "in").mkdir()
+  write_wfdb(tmp_path / "in", "one", synthetic.subject(9, 0)["ecg"])
+  embed.main([f"--workdir={ptb_run}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'emb'}", f"--evaluation={report}"])
+  assert "no phenotypes will be predicted" in capsys.readouterr().out
+  assert list(pd.read_parquet(tmp_path / "emb").columns) == ["path", "status", "reason", "flags", "embedding"]
+  export.main([f"--workdir={ptb_run}", f"--out={tmp_path / 'exported'}", f"--evaluation={report}", "--platforms=cpu"])
+  assert list(json.loads((tmp_path / "exported/export.json").read_text())["outputs"]) == ["embedding"]
+  card = (tmp_path / "exported/MODEL_CARD.md").read_text()
+  assert "| AF |" in card and "R2" not in card and "'phenotypes'" not in card
+  text = compare.compare([report, report], str(tmp_path / "compared"))
+  assert "AF" in text and "phenotype " not in text
+  assert sorted(f.name for f in (tmp_path / "compared").iterdir()) == ["auroc.png", "report.html", "results.json"]
+
+
+def test_an_evaluation_of_another_run_is_refused(ptb_run, workdir, tmp_path):
+  for program in (embed, export):
+    flags = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--step=6"] + ["--input=x"] * (program is embed)
+    for given, words in ((f"{ptb_run}-report", "is of another checkpoint than step 6"), (tmp_path, "is not what")):
+      with pytest.raises(UserError, match=words):
+        program.main([*flags, f"--evaluation={given}"])
+
+
+def test_a_cohort_without_any_label_is_refused_before_the_work(workdir, ptb, monkeypatch):
+  monkeypatch.setattr(evaluate.cohort_room, "load", lambda path: ptb._replace(info=ptb.info | {"diseases": []}))
+  with pytest.raises(UserError, match="has no phenotypes and no diseases; evaluation fits on train"):
+    evaluate.main([f"--workdir={workdir}", "--cohort=any"])
+
+
+class Reached(Exception):
+  """The work has begun."""
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+  """Programs stop where their work would begin."""
+  def begin(*args, **kwargs):
+    raise Reached
+
+  for place in ("mmcl_jax.evaluate.embed_splits", "mmcl_jax.export.lower", "mmcl_jax.training.restore.load_encoder",
+                "mmcl_jax.generate.load_generator", "mmcl_jax.compare.read", "mmcl_jax.prepare.find_source"):
+    monkeypatch.setattr(place, begin)
+
+
+@pytest.mark.reported("evaluate found out after all its work that it might not write")
+@pytest.mark.parametrize("out, words", [("/proc/no/report", "cannot write to /proc/no"), ("file/report", "cannot write to .*Not a dir")])
+@pytest.mark.parametrize("program, flags", [
+    (evaluate, ["--workdir={w}", "--step=6"]), (export, ["--workdir={w}", "--step=6"]), (embed, ["--workdir={w}", "--input=x"]),
+    (generate, ["--workdir={w}", "--input=x"]), (compare, ["{w}", "{w}"]), (prepare, ["synthetic", "--subjects=9"])])
+def test_where_nothing_can_be_written_the_work_does_not_begin(workdir, tmp_path, no_work, program, flags, out, words):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match=words):
+    program.main([*(flag.replace("{w}", str(workdir)) for flag in flags), f"--out={tmp_path / out}"])
+  assert [f.name for f in tmp_path.rglob("*")] == ["file"]
+
+
+@pytest.mark.parametrize("program, flags", [(evaluate, ["--workdir={w}", "--step=6"]), (compare, ["{w}", "{w}"])])
+def test_a_report_takes_no_other_folder_s_place(workdir, tmp_path, no_work, program, flags):
+  (tmp_path / "mine").touch()
+  with pytest.raises(UserError, match="is there and is not a report"):
+    program.main([*(flag.replace("{w}", str(workdir)) for flag in flags), f"--out={tmp_path}"])
+
+
+def test_where_all_can_be_written_the_work_begins(workdir, no_work, tmp_path):
+  with pytest.raises(Reached):
+    evaluate.main([f"--workdir={workdir}", "--step=6", f"--out={tmp_path / 'new/report'}"])
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.reported("a damaged quality.json, scored.jsonl or metrics.jsonl ended evaluate in a traceback after all its work")
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff{}", b"[]", b"[" * 100_000, b'{"steps": 3, "reasons": []}',
+                                  b'{"steps": {"a": "many"}, "reasons": []}', b'{"steps": {}, "reasons": [{}]}'])
+def test_what_lies_beside_a_cohort_may_be_damaged(cohort, tmp_path, capsys, text):
+  (tmp_path / "quality.json").write_bytes(text)
+  assert evaluate.prepared(cohort._replace(path=str(tmp_path))) == {"steps": {}, "rejected": {}}
+  assert "quality.json cannot be read" in capsys.readouterr().out
+  assert evaluate.prepared(cohort)["steps"]["kept"] == SUBJECTS and not capsys.readouterr().out
+
+
+def test_lines_that_are_damaged_cost_themselves_alone(cohort, tmp_path, capsys):
+  (tmp_path / "evaluation").mkdir()
+  scored, curves = tmp_path / "evaluation/scored.jsonl", tmp_path / "metrics.jsonl"
+  evaluate.count_scoring(tmp_path, 6, cohort)
+  scored.write_bytes(scored.read_bytes() + b'\xff\n[3]\n{"cohort_fingerprint": "another"}\n')
+  evaluate.count_scoring(tmp_path, 6, cohort)
+  assert evaluate.scored_before(tmp_path, cohort) == 2 and "2 lines cannot be read" in capsys.readouterr().out
+  curves.write_bytes(b'{"step": 1, "loss": 2.0}\n{"st\xff": 2}\n7\n{"loss": 1.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+  assert metrics.read(curves) == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_scoring_that_cannot_be_counted_is_said(cohort, tmp_path, capsys, monkeypatch):
+  evaluate.scored_before(tmp_path, cohort)
+  evaluate.count_scoring(tmp_path, 6, cohort)
+
+  def refuse(path, flags):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(evaluate.files, "opened", refuse)
+  assert evaluate.scored_before(tmp_path, cohort) == 1
+  assert "this scoring of the test split will not be counted" in capsys.readouterr().out
+  evaluate.count_scoring(tmp_path, 6, cohort)
+  assert evaluate.scored_before(tmp_path, cohort) == 1
 
 
 def write_wfdb(folder, name, ecg_mv, rate=500, leads=schema.LEADS):

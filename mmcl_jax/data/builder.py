@@ -33,7 +33,7 @@ from mmcl_jax.data import cohort as cohort_room, schema
 from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
-from mmcl_jax.errors import BadRecord, UserError, is_environment
+from mmcl_jax.errors import BadRecord, UserError, check_writable, is_environment
 
 SHARDS_A_SPLIT = 256           # aimed at: a cluster's worth of work, and not too many files to open
 RECORDS_A_SHARD = (50, 2000)   # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
@@ -165,6 +165,7 @@ def write_all(partial: pathlib.Path, plan: Plan, splits: dict[str, list[Item]], 
 def check_out(out: str) -> None:
   """Raises a UserError where a cohort cannot get the name `out` in the end."""
   target = pathlib.Path(out)
+  check_writable(f"{out.rstrip('/')}.partial")
   if target.is_symlink() or os.path.ismount(target) or target.resolve() == pathlib.Path.cwd():
     raise UserError(f"--out={out} is a link, a mount or the current folder; expected the name of a new folder")
   if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "cohort.json").is_file())):

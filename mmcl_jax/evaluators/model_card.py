@@ -119,10 +119,12 @@ def factors(manifest, results):
 def metrics(results):
   if not results:
     return "No metrics were measured: `mmcl evaluate` had not been run on this checkpoint when this card was written."
-  parts = ["R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen embedding"]
+  parts = []
+  if results["phenotypes"]:
+    parts.append("R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen embedding")
   if any(results.get("diseases", {}).values()):
     parts.append("area under the ROC curve (AUROC) and under the precision-recall curve (AUPRC), balanced accuracy and "
-                 "expected calibration error (ECE) of every disease, by logistic regression")
+                 "expected calibration error (ECE) of every disease, by logistic regression on the frozen embedding")
   if results.get("retrieval"):
     parts.append("retrieval of a person's CMR by their ECG, and back, among all test people")
   own = "; `own head`, what the network itself says" if "own_head" in results.get("readouts", {}) else ""
@@ -173,16 +175,17 @@ def data_tables(results):
 def scores(results):
   if not results:
     return "No metrics were measured."
-  phenotypes = report.headline(results)
-  errors = ["MAE", *(report.number(score["mae"]) for score in results["phenotypes"].values())]
-  sections = [("Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit",
-               [[*row, error] for row, error in zip(phenotypes, errors)])]
+  sections = []
+  if results["phenotypes"]:
+    errors = ["MAE", *(report.number(score["mae"]) for score in results["phenotypes"].values())]
+    sections.append(("Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit",
+                     [[*row, error] for row, error in zip(report.headline(results), errors)]))
   if diseases := {model: found for model, found in results.get("diseases", {}).items() if found and model not in report.READOUTS}:
     sections.append(("Diseases on test (few cases: counted, not scored)", report.disease_rows(diseases)))
   if results.get("retrieval"):
     sections.append(("Retrieval over the test split", report.retrieval_rows(results["retrieval"])))
-  first, *others = [f"{title}:\n\n{table(rows)}" for title, rows in sections]
-  return "\n\n".join([first, *gains(results.get("differences", {})), *others])
+  tables = [f"{title}:\n\n{table(rows)}" for title, rows in sections]
+  return "\n\n".join([*tables[:1], *gains(results.get("differences", {})), *tables[1:]]) or "Nothing was scored."
 
 
 def gains(differences):
@@ -209,7 +212,7 @@ def caveats(results):
 
 def loader(config, results):
   outputs = {"embedding": vit.numbers(config.model.ecg.size)[0]}
-  if results:
+  if results and results["phenotypes"]:
     outputs["phenotypes"] = len(results["phenotypes"])
   return LOADER.format(leads=len(schema.LEADS), samples=preprocess_ecg.samples(config.data.ecg_profile),
                        outputs=f"{{{', '.join(f'{name!r}: [B, {n}]' for name, n in outputs.items())}}}")

@@ -54,6 +54,10 @@ def phenotype_probes(config, model, objectives, cohort, source, scales, mesh):
   embed = jax.jit(steps.make_embed(model, config, scales))
   names = list(cohort.info["phenotypes"])
   reads_ecg = bool(config.model.ecg.size)
+  if not names:
+    if jax.process_index() == 0:
+      print(f"no validation/r2 will be told: the cohort {cohort.path} has no phenotypes", flush=True)
+    return lambda state: iter(())
 
   def run(state):
     found = embeddings.collect(embed, state.variables, source, mesh=mesh, batch=config.batch,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, check_writable
 from mmcl_jax.training import lock
 
 SECTIONS = ("phenotypes", "baselines", "ceiling", "share_of_ceiling", "differences", "groups", "readouts", "low_data", "diseases",
@@ -26,7 +26,7 @@ READOUTS = {"own_head": "own head", "knn": "k-NN", "mlp": "MLP", "cmr_neighbours
 TITLES = {  # of the figures
     "r2": "R2 of every phenotype, beside its baselines", "predicted_against_true": "Predicted against measured",
     "bland_altman": "Bland-Altman: difference against mean, with bias and 95 % limits of agreement",
-    "roc_curves": "ROC curves", "calibration": "Calibration: share of cases against predicted probability",
+    "auroc": "AUROC of every disease", "roc_curves": "ROC curves", "calibration": "Calibration: share of cases against predicted probability",
     "low_data": "Few labels: probes fitted on a part of the training subjects",
     "hearts": "Generated, not measured: hearts drawn from an ECG, beside the real one",
     "retrieval": "Retrieval: share answered within the first k", "training_curves": "Training curves",
@@ -72,10 +72,12 @@ def write(results: dict, predictions: dict, probe: dict, figures: dict, out_dir)
 
 
 def check_place(out_dir, what: str = "a report", mark: str = "results.json") -> Path:
-  """The whole path of a folder that is free, or holds an earlier one of `what`, known by its `mark`; else UserError."""
+  """The whole path of a folder that is free, or holds an earlier one of `what`, known by its `mark`, and can be written; else
+  UserError."""
   out = Path(out_dir).resolve()
   if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
     raise UserError(f"{out} is there and is not {what} (it has no {mark}); name a new folder for it.")
+  check_writable(out.parent)
   return out
 
 
@@ -108,8 +110,11 @@ def replaced(out_dir, *what):
 
 
 def table(results: dict) -> str:
-  """The headline scores as aligned text: one phenotype a line, R2 with its 95 % interval, baselines and ceiling."""
-  return aligned(headline(results), left=2)
+  """The headline scores as aligned text: one phenotype a line, R2 with its 95 % interval, baselines and ceiling.
+
+  Of a cohort without phenotypes, its diseases.
+  """
+  return aligned(headline(results), left=2) if results["phenotypes"] else aligned(disease_rows(results["diseases"]))
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
@@ -238,10 +243,12 @@ def _evaluation_page(results, images):
     notes.append(f"The test split of this cohort has been scored {times} times from this workdir. A run that was chosen by "
                  "one of them looks better here than it is.")
   seen = results.get("encoder", "ECG")
-  sections = [(f"Phenotypes from the {seen}", headline(results))]
+  sections = []
+  if results.get("phenotypes"):
+    sections.append((f"Phenotypes from the {seen}", headline(results)))
   if results.get("group_members"):
     sections.append(("Mean R2 of groups of phenotypes", group_rows(results)))
-  if results.get("readouts"):
+  if results.get("readouts") and results.get("phenotypes"):
     sections.append((f"Other read-outs of the {seen} (R2; r: Pearson's correlation)", readout_rows(results)))
   if any(results.get("diseases", {}).values()):  # coverage: benchmarks/coverage.py, docs/results.md
     sections.append((f"Diseases from the {seen} (few cases: counted, not scored; from 30 to 100 cases, 95 % intervals hold the "

@@ -236,6 +236,8 @@ def crps(y: np.ndarray, samples: np.ndarray) -> np.ndarray:
 
 def interval(draws: np.ndarray) -> np.ndarray:
   """Percentile 95 % interval of scores [R, ...] -> [2, ...]; NaN where half of the draws or more have no score."""
+  if not draws.size:  # no columns, of which NumPy's percentiles lose the shape
+    return np.full((2, *draws.shape[1:]), np.nan)
   usable = np.isfinite(draws).mean(axis=0) > 0.5
   return np.where(usable, np.nanpercentile(np.where(usable, draws, 0.0), [2.5, 97.5], axis=0), np.nan)
 

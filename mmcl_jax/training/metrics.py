@@ -3,6 +3,7 @@
 clu's own writers cannot be imported without TensorFlow; these have the same methods and need tensorboardX only.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -83,13 +84,13 @@ def create_writer(workdir: str, start_step: int, just_logging: bool) -> MultiWri
 
 
 def read(file: pathlib.Path) -> list[dict]:
-  """Records of a metrics.jsonl; a last line that was cut off is left out."""
+  """Records of a metrics.jsonl; a line that was cut off or damaged is left out."""
   records = []
-  for line in file.read_text().splitlines() if file.is_file() else []:
-    try:
-      records.append(json.loads(line))
-    except ValueError:
-      break
+  for line in file.read_bytes().splitlines() if file.is_file() else []:
+    with contextlib.suppress(ValueError, RecursionError):
+      record = json.loads(line)
+      if isinstance(record, dict) and isinstance(record.get("step"), int):
+        records.append(record)
   return records
 
 

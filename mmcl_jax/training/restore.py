@@ -30,7 +30,7 @@ class Run(NamedTuple):
 class Encoder(NamedTuple):
   """A trained ECG encoder; `embed` takes normalised ECGs float32 [B, L, T] and gives float32 [B, D].
 
-  `checkpoint` is the checksum of its manifest, which holds those of its files.
+  `checkpoint` is as of `checksum`.
   """
 
   config: ConfigDict
@@ -67,6 +67,11 @@ def load_run(workdir: str, step: int | None = None) -> Run:
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
     state, _, manifest = checkpoint.restore(workdir, step, abstract)
   return Run(config, model, mesh, step, state, scales, manifest)
+
+
+def checksum(workdir: str, step: int) -> str:
+  """Of a checkpoint: 16 hexadecimal digits of that of its manifest, which holds those of its files."""
+  return checkpoint.checksum(checkpoint.step_folder(workdir, step) / "meta" / "manifest.json")[:16]
 
 
 def check_config(workdir: str, step: int, manifest: dict[str, Any], config: ConfigDict) -> None:
@@ -107,8 +112,7 @@ def load_encoder(workdir: str, step: int | None = None) -> Encoder:
   embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
   # On one device of this host: every host embeds recordings of its own, at its own pace.
   variables = jax.device_put(jax.device_get(run.state.variables), jax.local_devices()[0])
-  manifest = checkpoint.checksum(checkpoint.step_folder(workdir, run.step) / "meta" / "manifest.json")
-  return Encoder(run.config, run.step, manifest, lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
+  return Encoder(run.config, run.step, checksum(workdir, run.step), lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
 
 
 def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str) -> None:

@@ -480,7 +480,7 @@ def make_probes(folder):
 def read_probes(folder):
   """As `mmcl embed` reads them, and a part written with what they predict."""
   from mmcl_jax import embed
-  probes = embed.load_probes(folder, 10)
+  probes = embed.load_probes(folder, 10, folder / "evaluation/10")
   if probes.columns and len(probes.coef) != 8:
     raise UserError("the probes take embeddings of another width")  # as embed_parts says
   row = dict.fromkeys(embed.TEXTS, "") | {"status": "ok"}
