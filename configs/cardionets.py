@@ -29,11 +29,12 @@ SIZES = {
              256, 11_600, 1e-3),  # 100 epochs x 29,700 / 256
 }
 STAGES = ("cmr", "ecg", "align")
+ENCODERS = ("vit", "st_mem")  # of align: what stage=ecg trains, or ST-MEM's, whose published weights `mmcl convert` reads
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align")
-  for name, known in (("size", SIZES), ("stage", STAGES)):
+  arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align", encoder="vit")
+  for name, known in (("size", SIZES), ("stage", STAGES), ("encoder", ENCODERS)):
     if arg[name] not in known:
       raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   ecg, profile, samples, ecg_patch, cmr, frames, cmr_patch, width, *training = SIZES[arg.size]
@@ -59,5 +60,8 @@ def get_config(arg=None):
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="masked", ncc_weight=0.0)
   if aligns:  # left behind: the decoders
     c.init_except = ("^ecg/(decoder|norm)/", "^cmr_cine/backbone/decoder/")
+    if arg.encoder == "st_mem":
+      c.model.ecg.update(kind="st_mem", positions="learned")
+      c.init_except = ("^cmr_cine/backbone/decoder/",)
     c.objectives.contrastive = dict(fn="phenotype_weighted", weight=1.0, a="ecg", b="cine", temperature=0.05, sigma=0.5)
   return c

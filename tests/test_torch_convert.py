@@ -10,7 +10,7 @@ import wfdb
 torch = pytest.importorskip("torch", reason="the tests of PyTorch weights need torch: pip install '.[torch]'")
 
 import torch_models as published
-from conftest import tiny_flags
+from conftest import ROOT, tiny_flags
 from mmcl_jax import cli, convert, embed, evaluate, train
 from mmcl_jax.data import pipeline, schema, synthetic
 from mmcl_jax.data.preprocess.ecg import normalise
@@ -72,6 +72,22 @@ def test_a_stage_starts_from_it(converted, autoencoder, cohort, tmp_path):
   state = torch_weights.state_dict(run.model, run.state.variables, "ecg_mae")
   for key, x in autoencoder.state_dict().items():
     np.testing.assert_allclose(state[key], x, atol=1e-6 if key.endswith("pos_embed") else 0, rtol=0, err_msg=key)
+
+
+def test_a_stage_starts_from_st_mem(cohort, tmp_path, capsys):
+  """CardioNets' alignment, here with a CMR tower that starts at random; at a learning rate of 0 the encoder stays."""
+  encoder = published.randomise(published.StMem(*TEST, PATCH, SAMPLES), seed=5).float().eval()
+  torch.save({"model": encoder.state_dict()}, tmp_path / "st_mem.pth")
+  convert.main([f"--input={tmp_path / 'st_mem.pth'}", f"--out={tmp_path / 'w'}", "--heads=2", "--ecg_profile=minimal"])
+  assert "ECG encoder: ST-MEM, 16 wide, 1 blocks, 2 heads" in capsys.readouterr().out
+  recipe = f"{ROOT}/configs/cardionets.py:test,stage=align,encoder=st_mem,steps=1"
+  train.main([f"--config={recipe}", f"--workdir={tmp_path / 'later'}", f"--config.data.cohort={cohort.path}",
+              f"--config.init_from.ecg={tmp_path / 'w'}", "--config.model.cmr.cine.frozen=False", "--config.init_except=()",
+              "--config.optimizer.learning_rate=0.0", "--config.evaluators=('losses',)"])
+  run = restore.load_run(str(tmp_path / "later"))
+  state = torch_weights.state_dict(run.model, run.state.variables, "ecg")
+  for key, x in encoder.state_dict().items():
+    np.testing.assert_array_equal(state[key], x, err_msg=key)
 
 
 def test_a_run_goes_out_to_torch(converted, autoencoder, tmp_path, capsys):
