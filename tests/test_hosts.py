@@ -61,13 +61,20 @@ cli.run(main, sys.argv[1:], hosts=True)
 """
 
 
+# Settings that other frameworks ask for, and that would change numbers: here only where there are several hosts.
+OTHER_NUMERICS = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_ENABLE_X64": "1"}
+# As a clinic's login profile may set it. Hosts meet without it.
+DEAD_PROXY = {"http_proxy": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1", "no_proxy": "example.org"}
+
+
 def launch(code, count, devices, *args, each=lambda i: (), timeout=1200):
   """Runs code on `count` hosts with `devices` devices each: [(status, stdout, stderr)]."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
-  env = os.environ | simulated(devices) | {
+  env = {name: value for name, value in os.environ.items() if "_proxy" not in name.lower()} | DEAD_PROXY | simulated(devices) | {
       "JAX_LOG_COMPILES": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "configs")])}
+  env |= OTHER_NUMERICS if count > 1 else {}
   flags = lambda i: [f"--coordinator={address}", f"--processes={count}", f"--process={i}"] if count > 1 else []
   running = [subprocess.Popen([sys.executable, "-c", code, *map(str, args), *flags(i), *each(i)], env=env, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(count)]
@@ -134,6 +141,7 @@ def test_sigterm_to_one_host_saves_on_all_and_stops_with_75(two):
   assert errors(two[1]) == [[], []]
 
 
+@pytest.mark.reported("JAX_DEFAULT_PRNG_IMPL=rbg gave other numbers for another number of devices")  # see launch
 def test_two_hosts_give_the_losses_of_one_through_the_stop(one, two):
   workdir, found = two
   assert "from step 2" in found[0][1] and "Compiling" in found[1][2]  # as it is not where hosts disagree
@@ -244,6 +252,17 @@ def test_a_host_that_is_too_slow_is_named():
     assert status == 2 and "host 0 of 2: host 1 of 2 was not as far as host 0 within 3 s" in err, err[-2000:]
 
 
+@pytest.mark.reported("http_proxy made several hosts hang for 300 s")  # every test of several hosts here has one, see launch
+@pytest.mark.parametrize("address, environ, added", [
+    ("h0:1234", {}, {}),
+    ("h0:1234", {"http_proxy": "http://p:1"}, {"no_grpc_proxy": "h0"}),
+    ("10.0.0.1:1", {"HTTPS_PROXY": "http://p:1", "no_proxy": ".local,h1"}, {"no_grpc_proxy": ".local,h1,10.0.0.1"}),
+    ("[::1]:1", {"grpc_proxy": "http://p:1", "no_proxy": "a", "no_grpc_proxy": "b"}, {"no_grpc_proxy": "b,::1"}),
+])
+def test_the_coordinator_is_reached_past_proxies(address, environ, added):
+  assert distributed.around_proxies(address, environ) == added
+
+
 def test_hosts_that_disagree_all_say_so_before_anything_is_compiled(cohort, tmp_path):
   found = launch(PROGRAM, 2, 1, "train", tmp_path / "w", *tiny_flags(cohort.path, tmp_path / "w"),
                  each=lambda i: [f"--config.seed={i}"])
@@ -331,6 +350,7 @@ def test_workers_by_the_metadata_of_a_tpu_vm(endpoints, env, workers, monkeypatc
   server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+  monkeypatch.setenv("http_proxy", DEAD_PROXY["http_proxy"])
   monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: True)
   assert distributed.tpu_workers({}) == workers
   server.shutdown()

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
 import types
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,12 +16,12 @@ from scipy import stats
 from sklearn.metrics import r2_score, roc_auc_score
 
 from conftest import ROOT, SHARES, SUBJECTS, tiny_config, tiny_flags
-from mmcl_jax import cli, compare, configuration, embed, evaluate, export, generate, prepare, train
+from mmcl_jax import cli, compare, configuration, convert, embed, evaluate, export, generate, prepare, train
 from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import diseases, survival
-from mmcl_jax.training import metrics
+from mmcl_jax.training import backend, metrics
 
 REAL = pathlib.Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
 
@@ -408,3 +410,35 @@ def test_cohort_holds_what_the_synthetic_heart_made(cohort):
 def test_no_subject_stands_in_two_splits(cohort):
   subjects = [tuple(source[i]["subject"]) for source in cohort.splits.values() for i in range(len(source))]
   assert len(subjects) == len(set(subjects)) == SUBJECTS
+
+
+@pytest.mark.reported("a platform without its plugin ended in a traceback", "no program said on which devices it runs")
+def test_devices_are_said_once_and_a_platform_that_cannot_start_is_one_line(workdir, cohort, tmp_path, monkeypatch, capsys):
+  backend.say.cache_clear()
+  count = len(backend.devices() and backend.devices())
+  assert capsys.readouterr().out == f"running on {count} device{'s' * (count > 1)}: cpu\n"
+
+  def without_plugin(*args):
+    raise AssertionError  # as jax does for cuda
+
+  for name in ("devices", "local_devices", "process_index", "process_count"):
+    monkeypatch.setattr(jax, name, without_plugin)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  (tmp_path / "ecg.hea").touch()
+  for program, argv in ((train, tiny_flags(cohort.path, tmp_path / "w")), (evaluate, [f"--workdir={workdir}"]),
+                        (embed, [f"--workdir={workdir}", f"--input={tmp_path}", f"--out={tmp_path / 'w'}"]),
+                        (generate, [f"--workdir={workdir}", f"--input={tmp_path}", f"--out={tmp_path / 'w'}"]),
+                        (export, [f"--workdir={workdir}", f"--out={tmp_path / 'w'}"]),
+                        (convert, [f"--workdir={workdir}", f"--out={tmp_path / 'w.safetensors'}"])):
+    with pytest.raises(UserError, match="JAX_PLATFORMS is cuda, which cannot be started: its plugin is not installed; set"):
+      program.main(argv)
+    assert os.listdir(tmp_path) == ["ecg.hea"], program
+
+
+@pytest.mark.reported("JAX_DEFAULT_PRNG_IMPL=rbg gave other numbers for another number of devices")
+def test_settings_of_the_environment_that_change_numbers_are_put_right():
+  for name, other in (("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True), ("jax_threefry_partitionable", False)):
+    jax.config.update(name, other)
+  backend.devices()
+  assert jax.random.key_data(jax.random.key(2**32 - 1)).tolist() == [0, 2**32 - 1]  # threefry's two words
+  assert all(jax.config.values[name] == value for name, value in backend.PINNED.items())

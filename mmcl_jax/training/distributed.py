@@ -181,7 +181,8 @@ def metadata(name: str) -> str:
   request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
                                    headers={"Metadata-Flavor": "Google"})
   try:
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this server
+    with direct.open(request, timeout=5) as answer:
       return answer.read().decode()
   except OSError:
     return ""
@@ -201,8 +202,15 @@ def connect(start: dict[str, Any]) -> threading.Thread:
                     "above names those that did not (timed out task names; none: host 0, or its address); start the same command "
                     "on every host, with a port that is free on the first")
   # With a time of its own, shorter than the hosts', JAX's service tells all of them who did not come.
-  service = runtime._jax.get_distributed_runtime_service
+  service, client = runtime._jax.get_distributed_runtime_service, runtime._jax.get_distributed_runtime_client
   runtime._jax.get_distributed_runtime_service = functools.partial(service, cluster_register_timeout=JOIN_S)
+
+  def client_past_proxies(address, *args, **kwargs):  # given or found by JAX, the address is known here
+    os.environ.update(around_proxies(address, os.environ))
+    return client(address, *args, **kwargs)
+
+  runtime._jax.get_distributed_runtime_client = client_past_proxies
+  jax.config.update("jax_check_proxy_envs", False)  # a warning of the proxies that are passed by
   try:
     jax.distributed.initialize(**start, initialization_timeout=JOIN_S + 15, heartbeat_timeout_seconds=HEARTBEAT_S)
   except Exception as error:
@@ -212,7 +220,7 @@ def connect(start: dict[str, Any]) -> threading.Thread:
     hush(meeting)
     raise
   finally:
-    runtime._jax.get_distributed_runtime_service = service
+    runtime._jax.get_distributed_runtime_service, runtime._jax.get_distributed_runtime_client = service, client
   hush(meeting)
   state = runtime.global_state
   who = f"host {state.process_id} of {state.num_processes}"
@@ -225,6 +233,18 @@ def connect(start: dict[str, Any]) -> threading.Thread:
   listener = threading.Thread(target=listen, daemon=True)
   listener.start()
   return listener
+
+
+def around_proxies(address: str, environ) -> dict[str, str]:
+  """What to add to the environment so that gRPC reaches HOST:PORT itself, not through the proxy of a login profile.
+
+  gRPC takes grpc_proxy, https_proxy or http_proxy, but not for the hosts of no_grpc_proxy, or where that is not set, of
+  no_proxy (grpc/doc/environment_variables.md). What is there stays.
+  """
+  if not any(name.lower() in ("grpc_proxy", "https_proxy", "http_proxy") for name in environ):
+    return {}
+  before = environ.get("no_grpc_proxy", environ.get("no_proxy", ""))
+  return {"no_grpc_proxy": ",".join(filter(None, (before, address.rpartition(":")[0].strip("[]"))))}
 
 
 def speaker(text: str) -> subprocess.Popen:
@@ -288,7 +308,9 @@ def agree(facts: dict[str, Any]) -> None:
     return
   import jax
   name = f"mmcl/facts/{next(rounds)}"
-  mine = {fact: json.dumps(x) for fact, x in {"jax": jax.__version__, "mmcl_jax": mmcl_jax.__version__, **facts}.items()}
+  facts = {"jax": jax.__version__, "mmcl_jax": mmcl_jax.__version__,
+           "JAX_DEFAULT_MATMUL_PRECISION": jax.config.jax_default_matmul_precision, **facts}
+  mine = {fact: json.dumps(x) for fact, x in facts.items()}
   if here.index == 0:
     here.client.key_value_set(name, json.dumps(mine))
   wait_for_all(f"{name}/come")

@@ -25,6 +25,7 @@ from clu import parameter_overview
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from mmcl_jax.errors import UserError
+from mmcl_jax.training import backend
 
 WORDS = ("fsdp", "tensor", "tensor+fsdp")
 FSDP_FROM = 2**16  # numbers; what is smaller costs more time to gather than it takes room
@@ -40,7 +41,7 @@ def make_mesh(data: int, model: int, devices=None) -> Mesh:
 
   devices: to build it of; None: all that there are.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = backend.devices() if devices is None else devices
   if model < 1 or (data < 1 and data != -1):
     raise UserError(f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all devices")
   if data == -1:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mmcl_jax import configuration
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import checkpoint, parallel, state as state_room, steps
+from mmcl_jax.training import checkpoint, distributed, parallel, state as state_room, steps
 
 
 class Run(NamedTuple):
@@ -46,7 +46,7 @@ def choose(workdir: str, step: int | None = None) -> int:
   step, last = checkpoint.chosen(workdir), checkpoint.latest(workdir)
   if step is None:
     raise UserError(f"{workdir} has no checkpoint yet; train it with `mmcl train`")
-  if jax.process_index() == 0 and (best := checkpoint.best_step(checkpoint.manifest(workdir, last))) is not None:
+  if distributed.here.index == 0 and (best := checkpoint.best_step(checkpoint.manifest(workdir, last))) is not None:
     what = "the best" if step == best else f"the last, for the best, {best}, is not there any more"
     print(f"{workdir}: step {step}, {what} by {configuration.load(workdir).stop_on}", flush=True)
   return step
