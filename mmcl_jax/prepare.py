@@ -71,7 +71,8 @@ def main(argv):
 
 
 def report(folder, cohort, outcome):
-  quality.write(folder, cohort, outcome)
+  for suspicion in quality.write(folder, cohort, outcome):
+    print(f"LOOK: {suspicion}")
   print(f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, {len(outcome.rejected)} rejected: "
         "see quality.html in the cohort")
 

@@ -324,6 +324,12 @@ def test_a_cohort_without_phenotypes_has_empty_statistics(built):
   assert [x.shape for x in cohort_room.train_statistics(bare, "phenotypes")] == [(0,), (0,)]
 
 
+def test_units_are_spelled_alike_in_all_cohorts(tmp_path):
+  made = plan(30, record_alone)
+  cohort = build(tmp_path / "c", made._replace(info=made.info | {"phenotypes": {"LVM": "G", "LVEF": "percent"}}))
+  assert cohort.info["phenotypes"] == {"LVM": "g", "LVEF": "%"}
+
+
 def test_splits_stay_when_a_cohort_grows(tmp_path):
   """The split depends on the subject's hash alone, and the hash on the private folder's salt."""
   small, large = ({item.key: schema.split_of(item.subject, SHARES) for item in plan(n).items} for n in (50, 200))

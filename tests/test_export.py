@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import re
 import shutil
 import types
@@ -337,11 +338,11 @@ def test_an_earlier_export_is_replaced_whole_or_not_at_all(workdir, at_hand, tmp
   export.main(flags)
   first = (tmp_path / "out/encoder.stablehlo").read_bytes()
 
-  def crash(*_):
+  def crash(*_, **__):
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
-    patch.setattr(model_card, "model_card", crash)
+    patch.setattr(pathlib.Path, "write_text", crash)  # after the encoder is written, before its description
     assert "No space left" in refused(capsys, *flags, "--step=3")
   assert (tmp_path / "out/encoder.stablehlo").read_bytes() == first
   export.main(flags)  # the same run, the same file

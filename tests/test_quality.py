@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from matplotlib.path import Path
 from PIL import Image
 
-from mmcl_jax import inspect
+from mmcl_jax import inspect, prepare
 from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
@@ -105,6 +105,34 @@ def test_statistics_are_those_of_numpy():
   none = quality.statistics(np.full(3, np.nan))
   assert none["n"] == 0 and none["mean"] is none["sd"] is none["outside_4_sd"] is none["quantiles"]["0.5"] is None
   assert quality.statistics(np.array([5.0]))["mean"] == 5 and quality.statistics(np.array([5.0]))["sd"] is None
+
+
+@pytest.mark.reported("codes for a missing value, 9999 or -9, went into means and scores without a word")
+@pytest.mark.parametrize("code, times, told", [
+    (9999, 1, True), (-9, 2, True), (-9, 1, False), (-99, 1, True), (999, 3, True), (0, 2, False), (30, 3, False), (52.5, 3, False)])
+def test_codes_of_missing_values_are_found_whatever_the_name(code, times, told):
+  values = np.random.default_rng(0).normal(20, 5, 200)
+  values[::7] = np.nan
+  assert quality.codes_of_missing(values) == {}
+  values[1:1 + times] = code
+  assert quality.codes_of_missing(values) == ({f"{code:g}": times} if told else {})
+
+
+def test_values_without_a_spread_tell_of_no_code():
+  for values in (np.full(9, np.nan), np.zeros(0), np.ones(20), np.array([0.0] * 90 + [1] * 10)):
+    assert quality.codes_of_missing(values) == {}
+
+
+def test_codes_of_missing_values_are_on_the_page_and_printed(cohort, tmp_path, capsys):
+  outcome = outcome_of(cohort)
+  outcome.phenotypes[:3, 11], outcome.phenotypes[5:9, 11] = -999, 9999
+  prepare.report(str(tmp_path), cohort, outcome)
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("LOOK: ")]
+  assert len(lines) == 1 and lines[0].startswith("LOOK: Ecc: 7 of 64 values lie far from all others (median -")
+  assert "such as 9999, 4 times" in lines[0]
+  summary, page = json.loads((tmp_path / "quality.json").read_text()), (tmp_path / "quality.html").read_text()
+  assert summary["phenotypes"]["Ecc"]["codes"] == {"9999": 4, "-999": 3} and summary["phenotypes"]["Ecc"]["max"] == 9999
+  assert f"<b>Look:</b> {summary['suspicions'][0]}." in page
 
 
 def test_summary_holds_every_count(written, cohort):

@@ -89,6 +89,17 @@ def ptb_xl(folder, *rows, hr=True, lr=True):
   return table(folder / "ptbxl_database.csv", *cells)
 
 
+@pytest.mark.reported("decimal commas in a table of ECGs cost a covariate, without a word")
+@pytest.mark.parametrize("cells, words", [
+    ({"age": "60,5"}, "'age'.*'99,9'.*years.*decimal sign"), ({"sex": "w"}, "'sex'.*expected 0 for male, 1 for female"),
+    ({"height": "1.80"}, "'height'.*'9.99'.*cm"), ({"scp_codes": "NORM"}, "'scp_codes'.*'NORM'.*a dict")])
+def test_a_column_of_ptb_xl_that_is_lost_stops(tmp_path, cells, words):
+  rows = [(number, number, cells) for number in (1, 2, 3)]
+  with pytest.raises(UserError, match=f"ptbxl_database.csv: 3 of the 3 filled cells of the column {words}"):
+    wfdb.plan(options(tmp_path, tables=[ptb_xl(tmp_path, *rows, lr=False)]), identify)
+  wfdb.plan(options(tmp_path, tables=[ptb_xl(tmp_path, *rows[:2], (3, 3, {}), lr=False)]), identify)
+
+
 def test_ptb_xl(tmp_path):
   path = ptb_xl(
       tmp_path,

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mmcl_jax.data import schema, ukb_fields as ukb
+from mmcl_jax.data import schema, ukb_fields as ukb, units
 from mmcl_jax.data.readers import columns, tables
 from mmcl_jax.data.sources import ukb as source
 from mmcl_jax.errors import UserError
@@ -362,6 +362,107 @@ def test_the_general_form(tmp_path):
     tables.load([file, tmp_path / "other.csv"])
   with pytest.raises(UserError, match="not in form"):
     tables.load([write(tmp_path / "y.csv", {"participant": ["A"], "phenotype:T1": ["3"]})])
+
+
+def general(tmp_path, name="x.csv", delimiter=",", **columns):
+  """A table of the general form; __ in a column's name stands for a colon."""
+  cells = {column.replace("__", ":"): values for column, values in columns.items()}
+  count = len(next(iter(cells.values())))
+  return write(tmp_path / name, {"participant": [f"P{i}" for i in range(count)], **cells}, delimiter)
+
+
+@pytest.mark.reported("a capital letter in a unit switched the limits of plausible values off")
+@pytest.mark.parametrize("name, cells, stored", [
+    ("LVEDV:mL", ["150", "9999", "-9"], 150), ("LVEDV:ML", ["150", "9999", "-9"], 150), ("lvedv: ml ", ["150", "9999", "-9"], 150),
+    ("LVEDV:L", ["0.15", "9.999", "-9"], 150), ("LVM:G", ["90", "9999", "-9"], 90), ("LVM:kg", ["0.09", "9.999", "-9"], 90),
+    ("LVEF:fraction", ["0.6", "9.99", "-9"], 60), ("AAo_max_area:cm\u00b2", ["7", "9999", "-9"], 700), ("WT:CM", ["0.9", "99", "-9"], 9),
+    ("LVCO:ml/min", ["5000", "99999", "-9"], 5)])
+def test_units_of_known_names_are_read_in_any_spelling(tmp_path, name, cells, stored):
+  table = tables.load([write(tmp_path / "x.csv", {"participant": ["A", "B", "C"], f"phenotype:{name}": cells})])
+  known, unit = {x.name.lower(): (x.name, x.unit) for x in ukb.CARDIAC.values()}[name.split(":")[0].lower()]
+  assert table.phenotypes == {known: unit}
+  np.testing.assert_allclose(table.phenotype_values[:, 0], [stored, np.nan, np.nan], rtol=1e-6)
+  assert sum(table.problems.values()) == 2
+
+
+@pytest.mark.parametrize("unit", ["", "mmol", "ml/m2", "mm"])
+def test_a_unit_that_is_not_known_for_a_name_is_refused(tmp_path, unit):
+  with pytest.raises(UserError, match=f"gives LVEDV in '{unit}'.*expected ml"):
+    tables.load([general(tmp_path, **{f"phenotype__LVEDV__{unit}": ["150"]})])
+
+
+def test_units_of_other_names_are_spelled_alike_and_a_name_has_one(tmp_path):
+  assert tables.load([general(tmp_path, phenotype__fat__mL=["3"], phenotype__T1__MS=["900"])]).phenotypes == {"T1": "ms", "fat": "ml"}
+  with pytest.raises(UserError, match="two columns for the same thing"):
+    tables.load([general(tmp_path, phenotype__LVEDV__mL=["150"], phenotype__LVEDV__ml=["150"])])
+
+
+def test_factors_between_units_are_exact():
+  for unit, to, factor in (("l", "ml", 1000), ("mL", "ML", 1), ("kg", "g", 1000), ("cm", "mm", 10), ("cm^2", "mm2", 100), ("1", "%", 100),
+                           ("l/min", "ml/min", 1000), ("ml", "l", 0.001), ("ml", "g", None), ("ml/m2", "ml", None), ("x", "y", None)):
+    assert units.factor(unit, to) == factor, (unit, to)
+  assert units.spelled(" mmHG ") == "mmHg" and units.spelled("Wood") == "Wood"
+
+
+@pytest.mark.reported("True and False in a column of a disease cost all its labels, without a word")
+@pytest.mark.parametrize("yes, no", [("True", "False"), ("TRUE", "FALSE"), ("yes", "no"), ("Y", "n"), ("t", "F"), ("1", "0"), ("1.0", "0.0")])
+def test_a_disease_may_be_in_words(tmp_path, yes, no):
+  table = tables.load([general(tmp_path, disease__AF=[yes, no, "", yes, no])])
+  np.testing.assert_array_equal(table.given_values[:, 0], [1, 0, 1, 0])  # a row without anything is none
+  assert not table.problems
+
+
+def test_a_disease_may_be_boolean_in_parquet(tmp_path):
+  frame = pd.DataFrame({"participant": list("ABC"), "disease:AF": pd.array([True, False, None], "boolean"), "age": [50, 60, 70]})
+  frame.to_parquet(tmp_path / "x.parquet")
+  np.testing.assert_array_equal(tables.load([tmp_path / "x.parquet"]).given_values[:, 0], [1, 0, np.nan])
+
+
+@pytest.mark.reported("a column with decimal commas was lost as a whole, with exit status 0")
+def test_decimal_commas(tmp_path):
+  file = general(tmp_path, delimiter=";", phenotype__LVEDV__ml=["140,5", "150", " 160,25 ", "1.5"], age=["50,5", "", "60", "1,2,3"])
+  table = tables.load([file])
+  np.testing.assert_array_equal(table.phenotype_values[:, 0], [140.5, 150, 160.25, 1.5])
+  np.testing.assert_array_equal(table.body[:, 0], [50.5, np.nan, 60, np.nan])
+  for delimiter in "\t,":  # where it may be a mark of thousands
+    with pytest.raises(UserError, match="3 of the 3 filled cells of the column 'phenotype:LVEDV:ml'.*'999,9'.*decimal sign"):
+      tables.load([general(tmp_path, delimiter=delimiter, phenotype__LVEDV__ml=["140,5", "150,2", "160,1", ""], age=["50"] * 4)])
+
+
+@pytest.mark.reported("a column that could not be read was one line of a count")
+@pytest.mark.parametrize("column, cells, words", [
+    ("disease:AF", ["pos", "neg", "pos"], "3 of the 3 .*'pos'.*expected 1 or 0, yes or no"), ("disease:AF", ["1", "2", "2"], None),
+    ("disease:AF", ["2"] * 9 + ["1"], "9 of the 10 .*'9'"), ("phenotype:LVEF:%", ["60 %"] * 3, "'99 %'.*expected numbers"),
+    ("phenotype:T1:ms", ["x" * 99] * 3, "'x{20}' "), ("age", ["50y", "60y", "70y"], "'99y'"), ("sex", ["w", "w", "m"], None),
+    ("sex", ["Frau", "Mann", "Frau"], "expected 1 or 0, male or female"), ("visit", ["baseline"] * 3, "'baseline'.*small whole number"),
+    ("height", ["1.75", "1.80", "1.68"], "values of height .* outside 50 to 250 cm; their median is 1.75"),
+    ("height", ["-1", "-3", "-1"], None), ("phenotype:LVEDV:ml", ["0.15", "0.16", "0.14"], "outside 1 to 800 ml; .* 0.15: are they in")])
+def test_a_column_that_is_lost_as_a_whole_stops(tmp_path, column, cells, words):
+  file = write(tmp_path / "x.csv", {"participant": [f"DEMO{i}" for i in range(len(cells))], column: cells, "weight": ["70"] * len(cells)})
+  if words is None:
+    assert tables.load([file]).people
+  else:
+    with pytest.raises(UserError, match=words) as error:
+      tables.load([file])
+    assert "DEMO" not in str(error.value)
+
+
+@pytest.mark.parametrize("cells, words", [
+    ({"p41270_a0": ["1050", "2030", "9"], "p41270_a1": ["7", "", ""]}, "4 of the 4 filled cells of field 41270.*ICD-10"),
+    ({"p53_i2": ["31/12/2015"] * 3}, "'p53_i2'.*'99/99/9999'.*2019-05-31"),
+    ({"p41270_a0": ["I48"] * 3, "p41280_a0": ["5 May 2015"] * 3}, "field 41280.*dates such as"),
+    ({"p24100_i2": ["50"] * 3, "p24101_i2": ["150"] * 3}, "LVEDV lies below LVESV in 3 rows.*exchanged")])
+def test_a_column_of_uk_biobank_that_is_lost_stops(tmp_path, cells, words):
+  with pytest.raises(UserError, match=words):
+    tables.load([one(tmp_path, eid=list("ABC"), **cells)])
+
+
+def test_a_column_is_judged_by_who_is_asked_for_and_over_all_batches(tmp_path, monkeypatch):
+  monkeypatch.setattr(columns, "BLOCK_BYTES", 64)
+  file = general(tmp_path, phenotype__T1__ms=["x"] * 3 + ["900"] * 27)
+  assert tables.load([file]).problems == {"T1: not a number": 3}
+  with pytest.raises(UserError, match="3 of the 3 filled cells"):
+    tables.load([file], participants=["P0", "P1", "P2"])
 
 
 SECRET = "DEMO4242"

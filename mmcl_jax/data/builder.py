@@ -29,7 +29,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from mmcl_jax import files
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import cohort as cohort_room, schema, units
 from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
@@ -111,7 +111,8 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
   check_out(out)
   target, partial = pathlib.Path(out), pathlib.Path(f"{out.rstrip('/')}.partial")
   profile = plan.info.get("ecg_profile", profile)
-  info = {**plan.info, "ecg_profile": profile, "split": list(shares)}
+  spelled = {name: units.spelled(unit) for name, unit in plan.info["phenotypes"].items()}
+  info = {**plan.info, "phenotypes": spelled, "ecg_profile": profile, "split": list(shares)}
   splits = split_items(plan, shares)
   info["plan"] = digest_of(plan, info, splits)
   if (target / "cohort.json").is_file():

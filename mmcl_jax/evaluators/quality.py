@@ -23,12 +23,14 @@ SHOWN = 6           # records drawn on the page
 EXAMPLES = 3        # ids given for a group of reasons
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MANY = 20           # values from which a mean is compared with the published one
+FAR_SD, FAR_CODE_SD = 10, 4
+CODES = [sign * code for code in (9, 99, 999, 9999, 99999, 88, 888, 8888) for sign in (1, -1)]
 DPI = 127           # 5 pixels a millimetre of ECG paper
 UNITS = {field.name: field.unit for field in ukb_fields.CARDIAC.values()}  # of what is published
 
 
-def write(folder: str, cohort: Cohort, outcome: Outcome) -> None:
-  """Writes quality.json and quality.html into `folder`, each whole or not at all.
+def write(folder: str, cohort: Cohort, outcome: Outcome) -> list[str]:
+  """Writes quality.json and quality.html into `folder`, each whole or not at all; gives what the user has to look at.
 
   Args:
     folder: of the cohort, or what it is called while it is made.
@@ -39,6 +41,7 @@ def write(folder: str, cohort: Cohort, outcome: Outcome) -> None:
   _replace(Path(folder, "quality.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
   page = quality_page.page(summary, histograms(cohort, outcome), contact_sheet(cohort))
   _replace(Path(folder, "quality.html"), page)
+  return summary["suspicions"]
 
 
 def summarise(cohort: Cohort, outcome: Outcome) -> dict:
@@ -52,13 +55,14 @@ def summarise(cohort: Cohort, outcome: Outcome) -> dict:
     phenotypes[name] = {
         "unit": unit, **whole, "missing": len(values) - whole["n"], **by_sex,
         "splits": {split: int(np.isfinite(values[splits == split]).sum()) for split in info["counts"]},
-        "published": known, "far_from_published": _far({"all": whole} | by_sex, known)}
+        "published": known, "far_from_published": _far({"all": whole} | by_sex, known), "codes": codes_of_missing(values)}
   return {
       "note": SYNTHETIC_NOTE if info.get("synthetic") else "",
       "cohort": {name: value for name, value in info.items() if type(value) in (str, int, float)},
       "steps": dict(outcome.steps), "counts": dict(info["counts"]),
       "reasons": grouped((entry["id"], entry["reason"]) for entry in outcome.rejected),
       "flags": grouped((entry["id"], flag) for entry in outcome.flags for flag in entry["flags"]),
+      "suspicions": [suspicion(name, found) for name, found in phenotypes.items() if found["codes"]],
       "phenotypes": phenotypes, "rejected": outcome.rejected, "flagged": outcome.flags}
 
 
@@ -96,6 +100,29 @@ def statistics(values: np.ndarray) -> dict:
           "min": _finite(values.min(initial=np.inf)), "max": _finite(values.max(initial=-np.inf)),
           "quantiles": {f"{q:g}": _finite(np.quantile(values, q)) if n else None for q in QUANTILES},
           "outside_4_sd": _finite(np.mean(np.abs(values - mean) > 4 * sd)) if n > 1 else None}
+
+
+def codes_of_missing(values: np.ndarray) -> dict[str, int]:
+  """{value: times} of those of `values` [N] that look like codes for a missing one, the most frequent first.
+
+  They lie more than FAR_SD robust SDs (1.4826 times the median absolute deviation) from the median; where they are usual
+  CODES and occur twice or more, FAR_CODE_SD is enough. Nothing is dropped for it: a rare measurement may be true.
+  """
+  found, times = np.unique(values[np.isfinite(values)].astype(np.float32), return_counts=True)
+  if not len(found):
+    return {}
+  middle = np.median(np.repeat(found, times))
+  sd = 1.4826 * np.median(np.repeat(np.abs(found - middle), times))
+  away = np.abs(found - middle) / sd if sd else np.zeros(len(found))
+  odd = (away > FAR_SD) | (np.isin(found, CODES) & (times > 1) & (away > FAR_CODE_SD))
+  return {f"{found[i]:g}": int(times[i]) for i in np.argsort(-times, kind="stable") if odd[i]}
+
+
+def suspicion(name: str, found: dict) -> str:
+  value, times = next(iter(found["codes"].items()))
+  return (f"{name}: {sum(found['codes'].values())} of {found['n']} values lie far from all others (median "
+          f"{found['quantiles']['0.5']:.4g} {found['unit']}), such as {value}, {times} times: are they codes for a missing value? "
+          "They were kept; empty these cells of the table to leave them out")
 
 
 def sexes(cohort: Cohort, outcome: Outcome) -> dict[str, np.ndarray]:

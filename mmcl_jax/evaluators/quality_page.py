@@ -35,6 +35,7 @@ def page(summary: dict, images: dict[str, bytes], sheet: list[tuple[str, bytes]]
     parts.append(f'<p class="note">{_text(summary["note"])}</p>')
   parts += [f"<p><b>{kept:,} records kept, {rejected:,} left out</b>, {len(summary['flagged']):,} kept with a remark."
             "</p>",
+            *(f"<p><b>Look:</b> {_text(text)}.</p>" for text in summary["suspicions"]),
             "<dl>" + "".join(f"<dt>{_text(name.replace('_', ' '))}</dt><dd>{_text(value)}</dd>"
                              for name, value in summary["cohort"].items()) + "</dl>",
             "<h2>From files to records</h2>", _table(["t:step", "count", ""], funnel),

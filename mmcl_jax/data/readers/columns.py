@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 4 * 2**20  # 20,000 columns with descriptive names take 2 MB
 BLOCK_BYTES = 4 * 2**20       # of a CSV at a time, read some blocks ahead; the header and each row must fit
 BATCH_CELLS = 2_000_000       # of a Parquet file at a time
 MISSING = ["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "none", "<NA>", "Do not know", "Prefer not to answer"]
+LOST, FEWEST_LOST = 0.9, 3     # a column is lost where this share of its filled cells is dropped, and at least so many
 DATES = np.array(["1930-01-01", "2036-12-31"], "datetime64[D]")
 """Dates that can be: UK Biobank writes 1900 to 1909 and 2037 where a date is unknown or withheld."""
 
@@ -56,7 +57,7 @@ def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
     convert = pa.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string()),
                                     null_values=MISSING, strings_can_be_null=True)
     with pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=BLOCK_BYTES), parse, convert) as reader:
-      yield from reader
+      yield from map(_with_points, reader) if parse.delimiter == ";" else reader
   except Exception as error:  # pyarrow's are many
     if match := re.match(r"CSV parse error: (?:Row #\d+: )?Expected (\d+) columns, got (\d+)", str(error)):
       raise UserError(f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut off, or a "
@@ -80,8 +81,11 @@ def texts(column: pa.Array) -> np.ndarray:
   return np.asarray(found.to_pylist(), object)
 
 
-def numbers(column: pa.Array, name: str, problems: Counter) -> np.ndarray:
-  """A column as float64 [n], NaN where missing; other text is NaN too and counted in `problems`."""
+def numbers(column: pa.Array, name: str, problems: Counter, words: dict[str, str] | None = None) -> np.ndarray:
+  """A column as float64 [n], NaN where missing; other text is NaN too and counted in `problems`.
+
+  `words`: what stands for a number, in small letters.
+  """
   if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
     try:
       column = column.cast(pa.float64())  # fast, and fails at the first text that is no number
@@ -93,6 +97,8 @@ def numbers(column: pa.Array, name: str, problems: Counter) -> np.ndarray:
   else:
     found = texts(column)
     given = found != ""
+    if words:
+      found = np.array([words.get(text.lower(), text) for text in found], object)
     values = np.full(len(found), np.nan)
     values[given] = pd.to_numeric(pd.Series(found[given], dtype=object), errors="coerce")
   values = np.where(np.isfinite(values), values, np.nan)
@@ -119,6 +125,45 @@ def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
   return dates
 
 
+class Kept:
+  """How many of a column's filled cells were understood and how many were dropped, over the batches of a file."""
+
+  def __init__(self, expected: str):
+    self.expected, self.understood, self.dropped, self.example = expected, 0, 0, ""
+
+  def add(self, understood: int, dropped: int, cells: Iterable[str]) -> None:
+    """`cells`: some of those dropped, and empty ones."""
+    self.understood, self.dropped = self.understood + understood, self.dropped + dropped
+    if dropped and not self.example:
+      self.example = next(filter(None, cells), "")
+
+
+def watched(kept: Kept, problems: Counter, column: pa.Array | np.ndarray, read: Callable) -> np.ndarray:
+  """read(column) [n], which is empty, NaN or NaT where a cell is missing or dropped, and counts in `problems` what it drops."""
+  before = problems.total()
+  values = read(column)
+  without = values == "" if values.dtype.kind == "U" else np.isnan(values)
+  dropped = min(problems.total() - before, int(without.sum()))  # some are counted under two names
+  cells = (column if isinstance(column, np.ndarray) else texts(column))[without] if dropped else ()
+  kept.add(int(np.sum(~without)), dropped, cells)
+  return values
+
+
+def lost(dropped: int, filled: int) -> bool:
+  """Is a column lost as a whole, of which so many filled cells are dropped?"""
+  return dropped >= FEWEST_LOST and dropped >= LOST * filled
+
+
+def check_kept(path, kept: dict[str, Kept]) -> None:
+  """Raises a UserError for a column of which nearly all that stands in it was dropped: it is written in another way."""
+  for name, one in kept.items():
+    if lost(one.dropped, one.dropped + one.understood):
+      comma = "; is its comma a decimal sign? write it as a point" if re.fullmatch(r"[-+]?\d+,\d+", one.example) else ""
+      form = re.sub(r"\d", "9", " ".join(one.example.split())[:20])  # what a cell is like, not whose it is
+      raise UserError(f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are not understood, such as "
+                      f"{form!r} (digits shown as 9); expected {one.expected}{comma}. Put them so, or leave the column out")
+
+
 def count(problems, what, times):
   if times:
     problems[what] += int(times)
@@ -138,7 +183,15 @@ def _header_line(path):
 
 
 def _delimiter(line):
-  return "\t" if "\t" in line else ","
+  if "\t" in line:
+    return "\t"
+  return ";" if line.count(";") > line.count(",") else ","
+
+
+def _with_points(batch):
+  """Cells separated by semicolons, as spreadsheets write them where the decimal sign is a comma: 140,5 becomes 140.5."""
+  columns = [pc.replace_substring_regex(column, r"^(\s*[-+]?\d+),(\d+\s*)$", r"\1.\2") for column in batch.columns]
+  return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
 def unreadable(path, error, expected="CSV or TSV (UTF-8) with a header, or Parquet") -> UserError:

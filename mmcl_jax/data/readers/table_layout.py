@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from mmcl_jax.data import schema, ukb_fields as ukb
+from mmcl_jax.data import schema, ukb_fields as ukb, units
 from mmcl_jax.data.readers import columns
 from mmcl_jax.errors import UserError
 
@@ -17,6 +17,7 @@ PERSON = {ukb.SEX: "sex", ukb.BIRTH_YEAR: "birth year", ukb.BIRTH_MONTH: "birth 
 VISIT = {ukb.AGE: "age", ukb.HEIGHT[0]: "height", ukb.WEIGHT[0]: "weight", ukb.HEIGHT[1]: "height at the scanner",
          ukb.WEIGHT[1]: "weight at the scanner", ukb.VISIT_DATE: "date"}
 PHENOTYPES = {field: f"phenotype:{x.name}:{x.unit}" for field, x in ukb.CARDIAC.items()}
+KNOWN = {x.name.lower(): x for x in ukb.CARDIAC.values()}  # whose plausible limits and published values go by name and unit
 
 
 class Layout(NamedTuple):
@@ -84,9 +85,28 @@ def _general(layout, name, visits):
   kind = name.split(":")[0]
   if kind in ("phenotype", "disease") and not re.fullmatch(r"phenotype:[^:]+:[^:]*|disease:[^:]+", name):
     raise UserError(f"the column {name[:80]!r} is not in form; expected phenotype:NAME:UNIT or disease:NAME")
+  if kind == "phenotype":
+    return layout.visits.setdefault(None, {}), _phenotype(name)
   if kind in ("phenotype", "disease") or name in schema.COVARIATES:
     return layout.visits.setdefault(None, {}), name
   return None, None
+
+
+def _phenotype(name):
+  """The slot of a column phenotype:NAME:UNIT, in the known spelling of both; a known name has the unit of its field."""
+  _, phenotype, unit = name.split(":")
+  known = KNOWN.get(phenotype.strip().lower())
+  if known is None:
+    return f"phenotype:{phenotype}:{units.spelled(unit)}"
+  if units.factor(unit, known.unit) is None:
+    raise UserError(f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for it; expected "
+                    f"{known.unit}: phenotype:{known.name}:{known.unit}")
+  return f"phenotype:{known.name}:{known.unit}"
+
+
+def factor(slot: str, column: str) -> float:
+  """What the cells of a column are multiplied by to be in the unit of its slot."""
+  return units.factor(column.split(":")[2], slot.split(":")[2]) if column.startswith("phenotype:") else 1.0
 
 
 def _styles(names):

@@ -12,12 +12,18 @@ import pyarrow as pa
 
 from mmcl_jax.data import ukb_fields as ukb
 from mmcl_jax.data.readers import columns
-from mmcl_jax.data.readers.table_layout import Layout
+from mmcl_jax.data.readers.table_layout import Layout, factor
 
 DATED = ((ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES), (ukb.DEATH_CAUSE, ukb.DEATH_DATE))  # codes and, by the same index, dates
-_SEX = {"0": "0", "1": "1", "female": "0", "male": "1", "f": "0", "m": "1"}
+_SEX = {"female": "0", "male": "1", "f": "0", "m": "1"}
+_YES_NO = {"true": "1", "false": "0", "yes": "1", "no": "0", "t": "1", "f": "0", "y": "1", "n": "0"}
 _MONTHS = dict(zip("january february march april may june july august september october november december".split(),
                    map(str, range(1, 13))))
+
+
+EXPECTED = {  # kind of slot -> what its cells are
+    "phenotype": "numbers such as 140.5", "number": "numbers such as 140.5", "disease": "1 or 0, yes or no, true or false",
+    "sex": "1 or 0, male or female", "birth month": "1 to 12, or its English name", "date": "dates such as 2019-05-31"}
 
 
 class Rows:
@@ -56,32 +62,41 @@ class Gathered(NamedTuple):
   diagnoses: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # person int32, code U4, date; of a batch each
   diagnosed: set[int]
   problems: Counter
+  kept: dict[str, columns.Kept]  # of the columns of one file
 
 
 def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBatch, visits) -> None:
   """Takes in some rows of a file: `batch`, of the participants `ids`. Adds to `so_far`."""
   people, rows, problems = so_far.people, so_far.rows, so_far.problems
+
+  def read(name, column, how, expected):
+    return columns.watched(so_far.kept.setdefault(name, columns.Kept(expected)), problems, column, how)
+
+  def cells(slot, name):
+    return read(f"the column {name!r}", batch.column(name), lambda column: _cells(slot, column, problems), EXPECTED[_kind(slot)])
+
+  def days(field, text):
+    return read(f"field {field}", text, lambda text: columns.days(text, str(field), problems), EXPECTED["date"])
+
   arrays = {field: _arrays(batch, layout.lists[field]) for field in layout.lists}
-  dates = {field: {i: columns.days(text, str(field), problems) for i, text in arrays.get(field, {}).items()}
+  dates = {field: {i: days(field, text) for i, text in arrays.get(field, {}).items()}
            for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE)}
 
   new = people.empty(len(ids))
   for slot, name in layout.person.items():
-    new[:, people.slots[slot]] = _cells(slot, batch.column(name), problems)
+    new[:, people.slots[slot]] = cells(slot, name)
   for death in dates[ukb.DEATH_DATE].values():
     new[:, people.slots["death"]] = np.fmin(new[:, people.slots["death"]], _as_number(death))
   at = people.merge(ids, new)
 
-  for visit, cells in layout.visits.items():
+  for visit, slots in layout.visits.items():
     new = rows.empty(len(ids))
-    for slot, name in cells.items():
-      new[:, rows.slots[slot]] = _cells(slot, batch.column(name), problems)
+    for slot, name in slots.items():
+      new[:, rows.slots[slot]] = factor(slot, name) * cells(slot, name)
     number = np.full(len(ids), 0.0 if visit is None else visit)
     if layout.visit:
-      number = columns.numbers(batch.column(layout.visit), "visit", problems)
-      odd = ~((number >= 0) & (number < 1000) & (number == np.round(number)))
-      columns.count(problems, "visit: neither 0 nor a small whole number, row dropped", odd.sum())
-      number[odd] = np.nan
+      number = read(f"the column {layout.visit!r}", batch.column(layout.visit), lambda column: _visits(column, problems),
+                    "a small whole number, 0 where there is one visit")
       if visits is not None:
         number[~np.isin(number, list(visits))] = np.nan
     found = np.flatnonzero(~np.isnan(new).all(1) & ~np.isnan(number))
@@ -92,8 +107,7 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
   for what, when in DATED:
     for i, text in arrays.get(what, {}).items():
       filled = np.flatnonzero(text != "")
-      codes = np.array([_code(cell) for cell in text[filled]], "U4")
-      columns.count(problems, f"{what}: not an ICD-10 code", np.sum(codes == ""))
+      codes = read(f"field {what}", text[filled], lambda cells: _codes(cells, what, problems), "ICD-10 codes such as I48.0 or I480")
       date = dates[when].get(i, np.full(len(text), np.datetime64("NaT", "D")))
       filled, codes = filled[codes != ""], codes[codes != ""]
       so_far.diagnoses.append((at[filled].astype(np.int32), codes, date[filled]))
@@ -115,16 +129,34 @@ def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
 
 def _cells(slot, column, problems):
   """One column as float64 [n]; NaN where missing, and where it cannot be, which is counted."""
-  if slot == "date":
+  kind = _kind(slot)
+  if kind == "date":
     return _as_number(columns.days(columns.texts(column), "date of visit", problems))
-  if spelling := {"sex": _SEX, "birth month": _MONTHS}.get(slot):
-    column = pa.array([spelling.get(text.lower(), text) for text in columns.texts(column)], pa.string())
-  values = columns.numbers(column, name_of(slot), problems)
-  if not slot.startswith("phenotype:"):
+  values = columns.numbers(column, name_of(slot), problems, {"sex": _SEX, "birth month": _MONTHS, "disease": _YES_NO}.get(kind))
+  if kind != "phenotype":
     values[values < 0] = np.nan  # -1 "do not know", -3 "prefer not to answer"
-  if slot == "sex" or slot.startswith("disease:"):
+  if kind in ("sex", "disease"):
     drop(values, ~np.isin(values, (0, 1)), f"{name_of(slot)}: neither 0 nor 1", problems)
   return values
+
+
+def _visits(column, problems):
+  number = columns.numbers(column, "visit", problems)
+  odd = ~((number >= 0) & (number < 1000) & (number == np.round(number)))
+  columns.count(problems, "visit: neither 0 nor a small whole number, row dropped", odd.sum())
+  number[odd] = np.nan
+  return number
+
+
+def _codes(cells, field, problems):
+  codes = np.array([_code(cell) for cell in cells], "U4")
+  columns.count(problems, f"{field}: not an ICD-10 code", np.sum(codes == ""))
+  return codes
+
+
+def _kind(slot):
+  """phenotype, disease, or the slot itself where it is one of a kind and not just a number."""
+  return slot.split(":")[0] if ":" in slot or slot in EXPECTED else "number"
 
 
 def name_of(slot):

@@ -2,7 +2,7 @@
 
 UK Biobank: CSV, TSV or Parquet with a column `eid`, other columns in any of ukb_fields.STYLES; several files that each
 hold some of the columns and of the participants. General form: a row a visit, with the columns `participant`,
-`visit` (0 without it), `sex`, `age`, `height`, `weight`, `phenotype:NAME:UNIT`, `disease:NAME` (0 or 1), any of them.
+`visit` (0 without it), `sex`, `age`, `height`, `weight`, `phenotype:NAME:UNIT`, `disease:NAME` (0 or 1, or in words), any of them.
 
 Not used: first-occurrence fields, self-reports, operations, loss to follow-up (field 191).
 """
@@ -82,7 +82,8 @@ def load(files: Iterable, visits: Iterable[int] | None = None, participants: Ite
       today of anybody in the tables, whether kept or not.
 
   Raises:
-    UserError: a file cannot be read, or has no participants or nothing that is wanted.
+    UserError: a file cannot be read, has no participants or nothing that is wanted, or a column of it is lost as a whole: nearly
+      all that stands in it is not understood or cannot be.
   """
   end = _date(censored)
   layouts = {str(path): table_layout.read(str(path), visits) for path in files}
@@ -101,10 +102,11 @@ def load(files: Iterable, visits: Iterable[int] | None = None, participants: Ite
   diseases_given = [slot for slot in slots if slot.startswith("disease:")]
   so_far = Gathered(people=Rows([*table_layout.PERSON.values(), "death"]),
                     rows=Rows([*phenotypes, *diseases_given, *table_layout.VISIT.values()]),
-                    diagnoses=[], diagnosed=set(), problems=Counter())
+                    diagnoses=[], diagnosed=set(), problems=Counter(), kept={})
   keep = None if participants is None else {canonical(participant) for participant in participants}
   dates = [end]
   for path, layout in layouts.items():
+    so_far.kept.clear()
     try:
       for batch in columns.batches(path, layout.columns):
         if np.isnat(end):
@@ -117,6 +119,7 @@ def load(files: Iterable, visits: Iterable[int] | None = None, participants: Ite
     except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
       # the first: a type of Parquet that holds neither text nor numbers
       raise columns.unreadable(path, error) from None
+    columns.check_kept(path, so_far.kept)
   dated = "date" in slots and any(ukb.DIAGNOSIS_DATES in layout.lists for layout in layouts.values())
   return _table(so_far, names, tuple(name_of(slot) for slot in diseases_given), np.fmax.reduce(dates), dated)
 
@@ -159,10 +162,17 @@ def _drop_implausible(rows, phenotypes, problems):
   limits |= {slot: COVARIATE_LIMITS[slot.split()[0]] for slot in table_layout.VISIT.values() if slot != "date"}
   for slot, (unit, low, high) in limits.items():
     values = rows[slot]
-    drop(values, (values < low) | (values > high), f"{name_of(slot)}: outside {low} to {high} {unit}", problems)
+    outside = (values < low) | (values > high)
+    if columns.lost(outside.sum(), np.isfinite(values).sum()):
+      raise UserError(f"{outside.sum()} of the {np.isfinite(values).sum()} values of {name_of(slot)} in the tables lie outside {low} to "
+                      f"{high} {unit}; their median is {np.nanmedian(values):.3g}: are they in another unit, or of another column?")
+    drop(values, outside, f"{name_of(slot)}: outside {low} to {high} {unit}", problems)
   for larger, smaller in ukb.NOT_BELOW:
     pair = [rows[slot] for slot in limits if name_of(slot) in (larger, smaller)]  # the larger comes first
     below = pair[0] < pair[1] if len(pair) == 2 else False
+    if columns.lost(np.sum(below), len(pair) == 2 and np.isfinite(pair[0] + pair[1]).sum()):
+      raise UserError(f"{larger} lies below {smaller} in {np.sum(below)} rows of the tables, nearly all that have both; are the two "
+                      "columns exchanged?")
     for values in pair:  # which of the two is wrong is not known
       drop(values, below, f"{larger} below {smaller}, both left out", problems)
 

@@ -27,6 +27,10 @@ from mmcl_jax.errors import UserError
 TAKES = ("input", "tables", "withdrawn", "codes", "profile", "split")
 AGE_ABOVE_89 = 300  # PTB-XL's code, which hides the oldest; 90 is taken, its lower bound
 MAX_VISIT = 65_535  # what a record holds
+UNREAD = "cannot be parsed"
+COVARIATE = {"sex": 0, "gender": 0, "age": 1, "height": 2, "weight": 3}  # column of a table -> place in schema.COVARIATES
+EXPECTED = {"sex": "0 for male, 1 for female", "gender": "M or F", "age": "years, such as 56", "height": "cm, such as 170",
+            "weight": "kg, such as 70.5", "scp_codes": "a dict such as {'NORM': 100.0}", "all_diag_hosp": "a list such as ['I4891']"}
 KNOWN_TABLES = {"ptbxl_database.csv", "record_list.csv"}  # files that the databases come with
 
 
@@ -175,9 +179,17 @@ def _rows(path, codes):
                     + " or ".join(", ".join(sorted(needed)) for needed, _, _ in KINDS))
   needed, optional, row = kind
   names = sorted(needed | optional & names)
+  kept = {name: columns.Kept(EXPECTED[name]) for name in names if name in EXPECTED}
   for batch in columns.batches(path, names):
     for cells in zip(*(columns.texts(batch.column(name)) for name in names)):
-      yield row(dict(zip(names, cells)), codes)
+      cells = dict(zip(names, cells))
+      found = row(cells, codes)
+      for name in filter(cells.get, kept):  # what stands there
+        covariate = COVARIATE.get(name)
+        understood = not any(UNREAD in flag for flag in found.flags) if covariate is None else np.isfinite(found.covariates[covariate])
+        kept[name].add(understood, not understood, [cells[name]])
+      yield found
+  columns.check_kept(f"--tables {path}", {f"the column {name!r}": one for name, one in kept.items()})
 
 
 def _ptb_xl(cells, codes):
@@ -187,7 +199,7 @@ def _ptb_xl(cells, codes):
     flags.append("age above 89, taken as 90")
   stated = labels.literal(cells["scp_codes"], dict)
   if stated is None:
-    flags.append("its SCP-ECG statements cannot be parsed: diseases unknown")
+    flags.append(f"its SCP-ECG statements {UNREAD}: diseases unknown")
   sex = {0.0: 1.0, 1.0: 0.0}.get(labels.number(cells.get("sex", "")), np.nan)  # PTB-XL: 0 = male
   return Row(tables.canonical(cells["patient_id"]), cells.get("recording_date", ""),
              _names(cells["filename_hr"], cells["filename_lr"]), labels.diseases(labels.scp(stated or {}), codes),
@@ -202,7 +214,7 @@ def _record_list(cells, codes):
 
 def _ext_icd(cells, codes):
   hospital, either = (labels.literal(cells.get(name, ""), list) for name in ("all_diag_hosp", "all_diag_all"))
-  flags = () if None not in (hospital, either) else ("its ICD-10 codes cannot be parsed: diseases unknown",)
+  flags = () if None not in (hospital, either) else (f"its ICD-10 codes {UNREAD}: diseases unknown",)
   known = {} if flags else labels.icd(hospital, either, codes)
   return Row(tables.canonical(cells["subject_id"]), cells.get("ecg_time", ""), _names(cells["file_name"]),
              labels.diseases(known, codes), labels.covariates(cells.get("gender", ""), age=cells.get("age", "")), flags)
