@@ -88,7 +88,8 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
 
   folder = pathlib.Path(out)
   partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-  shapes = {"ecg": [len(schema.LEADS), length], "phenotypes": [0], "diseases": [0], "covariates": [0]}
+  covariates = len(variables["params"]["ecg"]["film"]["fc"]["kernel"]) if model.config.ecg.film else 0
+  shapes = {"ecg": [len(schema.LEADS), length], "phenotypes": [0], "diseases": [0], "covariates": [covariates]}
   shapes |= torch_weights.image_shapes(config.model)
   none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
   scales = steps.Scales((), (), (), (none, none), any_number)  # of covariates: whatever a cohort has, as it is
@@ -98,7 +99,10 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
       os.replace(partial, folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  report.append(f"made {out}, for `mmcl evaluate --workdir={out} --cohort=COHORT`, `mmcl embed`, or config.init_from")
+  uses = ["config.init_from"]
+  if not covariates:  # whose names and scales the file does not tell
+    uses = [f"`mmcl evaluate --workdir={out} --cohort=COHORT`", "`mmcl embed`", *uses]
+  report.append(f"made {out}, for {' or '.join(uses)}")
   print("\n".join(report))
 
 

@@ -73,6 +73,9 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   if lacking:
     raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
                     "phenotypes and diseases on test: name another one with --cohort")
+  if model.ecg.film and not run.scales.covariates:
+    raise UserError(f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not tell; start a "
+                    "stage from it with config.init_from.ecg, and evaluate that")
   if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
     raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")

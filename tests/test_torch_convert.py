@@ -90,6 +90,15 @@ def test_a_stage_starts_from_st_mem(cohort, tmp_path, capsys):
     np.testing.assert_array_equal(state[key], x, err_msg=key)
 
 
+def test_an_encoder_with_covariates_becomes_a_run_to_start_from(cohort, tmp_path, capsys):
+  net = published.ViT(*TEST, PATCH, SAMPLES, pool="cls", norms=("norm",), head=5, covariates=4)
+  torch.save({"model": published.randomise(net).state_dict()}, tmp_path / "film.pth")
+  convert.main([f"--input={tmp_path / 'film.pth'}", f"--out={tmp_path / 'w'}", "--ecg_profile=minimal"])
+  assert capsys.readouterr().out.strip().endswith(", for config.init_from")
+  with pytest.raises(UserError, match="covariates, whose names and scales .* does not tell"):
+    evaluate.evaluate(str(tmp_path / "w"), cohort_path=cohort.path)
+
+
 def test_a_run_goes_out_to_torch(converted, autoencoder, tmp_path, capsys):
   convert.main([f"--workdir={converted}", f"--out={tmp_path / 'ecg.safetensors'}", "--tower=ecg"])
   assert "left out: ecg/decoder (" in capsys.readouterr().out

@@ -326,6 +326,24 @@ def test_st_mem(tmp_path, head_width):
     torch_weights.load(path)
 
 
+@pytest.mark.reported("CardiacNets' encoder, modulated by covariates, was refused")
+def test_cardiacnets_encoder(tmp_path):
+  """Alone, and beside two encoders that no layout explains (Swin), when it is asked for; and out again."""
+  V = 3
+  build = functools.partial(published.ViT, *TEST, PATCH, SAMPLES, pool="cls", norms=("norm",), head=5, covariates=V)
+  net = published.randomise(build()).float().eval()
+  covariates = np.random.default_rng(3).normal(size=(B, V)).astype(np.float32)
+  embedding = net.embed(net.tokens(torch.tensor(ECG), torch.tensor(covariates)))
+  swin = {f"CMR_encoder{i}.layers.0.blocks.0.attn.qkv.weight": torch.ones(6, 2) for i in (1, 2)}
+  for state, options in ((net.state_dict(), {}), (prefixed("ECG_encoder.", net) | swin, {"tower": "ecg"})):
+    model, variables = torch_weights.load(saved(tmp_path, {"model": state}), **options)
+    found = jax.jit(functools.partial(model.apply, method="encode_ecg"))(variables, ECG, covariates)
+    close(found["ecg_embedding"], embedding)
+    close(found["ecg_projection"][:, :5], net.head(embedding))
+  refused(tmp_path / "x.pth", "take another encoder alone with --tower=, one of ecg")
+  into_torch(build(), torch_weights.state_dict(model, variables, "ecg"))
+
+
 def test_where_st_mem_looks():
   """Its attention falls on patches, lead by lead, and on separators, which are left out."""
   c = configuration.defaults(batch=2, steps=1).model
@@ -476,7 +494,7 @@ def test_what_pytorch_has_no_layers_for(tmp_path):
   model, variables = torch_weights.load(saved(tmp_path, vit().state_dict()))
   with pytest.raises(UserError, match="--tower=ed; this model has ecg"):
     torch_weights.state_dict(model, variables, "ed")
-  model.config.ecg.film = True
+  model.config.ecg.film = True  # before the blocks
   with pytest.raises(UserError, match="modulated by covariates"):
     torch_weights.state_dict(model, variables, "ecg")
 

@@ -80,9 +80,11 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
   """pool: mean | attention | cls. norms: which of `norm` and `fc_norm` it has; what pooling does not use is idle."""
 
-  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, trained=False):
+  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, trained=False, covariates=0):
     super().__init__()
     self.pool = pool
+    if covariates:  # CardiacNets' modulation
+      self.fcs = nn.Sequential(nn.Linear(covariates, 2 * width), nn.ReLU())
     self.patch_embed = PatchEmbed(width, patch)
     self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
     self.pos_embed = nn.Parameter(sincos(LEADS, samples // patch, width))
@@ -96,11 +98,14 @@ class ViT(nn.Module):
     if head:
       self.head = nn.Linear(width, head)
 
-  def tokens(self, ecg):
+  def tokens(self, ecg, covariates=None):
     x = self.patch_embed(ecg)
     x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
     for block in self.blocks:
       x = block(x)
+    if covariates is not None:
+      gain, shift = self.fcs(covariates)[:, None].chunk(2, dim=2)
+      x = gain * x + shift
     return x
 
   def embed(self, tokens):

@@ -41,6 +41,7 @@ VIT = (  # timm, and MAE's decoder; attention_pool is MMCL's torch.nn.MultiheadA
     (r"^pool/qkv/kernel$", "attention_pool/in_proj_weight"),
     (r"^pool/qkv/bias$", "attention_pool/in_proj_bias"),
     (r"^pool/proj/", "attention_pool/out_proj/"),
+    (r"^film/fc/", "fcs/0/"),  # CardiacNets
 )
 ST_MEM = (  # its own keys, after vit-pytorch's
     (r"^patch_norm/", "to_patch_embedding/1/"),
@@ -81,8 +82,8 @@ LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": 
 def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) -> Iterator[tuple[tuple[str, str], Name]]:
   """(collection, path) -> Name, of every leaf that the layouts know.
 
-  Not known: read-outs of phenotypes (whose names no layout holds), siamese heads, FiLM, video transformers, the learned
-  temperature.
+  Not known: read-outs of phenotypes (whose names no layout holds), siamese heads, FiLM before the blocks, video
+  transformers, the learned temperature.
 
   Args:
     shapes: (collection, path) -> shape of the model's variables.
@@ -95,7 +96,9 @@ def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) ->
       kind = config.cmr[module.removeprefix("cmr_")].kind
     if kind == "head":
       rules = NORMED_HEAD if config.projection.norm else HEAD
-    elif kind == "vit" and module == "ecg" and not rest.startswith(("siamese/", "film/")):
+    elif kind == "vit" and module == "ecg":
+      if rest.startswith("siamese") or (rest.startswith("film/") and not config.ecg.get("film_after", False)):
+        continue
       rules = VIT
     elif kind == "st_mem":
       rules = ST_MEM

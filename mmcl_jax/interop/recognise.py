@@ -27,7 +27,7 @@ class Found(NamedTuple):
   """config: of the model; samples: of an ECG; modules: the arrays that are to become its variables.
 
   fresh: paths of parameters that the file does not have -> what they are set to; troubles: what makes it unusable;
-  notes: what the user is told.
+  notes: what the user is told; covariates: how many the ECG encoder takes (FiLM).
   """
 
   config: ConfigDict
@@ -36,6 +36,7 @@ class Found(NamedTuple):
   fresh: dict[str, str]
   troubles: list[str]
   notes: list[str]
+  covariates: int = 0
 
 
 def recognise(state: dict[str, np.ndarray], metadata: dict[str, str], options: Options, path) -> Found:
@@ -48,7 +49,8 @@ def recognise(state: dict[str, np.ndarray], metadata: dict[str, str], options: O
       spec, samples, widths["ecg"] = (ecg if kind == "vit" else st_mem)(found, metadata, options)
       with c.ignore_type():  # a size is a name, or numbers
         c.model.ecg.update(spec)
-      found = found._replace(samples=samples)
+      covariates = last_axis(modules.arrays["ecg"], r"^fcs\.0\.weight$")
+      found = found._replace(samples=samples, covariates=covariates)
     else:
       name = module.removeprefix("cmr_")
       c.model.cmr[name], widths[name] = cmr(found, kind, name, options)
@@ -93,6 +95,10 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   if "decoder_pos_embed" in keys:
     decoder_positions(found, size[3])
   spec["pool"] = pooling(found, decodes, options)
+  modulated = "fcs.0.weight" in keys
+  if modulated:
+    spec |= {"film": True, "film_after": True}
+    found.notes.append(f"its tokens are modulated by {last_axis(keys, 'fcs.0.weight')} covariates, standardised, in the file's order")
 
   if "head.weight" in keys:
     out = len(keys["head.weight"])
@@ -100,7 +106,7 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
       found.modules.ignore("ecg", "head., which the projection head passes by", "head.")  # as in MMCL
     else:
       spec["head"] = out
-      spec["head_norm"] = spec["pool"] == "attention" and not head
+      spec["head_norm"] = spec["pool"] == "attention" and not head and not modulated
   decoder = f", decoder {size[3]} wide, {size[4]} blocks, {size[5]} heads" if decodes else ""
   found.notes.insert(
       0, f"ECG encoder: {'MAE' if decodes else 'ViT'} with timm's keys, {width} wide, {depth} blocks, {heads} "

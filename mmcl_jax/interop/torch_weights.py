@@ -68,7 +68,7 @@ def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
   """(collection, path) -> array of every variable, and what stands against that: every key that does not fit."""
   arrays = {f"{module}.{key}": x for module, keys in found.modules.arrays.items() for key, x in keys.items()}
   theirs, prefixes = found.modules.theirs, found.modules.prefixes
-  expected = shapes(model)
+  expected = shapes(model, found.covariates)
   names = dict(naming.names(expected, model.config))
   variables, troubles = {}, collections.defaultdict(list)
   for place, shape in expected.items():
@@ -116,13 +116,13 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
   return np.ones(shape, dtype) if path.endswith("/scale") else np.zeros(shape, dtype)
 
 
-def shapes(model) -> dict[tuple[str, str], tuple[int, ...]]:
-  """(collection, path) -> shape of the model's variables; nothing is computed."""
+def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
+  """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many FiLM takes."""
   array = lambda *shape: jnp.zeros((1, *shape))
   cmr = lambda: {field: array(*shape) for field, shape in image_shapes(model.config).items()}
 
   def init():
-    batch = {"ecg": array(len(schema.LEADS), model.samples), "cmr": cmr()}
+    batch = {"ecg": array(len(schema.LEADS), model.samples), "cmr": cmr(), "conditions": array(covariates)}
     batch |= {name: array() for name in ("mask", "has_ecg", "has_cmr")}
     return model.init({"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False)
 
@@ -208,7 +208,7 @@ def check_tower(c, tower: str | None) -> None:
   if tower not in (None, *known):
     raise UserError(f"--tower={tower}; this model has {', '.join(known)}")
   for name in towers if tower is None else [tower.removesuffix("_mae")]:
-    if name == "ecg" and c.ecg.film:
+    if name == "ecg" and c.ecg.film and not c.ecg.get("film_after", False):
       raise UserError(
           "the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no "
           "layer; train one without")
