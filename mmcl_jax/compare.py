@@ -78,8 +78,10 @@ def compare(runs: list[str], out: str) -> str:
       "seeds": {what: {family: over_seeds(names[what], [scores[run][0] for run in members]) for family, members in families.items()}
                 for what, scores in (("r2", r2), ("auroc", auroc)) if scores},
       "retrieval": {one.name: one.results["retrieval"] for one in found if "retrieval" in one.results},
+      "seen_people": {one.name: one.results["seen_people"] for one in found if "seen_people" in one.results},
   }
   notes = [first.results["note"]] if first.results.get("note") else []
+  notes += [f"{name}: {seen['note']}" for name, seen in results["seen_people"].items() if seen["note"]]
   counts = " or ".join(f"all {len(of) * len(others)} of {what}" for of, what in ((phenotypes, "R2"), (diseases, "AUROC")) if of)
   notes.append(f"Differences are to {first.name}, paired by test subject. Brackets are 95 % intervals, each by itself; * marks those "
                f"that stay away from 0 when {counts} are to be right at once. They are of these training runs: other seeds may "
@@ -145,6 +147,8 @@ def malformed(results: dict, predictions: dict[str, np.ndarray]) -> list[str]:
   config, retrieval = results.get("config", {}), results.get("retrieval", {"ecg_to_cmr": {}, "cmr_to_ecg": {}})
   fine = isinstance(config, dict) and (not config or (isinstance(config.get("data"), dict) and isinstance(config.get("seed"), int)))
   wrong += ["config"] * (not fine)
+  seen = results.get("seen_people", {"note": ""})
+  wrong += ["seen_people"] * (not isinstance(seen, dict) or not isinstance(seen.get("note"), str))
   fine = tables(retrieval) and ("retrieval" not in results or (
       numbers(retrieval.get("ecg_to_cmr"), ("r@10", "chance_r@10", "n_candidates")) and numbers(retrieval.get("cmr_to_ecg"), ("r@10",))))
   wrong += ["retrieval"] * (not fine)

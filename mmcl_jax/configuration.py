@@ -56,6 +56,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.data = ConfigDict()
   c.data.cohort = ""              # folder made by `mmcl prepare`
   c.data.mix = ()                 # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
+  c.data.allow_seen = False       # go on where people held out here had part in an earlier stage (init_from) or in c.data.mix
   c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
   c.data.samples = 5000           # samples the model sees at a time; longer recordings: the mean over windows
   c.data.targets = ()             # phenotypes that objectives may learn from; (): all of the cohort

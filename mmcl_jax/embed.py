@@ -150,6 +150,7 @@ def load_probes(workdir, step, folder: Path) -> Probes:
       checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
       coef, intercept, half_width = (np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width"))
       probes = Probes(columns, coef, intercept, half_width, checksum, tuple(map(str, arrays["units"])))
+      note = str(arrays["note"]) if "note" in arrays else ""
   except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike; an old one a KeyError
     raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error
   if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
@@ -157,6 +158,8 @@ def load_probes(workdir, step, folder: Path) -> Probes:
                     f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it anew")
   if not columns and distributed.here.index == 0:
     print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)
+  if note and distributed.here.index == 0:
+    print(f"predicted phenotypes and their intervals: {note}", flush=True)
   return probes
 
 

@@ -25,7 +25,7 @@ from mmcl_jax.evaluators import (diseases, embeddings, figures, generation, loca
                                  retrieval, survival)
 from mmcl_jax.evaluators.drawings import relevance
 from mmcl_jax.paths import local
-from mmcl_jax.training import checkpoint, distributed, metrics, restore, steps
+from mmcl_jax.training import checkpoint, distributed, metrics, people, restore, steps
 
 SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 
@@ -36,16 +36,18 @@ def main(argv):
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--cohort", type=local, help="another cohort than the one it was trained on")
   parser.add_argument("--out", type=local, help="folder for the report, as where the workdir is not yours (default: W/evaluation/STEP)")
+  parser.add_argument("--allow_seen", action="store_true",
+                      help="go on where people who had part in training are held out in the cohort; every report tells it")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
   args = parser.parse_args(argv)
   if args.batch < 1:
     raise UserError(f"--batch is {args.batch}; expected at least 1")
   with writing(args.out or args.workdir):
-    evaluate(args.workdir, args.step, args.cohort, args.batch, args.out)
+    evaluate(args.workdir, args.step, args.cohort, args.batch, args.out, args.allow_seen)
 
 
 def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = None, batch: int = 64,
-             out: str | None = None) -> dict:
+             out: str | None = None, allow_seen: bool = False) -> dict:
   """Evaluates a checkpoint and writes its report; returns what results.json holds.
 
   What is needed at the end is looked at before the work: where the report goes, and what it reads beside the cohort.
@@ -56,6 +58,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   cohort = cohort_room.load(cohort_path) if cohort_path else own_cohort(workdir, step)
   distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,
                      "the fingerprint of the cohort": cohort.fingerprint, "the content of its files": cohort.content})
+  seen = people.held_out(cohort, people.of_run(workdir, step), f"had part in the training of {workdir}", allow_seen, "--allow_seen")
   run = restore.load_run(workdir, step)
   distributed.check_mesh(run.mesh)
   model = run.config.model
@@ -89,6 +92,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     report.check_place(out)
     earlier, curves = scored_before(pathlib.Path(workdir), cohort), metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
   read = prepared(cohort)
+  if first_process and seen["note"]:
+    print(seen["note"], flush=True)
   if first_process and "event_years" in cohort.info["shapes"] and not survival.installed():
     print("no incident risk: the cohort has dates, but scikit-survival is not installed; pip install 'mmcl-jax[survival]'")
   if fields and not has_cmr and first_process:
@@ -119,6 +124,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   results, predictions, probe = phenotypes.evaluate(features, names, units, measured)
   results["diseases"], sick, _ = diseases.evaluate(features, cohort.info["diseases"], ill)
   predictions |= {f"disease_{name}": x for name, x in sick.items() if name != "subject"}
+  probe["note"] = seen["note"]  # for whoever reads the intervals alone
   scored = [c for c, score in enumerate(results["diseases"]["embedding"].values()) if "auroc" in score]
   members = {group: [names.index(name) for name in found] for group, found in results["group_members"].items()}
   whole = {model: [score["value"] for score in groups.values()] for model, groups in results["groups"].items()
@@ -142,7 +148,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   results |= {"note": note, "encoder": reads, "workdir": str(workdir), "step": run.step,
               "checkpoint": restore.checksum(workdir, run.step), "cohort": cohort.path,
               "cohort_fingerprint": cohort.fingerprint, "counts": {split: len(f["subject"]) for split, f in features.items()},
-              "data": data_card(cohort, features) | read, "config": json.loads(run.config.to_json_best_effort())}
+              "data": data_card(cohort, features) | read, "seen_people": seen,
+              "config": json.loads(run.config.to_json_best_effort())}
   if not first_process:
     return results
   drawings = {}

@@ -21,9 +21,10 @@ from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import (checkpoint, distributed, faults, frozen, initialise, lock, metrics, parallel, restore,
+from mmcl_jax.training import (checkpoint, distributed, faults, frozen, initialise, lock, metrics, parallel, people, restore,
                                state as state_room, steps as step_room, stopping)
 
+ALLOW = "--config.data.allow_seen=True"
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 
 
@@ -63,6 +64,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
   stopping.check(config)
   model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
   check_cohorts(cohort, others, config)
+  learned_from = people_of(cohort, others, config, workdir, start)
   cohort, others = tolerant(cohort, config), [(tolerant(one, config), share) for one, share in others]
   first_process = jax.process_index() == 0
 
@@ -122,7 +124,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
     train_step = jax.jit(step_on_hosts, donate_argnums=0, out_shardings=(where, None))
     writer = metrics.create_writer(workdir, start, just_logging=not first_process)
     progress = metrics.Progress(start, config.steps, config.batch)
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep, people.as_arrays(learned_from))
     batches = batch_of(start)
     spikes = faults.Spikes()
     pending = None  # (step, metrics) on the device: fetched one step late, so that fetching never stalls it
@@ -292,7 +294,7 @@ def check_cohorts(cohort, others, config):
   if config.model.get("segmenter") and any(config.augment.cmr.values()):
     raise UserError(f"config.augment.cmr is {config.augment.cmr.to_dict()}, and labels, which the segmenter learns from, would not "
                     "follow; set all of it to 0")
-  check_splits(cohort, others)
+  check_splits(cohort, others, config)
   shares = [share for _, share in others]
   if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
     raise UserError(f"config.data.mix has the shares {shares}; expected each in (0, 1), and less than 1 together")
@@ -303,17 +305,31 @@ def check_cohorts(cohort, others, config):
     raise UserError(f"config.data.samples is {config.data.samples}; the cohort's recordings have {length} samples")
 
 
-def check_splits(cohort, others):
+def check_splits(cohort, others, config):
   """Nobody who is held out in the first cohort may come back to train through another one."""
   for other, _ in others:
-    if other.info["source"] == cohort.info["source"] and other.info.get("salt_tag") != cohort.info.get("salt_tag"):
+    if (other.info["source"] == cohort.info["source"] and other.info.get("salt_tag") != cohort.info.get("salt_tag")
+        and not config.data.allow_seen):
       raise UserError(f"{other.path} and {cohort.path} are both of {cohort.info['source']} and were prepared with different salts, so "
-                      "people held out in one may train in the other unseen; prepare both with the same --private")
-    held_out, trained = cohort_room.subjects(cohort), cohort_room.subjects(other)["train"]
-    held_out = {row.tobytes() for split in ("val", "test") for row in held_out[split]}
-    if both := len({row.tobytes() for row in trained} & held_out):
-      raise UserError(f"{both} people in the train split of {other.path} are held out in {cohort.path}; prepare both with the same "
-                      "--private and the same --split")
+                      f"people held out in one may train in the other unseen; prepare both with the same --private, or {ALLOW} to go on")
+    tell_seen(cohort, people.of_cohort(other), f"are in the train split of {other.path}", config)
+
+
+def people_of(cohort, others, config, workdir: str, start: int) -> people.People:
+  """Whom this run learns from, and whom the stages before it did; nobody of these may be held out in its cohort."""
+  before = [people.of_run(workdir, start)] if start else []
+  for stage in dict.fromkeys(filter(None, () if start else config.init_from.values())):
+    if (step := checkpoint.chosen(stage)) is not None:  # else initialise.carry_over has a word on it
+      before.append(people.of_run(stage, step))
+      tell_seen(cohort, before[-1], f"had part in the training of {stage} (config.init_from)", config)
+  own = people.of_cohort(cohort, chooses=config.stop_after > 0)
+  return people.together(*before, own, *(people.of_cohort(other) for other, _ in others))
+
+
+def tell_seen(cohort, earlier: people.People, part: str, config) -> None:
+  note = people.held_out(cohort, earlier, part, config.data.allow_seen, ALLOW)["note"]
+  if note and jax.process_index() == 0:
+    print(note, flush=True)
 
 
 def mixed(cohort, others, config, records) -> list[pipeline.Mixed]:

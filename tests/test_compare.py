@@ -61,6 +61,20 @@ def test_scores_are_sklearn_s_and_only_what_differs_stands(runs):
   assert "made up" in page and page.count("data:image/png") == 1 and " *" in page
 
 
+@pytest.mark.reported("people that a run had trained on were no matter in a comparison")
+def test_people_seen_in_training_are_told_of_each_run(runs):
+  stored = dict(np.load(runs / "poor/evaluation/10/predictions.npz"))
+  arrays = [stored[name] for name in ("y_true", "disease_y_true", "embedding", "disease_embedding")]
+  for name, seen in (("leak", {"test": 2, "note": "2 of 4 test people"}), ("clean", {"test": 0, "note": ""}), ("odd", {"note": 3})):
+    write(runs / name / "evaluation/10", *arrays, seen_people=seen)
+  text = compare.compare([str(runs / name) for name in ("clean", "leak", "good")], str(runs / "out"))
+  assert "leak: 2 of 4 test people" in text and "clean: " not in text
+  assert "leak: 2 of 4 test people" in (runs / "out/report.html").read_text()
+  assert json.loads((runs / "out/results.json").read_text())["seen_people"].keys() == {"clean", "leak"}
+  with pytest.raises(UserError, match="seen_people not in the form"):
+    compare.compare([str(runs / "good"), str(runs / "odd")], str(runs / "out"))
+
+
 def test_a_run_against_itself_differs_by_nothing(runs):
   compare.compare([str(runs / "good"), str(runs / "good/evaluation/10")], str(runs / "out"))
   found = json.loads((runs / "out/results.json").read_text())

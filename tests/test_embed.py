@@ -110,6 +110,17 @@ def probes(tmp_path, half_width=(30.0, 5.5), **more):
   return arrays
 
 
+@pytest.mark.reported("intervals were given without a word where people to judge them by had part in training")
+def test_what_an_evaluation_says_of_people_seen_in_training_is_said_of_the_intervals(tmp_path, capsys):
+  probes(tmp_path)
+  folder = tmp_path / "evaluation/70"
+  embed.load_probes(tmp_path, 70, folder)
+  assert capsys.readouterr().out == ""
+  probes(tmp_path, note="2 of 4 test people had part in training")
+  embed.load_probes(tmp_path, 70, folder)
+  assert "intervals: 2 of 4 test people had part in training" in capsys.readouterr().out
+
+
 # Rows
 
 

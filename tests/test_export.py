@@ -279,12 +279,13 @@ def test_diseases_that_were_scored_and_a_second_look(run, results):
   scored = {"cases": 40, "n": 300, "auroc": 0.7128, "auroc_ci": [0.61, 0.8], "auprc": 0.3, "auprc_ci": [0.2, 0.4]}
   few = {"cases": 3, "n": 300, "train_cases": 5}
   changed = results | {"diseases": {model: {"HF": scored, "A|F <b>": few} for model in ("embedding", "covariates")},
-                       "test_scored": 3}
+                       "test_scored": 3, "seen_people": {"test": 2, "val": 0, "note": "2 of 4 test people"}}
   card = model_card.model_card(run.config, run.manifest, changed)
   found = rows_of(card, "Diseases on test (few cases: counted, not scored)")
   assert found["HF"]["AUROC embedding"] == "0.713 [0.610, 0.800]"
   assert found["A\\|F &lt;b>"]["AUROC embedding"] == "-"  # a name opens neither a cell nor a tag
   assert "scored 3 times" in card and "looks better here than it is" in card
+  assert "**2 of 4 test people**" in card.partition("## ")[0]
 
 
 def test_weights_from_elsewhere_and_another_cohort(run, results):

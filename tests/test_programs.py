@@ -1,6 +1,7 @@
 """The programs one after the other, as a user runs them: train, evaluate, embed."""
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import diseases, survival
-from mmcl_jax.training import backend, metrics
+from mmcl_jax.training import backend, metrics, people
 
 REAL = pathlib.Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
 
@@ -141,9 +142,9 @@ def test_evaluations_on_cohorts_of_one_name_lie_side_by_side(tmp_path, own, step
   assert evaluate.place(tmp_path, run, types.SimpleNamespace(path="/d/c", fingerprint="h")) == found
 
 
-def dated(item):
+def dated(item, seed=8):
   """A synthetic ECG with dates, without a CMR: every eighth had AF before the visit, of the others it comes to 6 in 10."""
-  record, flags = source.read(8, False, item)
+  record, flags = source.read(seed, False, item)
   record = {name: x for name, x in record.items() if name not in ("ed_es_volumes", "labels", "cine_slice", "three_frames", "spacing")}
   sick, years = item.key % 8 == 0, np.random.default_rng(item.key).exponential(5)
   record["diseases"] = np.where(np.array(schema.DISEASES) == "AF", float(sick), 0).astype(np.float32)
@@ -152,13 +153,27 @@ def dated(item):
   return record | {"has_cmr": np.False_, "followed_years": np.float32(5)}, flags
 
 
-def test_a_cohort_with_dates_is_scored_for_incident_disease(workdir, tmp_path, monkeypatch):
+@pytest.mark.reported("people that a run had trained on came back as test people of another cohort")
+def test_a_cohort_with_dates_is_scored_for_incident_disease_and_people_seen_in_training_are_told(workdir, cohort, tmp_path, monkeypatch,
+                                                                                                   capsys):
   metrics = pytest.importorskip("sksurv.metrics")
-  plan = source.plan(argparse.Namespace(subjects=SUBJECTS, seed=8))._replace(read=dated)
-  cohort = builder.build(str(tmp_path / "dated"), plan, shares=SHARES, profile="minimal", processes=1)
-  monkeypatch.setattr(survival, "FEWEST_EVENTS", 5)  # of 18 in test
-  evaluate.main([f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"])
+  plan = source.plan(argparse.Namespace(subjects=SUBJECTS, seed=7))  # the people of training, split otherwise
+  plan = plan._replace(read=functools.partial(dated, seed=7))
+  trained = people.hashes(cohort)["train"]
+  cohort = builder.build(str(tmp_path / "dated"), plan, shares=(0.3, 0.1, 0.6), profile="minimal", processes=1)
+  monkeypatch.setattr(survival, "FEWEST_EVENTS", 5)  # of half of them in test
+  flags = [f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"]
+  seen = {split: np.isin(found, trained).sum() for split, found in people.hashes(cohort).items()}
+  told = " and ".join(f"{seen[split]} of {cohort.info['counts'][split]} {split} people" for split in ("test", "val") if seen[split])
+  with pytest.raises(UserError, match=f"^{told} of .*dated had part in the training of .* or --allow_seen to go on"):
+    evaluate.main(flags)
   out = workdir / "evaluation/3-dated"
+  assert not out.exists()
+  evaluate.main([*flags, "--allow_seen"])
+  told = f"{told} of the cohort had part in training"
+  assert told in capsys.readouterr().out and told in (out / "report.html").read_text()
+  assert json.loads((out / "results.json").read_text())["seen_people"]["test"] == seen["test"] > 0
+  assert told in str(np.load(out / "probes.npz")["note"])
   found, saved = json.loads((out / "results.json").read_text())["survival"], np.load(out / "predictions.npz")
   af, test = schema.DISEASES.index("AF"), cohort.splits["test"]
   records = [test[i] for i in range(len(test))]

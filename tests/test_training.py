@@ -17,7 +17,7 @@ from mmcl_jax import cli, configuration, train
 from mmcl_jax.data import builder, cohort as cohort_room
 from mmcl_jax.data.sources import synthetic as synthetic_source
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, metrics, restore
+from mmcl_jax.training import checkpoint, metrics, people, restore
 
 # Loss and gradient norm of step 1 of the tiny config on the tiny cohort. If you meant to change the model, the
 # objectives, the augmentation, the data order or the synthetic heart, replace them by what the failing test prints.
@@ -126,18 +126,48 @@ def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg
   assert not (tmp_path / "w").exists()
 
 
-def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, tmp_path):
-  plan = synthetic_source.plan(types.SimpleNamespace(subjects=64, seed=7))  # the same people, all of them in train
-  again = builder.build(str(tmp_path / "c"), plan, shares=(1, 0, 0), profile="minimal", processes=1)
+@pytest.fixture(scope="module")
+def all_in_train(tmp_path_factory):
+  """A cohort of the same people as `cohort`, all of them in train."""
+  plan = synthetic_source.plan(types.SimpleNamespace(subjects=64, seed=7))
+  return builder.build(str(tmp_path_factory.mktemp("all") / "c"), plan, shares=(1, 0, 0), profile="minimal", processes=1)
+
+
+def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, all_in_train, tmp_path):
+  again = pathlib.Path(shutil.copytree(all_in_train.path, tmp_path / "c"))
   config = tiny_config(cohort.path)
-  config.data.mix = ((again.path, 0.5),)
-  held_out = cohort.info["counts"]["val"] + cohort.info["counts"]["test"]
-  with pytest.raises(UserError, match=f"^{held_out} people in the train split"):
+  config.data.mix = ((str(again), 0.5),)
+  test, val = (cohort.info["counts"][split] for split in ("test", "val"))
+  with pytest.raises(UserError, match=f"^{test} of {test} test people and {val} of {val} val people .* are in the train split of {again}"):
     train.train(config, str(tmp_path / "w"))
   description = tmp_path / "c/cohort.json"
   description.write_text(json.dumps(json.loads(description.read_text()) | {"salt_tag": "another"}))
   with pytest.raises(UserError, match="prepared with different salts"):
     train.train(config, str(tmp_path / "w"))
+
+
+@pytest.mark.reported("people that an earlier stage had trained on came back as test people")
+def test_people_of_an_earlier_stage_are_not_held_out_in_a_later_one(finished, cohort, all_in_train, tmp_path, capsys):
+  """Stages on one cohort go on without a word; here the first one had learned from everybody."""
+  earlier, config = tmp_path / "earlier", tiny_config(cohort.path)
+  run = lambda: train.people_of(cohort, [], config, str(tmp_path / "w"), 0)
+  config.init_from.ecg = str(finished[0])
+  assert len(run().train["synthetic"]) == cohort.info["counts"]["train"] and capsys.readouterr().out == ""
+  shutil.copytree(finished[0] / "checkpoints/6", earlier / "checkpoints/6")
+  shutil.copy(finished[0] / "config.json", earlier)
+  np.savez(earlier / "checkpoints/6/people.npz", **people.as_arrays(people.of_cohort(all_in_train)))
+  config.init_from.ecg = str(earlier)
+  test = cohort.info["counts"]["test"]
+  with pytest.raises(UserError, match=f"^{test} of {test} test people .* of {earlier} .* or --config.data.allow_seen=True"):
+    train.train(config, str(tmp_path / "w"))
+  assert not (tmp_path / "w").exists()
+  config.data.allow_seen = True
+  assert len(run().train["synthetic"]) == 64 and f"{test} of {test} test people" in capsys.readouterr().out
+
+
+def test_a_checkpoint_tells_whom_it_learned_from(finished, cohort):
+  assert people.of_run(str(finished[0]), 3).train["synthetic"].tolist() == people.hashes(cohort)["train"].tolist()
+  assert "people.npz" in checkpoint.manifest(str(finished[0]), 3)["files"]
 
 
 def test_a_finished_run_resumes_to_itself(finished, cohort):

@@ -59,7 +59,8 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
               "Training data": training_data(manifest, results), "Quantitative analyses": scores(results),
               "Ethical considerations": ETHICS, "Caveats and recommendations": caveats(results),
               "How to load it": loader(config, results)}
-  notes = [RESEARCH_ONLY, *([results["note"]] if results and results.get("note") else [])]
+  told = (results.get("note"), escaped(results.get("seen_people", {}).get("note", ""))) if results else ()
+  notes = [RESEARCH_ONLY, *filter(None, told)]
   head = [f"# Model card: ECG encoder, step {manifest['step']}", *(f"**{note}**" for note in notes)]
   return "\n\n".join([*head, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
 

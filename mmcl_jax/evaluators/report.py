@@ -238,6 +238,7 @@ def completeness_rows(completeness):
 def _evaluation_page(results, images):
   facts = {k: v for k, v in results.items() if k != "note" and not isinstance(v, (dict, list))}
   notes = [results["note"]] if results.get("note") else []
+  notes += [told] if (told := results.get("seen_people", {}).get("note")) else []
   notes.append(LIMITS.format(encoder=results.get("encoder", "ECG")))
   if (times := results.get("test_scored", 1)) > 1:
     notes.append(f"The test split of this cohort has been scored {times} times from this workdir. A run that was chosen by "

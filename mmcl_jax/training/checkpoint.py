@@ -4,6 +4,7 @@
     WORKDIR/run                             a random name, which all its manifests repeat
     WORKDIR/checkpoints/STEP/state          orbax arrays, restorable on any mesh and any number of hosts
     WORKDIR/checkpoints/STEP/data           position in the data stream, JSON
+    WORKDIR/checkpoints/STEP/people.npz     whom the run has learned from (training/people.py)
     WORKDIR/checkpoints/STEP/meta/manifest.json   versions, cohort fingerprint, checksum of every file above,
                                             its own step and run
 
@@ -24,19 +25,25 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mmcl_jax import files
 from mmcl_jax.errors import UserError
 
 FORMAT = "mmcl_jax/3"
+PEOPLE = "people.npz"
 BEFORE = "mmcl_jax/2"  # still read: its manifest has no checksum of itself
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. `save` returns at once; `finish` waits, writes the manifest and drops old steps."""
+  """The checkpoints of one workdir. `save` returns at once; `finish` waits, writes the manifest and drops old steps.
 
-  def __init__(self, workdir: str, keep: int):
+  `people`: {name: array}, kept as PEOPLE in every step; None: nobody knows them.
+  """
+
+  def __init__(self, workdir: str, keep: int, people: dict[str, Any] | None = None):
+    self.people = people
     self.folder, self.keep = pathlib.Path(os.path.abspath(workdir)) / "checkpoints", keep
     self.config = [file for file in (self.folder.parent / "config.json",) if file.is_file()]  # weights alone have none
     self.pending = None
@@ -72,6 +79,9 @@ class Checkpoints:
       self.manager.wait_until_finished()
       self.check_there()  # before it counts
       if jax.process_index() == 0:
+        if self.people is not None:
+          with files.new(self.folder / str(step) / PEOPLE, "wb") as file:
+            np.savez(file, **self.people)
         sign(self.folder / str(step), {"run": self.run, **meta})
         for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
           (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)  # first: half a step must not count
