@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmcl_jax import files
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import figures, report, statistics
 from mmcl_jax.evaluators.phenotypes import FEWEST_TEST_ROWS
@@ -122,9 +123,8 @@ def read(path: pathlib.Path) -> Evaluation:
     folder = max(steps, key=lambda one: int(one.name))
   try:
     results = json.loads((folder / "results.json").read_text())
-    with np.load(folder / "predictions.npz") as arrays:
-      predictions = {name: np.asarray(x) for name, x in arrays.items()}  # bytes, where a member is no array
-  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
+    predictions = files.arrays(folder / "predictions.npz")  # bytes, where a member is no array
+  except Exception as error:  # see `arrays`
     raise UserError(f"cannot read the evaluation in {folder} ({error}); mmcl evaluate makes it anew") from error
   lacking = [f"{name} in results.json" for name in ("phenotypes", "diseases", "cohort", "cohort_fingerprint") if name not in results]
   lacking += [f"{name} in predictions.npz" for name in ("subject", "y_true", "embedding", "disease_y_true", "disease_embedding")

@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from mmcl_jax import files
 from mmcl_jax.errors import UserError
 from mmcl_jax.paths import local
 
@@ -216,10 +217,8 @@ def as_text(config: ConfigDict) -> str:
 
 
 def save(config: ConfigDict, workdir: str) -> None:
-  folder = pathlib.Path(workdir)
-  partial = folder / "config.json.partial"
-  partial.write_text(as_text(config))
-  partial.rename(folder / "config.json")
+  with files.replaced(pathlib.Path(workdir) / "config.json") as file:
+    file.write(as_text(config))
 
 
 def load(workdir: str) -> ConfigDict:

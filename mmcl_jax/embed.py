@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from mmcl_jax import files
 from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
 from mmcl_jax.data.preprocess.ecg import samples
 from mmcl_jax.data.readers import ecg_file, find_ecg
@@ -145,13 +146,13 @@ def load_probes(workdir, step, folder: Path) -> Probes:
             "has moved or the weights come from elsewhere)", flush=True)
     return Probes()
   try:
-    with np.load(path, allow_pickle=False) as arrays:
-      columns = tuple(f"{name}_{unit}" for name, unit in zip(arrays["names"], arrays["units"], strict=True))
-      checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-      coef, intercept, half_width = (np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width"))
-      probes = Probes(columns, coef, intercept, half_width, checksum, tuple(map(str, arrays["units"])))
-      note = str(arrays["note"]) if "note" in arrays else ""
-  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike; an old one a KeyError
+    arrays = files.arrays(path)
+    columns = tuple(f"{name}_{unit}" for name, unit in zip(arrays["names"], arrays["units"], strict=True))
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    coef, intercept, half_width = (np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width"))
+    probes = Probes(columns, coef, intercept, half_width, checksum, tuple(map(str, arrays["units"])))
+    note = str(arrays["note"]) if "note" in arrays else ""
+  except Exception as error:  # see `files.arrays`; an old one a KeyError
     raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error
   if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
     raise UserError(f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}, "
@@ -241,8 +242,8 @@ def write(file, rows, embeddings, probes, run) -> np.ndarray:
     for column, x in ((name, value), (f"{name}_low", value - half), (f"{name}_high", value + half)):
       columns[column] = pa.array(x, mask=rejected)
   about = json.dumps({"run": run, "counts": counts})
-  pq.write_table(pa.table(columns).replace_schema_metadata({"mmcl_jax": about}), file.with_name(f".{file.name}"))
-  os.replace(file.with_name(f".{file.name}"), file)
+  with files.replaced(file, "wb") as whole:
+    pq.write_table(pa.table(columns).replace_schema_metadata({"mmcl_jax": about}), whole)
   return np.array(counts)
 
 

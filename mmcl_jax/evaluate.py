@@ -54,6 +54,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   Several hosts embed the recordings together and all get the same results; the first one prints and writes them, and
   counts the times that test was scored.
   """
+  files.no_links(pathlib.Path(workdir) / "evaluation")
   step = restore.choose(workdir, step)
   cohort = cohort_room.load(cohort_path) if cohort_path else own_cohort(workdir, step)
   distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,

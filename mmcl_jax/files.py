@@ -1,4 +1,4 @@
-"""Files of the programs' own: written whole or not at all, never through a link, and their locks.
+"""Files of the programs' own: written whole or not at all, never through a link; their locks; archives read within bounds.
 
 A workdir or a cohort may come from a stranger, or lie where others write too: a link there, under a name that we write to,
 would have us write over any file of the user's.
@@ -10,10 +10,14 @@ import fcntl
 import os
 import pathlib
 import stat
+import zipfile
+
+import numpy as np
 
 from mmcl_jax.errors import UserError
 
 ENOTSUPP = 524  # the kernel's own, which autofs and NFS let through; errno has no name for it
+MOST_BYTES = 2**30  # of the arrays of an archive: predictions of a million people for a hundred phenotypes take 0.8 GB
 UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, ENOTSUPP}  # what file systems without locks say
 
 
@@ -73,3 +77,16 @@ def locked(file: int, where: str) -> bool:
       raise
     print(f"{where} is on a file system without locks; make sure that nothing else writes to it", flush=True)
   return True
+
+
+def arrays(path) -> dict[str, np.ndarray]:
+  """The arrays of an .npz by name; of a damaged one zlib's, zipfile's and NumPy's errors alike, ValueError for one too large.
+
+  A small file may unfold to any size; and pickles, which may run anything, are not read.
+  """
+  if not zipfile.is_zipfile(path):
+    raise ValueError("it is no archive of arrays")
+  with np.load(path, allow_pickle=False) as found:
+    if (size := sum(member.file_size for member in found.zip.infolist())) > MOST_BYTES:
+      raise ValueError(f"its arrays take {size:,} bytes, at most {MOST_BYTES:,} are read")
+    return {name: np.asarray(x) for name, x in found.items()}

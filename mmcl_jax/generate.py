@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
+from mmcl_jax import files
 from mmcl_jax.data import schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
@@ -146,6 +147,7 @@ def made(folder: pathlib.Path, path: str, about: dict) -> dict | None:
 def write_one(folder: pathlib.Path, stacks: np.ndarray, labels: np.ndarray, spacing: list[float], about: dict) -> dict:
   """Writes the hearts of a recording, stacks and labels uint8 [S, P, Z, H, W], whole or not at all; their mean and SD by name."""
   partial = folder.with_name(f".{folder.name}.partial")
+  files.no_links(partial)
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
   for i, (stack, label) in enumerate(zip(stacks, labels), 1):
@@ -176,12 +178,10 @@ def save_nifti(file: pathlib.Path, stack: np.ndarray, spacing: list[float]) -> N
 
 def write_table(file: pathlib.Path, rows: list[dict]) -> None:
   columns = list(dict.fromkeys(name for row in rows for name in row))
-  partial = file.with_name(f".{file.name}")
-  with open(partial, "w", newline="", encoding="utf-8") as table:
+  with files.replaced(file, newline="", encoding="utf-8") as table:
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
     writer.writerows(rows)
-  os.replace(partial, file)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mmcl_jax import files
 from mmcl_jax.data import cohort as cohort_room, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import drawings, quality
 from mmcl_jax.evaluators.figures import SYNTHETIC_NOTE
 from mmcl_jax.paths import local
@@ -129,14 +129,8 @@ def number(value: float | None) -> str:
 
 def save(pixels: np.ndarray, out: Path) -> None:
   """Writes a PNG whole or not at all; printed at 100 % it is to scale."""
-  temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-  try:
-    Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, "PNG", dpi=(DPI, DPI))
-    os.replace(temporary, out)
-  except OSError as error:
-    raise UserError(f"cannot write {out}: {error.strerror or error}") from None
-  finally:
-    temporary.unlink(missing_ok=True)
+  with writing(out), files.replaced(out, "wb") as file:
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", dpi=(DPI, DPI))
 
 
 if __name__ == "__main__":

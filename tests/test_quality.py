@@ -479,8 +479,8 @@ def test_a_drawing_is_whole_or_absent(cohort, tmp_path, monkeypatch):
   out = tmp_path / "a.png"
   out.write_bytes(b"earlier")
 
-  def half(self, path, *args, **kwargs):
-    pathlib.Path(path).write_bytes(b"half")
+  def half(self, file, *args, **kwargs):
+    file.write(b"half")
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(Image.Image, "save", half)

@@ -187,8 +187,58 @@ def test_safetensors_with_a_lying_header(tmp_path):
                                                                        None), ({"a": entry, "b": entry}, None),
                          ({"a": entry | {"data_offsets": [24, 0]}}, None), ({"a": entry | {"dtype": "X9"}}, None),
                          ({"a": entry}, 2 ** 60), ({"a": entry}, 5), ([1, 2], None)):
-    refused(safetensors(file, header, length=length), "no safetensors file, or a damaged one|no zip")
+    refused(safetensors(file, header, length=length), "no safetensors file, or a damaged one|of the type 'X9'|no zip")
   refused(safetensors(file, {"a": entry}, data=bytes(20)), "no safetensors file, or a damaged one")
+
+
+@pytest.mark.reported("safetensors of float8 or float4 ended in an AttributeError")
+@pytest.mark.parametrize("dtype, bits", [("F8_E4M3", 8), ("F8_E5M2", 8), ("F8_E8M0", 8), ("F4", 4), ("F6_E2M3", 6), ("C64", 64)])
+def test_types_that_numpy_lacks_are_named(tmp_path, dtype, bits):
+  header = {"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, bits // 2]}}
+  refused(safetensors(tmp_path / "x.safetensors", header, data=bytes(bits // 2)), f"'a' is of the type '{dtype}'.*save it as float32")
+
+
+ANNOUNCED = {
+    "more than the file holds": ({"dtype": "F32", "shape": [2**41], "data_offsets": [0, 2**43]}, "no safetensors file, or a damaged one"),
+    "no value at all": ({"dtype": "F32", "shape": [2**41, 0], "data_offsets": [0, 0]}, "no tensor in it has a value"),
+    "axes without end": ({"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}, "shape of 'a' is not in form"),
+    "text for a length": ({"dtype": "F32", "shape": ["x" * 2**20, 2**20], "data_offsets": [0, 4]}, "shape of 'a' is not in form"),
+}
+
+
+@pytest.mark.reported("shapes that announce 7 TiB ended in a MemoryError")
+@pytest.mark.parametrize("name", ANNOUNCED)
+def test_what_a_header_announces_takes_no_memory(tmp_path, name):
+  entry, words = ANNOUNCED[name]
+  refused(safetensors(tmp_path / "x.safetensors", {"a": entry}, data=bytes(4)), words)
+
+
+@pytest.mark.reported("shapes that announce 7 TiB ended in a MemoryError")
+def test_a_file_too_large_for_weights_is_not_mapped(tmp_path):
+  """7 TiB that take no room on the disk, as holes do."""
+  file = safetensors(tmp_path / "x.safetensors", {"a": {"dtype": "F32", "shape": [7 * 2**38], "data_offsets": [0, 7 * 2**40]}})
+  with open(file, "r+b") as f:
+    f.truncate(7 * 2**40)
+  refused(file, "7,168 GiB; at most 16 GiB are read")
+
+
+ENDLESS = {"lists": b"]", "dicts": b"}", "tuples": b"))", "marks": b"(", "numbers": b"K\x01", "names": b"]\x94"}
+
+
+@pytest.mark.reported("a 60 MB pickle of empty lists took 108 s and 4.3 GB")
+@pytest.mark.parametrize("name", ENDLESS)
+def test_pickles_of_nothing_end_after_so_many_steps(tmp_path, monkeypatch, name):
+  file = by_hand.raw(tmp_path / "x.pt", b"\x80\x04](" + ENDLESS[name] * 50_000 + b"e.", **{"0": b"\0\0\0\0"})
+  monkeypatch.setattr(mmcl_pt._Counted, "left", 40_000)
+  refused(file, "steps; expected at most some 200,000 tensors")
+  with pytest.raises(BadRecord, match="steps"):
+    mmcl_pt.load(file)
+
+
+def test_the_directory_of_an_archive_is_bounded(tmp_path, monkeypatch):
+  file = by_hand.raw(tmp_path / "x.pt", b"\x80\x04N.", **{str(i): b"" for i in range(100)})
+  monkeypatch.setattr(mmcl_pt, "MAX_DIRECTORY_BYTES", 5000)
+  refused(file, "an archive whose directory has .* bytes; expected at most 5000")
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])

@@ -121,6 +121,7 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
     clear(target)
     print(f"{out} is there, of the same paths and settings: nothing was read again; remove it to make it anew")
     return made
+  files.no_links(partial)
   partial.mkdir(parents=True, exist_ok=True)
   with open(files.opened(partial / "lock", os.O_RDWR), "w") as lock:
     if not files.locked(lock.fileno(), str(partial)):

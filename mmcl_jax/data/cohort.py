@@ -22,6 +22,7 @@ from array_record.python import array_record_data_source
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import DamagedRecord, UserError, is_environment
+from mmcl_jax.files import arrays
 
 NAME, VERSION = "ecg_cmr", "1.0.0"
 SHARD = re.compile(rf"{NAME}/\d+\.\d+\.\d+/{NAME}-({'|'.join(schema.SPLITS)})\.array_record-\d{{5}}-of-\d{{5}}")
@@ -222,9 +223,9 @@ def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise UserError(f"{path} is missing: copy it again, or prepare the cohort again with this version")
   try:
-    with np.load(path, allow_pickle=False) as file:
-      found = {split: np.asarray(file[split], np.uint32).reshape(-1, 2) for split in schema.SPLITS}
-  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
+    content = arrays(path)
+    found = {split: np.asarray(content[split], np.uint32).reshape(-1, 2) for split in schema.SPLITS}
+  except Exception as error:  # see `arrays`
     raise UserError(f"{path} is not readable ({error}); copy it again, or prepare the cohort again") from None
   if wrong := [split for split, rows in found.items() if len(rows) != cohort.info["counts"][split]]:
     raise UserError(f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the cohort again")

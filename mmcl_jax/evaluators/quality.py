@@ -5,13 +5,13 @@ salted hash alone.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from mmcl_jax import files
 from mmcl_jax.data import ukb_fields
 from mmcl_jax.data.builder import Outcome
 from mmcl_jax.data.cohort import Cohort
@@ -195,6 +195,5 @@ def _finite(value):
 
 
 def _replace(path, text):
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
+  with files.replaced(path, encoding="utf-8") as file:
+    file.write(text)

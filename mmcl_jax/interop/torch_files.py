@@ -1,16 +1,26 @@
 """Weights of a file of torch.save (.pth, .pt, .ckpt) or safetensors: arrays by key, nothing of the file is executed."""
 
+import json
+import math
+import mmap
 import os
 import pathlib
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mmcl_jax import files
 from mmcl_jax.data.readers import mmcl_pt
 from mmcl_jax.errors import BadRecord, UserError
 
+MAX_BYTES = 16 * 2**30         # of a file: 4 billion weights, or 1.3 billion with the moments of Adam
+MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file; a tensor takes about 100 bytes: 160,000 tensors
+MAX_AXES = 64                  # as NumPy's
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+          "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")  # where checkpoints keep their weights
 
 
@@ -31,18 +41,50 @@ def read(path) -> Weights:
   path = os.path.realpath(path)
   try:
     with open(path, "rb") as file:
-      head = file.read(9)
-    if head[8:] == b"{":  # after the length of the header, 64 bits
-      with safetensors.safe_open(path, "np") as file:
-        return Weights({key: file.get_tensor(key) for key in file.keys()}, [], file.metadata() or {})
-    tree = mmcl_pt.load_checkpoint(path)
+      if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+        raise BadRecord(f"{size / 2**30:,.0f} GiB; at most {MAX_BYTES // 2**30} GiB are read")
+      if file.read(9)[8:] == b"{":  # after the length of the header, 64 bits
+        return read_safetensors(file)
+    return find(mmcl_pt.load_checkpoint(path), path)
   except BadRecord as error:
     raise UserError(f"{path}: {error}; expected a file of torch.save (.pth, .pt, .ckpt) or safetensors") from None
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-  except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:  # also a type that NumPy lacks
-    raise UserError(f"{path} is no safetensors file, or a damaged one ({error})") from None
-  return find(tree, path)
+
+
+def read_safetensors(file) -> Weights:
+  """The arrays of a safetensors file, mapped: what a header claims takes no memory.
+
+  Format: https://huggingface.co/docs/safetensors, 8 bytes with the length of a JSON header, the header, the values.
+
+  Raises:
+    BadRecord: damaged, or a tensor of a type that NumPy has no like of.
+  """
+  content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  start = 8 + int.from_bytes(content[:8], "little")
+  if start > min(len(content), 8 + MAX_HEADER_BYTES):
+    raise BadRecord(f"no safetensors file, or a damaged one: a header of {start - 8:,} bytes, the file has {len(content):,}; at most "
+                    f"{MAX_HEADER_BYTES:,} are read")
+  state, end = {}, start
+  try:
+    header = json.loads(content[8:start])
+    metadata = header.pop("__metadata__", {})
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+      if (name := entry["dtype"]) not in DTYPES:
+        raise BadRecord(f"{key[:80]!r} is of the type {str(name)[:20]!r}, which has no like here; save it as float32")
+      shape, dtype = entry["shape"], np.dtype(DTYPES[name])
+      if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape of {key[:80]!r} is not in form")
+      begin, count = end, math.prod(shape)
+      end += count * dtype.itemsize
+      if entry["data_offsets"] != [begin - start, end - start] or end > len(content):
+        raise ValueError(f"the place of {key[:80]!r} does not go with its shape, or is not in the file")
+      state[key] = np.frombuffer(content, dtype, count, begin).reshape(shape)
+  except BadRecord:
+    raise
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise BadRecord(f"no safetensors file, or a damaged one ({error})") from None
+  return filled(state, [], metadata if isinstance(metadata, dict) else {})
 
 
 def find(tree, path) -> Weights:
@@ -57,7 +99,15 @@ def find(tree, path) -> Weights:
                     "Save its model.state_dict() instead")
   beside = [str(key) for x in ([tree, state] if found else [tree]) for key, value in x.items()
             if not isinstance(value, np.ndarray) and key not in found]
-  return Weights({str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}, beside, {})
+  return filled({str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}, beside, {})
+
+
+def filled(state: dict[str, np.ndarray], beside: list[str], metadata: dict[str, str]) -> Weights:
+  """Arrays without a value, whose shapes may announce anything, count as something beside the weights."""
+  weights = {key: x for key, x in state.items() if x.size}
+  if not weights:
+    raise BadRecord("no tensor in it has a value")
+  return Weights(weights, [*beside, *(key for key in state if key not in weights)], metadata)
 
 
 def save(state: dict[str, np.ndarray], path, metadata: dict[str, str]) -> None:
@@ -66,6 +116,7 @@ def save(state: dict[str, np.ndarray], path, metadata: dict[str, str]) -> None:
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   whole = {key: np.asarray(x, order="C") for key, x in state.items()}
   try:
+    files.new(partial).close()
     safetensors.numpy.save_file(whole, partial, {"format": "pt"} | metadata)
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:

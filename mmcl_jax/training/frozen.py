@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mmcl_jax import files
 from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
@@ -57,26 +58,27 @@ def with_features(cohort, split: str, model, variables, mesh, workdir: str, batc
   if not frozen or not len(source):
     return source
   root = folder(cohort, workdir)
-  files = {name: root / fingerprint(cohort, name, model.config, variables) / f"{split}.npy" for name in frozen}
+  places = {name: root / fingerprint(cohort, name, model.config, variables) / f"{split}.npy" for name in frozen}
   # One host may have what another lacks, and all must run the towers together or not at all.
-  lacking = np.array([not kept(file, len(source)) for file in files.values()])
+  lacking = np.array([not kept(file, len(source)) for file in places.values()])
   somewhere = multihost_utils.process_allgather(lacking).any(axis=0) if jax.process_count() > 1 else lacking
-  if run := [name for name, absent in zip(files, somewhere) if absent]:
+  if run := [name for name, absent in zip(places, somewhere) if absent]:
     fields = pretrainer.fields(model.config, only=run)
     found = inference.over_split(jax.jit(steps.make_features(model, run)), variables, source, mesh=mesh, batch=batch, fields=fields,
                                  also=("mask",), threads=threads, title=f"frozen towers ({', '.join(run)}), {split}")
     if not found["mask"].all():  # records that cannot be read today: features of nothing must not be those of tomorrow
-      files |= {name: files[name].with_name(f"{split}-incomplete.npy") for name in run}
+      places |= {name: places[name].with_name(f"{split}-incomplete.npy") for name in run}
     for turn in (True, False):  # host 0 first: where the folder is shared, the others find the files there
       for name in run:
-        if (jax.process_index() == 0) is turn and (not found["mask"].all() or not kept(files[name], len(source))):
-          write(files[name], found[name].astype(np.float32))
+        if (jax.process_index() == 0) is turn and (not found["mask"].all() or not kept(places[name], len(source))):
+          write(places[name], found[name].astype(np.float32))
       multihost_utils.sync_global_devices(f"features of {split}")
-  return pipeline.WithFeatures(source, {name: str(file) for name, file in files.items()})
+  return pipeline.WithFeatures(source, {name: str(file) for name, file in places.items()})
 
 
 def folder(cohort, workdir: str) -> pathlib.Path:
   beside = pathlib.Path(f"{os.path.abspath(cohort.path)}.cache")
+  files.no_links(beside, pathlib.Path(workdir) / "features")
   try:
     beside.mkdir(exist_ok=True)
     if os.access(beside, os.W_OK | os.X_OK):
@@ -89,9 +91,10 @@ def folder(cohort, workdir: str) -> pathlib.Path:
 
 
 def kept(file: pathlib.Path, rows: int) -> bool:
-  """Is the file there and whole?"""
+  """Is the file there and whole? Mapped, and never a pickle."""
   try:
-    return len(np.load(file, mmap_mode="r")) == rows
+    found = np.load(file, mmap_mode="r", allow_pickle=False)
+    return found.dtype == np.float32 and found.ndim == 2 and len(found) == rows
   except (OSError, ValueError, EOFError):
     return False
 
@@ -104,7 +107,7 @@ def write(file: pathlib.Path, features: np.ndarray) -> None:
     for abandoned in file.parent.glob(f"{here}*"):
       if not lock.alive(abandoned.name.removeprefix(here)):
         abandoned.unlink(missing_ok=True)
-    with open(partial, "wb") as f:
+    with files.new(partial, "wb") as f:
       np.save(f, features)
     partial.rename(file)
   except OSError as error:

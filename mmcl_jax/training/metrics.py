@@ -5,9 +5,12 @@ clu's own writers cannot be imported without TensorFlow; these have the same met
 
 import contextlib
 import json
+import os
 import pathlib
 import sys
 import time
+
+from mmcl_jax import files
 
 # tensorboardX loads torch where it is installed, seconds of start-up for tensors that it is never given.
 without_torch = "torch" not in sys.modules
@@ -22,7 +25,7 @@ class JsonlWriter:
   """One line a call: {"step": ..., "name": value, ...}. Opened for appending; a resumed run continues the file."""
 
   def __init__(self, file: pathlib.Path):
-    self.file = open(file, "a")
+    self.file = open(files.opened(file, os.O_WRONLY | os.O_APPEND), "a")
 
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
     self.file.write(json.dumps({"step": step, **{name: float(x) for name, x in scalars.items()}}) + "\n")
@@ -79,6 +82,7 @@ def create_writer(workdir: str, start_step: int, just_logging: bool) -> MultiWri
   if just_logging:
     return MultiWriter([])
   file = pathlib.Path(workdir) / "metrics.jsonl"
+  files.no_links(pathlib.Path(workdir) / "tensorboard")
   keep_before(file, start_step)
   return MultiWriter([JsonlWriter(file), TensorBoardWriter(pathlib.Path(workdir) / "tensorboard")])
 
@@ -98,9 +102,8 @@ def keep_before(file: pathlib.Path, start_step: int) -> None:
   """Drops records after the step a run resumes from: they will be written again."""
   records = [record for record in read(file) if record["step"] <= start_step]
   if file.is_file():
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    partial.rename(file)
+    with files.replaced(file) as kept:
+      kept.writelines(json.dumps(record) + "\n" for record in records)
 
 
 class Progress:

@@ -3,15 +3,19 @@
 import json
 import os
 import pathlib
+import pickle
+import re
 import shutil
 
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from mmcl_jax import evaluate, files, inspect, train
+from conftest import ROOT
+from mmcl_jax import evaluate, files, generate, inspect, prepare, train
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import distributed, lock
+from mmcl_jax.training import checkpoint, distributed, frozen, lock, metrics
 
 
 @pytest.fixture
@@ -58,6 +62,46 @@ def test_a_new_file_takes_the_place_of_a_link(tmp_path, victim, make):
     file.write("new")
   assert (tmp_path / "table").read_text() == "new" and not (tmp_path / "table").is_symlink()
   assert sorted(os.listdir(tmp_path)) == ["mine", "table"]
+
+
+LINKS = {  # what is written to, and the program that writes there
+    "checkpoints": lambda out: checkpoint.Checkpoints(str(out), keep=1),
+    "checkpoints/7": lambda out: checkpoint.Checkpoints(str(out), keep=1),
+    "tensorboard": lambda out: metrics.create_writer(str(out), 0, just_logging=False),
+    "metrics.jsonl": lambda out: metrics.JsonlWriter(out / "metrics.jsonl"),
+    "evaluation": lambda out: evaluate.evaluate(str(out), step=1),
+    "evaluation/7": lambda out: evaluate.evaluate(str(out), step=1),
+    "evaluation/scored.jsonl": lambda out: evaluate.evaluate(str(out), step=1),
+    "c.cache": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+    "c.cache/0": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+    "features": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+    "c.partial": lambda out: prepare.main(["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]),
+    "c.partial/shards": lambda out: prepare.main(["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]),
+    "c.partial/lock": lambda out: prepare.main(["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]),
+    ".heart.partial": lambda out: generate.write_one(out / "heart", None, None, [], {}),
+}
+
+
+@pytest.mark.reported("what a run wrote followed a link out of its workdir, cohort or output folder")
+@pytest.mark.parametrize("name", LINKS)
+def test_no_write_follows_a_link(tmp_path, victim, name):
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+  link = tmp_path / "out" / name
+  link.parent.mkdir(parents=True)
+  link.symlink_to(victim if name.endswith(("jsonl", "lock")) else elsewhere)
+  with pytest.raises(UserError, match=f"{re.escape(name)} is a symbolic link.*remove it"):
+    LINKS[name](tmp_path / "out")
+  assert not any(elsewhere.iterdir())
+
+
+def test_a_workdir_itself_may_be_a_link(tmp_path):
+  (tmp_path / "scratch").mkdir()
+  (tmp_path / "w").symlink_to(tmp_path / "scratch")
+  metrics.create_writer(str(tmp_path / "w"), 0, just_logging=False).write_scalars(1, {"loss": 2.0})
+  with lock.held(str(tmp_path / "w")):
+    files.no_links(tmp_path / "w/tensorboard")
+  assert (tmp_path / "scratch/metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 # -- A cohort from a stranger, or not the same on every host --
@@ -180,3 +224,19 @@ def test_a_description_names_no_file_outside_its_cohort(copied, name):
   edited(copied / "cohort.json", lambda info: info["files"].update({name: 1}))
   with pytest.raises(UserError, match="files is missing or not in the form"):
     cohort_room.load(str(copied))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda file: np.savez_compressed(file, train=np.zeros((10_000, 2), np.uint32)), "at most 10,000 are read"),
+    (lambda file: np.savez(file, train=np.array([print], dtype=object)), "allow_pickle=False"),
+    (lambda file: file.write_bytes(pickle.dumps(print)), "no archive")])
+def test_archives_unfold_to_a_bound_and_hold_no_pickle(tmp_path, monkeypatch, damage, words):
+  monkeypatch.setattr(files, "MOST_BYTES", 10_000)
+  damage(tmp_path / "x.npz")
+  with pytest.raises(ValueError, match=words):
+    files.arrays(tmp_path / "x.npz")
+
+
+def test_no_array_is_read_with_its_pickles():
+  sources = [file for file in (ROOT / "mmcl_jax").rglob("*.py")]
+  assert not [file for file in sources if re.search(r"allow_pickle\s*=\s*True|pickle\.loads?\(|import_module\(.*config", file.read_text())]

@@ -24,9 +24,11 @@ import numpy as np
 from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.errors import BadRecord
 
-MAX_PICKLE_BYTES = 64 * 2**20  # a tensor takes about 200 bytes: 300,000 tensors
+MAX_PICKLE_BYTES = 64 * 2**20
+MAX_STEPS = 8_000_000          # opcodes of a pickle; a tensor takes about 40: 200,000 tensors. They take some 10 s and 700 MB at most
 MAX_COPIED = 64                # entries of a list that a call copies: a pickle may ask for copies of one again and again
 MAX_MEMBERS = 300_000
+MAX_DIRECTORY_BYTES = 100 * MAX_MEMBERS  # of the zip; read before members can be counted
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of files before torch 1.6, pickled
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8",
@@ -75,6 +77,8 @@ class _Archive:
 
   def __init__(self, file):
     self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if (size := zipfile._EndRecData(file)[zipfile._ECD_SIZE]) > MAX_DIRECTORY_BYTES:
+      raise BadRecord(f"an archive whose directory has {size} bytes; expected at most {MAX_DIRECTORY_BYTES}")
     with zipfile.ZipFile(file) as archive:
       if len(archive.filelist) > MAX_MEMBERS:
         raise BadRecord(f"an archive of {len(archive.filelist)} members; expected at most {MAX_MEMBERS}")
@@ -184,6 +188,18 @@ CALLS = {
 }
 
 
+class _Counted(dict):
+  """What to do for each opcode, MAX_STEPS times in all: one byte may stand for a list or a dict."""
+
+  left = MAX_STEPS
+
+  def __getitem__(self, code):
+    self.left -= 1
+    if self.left < 0:
+      raise BadRecord(f"a structure of more than {MAX_STEPS} steps; expected at most some 200,000 tensors")
+    return super().__getitem__(code)
+
+
 class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C takes memory by sizes that a pickle claims
   """Reads the structure of an archive."""
 
@@ -199,6 +215,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C takes me
     if len(structure) > MAX_PICKLE_BYTES:
       raise BadRecord(f"a structure of {len(structure)} bytes; expected at most {MAX_PICKLE_BYTES}")
     super().__init__(io.BytesIO(structure))
+    self.dispatch = _Counted(self.dispatch)
 
   def find_class(self, module, name):
     if module in ("torch", "torch.storage") and name in STORAGES:
