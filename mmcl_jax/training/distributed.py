@@ -378,15 +378,11 @@ def check_shared(folder: str) -> None:
 
 
 def check_mesh(mesh) -> None:
-  """Raises a UserError where hosts have unlike numbers of devices, or parts of the batch would be on several hosts."""
-  owners = [[device.process_index for device in row] for row in mesh.devices]
-  counts = [sum(row.count(host) for row in owners) for host in range(here.count)]
+  """Raises a UserError where hosts have unlike numbers of devices, and so would have unlike parts of the batch."""
+  owners = [device.process_index for device in mesh.devices.flat]
+  counts = [owners.count(host) for host in range(here.count)]
   if len(set(counts)) > 1:
     raise UserError(f"the hosts have {', '.join(map(str, counts))} devices; expected the same number on each")
-  if any(len(set(row)) > 1 for row in owners):
-    raise UserError(f"config.mesh is data={mesh.shape['data']}, model={mesh.shape['model']} on {here.count} hosts of {counts[0]} "
-                    "devices, so one part of the batch would lie on several hosts; expected config.mesh.model to divide "
-                    f"{counts[0]}")
 
 
 def gather(x: np.ndarray) -> list[np.ndarray]:

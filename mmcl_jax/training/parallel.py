@@ -16,12 +16,14 @@ The first rule that finds an array decides about it. A word leaves what it does 
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from mmcl_jax.errors import UserError
@@ -39,17 +41,49 @@ TENSOR = (  # parameter of a transformer block -> axes: heads and hidden units o
 def make_mesh(data: int, model: int, devices=None) -> Mesh:
   """Mesh with axes `data` (batch) and `model` (tensor parallelism); -1 takes the devices that are left.
 
-  devices: to build it of; None: all that there are.
+  A row of the mesh computes one part of the batch, and lies on the one host that feeds it. `data` goes through one slice
+  after the other, so that what its neighbours exchange crosses the slow network between slices as seldom as can be.
+
+  Args:
+    devices: to build it of; None: all that there are.
+
+  Raises:
+    UserError: such a mesh cannot be built of these devices.
   """
   devices = backend.devices() if devices is None else devices
   if model < 1 or (data < 1 and data != -1):
     raise UserError(f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all devices")
-  if data == -1:
-    data = max(len(devices) // model, 1)
-  if data * model != len(devices):
+  if data != -1 and data * model != len(devices):
     raise UserError(f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are {len(devices)}; "
                     "set config.mesh.data=-1 or a mesh of that size")
-  return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+  hosts = grouped(devices, lambda device: (slice_of(device), device.process_index))
+  for host in hosts:
+    if len(host) % model:
+      shares = host[0].platform == "gpu" and [slice_of(other[0]) for other in hosts].count(slice_of(host[0])) > 1
+      raise UserError(f"config.mesh asks for model={model} devices a part of the batch, which must be on one host, and host "
+                      f"{host[0].process_index} has {len(host)}; expected config.mesh.model to divide {len(host)}"
+                      + ("; one process a node has all of its GPUs (docs/multi_host.md)" if shares else ""))
+  groups = hosts if model > 1 else [in_a_ring(one) for one in grouped(devices, slice_of)]
+  order = np.array([device for group in groups for device in group])
+  return Mesh(order.reshape(-1, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def slice_of(device) -> int:
+  """Devices of one slice share a fast network: a TPU slice; a node of GPUs, or what NVLink joins; 0 where JAX tells none."""
+  return getattr(device, "slice_index", 0)
+
+
+def grouped(devices, key) -> list[list]:
+  """Devices alike in `key`, in its order, each group in the order of `devices`."""
+  return [list(group) for _, group in itertools.groupby(sorted(devices, key=key), key)]
+
+
+def in_a_ring(devices: list) -> list:
+  """Devices of one slice, neighbours in its network one after the other; as they are where JAX knows no such order."""
+  try:
+    return list(mesh_utils.create_device_mesh((len(devices),), devices))
+  except (AssertionError, NotImplementedError):  # some of a slice's chips only, or two devices a chip
+    return devices
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
