@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 import shutil
-import types
 
 import jax
 import jax.numpy as jnp
@@ -162,14 +161,12 @@ def test_platforms(workdir, at_hand, tmp_path):
     made["tpu"].call(ecg)
 
 
-def test_a_gpu_at_hand_does_not_change_the_file(monkeypatch):
+def test_a_gpu_at_hand_does_not_change_the_file():
   """cuDNN's attention stays out of a program for any number of rows."""
-  client = types.SimpleNamespace(platform_version="cuda 13000")
-  device = types.SimpleNamespace(platform="gpu", client=client, compute_capability="9.0")
-  monkeypatch.setattr(jax, "devices", lambda: [device])
+  gpu = kernels.Gpu((9, 0), 91200)
   shape = lambda rows: jax.ShapeDtypeStruct((rows, 9, 4, 64), jnp.bfloat16)
   rows, = jax_export.symbolic_shape("batch")
-  assert kernels.suits_cudnn(shape(2), shape(2)) and not kernels.suits_cudnn(shape(rows), shape(rows))
+  assert kernels.suits_cudnn(shape(2), shape(2), gpu) and not kernels.suits_cudnn(shape(rows), shape(rows), gpu)
 
 
 def test_what_is_said_of_the_file(out, workdir, cohort):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -338,18 +337,6 @@ def test_what_helps_a_cpu_alone_is_in_no_other_program(monkeypatch):
   assert marks(lowered("tpu")) == marks(lowered("cuda")) == (False, False)
   monkeypatch.setattr(kernels, "OWN", set())
   assert marks(lowered("cpu")) == (False, False)
-
-
-@pytest.mark.parametrize("change, suits", [
-    ({}, True), (dict(platform="cpu"), False), (dict(capability="7.5"), False), (dict(version="rocm 7"), False),
-    (dict(dtype=jnp.float32), False), (dict(width=12), False), (dict(width=136), False), (dict(queries=1), False)])
-def test_cudnn_is_asked_only_for_what_it_takes(monkeypatch, change, suits):
-  c = dict(platform="gpu", capability="9.0", version="PJRT C API\ncuda 13000", dtype=jnp.bfloat16, width=64, queries=9) | change
-  client = types.SimpleNamespace(platform_version=c["version"])
-  device = types.SimpleNamespace(platform=c["platform"], client=client, compute_capability=c["capability"])
-  monkeypatch.setattr(jax, "devices", lambda: [device])
-  q, k = (jax.ShapeDtypeStruct((2, n, 4, c["width"]), c["dtype"]) for n in (c["queries"], 9))
-  assert kernels.suits_cudnn(q, k) is suits
 
 
 @pytest.mark.parametrize("off", sorted(kernels.OWN))

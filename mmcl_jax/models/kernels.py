@@ -10,6 +10,7 @@ takes its place.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,28 +79,59 @@ own_gelu.defvjp(gelu_and_derivative, lambda derivative, g: (g * derivative,))
 def attention(q, k, v):
   """Softmax attention: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; the softmax in at least float32.
 
-  On a CPU `own_attention`. On a GPU in bfloat16 cuDNN's flash attention, which keeps no N x M weights. Elsewhere
-  jax.nn.dot_product_attention as XLA compiles it, on a TPU too: there JAX has no other. float64, which JAX would take
-  down to float32, is `own_attention` everywhere.
+  On a CPU `own_attention`. On NVIDIA's GPUs in half precision cuDNN's flash attention, which keeps no N x M weights.
+  Elsewhere jax.nn.dot_product_attention as XLA compiles it, on a TPU too: there JAX has no other. float64, which JAX would
+  take down to float32, is `own_attention` everywhere.
   """
   if q.dtype == jnp.float64:
     return own_attention(q, k, v)
   own = {"cpu": own_attention} if "attention" in OWN else {}
-  flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-  return lax.platform_dependent(q, k, v, default=jax.nn.dot_product_attention, **own,
-                                **({"cuda": flash} if suits_cudnn(q, k) else {}))
+  flash = {"cuda": padded_attention} if suits_cudnn(q, k, gpu_at_hand()) else {}
+  return lax.platform_dependent(q, k, v, default=jax.nn.dot_product_attention, **own, **flash)
 
 
-def suits_cudnn(q, k) -> bool:
-  """May cuDNN's attention be traced here? Its JAX wrapper asks the GPU at hand and refuses what this excludes.
+class Gpu(NamedTuple):
+  """One of NVIDIA's, as a program is traced for it."""
 
-  A program that is compiled for a GPU where there is none therefore has XLA's attention, and so has one for any number
-  of rows (`mmcl export`), which is the same wherever it was made.
-  """
+  capability: tuple[int, int]  # compute capability, (9, 0): Hopper
+  cudnn: int                   # version, 91200: 9.12.0
+
+
+def gpu_at_hand() -> Gpu | None:
+  """What programs are traced for here; None: no GPU of NVIDIA's."""
   device = jax.devices()[0]
-  return (device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
-          and q.dtype == jnp.bfloat16 and q.shape == k.shape and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-          and not export.is_symbolic_dim(q.shape[0]))
+  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    return None
+  from jax._src.cudnn import fused_attention_stablehlo as wrapper
+  return Gpu(tuple(int(part) for part in device.compute_capability.split(".")), wrapper.check_cudnn_version())
+
+
+def suits_cudnn(q, k, gpu: Gpu | None) -> bool:
+  """Whether `padded_attention` takes q [B, N, H, D] and k [B, M, H, D] on that GPU; what JAX's wrapper refuses does not.
+
+  Nor does a single query (attention pooling), which has no more weights than keys, nor any number of rows (`mmcl export`):
+  such a program is the same wherever it was made, and so is one for a GPU that is compiled where there is none.
+  """
+  return (gpu is not None and gpu.capability >= (8, 0) and (gpu.capability != (10, 3) or gpu.cudnn >= 91100)
+          and not any(map(export.is_symbolic_dim, (*q.shape, *k.shape)))
+          and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1)
+
+
+def padded_attention(q, k, v, implementation="cudnn"):
+  """jax.nn.dot_product_attention over tokens padded to a multiple of 8, which no query sees and which are cut off again.
+
+  In training cuDNN's wrapper takes even numbers of tokens alone, and patches with CLS are odd. Not to be mapped (jax.vmap):
+  its rule for that loses the lengths.
+  """
+  def pad(x):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+  def lengths(x):  # all alike, so that a device with some of the rows may read the first ones
+    return jnp.full(x.shape[0], x.shape[1], jnp.int32)
+
+  out = jax.nn.dot_product_attention(pad(q), pad(k), pad(v), query_seq_lengths=lengths(q), key_value_seq_lengths=lengths(k),
+                                     implementation=implementation)
+  return out[:, :q.shape[1]]
 
 
 @jax.custom_vjp
