@@ -54,18 +54,19 @@ def get_config(arg=None):
 
   if not towers:  # goes on as ecg_mae.py does, decoder and all
     c.model.ecg.update(size=ecg, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)  # patch: samples of one lead
-    c.model.projection.update(hidden=32 if arg.size == "test" else 512, width=128)       # SimSiam's
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=0.1)
     if siamese:
       c.objectives.siamese = dict(fn="simsiam", weight=siamese)
     return c
 
   c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)  # left behind there: the autoencoder's; fresh here: the head
-  c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head)
+  c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head,
+                     drop_path=0.0 if arg.size == "demo" else 0.1)  # the demo's scores: without
   c.model.cmr = {name: dict(kind="slow_resnet", size=cmr, view=TOWERS[name][0], planes=TOWERS[name][1] or frames,
                             width=width, patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=True)  # all but `fc`
                  for name in towers}
-  c.model.projection.update(hidden=hidden, width=128, norm=True)
+  c.model.projection.update(hidden=hidden, ecg_hidden=432 if arg.size == "medium" else 0, width=128,
+                            norm=True)
   if arg.arm == "dual_phase":
     c.objectives.dual_phase = dict(fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07)
   else:

@@ -50,6 +50,8 @@ def get_config(arg=None):
 
   if arg.stage in ("ecg", "align"):
     c.model.ecg.update(size=ecg, patch=ecg_patch, mask_ratio=0.0 if aligns else 0.75)  # patch: samples of one lead
+    if arg.size == "base" and not aligns:
+      c.model.ecg.decoder = (256, 4, 4)  # ST-MEM's: width, blocks, heads
   if arg.stage in ("cmr", "align"):
     c.model.cmr = dict(cine=dict(kind="vit", size=cmr, view="cine_slice", planes=frames, width=0, patch=cmr_patch,
                                  mask_ratio=0.0 if aligns else 0.75, drop_path=0.0, frozen=aligns))  # its head trains
@@ -57,7 +59,8 @@ def get_config(arg=None):
   if arg.stage == "cmr":
     c.objectives.video = dict(fn="cmr_mae", weight=1.0, of="cine", norm_pix=False)
   if arg.stage == "ecg":
-    c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="masked", ncc_weight=0.0)
+    c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="masked", ncc_weight=0.0,
+                                       norm_pix=arg.size != "demo")  # ST-MEM; the demo's: without
   if aligns:  # left behind: the decoders
     c.init_except = ("^ecg/(decoder|norm)/", "^cmr_cine/backbone/decoder/")
     if arg.encoder == "st_mem":

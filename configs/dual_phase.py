@@ -41,11 +41,13 @@ def get_config(arg=None):
   # No augmentation of the ECG, as published. Frozen encoders see the images as they are: the published flip, drawn
   # apart for ED and ES, would swap the ventricles of one of them.
 
-  c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head)  # patch: samples of one lead; head: timm's
+  c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head,  # patch: samples of one lead; head: timm's
+                     drop_path=0.0 if arg.size == "demo" else 0.1)  # the demo's scores: without
   c.model.cmr = {phase: dict(kind="slow_resnet", size=cmr, view=f"{phase}_volume", planes=6, width=width,  # slices
                              patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=True)  # all but the Linear `fc`
                  for phase in schema.PHASES}
-  c.model.projection.update(hidden=hidden, width=128, norm=True)
+  c.model.projection.update(hidden=hidden, ecg_hidden=432 if arg.size == "medium" else 0, width=128,
+                            norm=True)
   c.objectives.dual_phase = dict(fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07)
   c.optimizer.update(learning_rate=learning_rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5)
   return c

@@ -48,9 +48,10 @@ def get_config(arg=None):
   c.augment.ecg.update(phase_noise_strength=phase, gain_noise_sigma=gain_noise, jitter_sigma=jitter,
                        rescale_sigma=rescale)
 
-  # patch: samples of one lead
+  # patch: samples of one lead; the projection is built and left alone
   c.model.ecg.update(size=arg.size, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)
-  c.model.projection.update(hidden=32 if arg.size == "test" else 512, width=128)  # SimSiam's; else built and left alone
+  if arg.size == "base":
+    c.model.ecg.decoder = (512, 8, 16)  # of He et al. 2022, as in dual-phase's code
 
   # (1 - w) MSE + w (1 - NCC) with MSE over all patches, as in MMCL's and dual-phase's code.
   c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=ncc)

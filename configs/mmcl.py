@@ -34,6 +34,7 @@ def get_config(arg=None):
       raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
   ecg, profile, samples, image, hidden, batch, steps, warm_rate, fresh_rate = SIZES[arg.size]
   fresh = arg.arm == "wo_mdm"
+  published = arg.size != "demo"  # the demo's scores were taken with forms of this project's own
   c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
   c.init_from = dict(ecg="", cmr_image="")  # workdirs of ecg_mae.py and cmr_simclr.py
   c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese.*)/",)  # what only the masked autoencoder needs
@@ -44,15 +45,18 @@ def get_config(arg=None):
     c.augment.ecg.update(phase_noise_strength=0.1, gain_noise_sigma=0.25, rescale_sigma=0.5)
   else:                  # profile minimal keeps voltage, which is informative
     c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)
+  c.augment.ecg.phase_noise_always = published
   # As in cmr_simclr.py: crops of 60 to 100 % of the area, brightness, contrast; no flip, which swaps the ventricles.
   c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
 
   c.model.ecg.update(size=ecg, patch=100, drop_path=0.1, pool="mean")  # patch: samples of one lead
+  if fresh and published:
+    c.model.ecg.update(positions="learned", timm_start=True)
   c.model.cmr = dict(image=dict(kind="resnet", size=image, view="three_frames", planes=3, width=0, patch=(1, 16, 16),
                                 mask_ratio=0.0, drop_path=0.0, frozen=False))
   c.model.projection.update(hidden=hidden, width=128, norm=False)
   # b_to_a: MMCL's lambda, the weight of "this image among all ECGs".
   c.objectives.contrastive = dict(fn="clip", weight=1.0, a="ecg", b="image", b_to_a=0.75, temperature=0.1)
   c.optimizer.update(learning_rate=fresh_rate if fresh else warm_rate, warmup=max(c.steps // 10, 1), b1=0.9, b2=0.999,
-                     weight_decay=1e-4)
+                     weight_decay=1e-4, l2=published)  # Adam
   return c

@@ -64,7 +64,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
 
   c.augment = ConfigDict()
   c.augment.ecg = dict(phase_noise_strength=0.0, jitter_sigma=0.0, rescale_sigma=0.0,  # sigmas: units of the normalised ECG
-                       gain_noise_sigma=0.0, time_flip=0.0, sign_flip=0.0)             # flips: probabilities
+                       gain_noise_sigma=0.0, time_flip=0.0, sign_flip=0.0,  # flips: probabilities
+                       phase_noise_always=False)  # else to one ECG in two
   c.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)    # shift: share of the image's side
   c.augment.twice = False         # a second augmentation of every row, for objectives that compare two (outputs.again)
 
@@ -73,6 +74,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
                      size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
                      drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
                      head_norm=False,    # the head sees the embedding through fc_norm once more, as MMCL's fine-tuned encoders
+                     decoder=(),         # width, blocks, heads of the MAE's; (): of the size's
+                     timm_start=False,   # weights, learned positions: N(0, 0.02); else as MAE
                      film_after=False,   # FiLM after the blocks, with ReLU, as CardiacNets has it
                      dropout=0.0,        # in training, as timm's drop_rate
                      masked_view=False)  # in training, embed the patches that the MAE left visible (FLIP): one pass less
@@ -95,6 +98,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
 
   c.optimizer = dict(learning_rate=1e-3, warmup=max(steps // 10, 1), b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0,
                      rates=(), layer_decay=1.0,  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
+                     l2=False,  # Adam with L2 on all parameters; else AdamW, on kernels
                      ema=0.0)  # what a running mean of the parameters keeps of itself a step, to evaluate by; 0: none
   c.mesh = dict(data=-1, model=1)  # devices along each axis; -1: all that are left
   c.sharding = ()                 # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis

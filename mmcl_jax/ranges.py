@@ -58,7 +58,7 @@ OF_CONFIG = (
     (r"augment\.cmr\.rotation_deg", DEGREES),
     (r"augment\.cmr\.scale", PART),
     (r"augment\.cmr\.shift", SHARE),
-    (r"model\.ecg\.patch|model\.cmr\.\w+\.(planes|patch\[\d+\])", COUNT),
+    (r"model\.ecg\.(patch|decoder\[\d+\])|model\.cmr\.\w+\.(planes|patch\[\d+\])", COUNT),
     (r"model\.ecg\.head|model\.cmr\.\w+\.width|model\.projection\.(ecg_)?hidden", COUNT_OR_NONE),
     (r"model\.(ecg|cmr\.\w+)\.(mask_ratio|drop_path)|model\.(ecg|generator)\.dropout", PART),
     (r"model\.tokenizer\.(patch\[\d+\]|channels)|model\.projection\.width", COUNT),

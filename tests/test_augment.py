@@ -48,6 +48,14 @@ def test_flips_are_drawn_apart(flipped):
   assert abs(np.corrcoef(turned, start)[0, 1]) < 4 / np.sqrt(N)
 
 
+@pytest.mark.reported("MMCL's contrastive stage left half of the ECGs without phase noise")
+@pytest.mark.parametrize("always, share", [(False, 0.5), (True, 1.0)])
+def test_phase_noise_comes_to_half_of_the_ecgs_or_to_all(always, share):
+  noisy = draws(ECG, **{"phase_noise_strength": 0.1, "phase_noise_always": always})
+  done = (np.abs(noisy - ECG).max(axis=(1, 2)) > 1e-2).mean()
+  assert abs(done - share) <= 4 * np.sqrt(share * (1 - share) / N)
+
+
 def test_float64_stays_float64():
   with jax.enable_x64(True):
     out = augment.augment(jax.random.key(0), ECG.astype(np.float64), T, **OFF, gain_noise_sigma=0.25, time_flip=0.5,

@@ -50,7 +50,7 @@ def tower(**levers):
   """How an ECG tower of 6 + 4 blocks is initialised, and its loss as a function of variables, ecg and keys."""
   c = configuration.defaults(8, 6).model
   size = dict(size=(32, 6, 2, 16, 4, 2), patch=10, mask_ratio=0.5, drop_path=0.5)
-  model = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 40, c.projection, **levers)
+  model = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 40, **levers)
 
   def loss(variables, x, keys):
     _, embedding = model.apply(variables, x, keys)

@@ -75,7 +75,7 @@ def test_a_patch_lies_where_its_pixels_do():
 def test_a_token_is_embedded_as_if_all_were_like_it(pool):
   config = ConfigDict(dict(size=(16, 0, 2, 16, 1, 2), patch=10, mask_ratio=0.0, drop_path=0.0, pool=pool, positions="sincos",
                            head=0, film=False, siamese=False))
-  tower = ecg.EcgTower(config, samples=40, projection=ConfigDict(dict(hidden=8, width=4)))
+  tower = ecg.EcgTower(config, samples=40)
   tokens = jax.random.normal(jax.random.key(0), (2, 48, 16))
   p = randomised(jax.eval_shape(lambda: tower.init(jax.random.key(1), jnp.zeros((1, 12, 40))))["params"])
   found = tower.apply({"params": p}, tokens, method="locate")

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from jax import lax
 from ml_collections import ConfigDict
-from scipy import ndimage
+from scipy import ndimage, stats
 from scipy.special import erf
 
+from mmcl_jax import configuration
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
+from mmcl_jax.errors import UserError
 from mmcl_jax.models import ecg, mae, pretrainer, resnet, vit
 
 
@@ -56,7 +58,7 @@ def test_mask_hides_the_right_share_and_belongs_to_the_sample():
 def ecg_tower(**changes):
   config = dict(size=(16, 1, 2, 16, 1, 2), patch=10, mask_ratio=0.5, drop_path=0.0, pool="mean", positions="sincos", head=0,
                 film=False, siamese=False) | changes
-  return ecg.EcgTower(ConfigDict(config), samples=40, projection=ConfigDict(dict(hidden=8, width=4)))
+  return ecg.EcgTower(ConfigDict(config), samples=40)
 
 
 def test_encoder_of_visible_tokens_sees_only_them():
@@ -139,6 +141,77 @@ def test_dropout_is_timm_s_and_belongs_to_the_sample():
   np.testing.assert_array_equal(dropping.apply(variables, ecgs)[1], plain.apply(variables, ecgs)[1])
   trained, steady = (tower.apply(variables, ecgs, keys)[1] for tower in (dropping, plain))
   assert not np.allclose(trained, steady)
+
+
+@pytest.mark.reported("MMCL's encoder started from scratch with MAE's weights and fixed positions")
+def test_from_scratch_weights_and_positions_start_as_timm_has_them():
+  x = jnp.zeros((2, 12, 40))
+  size = (64, 2, 4, 16, 1, 2)
+  tower = ecg_tower(size=size, positions="learned", timm_start=True, mask_ratio=0.0)
+  params = tower.init(jax.random.key(0), x)["params"]
+  for leaf in (params["pos_embed"], params["block1"]["qkv"]["kernel"], params["block0"]["fc2"]["kernel"]):
+    assert stats.kstest(np.ravel(leaf), stats.norm(0, 0.02).cdf).pvalue > 1e-3
+  assert np.abs(params["cls_token"]).max() < 1e-5
+  assert not params["block0"]["fc1"]["bias"].any()
+  uniform = stats.uniform(-10**-0.5, 2 * 10**-0.5)  # a Conv over 10 samples, as torch starts it
+  for leaf in params["patch_embed"].values():
+    assert stats.kstest(np.ravel(leaf), uniform.cdf).pvalue > 1e-3
+
+
+@pytest.mark.reported("the decoder of ecg_mae:base was 256 wide and 2 blocks deep, not 512 and 8")
+def test_a_decoder_other_than_its_size_s():
+  keys, x = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 12, 40))
+  tower = ecg_tower(decoder=(24, 2, 3))
+  params = jax.eval_shape(lambda: tower.init(jax.random.key(1), x, keys, method="reconstruct"))["params"]
+  assert params["decoder"]["embed"]["kernel"].shape == (16, 24)
+  assert {"block0", "block1"} == {name for name in params["decoder"] if name.startswith("block")}
+  c = configuration.defaults(8, 6).model
+  for decoder in ((24, 2), (26, 2, 2), (24, 2, 5)):
+    c.ecg.update(size="test", patch=10, mask_ratio=0.5, decoder=decoder)
+    with pytest.raises(UserError, match="config.model.ecg.decoder is"):
+      pretrainer.build(c, 40)
+
+
+@pytest.fixture
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.mark.reported("SimSiam's heads had other widths, and a predictor without batch norm")
+def test_two_views_go_through_the_published_siamese_heads(float64):
+  """Projector 1024 wide, its last batch norm without scale; predictor 128 wide; each view by itself."""
+  torch = pytest.importorskip("torch")
+  tower, keys = ecg_tower(siamese=True).clone(dtype=jnp.float64), jax.random.split(jax.random.key(0), 4)
+  x = jax.random.normal(jax.random.key(2), (4, 12, 40))
+  variables = tower.init(jax.random.key(1), x, keys, method="reconstruct")
+  params = variables["params"]
+  other = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+
+  def run(tower, x):
+    views = [tower.glimpse(x, seeds)["visible"] for seeds in (keys, other)]
+    means = [tower.norm(view)[:, 1:].mean(axis=1) for view in views]
+    return means, tower.reconstruct(x, keys, rows=jnp.ones(4), train=True)["siamese"]
+
+  (means, found), changed = tower.apply(variables, x, method=run, mutable=["batch_stats"])
+
+  def theirs(name, width, end):
+    p = params[f"siamese_{name}"]
+    assert {f"{layer}/{leaf}" for layer, leaves in p.items() for leaf in leaves} == {
+        "fc1/kernel", "fc2/kernel", "norm1/scale", "norm1/bias"}
+    into, out = (torch.nn.Linear(*sides, bias=False) for sides in ((16, width), (width, 16)))
+    for layer, part in ((into, "fc1"), (out, "fc2")):
+      layer.weight.data = torch.tensor(np.array(p[part]["kernel"].T, np.float64))
+    return torch.nn.Sequential(into, torch.nn.BatchNorm1d(width), torch.nn.ReLU(), out, *end).double()
+
+  projector = theirs("projector", 1024, [torch.nn.BatchNorm1d(16, affine=False)])
+  predictor = theirs("predictor", 128, [])
+  for i, mean in enumerate(means):
+    z = projector(torch.tensor(np.array(mean)))
+    np.testing.assert_allclose(found["projection"][i], z.detach(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found["prediction"][i], predictor(z).detach(), rtol=1e-9, atol=1e-9)
+  running = changed["batch_stats"]["siamese_projector"]["norm2"]
+  np.testing.assert_allclose(running["var"], projector[4].running_var, rtol=1e-6)
 
 
 def test_decoder_puts_visible_patches_where_they_were():

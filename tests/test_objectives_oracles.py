@@ -212,19 +212,23 @@ def flow_matching(outputs, batch):
   return mean_squared_error(*(made[name][rows_of(batch, "image")].ravel() for name in ("target", "velocity")))
 
 
-def mae(outputs, batch, region="masked", ncc_weight=0.0):
+def mae(outputs, batch, region="masked", ncc_weight=0.0, norm_pix=False):
   total = []
   for i in np.flatnonzero(rows_of(batch, "ecg")):
     x, y = batch["ecg"][i], outputs["reconstruction"][i]
     seen = np.repeat(outputs["patch_mask"][i], 5, axis=1) > 0 if region == "masked" else np.ones_like(x, bool)
     z = lambda v: (v - v.mean()) / np.sqrt(v.var(ddof=1) + 1e-8)
     ncc = np.mean([z(x[lead]) @ z(y[lead]) / (len(x[lead]) - 1) for lead in range(2)])
+    if norm_pix:
+      patches = x.reshape(-1, 5)
+      deviation = np.sqrt(patches.var(axis=1, ddof=1, keepdims=True) + 1e-6)
+      x = ((patches - patches.mean(axis=1, keepdims=True)) / deviation).reshape(x.shape)
     total.append((1 - ncc_weight) * np.mean((x - y)[seen] ** 2) + ncc_weight * (1 - ncc))
   return np.mean(total)
 
 
 MORE = [
-    ("mae", dict(region="all", ncc_weight=0.1)), ("mae", dict()), ("dual_phase", dict()),
+    ("mae", dict(region="all", ncc_weight=0.1)), ("mae", dict()), ("mae", dict(norm_pix=True)), ("dual_phase", dict()),
     ("clip", dict()), ("clip", dict(a="es", b="ecg.again")),
     ("nt_xent", dict(of="ecg", temperature=0.5)), ("siglip", dict()), ("phenotype_weighted", dict()),
     ("soft_positive", dict()), ("soft_positive", dict(radius=50.0, sigma=0.9)),

@@ -13,7 +13,7 @@ def crop(key, ecg, samples: int):
   return jax.lax.dynamic_slice_in_dim(ecg, start, samples, axis=1)
 
 
-def phase_noise(key, ecg, strength: float, probability: float = 0.5):
+def phase_noise(key, ecg, strength: float, probability: float):
   """Fourier-transform surrogate: random phases exp(i a phi), phi ~ U[0, 2 pi), the same on all leads."""
   gate, key = jax.random.split(key)
   spectrum = jnp.fft.rfft(ecg, axis=1)
@@ -49,10 +49,13 @@ def rescale(key, ecg, sigma: float):
 
 
 def augment(key, ecg, samples: int, *, phase_noise_strength: float, jitter_sigma: float, rescale_sigma: float,
-            gain_noise_sigma: float = 0, time_flip: float = 0, sign_flip: float = 0):
+            gain_noise_sigma: float = 0, time_flip: float = 0, sign_flip: float = 0,
+            phase_noise_always: bool = False):
   """Crop, flips, then phase noise, jitter and rescaling in MMCL's order; [L, T] -> [L, samples]. 0 leaves one out.
 
-  MMCL's jitter is `gain_noise_sigma` 0.25; `jitter_sigma` adds white noise. Flips are probabilities.
+  Phase noise comes to half of the recordings, as in MMCL's masked autoencoder, or always, as in its
+  contrastive stage. MMCL's jitter is `gain_noise_sigma` 0.25; `jitter_sigma` adds white noise.
+  Flips are probabilities.
   """
   keys = jax.random.split(key, 7)
   ecg = crop(keys[0], ecg, samples)
@@ -61,7 +64,7 @@ def augment(key, ecg, samples: int, *, phase_noise_strength: float, jitter_sigma
   if sign_flip:
     ecg = invert(keys[5], ecg, sign_flip)
   if phase_noise_strength:
-    ecg = phase_noise(keys[1], ecg, phase_noise_strength)
+    ecg = phase_noise(keys[1], ecg, phase_noise_strength, 1.0 if phase_noise_always else 0.5)
   if gain_noise_sigma:
     ecg = gain_noise(keys[6], ecg, gain_noise_sigma)
   if jitter_sigma:

@@ -221,7 +221,7 @@ def check_tower(c, tower: str | None) -> None:
 def tables(model, dtype) -> dict[str, np.ndarray]:
   """The fixed positions, which PyTorch keeps among the weights."""
   c = model.config.ecg
-  width, _, _, *decoder = vit.numbers(c.size)
+  width, _, _, *decoder = vit.numbers(c.size, c.get("decoder", ()))
   columns = model.samples // c.patch
   found = {"ecg.pos_embed": width} if c.positions == "sincos" else {}
   found |= {"ecg.decoder_pos_embed": decoder[0]} if c.mask_ratio else {}
@@ -236,7 +236,7 @@ def save(model, variables, path, tower: str | None = None) -> list[str]:
   state, left = export(model, variables, tower)
   metadata = {}
   if model.config.ecg.size and tower in (None, "ecg", "ecg_mae"):
-    numbers = vit.numbers(model.config.ecg.size)
+    numbers = vit.numbers(model.config.ecg.size, model.config.ecg.get("decoder", ()))
     metadata = {"heads": str(numbers[2])} | ({"decoder_heads": str(numbers[5])} if model.config.ecg.mask_ratio else {})
   torch_files.save(state, path, metadata)
   return left

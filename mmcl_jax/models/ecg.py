@@ -17,6 +17,7 @@ from mmcl_jax.models.pooling import AttentionPool, FiLM, GatedFiLM
 KINDS = ("vit", "st_mem")  # st_mem: models.st_mem
 POOLS = ("mean", "attention", "cls")
 POSITIONS = ("sincos", "learned")
+SIMSIAM = 1024, 128  # hidden widths of projector and predictor in MMCL's and dual-phase's code
 
 
 class EcgTower(nn.Module):
@@ -27,24 +28,31 @@ class EcgTower(nn.Module):
 
   config: ConfigDict
   samples: int
-  projection: ConfigDict
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
   scan: bool = False
 
   def setup(self):
     c = self.config
-    width, depth, heads, *decoder = vit.numbers(c.size)
+    width, depth, heads, *decoder = vit.numbers(c.size, c.get("decoder", ()))  # (): of older runs
     tokens = len(schema.LEADS) * self.samples // c.patch
-    self.patch_embed = vit.Dense(width, self.dtype)
-    self.cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))
+    normal = nn.initializers.normal
+    timm, of_blocks, of_patches = c.get("timm_start", False), {}, {}  # absent from older configs
+    if timm:
+      of_blocks = {"kernel_init": normal(0.02)}
+      of_patches = dict.fromkeys(("kernel_init", "bias_init"), vit.torch_uniform(c.patch))
+    self.patch_embed = vit.Dense(width, self.dtype, **of_patches)
+    self.cls_token = self.param("cls_token", normal(1e-6 if timm else 0.02), (1, 1, width))
     if c.positions == "learned":
       table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
-      self.pos_embed = self.param("pos_embed", lambda _: jnp.pad(table, ((1, 0), (0, 0)))[None])
+      as_table = lambda *_: jnp.pad(table, ((1, 0), (0, 0)))[None]
+      begin = normal(0.02) if timm else as_table
+      self.pos_embed = self.param("pos_embed", begin, (1, 1 + tokens, width))
     self.dropout = c.get("dropout", 0.0)  # absent from the configs of older runs, as film_after
     for i in range(depth):
       rate = c.drop_path * i / max(depth - 1, 1)
-      setattr(self, f"block{i}", vit.Block(heads, i, rate, self.dtype, dropout=self.dropout))
+      block = vit.Block(heads, i, rate, self.dtype, dropout=self.dropout, **of_blocks)
+      setattr(self, f"block{i}", block)
     self.norm = nn.LayerNorm(epsilon=1e-6)
     if c.pool != "cls":
       self.fc_norm = nn.LayerNorm(epsilon=1e-6)
@@ -58,8 +66,9 @@ class EcgTower(nn.Module):
     if c.mask_ratio:
       self.decoder = mae.Decoder(*decoder, c.patch, self.dtype, self.remat, self.scan)
     if c.siamese:
-      hidden, width = self.projection.hidden, self.projection.width
-      self.siamese = {"projector": Projection(hidden, width, norm=True), "predictor": Projection(hidden, width)}
+      projector, predictor = SIMSIAM
+      self.siamese = {"projector": Projection(projector, width, norm=True, last="plain"),
+                      "predictor": Projection(predictor, width, norm=True, last="none")}
 
   def sincos(self, tokens, width):
     return vit.sincos_2d(len(schema.LEADS), tokens // len(schema.LEADS), width)
@@ -144,9 +153,8 @@ class EcgTower(nn.Module):
     outputs = {"reconstruction": self.decode(seen["visible"], seen["restore"]), "patch_mask": seen["mask"].reshape(B, L, -1)}
     if self.config.siamese:
       other = self.glimpse(ecg, jax.vmap(lambda key: jax.random.fold_in(key, 1))(mask_keys), conditions)
-      both = jnp.stack([self.pooled(seen["visible"]), self.pooled(other["visible"])], axis=1)
-      weight = None if rows is None else jnp.repeat(rows, 2)
-      z = self.siamese["projector"](both.reshape(2 * B, -1), weight, train)
-      p = self.siamese["predictor"](z)
-      outputs["siamese"] = {name: x.reshape(B, 2, -1).swapaxes(0, 1) for name, x in (("projection", z), ("prediction", p))}
+      views = [self.norm(x["visible"])[:, 1:].mean(axis=1) for x in (seen, other)]
+      z = [self.siamese["projector"](view, rows, train) for view in views]  # statistics: of a view
+      p = [self.siamese["predictor"](x, rows, train) for x in z]
+      outputs["siamese"] = {"projection": jnp.stack(z), "prediction": jnp.stack(p)}
     return outputs

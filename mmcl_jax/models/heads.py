@@ -9,13 +9,14 @@ from mmcl_jax.models.resnet import BatchNorm
 class Projection(nn.Module):
   """Linear - ReLU - Linear with bias (MMCL).
 
-  norm: without bias, batch norm after each (SimCLR v1, newer heads).
-  hidden 0: one Linear (CardiacNets).
+  norm: without bias, batch norm after each (SimCLR v1, newer heads). last: what that of the second
+  Linear is: affine, plain (without scale and bias) or none. hidden 0: one Linear (CardiacNets).
   """
 
   hidden: int
   width: int
   norm: bool = False
+  last: str = "affine"
 
   @nn.compact
   def __call__(self, x, rows=None, train=False):
@@ -23,8 +24,12 @@ class Projection(nn.Module):
     if not self.hidden:
       return nn.Dense(self.width, name="fc")(x)
     rows = jnp.ones(len(x)) if rows is None else rows
-    normed = lambda x, name: BatchNorm(jnp.promote_types(x.dtype, jnp.float32), name=name)(x, rows, train) if self.norm else x
+
+    def normed(x, name, affine=True):
+      dtype = jnp.promote_types(x.dtype, jnp.float32)
+      return BatchNorm(dtype, affine=affine, name=name)(x, rows, train) if self.norm else x
+
     x = nn.Dense(self.hidden, use_bias=not self.norm, name="fc1")(x)
     x = nn.relu(normed(x, "norm1"))
     x = nn.Dense(self.width, use_bias=not self.norm, name="fc2")(x)
-    return normed(x, "norm2")
+    return x if self.last == "none" else normed(x, "norm2", self.last == "affine")

@@ -1,7 +1,6 @@
 """Attention pooling of tokens, and their modulation by covariates (FiLM). Letters: B batch, N tokens, D width."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mmcl_jax.models import kernels, vit
@@ -42,8 +41,8 @@ class FiLM(nn.Module):
 class GatedFiLM(nn.Module):
   """gain * tokens + shift, both the ReLU of a Linear of the row's covariates.
 
-  As in the code of CardiacNets (Ding et al. 2024). An unknown covariate is the mean. The Linear
-  starts as torch.nn.Linear does: weight and bias U(-1, 1) / sqrt(V).
+  As in the code of CardiacNets (Ding et al. 2024), also where the Linear starts. An unknown
+  covariate is the mean.
   """
 
   dtype: jnp.dtype = jnp.float32
@@ -51,9 +50,8 @@ class GatedFiLM(nn.Module):
   @nn.compact
   def __call__(self, tokens, covariates):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
-    bound = covariates.shape[-1] ** -0.5
-    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-    fc = nn.Dense(2 * tokens.shape[-1], kernel_init=uniform, bias_init=uniform, dtype=self.dtype,
+    start = vit.torch_uniform(covariates.shape[-1])
+    fc = nn.Dense(2 * tokens.shape[-1], kernel_init=start, bias_init=start, dtype=self.dtype,
                   name="fc")
     gain, shift = jnp.split(nn.relu(fc(jnp.nan_to_num(covariates)))[:, None], 2, axis=-1)
     return gain * tokens + shift

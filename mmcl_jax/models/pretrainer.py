@@ -84,7 +84,7 @@ class Pretrainer(nn.Module):
       if is_st_mem(c):
         self.ecg = st_mem.StMem(c.ecg, self.samples, dtype, *depth)
       else:
-        self.ecg = ecg.EcgTower(c.ecg, self.samples, c.projection, dtype, *depth)
+        self.ecg = ecg.EcgTower(c.ecg, self.samples, dtype, *depth)
       names.append("ecg")
     self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
     self.head = {name: Projection(hidden[name], c.projection.width, c.projection.norm) for name in names}
@@ -371,6 +371,12 @@ def check_ecg(c: ConfigDict, samples: int):
   if c.get("masked_view", False) and not c.mask_ratio:
     raise UserError("config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
                     "model.ecg.mask_ratio above 0")
+  decoder = tuple(c.get("decoder", ()))  # absent from the configs of older runs
+  fits = len(decoder) == 3 and not (decoder[0] % 4 or decoder[0] % decoder[2])
+  if decoder and not (fits and c.mask_ratio):
+    raise UserError(f"config.model.ecg.decoder is {decoder}; expected width (a multiple of 4 and of "
+                    "the heads), blocks and heads of the masked autoencoder's decoder, or () for that "
+                    "of the size; it needs model.ecg.mask_ratio above 0")
   if c.siamese and not c.mask_ratio:
     raise UserError("config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0")
 

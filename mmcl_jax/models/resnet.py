@@ -47,12 +47,14 @@ class BatchNorm(nn.Module):
 
   dtype: jnp.dtype
   scale_init: nn.initializers.Initializer = nn.initializers.ones
+  affine: bool = True  # with a scale and a bias that learn
 
   @nn.compact
   def __call__(self, x, rows, train):
-    channels = x.shape[-1:]
-    scale = self.param("scale", self.scale_init, channels, jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+    channels, scale, bias = x.shape[-1:], 1.0, 0.0
+    if self.affine:
+      scale = self.param("scale", self.scale_init, channels, jnp.float32)
+      bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
     x, mean, var = at_least_float32(x), running_mean.value, running_var.value

@@ -22,9 +22,13 @@ SIZES = {
 DROPOUT = 1 << 16  # uses of a row's keys by dropout, beyond those of drop-path and of towers
 
 
-def numbers(size) -> tuple[int, ...]:
-  """The numbers of a size: a name of SIZES, or the numbers themselves (as read off foreign weights)."""
-  return SIZES[size] if isinstance(size, str) else tuple(size)
+def numbers(size, decoder=()) -> tuple[int, ...]:
+  """The numbers of a size: a name of SIZES, or the numbers themselves (read off foreign weights).
+
+  decoder: width, depth and heads of another decoder than that of the size; (): its own.
+  """
+  whole = SIZES[size] if isinstance(size, str) else tuple(size)
+  return (*whole[:3], *decoder) if decoder else whole
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
@@ -67,6 +71,12 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place) -> jax.Arr
   return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
 
 
+def torch_uniform(inputs: int) -> nn.initializers.Initializer:
+  """Where torch's Linear and Conv start, weight and bias alike: U(-1, 1) / sqrt(inputs)."""
+  bound = inputs ** -0.5
+  return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class Dense(nn.Module):
   """x [..., I] -> [..., features]: flax's Dense by kernels.linear, Glorot-uniform at first."""
 
@@ -74,12 +84,13 @@ class Dense(nn.Module):
   dtype: jnp.dtype = jnp.float32
   use_bias: bool = True
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x):
     arrays = [x, self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)]
     if self.use_bias:
-      arrays.append(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
+      arrays.append(self.param("bias", self.bias_init, (self.features,), jnp.float32))
     return kernels.linear(*(array.astype(self.dtype) for array in arrays))
 
 
@@ -95,11 +106,12 @@ class Block(nn.Module):
   dtype: jnp.dtype = jnp.float32
   epsilon: float = 1e-6
   dropout: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
   @nn.compact
   def __call__(self, x, keys=None):
     B, N, D = x.shape
-    dense = lambda width, name: Dense(width, self.dtype, name=name)
+    dense = lambda width, name: Dense(width, self.dtype, kernel_init=self.kernel_init, name=name)
     norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
     drop = lambda x, i: dropout(x, keys, self.dropout, 3 * self.layer + i)
 

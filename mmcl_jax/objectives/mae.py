@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from mmcl_jax.objectives import Loss, common
 
 
-def mae(outputs, batch, region: str = "masked", ncc_weight: float = 0.0) -> Loss:
+def mae(outputs, batch, region: str = "masked", ncc_weight: float = 0.0,
+        norm_pix: bool = False) -> Loss:
   """(1 - w) MSE + w (1 - NCC).
 
   MSE is over the masked patches (He et al. 2022, region="masked") or over all of them as in MMCL's code
@@ -16,17 +17,23 @@ def mae(outputs, batch, region: str = "masked", ncc_weight: float = 0.0) -> Loss
     batch: ecg [B, L, T], has_ecg [B], mask [B].
     region: masked | all.
     ncc_weight: w.
+    norm_pix: MSE is to patches that are normalised first, as in cmr_mae (ST-MEM); it needs w = 0.
   """
   if region not in ("masked", "all"):
     raise ValueError(f"region is {region!r}; expected masked or all")
+  if norm_pix and ncc_weight:
+    raise ValueError(f"norm_pix=True with ncc_weight={ncc_weight}; patches without their own level "
+                     "make no lead that NCC could compare: expected norm_pix=False or ncc_weight=0")
   x, y = common.at_least_float32(batch["ecg"]), common.at_least_float32(outputs["reconstruction"])
   B, L, T = x.shape
-  squared = jnp.square(x - y)
   mask = outputs["patch_mask"]
-  per_patch = squared.reshape(B, L, mask.shape[2], -1).mean(axis=3)
+  patches = x.reshape(B, L, mask.shape[2], -1)
+  target = normalised(patches) if norm_pix else patches
+  squared = jnp.square(target - y.reshape(patches.shape))
+  per_patch = squared.mean(axis=3)
   masked = (per_patch * mask).sum(axis=(1, 2)) / mask.sum(axis=(1, 2))
   ncc = jnp.sum(zscore(x) * zscore(y), axis=2).mean(axis=1) / (T - 1)
-  mse = masked if region == "masked" else squared.mean(axis=(1, 2))
+  mse = masked if region == "masked" else squared.mean(axis=(1, 2, 3))
   weight = common.row_weight(batch, "ecg")
   return Loss((1 - ncc_weight) * mse + ncc_weight * (1 - ncc), weight,
               {"masked_mse": common.average(masked, weight), "ncc": common.average(ncc, weight)})
@@ -39,6 +46,13 @@ def zscore(x):
   return centred / jnp.sqrt(variance + 1e-8)
 
 
+def normalised(patches):
+  """patches [..., P] -> (x - mean) / sqrt(variance by P - 1, + 1e-6) of each (He et al. 2022)."""
+  centred = patches - patches.mean(axis=-1, keepdims=True)
+  variance = jnp.square(centred).sum(axis=-1, keepdims=True) / (patches.shape[-1] - 1)
+  return centred / jnp.sqrt(variance + 1e-6)
+
+
 def cmr_mae(outputs, batch, of: str = "sax", norm_pix: bool = False) -> Loss:
   """MSE of a CMR tower's hidden patches (He et al. 2022).
 
@@ -46,15 +60,13 @@ def cmr_mae(outputs, batch, of: str = "sax", norm_pix: bool = False) -> Loss:
     outputs: cmr.NAME.{patches, reconstruction} [B, N, P], cmr.NAME.patch_mask [B, N] (1 = hidden).
     batch: has_cmr, mask [B].
     of: a CMR tower of kind=vit with a mask_ratio.
-    norm_pix: each patch is first brought to mean 0 and variance 1: (x - mean) / sqrt(variance by P - 1, + 1e-6).
+    norm_pix: each patch is normalised first.
   """
   if common.tower(of)[0] == "ecg":
     raise ValueError(f"of is {of!r}; expected a CMR tower (the ECG has the objective mae)")
   tower = outputs["cmr"][of]
   target, mask = common.at_least_float32(tower["patches"]), tower["patch_mask"]
   if norm_pix:
-    centred = target - target.mean(axis=2, keepdims=True)
-    variance = jnp.square(centred).sum(axis=2, keepdims=True) / (target.shape[2] - 1)
-    target = centred / jnp.sqrt(variance + 1e-6)
+    target = normalised(target)
   per_patch = jnp.square(target - tower["reconstruction"]).mean(axis=2)
   return Loss((per_patch * mask).sum(axis=1) / mask.sum(axis=1), common.row_weight(batch, of), {})

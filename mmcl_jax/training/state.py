@@ -55,7 +55,8 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
   """Clip by the global norm of the trained parameters (clip 0: none), then AdamW; frozen parameters get updates of 0.
 
   AdamW (Loshchilov & Hutter 2019), eps 1e-8: p -= rate(step) factor (m / (sqrt(v) + eps) + weight_decay p). Moments are
-  kept for trained parameters only, in their dtype.
+  kept for trained parameters only, in their dtype. With config.optimizer.l2 it is Adam with an L2 penalty, as
+  torch.optim.Adam has it: weight_decay p is added to the gradient of every parameter.
 
   Args:
     params: the model's parameters, arrays or ShapeDtypeStructs.
@@ -66,10 +67,12 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
   """
   c, treatment = config.optimizer, treatments(config, params, statistics)
   by_path = lambda f, tree: jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
+  l2 = c.get("l2", False)  # absent from the configs of older runs
+  adam = optax.scale_by_adam(b1=c.b1, b2=c.b2)
+  decay = optax.add_decayed_weights(c.weight_decay, mask=None if l2 else decayed)
   trained = optax.chain(
       optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
-      optax.scale_by_adam(b1=c.b1, b2=c.b2),
-      optax.add_decayed_weights(c.weight_decay, mask=decayed),
+      *((decay, adam) if l2 else (adam, decay)),
       optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
       optax.scale_by_learning_rate(learning_rate(config)),
       *([keep_average(c.ema)] if c.get("ema", 0.0) else []))  # absent from the configs of older runs
