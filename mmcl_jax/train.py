@@ -48,6 +48,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
   cohort = cohort_room.load(config.data.cohort)
   others = load_mix(config.data.mix)
   start = checkpoint.latest(workdir) or 0
+  stages = stages_of(config, workdir, start)
   if start:  # what it started from stays on record, wherever that lies by now
     config.init_from = configuration.load(workdir).init_from
   read = [cohort, *(other for other, _ in others)]
@@ -184,7 +185,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
         checkpoints.save(step, state, data={"next_step": step, "batch": config.batch, "seed": config.seed},
                          meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales, config=json.loads(config.to_json()),
                                            best=best._asdict(), skipped=skipped._asdict(), mixed=[other.fingerprint for other, _ in others],
-                                           cohort_path=os.path.abspath(cohort.path), **spacing))
+                                           cohort_path=os.path.abspath(cohort.path), stages=stages, **spacing))
       if asked or over:
         break
       rows = next(batches)
@@ -313,6 +314,18 @@ def check_splits(cohort, others, config):
       raise UserError(f"{other.path} and {cohort.path} are both of {cohort.info['source']} and were prepared with different salts, so "
                       f"people held out in one may train in the other unseen; prepare both with the same --private, or {ALLOW} to go on")
     tell_seen(cohort, people.of_cohort(other), f"are in the train split of {other.path}", config)
+
+
+def stages_of(config, workdir: str, start: int) -> dict[str, str]:
+  """{module: name of the run that it starts from, or at step `start` had started from}; UserError where that is another run."""
+  found = {module: checkpoint.run_name(stage) for module, stage in config.init_from.items() if stage}
+  if not start:
+    return found
+  kept = checkpoint.manifest(workdir, start).get("stages", {})
+  if other := [module for module, run in found.items() if run and run != kept.get(module, run)]:  # no run: it is gone by now
+    raise UserError(f"config.init_from.{other[0]} is {config.init_from[other[0]]}, and {workdir} started from another run; give that "
+                    "one, wherever it lies, or take another --workdir")
+  return kept
 
 
 def people_of(cohort, others, config, workdir: str, start: int) -> people.People:

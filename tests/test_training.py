@@ -269,11 +269,27 @@ def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(tmp_
   for other, words in ((dict(mix=(("m", 0.4),)), "data.mix was"), (dict(mix=()), "data.mix was"), (dict(ecg=""), "init_from.ecg was 'e'")):
     with pytest.raises(UserError, match=words):
       configuration.check_workdir(config_of(**other), "w")
-  if begun:  # it was read at the first step and is not any more
+  if begun:  # by its path; see the next test
     configuration.check_workdir(config_of(ecg="elsewhere"), "w")
   else:
     with pytest.raises(UserError, match="init_from.ecg was 'e', now 'elsewhere'"):
       configuration.check_workdir(config_of(ecg="elsewhere"), "w")
+
+
+def test_an_earlier_stage_is_known_by_the_name_of_its_run(finished, copy, tmp_path):
+  config = tiny_config("c")
+  config.init_from.ecg = str(finished[0])
+  stages = train.stages_of(config, str(tmp_path), 0)
+  assert stages == {"ecg": checkpoint.run_name(str(finished[0]))} and len(stages["ecg"]) > 8
+  for kept, start in ((stages, 6), ({"ecg": "another"}, 3), ({}, 3)):
+    checkpoint.sign(copy / f"checkpoints/{start}", checkpoint.manifest(str(copy), start) | {"stages": kept})
+    if kept.get("ecg") == "another":
+      with pytest.raises(UserError, match=f"config.init_from.ecg is {finished[0]}, and {copy} started from another run"):
+        train.stages_of(config, str(copy), start)
+    else:
+      assert train.stages_of(config, str(copy), start) == kept
+  config.init_from.ecg = "/gone"
+  assert train.stages_of(config, str(copy), 6) == stages
 
 
 @pytest.mark.parametrize("objective, name", [("explode", "mine"), ("bad_gradient", "gradient")])
