@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from mmcl_jax import files
 from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
 from mmcl_jax.data.preprocess.ecg import samples
-from mmcl_jax.data.readers import ecg_file, find_ecg
+from mmcl_jax.data.readers import READS, ecg_file, find_ecg, listing
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.paths import local
@@ -91,8 +92,7 @@ def parse(argv):
   parser = argparse.ArgumentParser(prog="mmcl embed", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
   parser.add_argument("--workdir", type=local, required=True, help="folder of the training run")
   parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH",
-                      help="ECGs, and folders to search for them: WFDB (.hea, .mat, .dat or stem), GE CardioSoft "
-                           "(.xml), DICOM (.dcm), arrays (.csv, .npy) with a .json that gives their rate")
+                      help=f"ECGs, and folders to search for them: {READS}")
   parser.add_argument("--out", type=local, required=True,
                       help="folder for the table, in Parquet; a part of it there is gone on from")
   parser.add_argument("--evaluation", **EVALUATION)
@@ -111,14 +111,19 @@ def parse(argv):
 def find_recordings(inputs) -> list[str]:
   """The recordings that files, stems and folders name, in that order, each once; folders sorted.
 
-  A record's header and samples (`folder/*`) are one recording. What does not exist stays in, to be rejected by name.
+  A record's header and samples (`folder/*`) are one recording. What does not exist stays in, to be rejected by name, and so
+  does a folder without any ECG. What else folders hold is counted on a line.
   """
-  found = {}
+  found, others = {}, Counter()
   for path in map(Path, inputs):
     if os.path.isdir(path):
-      found |= {name: name for name in map(str, find_ecg(path) or [path]) if name not in found}
+      recordings, passed_over = find_ecg(path)
+      others += passed_over
+      found |= {name: name for name in map(str, recordings or [path]) if name not in found}
     else:
       found.setdefault(str(ecg_file(path)), str(path))
+  if others and distributed.here.index == 0:
+    print(f"{others.total()} files of other kinds, passed over: {listing(others)}", flush=True)
   return list(found.values())
 
 

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 from mmcl_jax import files
-from mmcl_jax.data import schema
+from mmcl_jax.data import readers, schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, check_writable, writing
@@ -88,10 +88,10 @@ def load_generator(workdir: str, step: int | None, guidance: float) -> restore.R
 
 
 def named(paths: list[str]) -> dict[str, str]:
-  """{name of its folder: path}: the file's stem, with a number where several have it."""
+  """{name of its folder: path}: the file's name without the suffix of its format, with a number where several have it."""
   found = {}
   for path in paths:
-    stem = re.sub(r"[^\w.-]", "_", pathlib.Path(path).stem).lstrip(".") or "ecg"
+    stem = re.sub(r"[^\w.-]", "_", readers.stem(path)).lstrip(".") or "ecg"
     name, number = stem, 1
     while name in found or name == "hearts.csv":
       number += 1

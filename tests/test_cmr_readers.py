@@ -283,7 +283,7 @@ def test_acdc_frames_count_from_one(tmp_path):
   save(folder / "patient001_4d.nii.gz", np.roll(IMAGES, 1, axis=0))
   flags = acdc.read(folder).flags
   assert flags == tuple(f"the file of {p} is not frame {n} of the cine" for p, n in (("ED", ED + 1), ("ES", ES + 1)))
-  for lines in ("ED: 0\nES: 4", "ED: 1", "ED: x\nES: 4", "ED: 1\nES: 7", "ED: 4\nES: 4", "ED: 1\nES: -2", ""):
+  for lines in ("ED: 0\nES: 4", "ED: 1", "ED: x\nES: 4", "ED: 1\nES: 7", "ED: 4\nES: 4", "ED: 1\nES: -2", "\n"):
     (folder / "Info.cfg").write_text(lines)
     rejects(acdc.read, folder, "E")
   (folder / "Info.cfg").unlink()
@@ -411,11 +411,13 @@ def test_nifti_nan_truncation_and_folders(tmp_path):
   for size in (len(whole) // 2, len(whole) - 4):
     path.write_bytes(whole[:size])
     rejects(nifti.read, path, "ends early")
+  (tmp_path / "link.nii.gz").symlink_to(path)
   path.write_bytes(whole[:-8] + bytes(8))  # its checksum
   rejects(nifti.read, path, "BadGzipFile")
   rejects(nifti.read, tmp_path, "a folder")
-  (tmp_path / "link.nii.gz").symlink_to(path)
-  rejects(nifti.read, tmp_path / "link.nii.gz", "a symbolic link")
+  rejects(nifti.read, tmp_path / "link.nii.gz", "BadGzipFile")
+  path.unlink()
+  rejects(nifti.read, tmp_path / "link.nii.gz", "a link to a file that is not there")
   rejects(nifti.read, tmp_path / "none.nii.gz", "no such file")
 
 

@@ -182,7 +182,7 @@ def test_samples_missing_short_or_altered(tmp_path):
   rejects(tmp_path / "absent", "no such file")
   rejects(tmp_path, "a folder")
   (tmp_path / "ecg.xml").write_text("<xml/>")
-  rejects(tmp_path / "ecg.xml", "another kind of file")
+  rejects(tmp_path / "ecg.xml", "an XML file whose root is xml, which is not read; expected a WFDB header")
 
 
 @pytest.mark.parametrize("old,new,word", [
@@ -193,7 +193,6 @@ def test_samples_missing_short_or_altered(tmp_path):
     (b"500 5000", b"500 1000000000000", "claims 1000000000000"),
     (b"rec 12 ", b"rec 999999999 ", "999999999 signals"),
     (b"rec 12 ", b"rec/3 12 ", "segment"),
-    (b"rec 12 ", b"rec.hea 12 ", "HeaderSyntaxError"),
     (b"rec 12 500", b"rec 12 0", "0 Hz"),
     (b"500 5000", b"500", "samples"),
     (b"dat 16", b"dat 99", "format 99"),
@@ -223,7 +222,9 @@ def test_scattered_signals_are_not_mixed_up(tmp_path):
 
 
 def test_colons_in_a_folder_do_not_reach_fsspec(tmp_path):
-  rejects(record(tmp_path / "a::b", heart()), "'::'")
+  """Under wfdb, it takes '::' for a chain of remote files."""
+  leads = heart()
+  np.testing.assert_allclose(wfdb.read(record(tmp_path / "a::b", leads)).ecg_mv, stacked(leads), atol=0.00051)
 
 
 def test_only_bad_record_escapes_damaged_headers(tmp_path):

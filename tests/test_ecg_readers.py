@@ -1,9 +1,11 @@
 """ECG readers: each file is made here, in its format's layout, from known volts; real recordings where there are."""
 
+import gzip
 import json
 import os
 import pickle
 import struct
+import unicodedata
 import warnings
 import zlib
 from pathlib import Path
@@ -84,7 +86,6 @@ def test_record_named_as_a_file(tmp_path):
   assert sorted(os.listdir(tmp_path)) == before
   header.with_suffix(".mat").unlink()
   rejects(header, "not beside it")
-  rejects(rewrite(header, b"A0001.mat 16", b"A0002.mat 16", 1), "several")
 
 
 def test_upper_case_leads_of_ptb_xl(tmp_path):
@@ -131,6 +132,55 @@ def test_reasons_name_the_leads_found(tmp_path, xml):
   sources = {name: code("MDC", "99", f"Lead {n}") for n, name in enumerate(INDEPENDENT, 7)}
   group = multiplex({name: heart()[name] for name in INDEPENDENT}, sources=sources)
   rejects(dicom(tmp_path / "a.dcm", group), "it has Lead 7, Lead 8")
+
+
+NAMES = {  # of a record's files
+    "umlaut": "M\u00fcller", "Chinese": "\u5fc3\u7535\u56fe", "blanks": "two words 12", "decomposed": "Mu\u0308ller"}
+
+
+@pytest.mark.reported("WFDB records named with umlauts, blanks or in Chinese were not read")
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("encoding,form", [("utf-8", "NFC"), ("utf-8", "NFD"), ("latin-1", "NFC"), ("utf-16", "NFC")])
+def test_names_of_wfdb_records(tmp_path, kind, encoding, form):
+  """The header may hold another Unicode form of a name than the folder."""
+  name = NAMES[kind]
+  if encoding == "latin-1" and kind in ("Chinese", "decomposed"):
+    return
+  header, volts = cinc(tmp_path)
+  content = header.read_text().replace("A0001", unicodedata.normalize(form, name))
+  (tmp_path / f"{name}.hea").write_bytes(content.encode(encoding))
+  header.unlink()
+  (tmp_path / "A0001.mat").rename(tmp_path / f"{name}.mat")
+  assert [path.stem for path in readers.find_ecg(tmp_path)[0]] == [name]
+  for path in (f"{name}.hea", f"{name}.mat", name):
+    np.testing.assert_allclose(readers.read_ecg(tmp_path / path).ecg_mv, volts, atol=0.00051)
+
+
+@pytest.mark.reported("a WFDB header whose date is a year alone was not read",
+                      "a WFDB record named by its path was called one of several segments")
+@pytest.mark.parametrize("first", [
+    "A0001 12 500 5000 2006", "A0001 12 500/500(0) 5000 12:30 00/00/2006", "A0001 12 500 5000 12.05.2006 noon",
+    "records500/00000/A0001 12 500 5000", "C:\\data\\A0001 12 500 5000", "g1/0001 12 500 5000 2006"])
+def test_names_and_dates_that_samples_do_not_need(tmp_path, first):
+  header, volts = cinc(tmp_path, first=first)
+  if "0001 " in first and "A0001" not in first:  # a name of digits alone, as of a segment
+    header = header.rename(tmp_path / "0001.hea")
+  np.testing.assert_allclose(readers.read_ecg(header).ecg_mv, volts, atol=0.00051)
+
+
+@pytest.mark.reported("records with .HEA and .DAT were not found", "a .mat without its header was called no such file")
+def test_suffixes_in_capitals_and_samples_without_a_header(tmp_path):
+  leads = heart()
+  header = record(tmp_path, leads, name="rec")
+  header.with_suffix(".dat").rename(tmp_path / "REC.DAT")
+  header = header.rename(tmp_path / "REC.HEA")
+  assert readers.find_ecg(tmp_path) == ([header], {})
+  for path in (header, tmp_path / "REC.DAT", tmp_path / "REC", tmp_path / "rec", tmp_path / "rec.dat"):
+    np.testing.assert_allclose(readers.read_ecg(path).ecg_mv, stacked(leads), atol=0.00051)
+    assert readers.ecg_file(path) == header
+  header.unlink()
+  rejects(tmp_path / "REC.DAT", "samples without their header")
+  rejects(tmp_path / "rec.dat", "no such file")
 
 
 # CardioSoft's XML
@@ -192,6 +242,14 @@ def test_strip(xml, nested):
   np.testing.assert_allclose(recording.ecg_mv, 0.005 * stacked(leads), rtol=1e-6)
 
 
+def test_median_beat_of_another_rate(xml):
+  median = {name: np.repeat(lead[:600], 2) for name, lead in counts(2, 1).items()}
+  data = cardiosoft(median=median).replace(b"Hz\">500", b"Hz\">1000").replace(b"<LastValid>593", b"<LastValid>1187")
+  beat, rate = ukb_ecg_xml.read_median(xml(data=data))
+  assert beat.shape == (12, 1188) and rate == 1000
+  rejects(xml(data=data.replace(b"Hz\">1000", b"Hz\">500", 1)), "expected at most 600", read=ukb_ecg_xml.read_median)
+
+
 def test_median_beat(xml):
   leads = {name: lead[:600] for name, lead in counts(2, 1).items()}
   median, rate = ukb_ecg_xml.read_median(xml())
@@ -235,7 +293,7 @@ def test_counts_need_not_be_stated(xml):
     (b"<StripData>", b"<StripData/><StripData>", "2 StripData"),
     (b"StripData>", b"OtherData>", "not well-formed"),
     (b"CardiologyXML", b"RestingECG", "not well-formed"),
-    (b"Hz\">500", b"Hz\">100", "100 Hz; expected 500"),
+    (b"Hz\">500", b"Hz\">-100", "SampleRate is -100"),
     (b"Hz\">500", b"Hz\">nan", "SampleRate is missing or not a number"),
     (b"LSB\">5".replace(b"LSB", b"Lsb"), b"Lsb\">0", "Resolution is 0"),
     (b"Lsb\">5", b"Lsb\">-5", "Resolution is -5"),
@@ -245,7 +303,7 @@ def test_counts_need_not_be_stated(xml):
     (b"<ChannelSampleCountTotal>5000", b"<ChannelSampleCountTotal>" + b"9" * 15, "ChannelSampleCountTotal is 1e+15"),
     (b'lead="III"', b'lead="ii"', "lead II occurs twice"),
     (b'lead="V6"', b'lead="V7"', "no lead V6"),
-    (b'lead="V3">', b'lead="V3">1,', "lead V3 has 5001 samples; expected 5000"),
+    (b'lead="V3">', b'lead="V3">1,', "lead V3 has 5001 samples; expected 5000, as lead I"),
     (b'lead="V3">', b'lead="V3">NaN,', "a sample of lead V3 is not a number"),
     (b'lead="V3">', b'lead="V3">1_0', "a sample of lead V3 is not a number"),
     (b'lead="V3">', b'lead="V3">1-', "lead V3 is missing or not a number"),
@@ -261,15 +319,24 @@ def test_constant_and_absent_leads(xml):
   flat = counts() | {"V4": np.full(5000, 7)}
   rejects(xml(data=cardiosoft(flat)), "flat lead V4")
   rejects(xml(data=VALID_XML.replace(b"StripData", b"Other")), "0 StripData; expected one")
-  rejects(xml(data=VALID_XML.replace(b"CardiologyXML", b"RestingECG")), "root is not CardiologyXML")
-  rejects(xml(data=cardiosoft({name: lead[:4998] for name, lead in counts().items()})), "5000")
+  rejects(xml(data=VALID_XML.replace(b"CardiologyXML", b"RestingECG")), "a GE MUSE XML file")
+
+
+@pytest.mark.reported("GE CardioSoft XML was refused at any other rate and length than UK Biobank's")
+@pytest.mark.parametrize("rate,seconds", [(1000, 10), (240, 10), (500, 12), (500, 5)])
+def test_strips_of_any_rate_and_length(xml, rate, seconds):
+  leads = {name: np.tile(lead, 2)[:rate * seconds] for name, lead in counts().items()}
+  data = cardiosoft(leads).replace(b"Hz\">500", b"Hz\">%d" % rate)
+  recording = readers.read_ecg(xml(data=data))
+  assert recording.rate_hz == rate and recording.flags == (("12.0 s long",) if seconds == 12 else ())
+  np.testing.assert_allclose(recording.ecg_mv, 0.005 * stacked(leads), rtol=1e-6)
 
 
 @pytest.mark.parametrize("read,old,new,word", [
     (ukb_ecg_xml.read_median, b"<LastValid>593", b"<LastValid>600", "last valid one at 600"),
     (ukb_ecg_xml.read_median, b"<LastValid>593", b"<LastValid>", "LastValid is missing"),
     (ukb_ecg_xml.read_median, b">600</Channel", b">99999999999</Channel", "expected at most 600"),
-    (ukb_ecg_xml.read_median, b">600</Channel", b">599</Channel", "600 samples; expected 599"),
+    (ukb_ecg_xml.read_median, b">600</Channel", b">599</Channel", "ChannelSampleCountTotal is 599; found or expected 600"),
     (ukb_ecg_xml.read_full_disclosure, b"<SampleCountTotal>162000<", b"<SampleCountTotal>9<", "SampleCountTotal is 9"),
     (ukb_ecg_xml.read_full_disclosure, b"<LeadOrder>I,", b"<LeadOrder>", "names 11 leads"),
     (ukb_ecg_xml.read_full_disclosure, b"<LeadOrder>I,", b"<LeadOrder>II,", "lead II occurs twice"),
@@ -295,11 +362,12 @@ BOMB = b'<!DOCTYPE x [<!ENTITY a0 "ha">' + b"".join(
     (b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><CardiologyXML>&e;</CardiologyXML>', "document type"),
     (b'<!DOCTYPE x SYSTEM "http://localhost/x.dtd"><CardiologyXML/>', "document type"),
     (b"<CardiologyXML>&nbsp;</CardiologyXML>", "well-formed"),
-    (b"<a>" * 100_000, "tags"),
-    (b"<a>" * 40_000, "well-formed"),
+    (b"<CardiologyXML>" * 100_000, "tags"),
+    (b"<CardiologyXML>" * 40_000, "well-formed"),
+    (b"<!--" + b" " * 5000 + b"--><a/>", "root is not CardiologyXML"),
     (b"<CardiologyXML>" + b" " * 2**23 + b"</CardiologyXML>", "bytes"),
     (b'<?xml version="1.0" encoding="klingon"?><CardiologyXML/>', ""),
-    (b"", "well-formed"), (b"\x00\xff" * 99, "well-formed"), (b"<CardiologyXML/>", "ObservationType"),
+    (b"", "an empty file"), (b"\x00\xff" * 99, "well-formed"), (b"<CardiologyXML/>", "ObservationType"),
 ])
 @pytest.mark.parametrize("read", [ukb_ecg_xml.read, ukb_ecg_xml.read_median, ukb_ecg_xml.measurements])
 def test_hostile_xml(xml, data, word, read):
@@ -534,7 +602,7 @@ def test_cells_of_a_csv(tmp_path):
       (lines[:1], "cells"), (lines[:5] + [lines[5].replace(".", "x")] + lines[6:], "not a number"),
       (lines[:5] + [lines[5] + ",1"] + lines[6:], "differ in length"),
       ([lines[0].replace("V1", "II")] + lines[1:], "II occurs"),
-      (["a," * 40_000], "more than 65536 bytes"), ([lines[0].replace("time", '"time')] + lines[1:], "Error")):
+      (["a," * 40_000], "more than 65536 characters"), ([lines[0].replace("time", '"time')] + lines[1:], "Error")):
     with pytest.raises(BadRecord, match=word):
       read(*changed)
 
@@ -571,7 +639,7 @@ def test_what_is_declared(tmp_path):
   assert readers.read_ecg(tmp_path / "a.npy").rate_hz == 250
   for what, word in (
       ({"rate_hz": 400, "leads": list(leads)}, ""), ({"leads": ["I"]}, "expected integers or floats [1, samples]"),
-      ({}, "list of its leads"), ({"leads": "I"}, "list of its leads"), ({"leads": [1] * 12}, "list of its leads"),
+      ({}, "list of its leads"), ({"leads": "I"}, "not a list of names"), ({"leads": [1] * 12}, "not a list of names"),
       ({"leads": ["I"] * 12}, "I occurs twice"), ({"leads": list(leads), "unit": "mmHg"}, "mmHg"),
       ({"leads": list(leads), "unit": 7}, "expected one of"), ({"rate": 1}, "other keys"),
       *(({"rate_hz": rate, "leads": list(leads)}, word) for rate, word in (
@@ -584,8 +652,62 @@ def test_what_is_declared(tmp_path):
   for text in ("", "[]", "{", "[" * 9999, '{"rate_hz": NaN}', " " * 99999, '"\udfff"'):
     (tmp_path / "a.json").write_text(text, errors="surrogatepass")
     rejects(tmp_path / "a.npy")
-  declare(tmp_path, "b.json", leads=["V6"])
-  np.testing.assert_allclose(readers.read_ecg(tmp_path / "b.csv").ecg_mv, stacked(leads), atol=1e-5)  # names its own
+
+
+@pytest.mark.reported("CSVs in gzip, in UTF-16 or with semicolons were not read")
+@pytest.mark.parametrize("mark,decimal", [(",", "."), (";", "."), (";", ","), ("\t", ","), ("\t", ".")])
+@pytest.mark.parametrize("pack", [str.encode, lambda text: text.encode("utf-16"), lambda text: gzip.compress(text.encode()),
+                                  lambda text: gzip.compress(b"\xef\xbb\xbf" + text.encode())])
+def test_spellings_of_a_csv(tmp_path, mark, decimal, pack):
+  leads = heart()
+  text = write_csv(tmp_path / "a.csv", leads).read_text().replace(",", mark).replace(".", decimal)
+  lines = text.splitlines()
+  lines[1] = mark.join(["0"] + lines[1].split(mark)[1:])  # a whole number
+  path = tmp_path / "b.csv.gz"
+  path.write_bytes(pack("\n".join(lines)))
+  declare(tmp_path, "b.json")
+  assert readers.find_ecg(tmp_path) == ([path], {".csv without a .json": 1})
+  np.testing.assert_allclose(readers.read_ecg(path).ecg_mv, stacked(leads), atol=1e-5)
+
+
+def test_a_gzip_that_is_cut_or_expands_without_end(tmp_path):
+  packed = gzip.compress(write_csv(tmp_path / "a.csv", heart()).read_bytes())
+  declare(tmp_path)
+  for data, words in ((packed[:-1000], "damaged or cut short"), (packed[:9], "damaged or cut short"),
+                      (gzip.compress(bytes(70 * 2**20)), "bytes unpacked"), (gzip.compress(b"%PDF-1.4"), "a PDF")):
+    (tmp_path / "a.csv").write_bytes(data)
+    rejects(tmp_path / "a.csv", words)
+
+
+@pytest.mark.reported("the leads that a CSV's .json declares had no effect, and a CSV without a header row was refused")
+def test_declared_leads_of_a_csv(tmp_path):
+  leads, path = heart(), tmp_path / "a.csv"
+  names = list(leads)
+
+  def read(lines, **what):
+    path.write_text("\n".join(lines) + "\n")
+    declare(tmp_path, **what)
+    return readers.read_ecg(path)
+
+  plain = write_csv(path, leads, time=False).read_text().splitlines()
+  timed = write_csv(path, leads).read_text().splitlines()
+  dated = [f"12:30,{line}" for line in plain[1:]]
+  numbers = [",".join(map(str, range(12)))] + plain[1:]
+  channels = [",".join(f"ch{n}" for n in range(1, 13))] + plain[1:]
+  for lines, declared in (
+      (plain[1:], names), (numbers, names), (channels, names), (plain, names), (timed, names), (timed, ["time", *names]),
+      (timed[1:], ["t", *names]), (dated, ["t", *names])):
+    recording = read(lines, leads=declared)
+    assert recording.flags == () and recording.ecg_mv.shape == (12, 5000)
+    np.testing.assert_allclose(recording.ecg_mv, stacked(leads), atol=1e-5)
+  swapped = ["II", "I", *(name for name in names if name not in ("I", "II"))]
+  for lines, declared, words in (
+      (plain[1:], None, "leads in its .json"), (plain, swapped, "differ (I, II, V1"), (timed, swapped, "differ"),
+      (timed, ["V6"], "no lead I"), (timed[1:], names, "12 and its columns 13"), (plain[1:], names[:-1], "11 and its columns 12"),
+      (channels, None, "it has ch1, ch2")):
+    with pytest.raises(BadRecord) as caught:
+      read(lines, **{"leads": declared} if declared else {})
+    assert words in str(caught.value)
 
 
 def npy_header(shape, dtype="<f8"):
@@ -626,7 +748,7 @@ def test_dispatch(tmp_path):
     np.testing.assert_allclose(readers.read_ecg(path).ecg_mv, stacked(leads), atol=0.00126)
   assert readers.read_ecg(tmp_path / "C.XML").ecg_mv.shape == (12, 5000)
   (tmp_path / "note.txt").write_text("hello")
-  rejects(tmp_path / "note.txt", "another kind of file")
+  rejects(tmp_path / "note.txt", "another kind of file; expected WFDB")
   assert readers.ecg_file(header.with_suffix(".dat")) == readers.ecg_file(header.with_suffix("")) == header
   assert readers.ecg_file(tmp_path / "C.XML") == tmp_path / "C.XML" and readers.ecg_file(scan) == scan
 
@@ -636,12 +758,93 @@ def test_find_ecg(tmp_path):
                "g/h.npy", "g/ecg.json", "z.txt"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-  found = [str(path.relative_to(tmp_path)) for path in readers.find_ecg(tmp_path)]
-  assert found == ["a.xml", "b/x.hea", "c.DCM", "d/e.csv", "g/h.npy"]
+  found, others = readers.find_ecg(tmp_path)
+  assert [str(path.relative_to(tmp_path)) for path in found] == ["a.xml", "b/x.hea", "c.DCM", "d/e.csv", "g/h.npy"]
+  assert others == {".csv without a .json": 1, ".npy without a .json": 2, ".txt": 1}
+
+
+@pytest.mark.reported("DICOM ECGs without a suffix were passed over in folders, and nothing said what was passed over")
+def test_every_file_of_a_folder_is_a_recording_belongs_to_one_or_is_counted(tmp_path):
+  leads = heart()
+  scan = dicom(tmp_path / "IM000001", multiplex(leads)).read_bytes()
+  recordings = {"IM000001", "1.2.840.10008.5", "old/a.hea", "old/lost.dat", "table.csv", "export"}
+  for name in ("1.2.840.10008.5", "old/lost.dat", ".git/annex/objects/x.dcm"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(scan)
+  (tmp_path / "export").write_bytes(VALID_XML)
+  record(tmp_path / "old", leads, name="a")
+  (tmp_path / "old/a.atr").write_bytes(b"notes of beats")
+  write_csv(tmp_path / "table.csv", leads)
+  declare(tmp_path, "table.JSON")
+  others = {"a.scp": b"", "b.edf": b"0       ", "c.edf": b"", "d.csv": b"1,2", "e.mat": b"MATLAB 5.0 MAT-file", "DICOM": b"",
+            "README": b"read me", "report": b"%PDF-1.4", "._IM000001": b"\x00\x05\x16\x07", "1.2.3.4": b"junk", "f.json": b"{}"}
+  for name, content in others.items():
+    (tmp_path / name).write_bytes(content)
+  os.symlink(tmp_path / "old", tmp_path / "door")
+  os.symlink(tmp_path / "nowhere", tmp_path / "broken")
+  found, counted = readers.find_ecg(tmp_path)
+  assert {str(path.relative_to(tmp_path)) for path in found} == recordings
+  assert counted == {".scp": 1, ".edf": 2, ".csv without a .json": 1, ".mat without a .hea": 1, "empty": 1,
+                     "without a suffix": 2, "PDF": 1, "macOS ._": 1, ".json": 1, "links to folders": 1, "no regular file": 1}
+  assert readers.listing(counted).endswith(", ...") and ".edf 2, " in readers.listing(counted)
+  for path in found:
+    np.testing.assert_allclose(readers.read_ecg(path).ecg_mv, 0.005 * stacked(counts()) if path.name == "export" else
+                               stacked(leads), atol=0.00126)
+
+
+@pytest.mark.reported("a folder without ECGs was told that a WFDB header is expected")
+@pytest.mark.parametrize("names,found", [
+    ((), "nothing"), (("a.csv", "b.csv", "x.txt"), ".csv without a .json 2, .txt 1"), (("A0001.mat",), ".mat without a .hea 1"),
+    (("a.scp", "b.scp"), ".scp 2")])
+def test_a_folder_without_ecgs(tmp_path, names, found):
+  for name in names:
+    (tmp_path / name).write_text("x")
+  rejects(tmp_path, f"no ECG in this folder; found {found}; it reads WFDB (.hea with .dat or .mat), GE CardioSoft XML, "
+          "DICOM, and CSV or NPY with a .json")
+
+
+KINDS = {
+    "a GE MUSE XML file, which is not read": b'<?xml version="1.0"?>\n<!DOCTYPE RestingECG SYSTEM "restecg.dtd">\n<RestingECG>',
+    "a Philips Sierra XML file": '<?xml version="1.0" encoding="utf-16"?><restingecgdata xmlns="x">'.encode("utf-16"),
+    "an HL7 aECG XML file": b"<!-- of <RestingECG> -->\n<ns:AnnotatedECG>",
+    "an XML file whose root is plist": b"\xef\xbb\xbf<plist/>", "an HTML page": b"<!DOCTYPE html>\n<HTML>",
+    "a Git LFS pointer, without the file itself: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+    "a git-annex pointer": b"/annex/objects/MD5E-s1--0.dcm\n", "a macOS AppleDouble file": b"\x00\x05\x16\x07\x00\x02\x00\x00",
+    "a zip": b"PK\x03\x04" + bytes(40), "an Excel or other Office file": b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml",
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n", "a PDF": b"%PDF-1.7", "a PNG image": b"\x89PNG\r\n", "an empty file": b"",
+    "an SCP-ECG file": bytes(16) + b"SCPECG" + bytes(9), "an EDF file": b"0       " + b" " * 160 + b"01.01.85",
+    "a MATLAB 5 file": b"MATLAB 5.0 MAT-file, made", "a text in UTF-16": "I,II".encode("utf-16")}
+
+
+@pytest.mark.reported("MUSE, Sierra, aECG, SCP, EDF, Git LFS pointers, ._ files and zips were refused without saying what they are")
+@pytest.mark.parametrize("kind", KINDS)
+def test_reasons_name_what_was_found(tmp_path, kind):
+  """By whatever name and reader."""
+  declare(tmp_path, leads=list(LEADS))
+  for name, read in (("a", readers.read_ecg), ("a.ecg", readers.read_ecg), ("a.xml", ukb_ecg_xml.read), ("a.dcm", dicom_ecg.read),
+                     ("a.hea", wfdb.read), ("a.csv", array_ecg.read), ("a.npy", array_ecg.read)):
+    (tmp_path / name).write_bytes(KINDS[kind])
+    if kind == "a text in UTF-16" and name in ("a.hea", "a.csv"):
+      rejects(tmp_path / name, read=read)
+    else:
+      rejects(tmp_path / name, kind, "; expected ", read=read)
+      rejects(tmp_path / name, kind, "; expected ")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real recordings here")
+def test_real_files_of_other_formats_are_named():
+  found = {}
+  for path in sorted(REAL.glob("*_*/*.xml")):
+    try:
+      readers.read_ecg(path)
+    except BadRecord as error:
+      found[path.name] = str(error).partition(" XML file")[0]
+  assert found == {"subject1_0.xml": "an HL7 aECG", "synthetic_muse.xml": "a GE MUSE", "sierra_1_03.xml": "a Philips Sierra",
+                   "sierra_1_04.xml": "a Philips Sierra"}
 
 
 @pytest.mark.parametrize("suffix", [".hea", ".mat", "", ".xml", ".dcm", ".csv", ".npy"])
-def test_folders_pipes_and_links(tmp_path, suffix):
+def test_folders_pipes_and_broken_links(tmp_path, suffix):
   """None is opened: reading a pipe would wait for ever."""
   declare(tmp_path, leads=list(LEADS))
   (tmp_path / "folder").mkdir()
@@ -649,11 +852,22 @@ def test_folders_pipes_and_links(tmp_path, suffix):
   os.symlink(tmp_path / f"pipe{suffix}", tmp_path / f"link{suffix}")
   os.symlink(tmp_path / "folder", tmp_path / f"door{suffix}")
   os.symlink(tmp_path / f"loop{suffix}", tmp_path / f"loop{suffix}")
-  for name in ("pipe", "link", "door", "loop", "absent"):
-    if suffix == ".csv":
-      declare(tmp_path)
-    rejects(tmp_path / f"{name}{suffix}", *(["a symbolic link"] if name in ("link", "door", "loop") and suffix in (".xml", ".dcm", ".csv",
-                                                                                                             ".npy") else []))
+  os.symlink(tmp_path / ".git/annex/objects/x", tmp_path / f"annex{suffix}")
+  words = {"pipe": "no regular file", "link": "no regular file", "door": "no ECG in this folder", "absent": "no such file",
+           "loop": "a link to a file that is not there", "annex": "datalad get"}
+  for name, word in words.items():
+    rejects(tmp_path / f"{name}{suffix}", *([] if suffix == ".mat" and name != "door" else [word]))
+
+
+@pytest.mark.reported("recordings staged by links, as DataLad, Snakemake and Nextflow do, were refused")
+@pytest.mark.parametrize("suffix", [".hea", ".xml", ".dcm", ".csv", ".npy"])
+def test_links_lead_to_recordings(tmp_path, suffix, valid):
+  folder = valid[suffix][0].parent
+  for file in folder.iterdir():
+    if file.stem == valid[suffix][0].stem:
+      os.symlink(file, tmp_path / file.name)
+  (found,) = [path for path in readers.find_ecg(tmp_path)[0] if path.suffix == suffix]
+  np.testing.assert_array_equal(readers.read_ecg(found).ecg_mv, readers.read_ecg(valid[suffix][0]).ecg_mv)
 
 
 def test_import_loads_no_format():

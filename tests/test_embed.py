@@ -162,6 +162,19 @@ def test_every_format_and_the_rate_of_the_profile(tmp_path, encoder):
   np.testing.assert_allclose(np.stack(rows["embedding"][:2]), [expected] * 2, atol=0.002)
 
 
+@pytest.mark.reported("a folder's files that embed does not read were passed over without a word")
+def test_what_folders_hold_besides_is_counted(tmp_path, encoder, recordings, capsys):
+  (recordings / "nested/a.scp").write_bytes(b"")
+  (recordings / "nested/b.edf").write_bytes(b"")
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "empty/table.csv").write_text("I,II\n")
+  rows = run(tmp_path, str(tmp_path / "empty"))
+  assert "3 files of other kinds, passed over: " in (told := capsys.readouterr().out)
+  assert all(kind in told for kind in (".scp 1", ".edf 1", ".csv without a .json 1"))
+  assert rows["path"].iloc[-1] == str(tmp_path / "empty") and len(rows) == 9
+  assert rows["reason"].iloc[-1].startswith("no ECG in this folder; found .csv without a .json 1; it reads WFDB")
+
+
 def test_inputs_in_any_form_once(tmp_path, encoder, recordings):
   a, b, d = recordings / "a.hea", recordings / "b", recordings / "nested/d.dat"
   embed.main([f"--input={d}", f"--workdir={tmp_path}", str(a), f"--input={b}", f"--out={tmp_path / 'out'}",

@@ -311,8 +311,26 @@ def test_without_a_table_names_that_recur_are_people_of_their_own(tmp_path):
   assert {item.subject.tobytes() for item in made.items} == people - {identify("00001_hr").tobytes()}
 
 
+@pytest.mark.reported("prepare passed over records in capitals and files of other kinds without a word")
+def test_capitals_and_files_of_other_kinds(tmp_path):
+  decomposed = "Mu\u0308ller"
+  for name in ("A1", "A2"):
+    record(tmp_path, name)
+  for suffix in ("hea", "dat"):
+    (tmp_path / f"A2.{suffix}").rename(tmp_path / f"A2.{suffix.upper()}")
+    (tmp_path / f"A1.{suffix}").rename(tmp_path / f"{decomposed}.{suffix}")
+  (tmp_path / f"{decomposed}.hea").write_text((tmp_path / f"{decomposed}.hea").read_text().replace("A1", "M\u00fcller"))
+  for name in ("b.scp", "c.edf", "d.edf", "e.xml", "A2.atr"):
+    (tmp_path / name).write_bytes(b"")
+  made = wfdb.plan(options(tmp_path), identify)
+  assert {item.private[0] for item in made.items} == {"A2", "M\u00fcller"} and made.steps["recordings on disk"] == 2
+  assert made.steps["files of other kinds, passed over: .edf 2, .scp 1, .xml 1"] == 4
+  assert all(len(made.read(item)[0]["ecg"]) == 12 for item in made.items)
+
+
 def test_user_errors(tmp_path):
-  with pytest.raises(UserError, match="no WFDB header"):
+  (tmp_path / "a.scp").write_bytes(b"")
+  with pytest.raises(UserError, match="no WFDB header .* found .scp 1"):
     wfdb.plan(options(tmp_path), identify)
   with pytest.raises(UserError, match="nowhere is neither"):
     wfdb.plan(options(tmp_path / "nowhere"), identify)

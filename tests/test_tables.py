@@ -3,6 +3,7 @@
 import csv
 import datetime
 import errno
+import gzip
 import json
 import os
 import re
@@ -118,6 +119,7 @@ def test_every_style_of_columns_reads_the_same(tmp_path, style):
     assert np.isnan(tables.measured(table, participant, visit)[0]).all()
 
 
+@pytest.mark.reported("tables in gzip, in UTF-16 or with semicolons were not read")
 def test_formats_and_files_read_the_same(tmp_path):
   cells = cells_of("24100-2.0")
   csv_file = write(tmp_path / "x.csv", cells)
@@ -125,6 +127,11 @@ def test_formats_and_files_read_the_same(tmp_path):
   same(tables.load([write(tmp_path / "x.tsv", cells, "\t")]), expected)
   (tmp_path / "windows.csv").write_bytes(b"\xef\xbb\xbf" + csv_file.read_bytes())  # a byte order mark
   same(tables.load([tmp_path / "windows.csv"]), expected)
+  for name, data in (("x.tab.gz", gzip.compress((tmp_path / "x.tsv").read_bytes())),
+                     ("utf16.txt", csv_file.read_text().encode("utf-16")),
+                     ("semicolons.csv", write(tmp_path / "y.csv", cells, ";").read_bytes())):
+    (tmp_path / name).write_bytes(data)
+    same(tables.load([tmp_path / name]), expected)
   typed = pd.read_csv(csv_file)  # floats, objects and dates, as pandas guesses them
   typed["53-2.0"] = pd.to_datetime(typed["53-2.0"])
   typed["40001-0.0"] = typed["40001-0.0"].astype("category")
@@ -469,7 +476,7 @@ SECRET = "DEMO4242"
 
 
 @pytest.mark.parametrize("content, match", (
-    (b"", "no column of participants: 0 columns"), (f"{SECRET},1,2\n".encode(), r"3 columns \(3 like other\)"),
+    (b"", "an empty file"), (f"{SECRET},1,2\n".encode(), r"3 columns \(3 like other\)"),
     (f"eid,name,24100-0.0\n{SECRET},x,1".encode(), r"nothing that is wanted.*1 like 24100-2\.0"),
     (f"id,24100-2.0,p24100_i2\n{SECRET},1,2".encode(), "no column of participants.*1 like 24100-2.0, 1 like p24100_i2"),
     (f"eid,f.eid,24100-2.0\n{SECRET},{SECRET},1".encode(), "several columns of participants"),
@@ -478,7 +485,7 @@ SECRET = "DEMO4242"
     (f"eid,p41270,p41270_a0\n{SECRET},I48,I48".encode(), "two columns for the same thing"),
     (f"eid,24100-2.0\n{SECRET},1,{SECRET}\n".encode(), "3 cells; expected 2"),
     (f"eid,24100-2.0\n{SECRET}".encode(), "1 cells; expected 2"),
-    (f"eid,24100-2.0\n{SECRET},\xff".encode("latin-1"), "cannot be read"), (b"\xff\xfee\0i\0d\0", "cannot be read"),
+    (f"eid,24100-2.0\n{SECRET},\xff".encode("latin-1"), "cannot be read"), (b"\xff\xfee\0i\0d\0", "nothing that is wanted"),
     (b"PAR1" + SECRET.encode() * 10, "cannot be read"),
     (f'eid,"24100-2.0\n{SECRET},1\n'.encode(), "cannot be read|nothing|no column"),
 ))
@@ -489,6 +496,16 @@ def test_tables_that_are_refused(tmp_path, content, match):
   assert SECRET not in str(caught.value) and "\n" not in str(caught.value) and "x.csv" in str(caught.value)
   with pytest.raises(UserError, match="no such file|No such file"):
     tables.load([tmp_path / "absent.csv"])
+
+
+@pytest.mark.parametrize("content,found", [
+    (gzip.compress(os.urandom(9) * 9999)[:-30], "damaged or cut short"), (b"PK\x03\x04", "a zip"), (b"%PDF-1.7", "a PDF"),
+    (b"version https://git-lfs", "a Git LFS pointer"), ("eid,Gr\u00f6\u00dfe".encode("latin-1"), "a text in another encoding"),
+    (b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml", "an Excel or other Office file")])
+def test_files_of_other_formats_are_named(tmp_path, content, found):
+  (tmp_path / "x.csv").write_bytes(content)
+  with pytest.raises(UserError, match=re.escape(f"({found}); expected CSV or TSV")):
+    columns.header(tmp_path / "x.csv")
 
 
 def test_problems_name_nobody(tmp_path):

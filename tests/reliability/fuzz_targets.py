@@ -111,7 +111,7 @@ def read_ecgs(folder, *more: Callable):
   def whole(path):
     recording = readers.read_ecg(path)
     return preprocess_ecg.normalise(preprocess_ecg.to_standard(recording.ecg_mv, recording.rate_hz), "minimal")
-  return all_of(*(lambda path=path, read=read: read(path) for path in readers.find_ecg(folder)
+  return all_of(*(lambda path=path, read=read: read(path) for path in readers.find_ecg(folder)[0]
                   for read in (whole, *more)))
 
 

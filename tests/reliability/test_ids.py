@@ -33,7 +33,7 @@ from conftest import ROOT, tiny_flags
 from mmcl_jax.data import cohort as cohort_room
 
 FAULTS = [fault for fault in raw_ukb_faults.FAULTS if fault.name in (
-    "ECG cut", "ECG with an entity bomb", "ECG with a text among samples", "ECG is a link", "zip cut",
+    "ECG cut", "ECG with an entity bomb", "ECG with a text among samples", "ECG empty", "zip cut",
     "zip that climbs", "DICOM of garbage", "DICOM of another size", "withdrawn, a word", "contradicting rows",
     "garbage for a date of visit")]
 SUBJECTS = len(FAULTS) + 15

@@ -7,6 +7,7 @@ with the file's name and no content.
 import csv
 import datetime
 import errno
+import gzip
 import json
 import os
 import re
@@ -21,6 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from mmcl_jax.data.readers.files import head
+from mmcl_jax.data.readers.kinds import GZIP, PARQUET, UTF_16, tell
 from mmcl_jax.errors import UserError
 
 MAX_HEADER_BYTES = 4 * 2**20  # 20,000 columns with descriptive names take 2 MB
@@ -38,7 +41,7 @@ def header(path) -> list[str]:
   try:
     if _is_parquet(path):
       return pa.parquet.read_schema(path).names
-    line = _header_line(path).decode("utf-8-sig")
+    line, _ = _header_line(path)
     return next(csv.reader([line], delimiter=_delimiter(line), strict=True), [])
   except Exception as error:
     raise unreadable(path, error) from None
@@ -52,11 +55,12 @@ def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
       with pa.parquet.ParquetFile(path) as file:
         yield from file.iter_batches(max(1, BATCH_CELLS // len(names)), columns=names)
       return
-    line = _header_line(path).decode("utf-8-sig")
+    line, encoding = _header_line(path)
     parse = pa.csv.ParseOptions(delimiter=_delimiter(line), newlines_in_values=True)
     convert = pa.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string()),
                                     null_values=MISSING, strings_can_be_null=True)
-    with pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=BLOCK_BYTES), parse, convert) as reader:
+    read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, encoding=encoding)
+    with _stream(path) as stream, pa.csv.open_csv(stream, read, parse, convert) as reader:
       yield from map(_with_points, reader) if parse.delimiter == ";" else reader
   except Exception as error:  # pyarrow's are many
     if match := re.match(r"CSV parse error: (?:Row #\d+: )?Expected (\d+) columns, got (\d+)", str(error)):
@@ -170,16 +174,23 @@ def count(problems, what, times):
 
 
 def _is_parquet(path):
-  with open(path, "rb") as file:
-    return file.read(4) == b"PAR1"
+  return tell(head(path)) is PARQUET
+
+
+def _stream(path):
+  """The bytes of a text, out of its gzip if it is packed, as ukbNNNNN.tab.gz often is."""
+  return pa.input_stream(str(path), compression="gzip" if tell(head(path)) is GZIP else None)
 
 
 def _header_line(path):
-  with open(path, "rb") as file:
-    line = file.readline(MAX_HEADER_BYTES)
-  if len(line) == MAX_HEADER_BYTES:
-    raise ValueError("its first line is not that of a table")
-  return line
+  """(the first line of a table, the encoding of the whole)."""
+  with open(path, "rb") as file, gzip.GzipFile(fileobj=file) as unpacked:
+    line = (unpacked if tell(head(path)) is GZIP else file).readline(MAX_HEADER_BYTES)
+  if (found := tell(line)) is UTF_16:
+    return line.decode("utf-16", "ignore"), "utf-16"  # what is ignored is half of the line's end
+  if found or len(line) == MAX_HEADER_BYTES:
+    raise ValueError(found.name if found else "its first line is not that of a table")
+  return line.decode("utf-8-sig"), "utf-8"
 
 
 def _delimiter(line):
@@ -194,7 +205,7 @@ def _with_points(batch):
   return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
-def unreadable(path, error, expected="CSV or TSV (UTF-8) with a header, or Parquet") -> UserError:
+def unreadable(path, error, expected="CSV or TSV with a header (UTF-8, UTF-16; also in gzip), or Parquet") -> UserError:
   """What to tell of a file that failed with `error`: where disk or memory failed, that, and else what was expected."""
   number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
   if number == errno.ENOENT:
@@ -203,5 +214,10 @@ def unreadable(path, error, expected="CSV or TSV (UTF-8) with a header, or Parqu
     return UserError(f"{path} is a folder; expected a file: {expected}")
   if number:  # in the system's words: those of pyarrow quote
     return UserError(f"{path} cannot be read: {os.strerror(number)}")
-  found = str(error) if type(error) is ValueError else type(error).__name__
+  if isinstance(error, UnicodeDecodeError):
+    found = "a text in another encoding"
+  elif isinstance(error, OSError | EOFError):  # of gzip
+    found = "damaged or cut short"
+  else:
+    found = str(error) if type(error) is ValueError else type(error).__name__
   return UserError(f"{path} cannot be read as a table ({found}); expected {expected}")

@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.waveforms import multiplex_array
 
 from mmcl_jax.data.readers.files import bad_record, read_bytes
+from mmcl_jax.data.readers.kinds import DICOM
 from mmcl_jax.data.readers.recording import (
     DERIVABLE, MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per, told)
 from mmcl_jax.data.schema import LEADS
@@ -36,7 +37,7 @@ def read(path) -> Recording:
   """
   with bad_record("pydicom cannot read it"), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they quote what the file holds
-    data = read_bytes(path, MAX_BYTES, KIND)
+    data = read_bytes(path, MAX_BYTES, KIND, DICOM)
     # A deflated data set would be inflated without bound, and nobody stores ECGs in big-endian order.
     syntax = read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax not in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):

@@ -7,8 +7,11 @@ all readers as they are, so that nobody is left out for good by what may go well
 import contextlib
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from mmcl_jax.data.readers.kinds import BYTE_ORDER_MARKS, HEAD_BYTES, Kind, expect
 from mmcl_jax.errors import BadRecord, UserError, is_environment
 
 
@@ -23,25 +26,65 @@ def present(path) -> bool:
   return True
 
 
+def beside(folder, name: str) -> Path | None:
+  """The file of that name in a folder, or the only one that differs in letter case or Unicode form alone; else None.
+
+  Files that went through Windows or macOS are named so beside headers that kept their names. OSErrors of the disk pass.
+  """
+  if present(path := Path(folder, name)):
+    return path
+  try:
+    alike = [found for found in os.listdir(folder) if plain(found) == plain(name)]
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  return Path(folder, alike[0]) if len(alike) == 1 else None
+
+
+def plain(name: str) -> str:
+  """A file's name without the differences that `beside` passes over."""
+  return unicodedata.normalize("NFC", name).casefold()
+
+
 def check_file(path, kind: str):
   """BadRecord unless `path` is a regular file; `kind` says what was expected, such as "a DICOM ECG (.dcm)".
 
-  Links are refused: in data of others they may lead to any file of this machine.
+  A link is the file that it leads to: DataLad, Snakemake and Nextflow stage data by links.
   """
   if not present(path):
     raise BadRecord(f"no such file; expected {kind}")
-  mode = os.lstat(path).st_mode
-  if stat.S_ISLNK(mode):
-    raise BadRecord("a symbolic link; expected the file itself")
+  try:
+    mode = os.stat(path).st_mode
+  except OSError as error:
+    if is_environment(error) or not os.path.islink(path):
+      raise
+    raise BadRecord("a link to a file that is not there (of git-annex or DataLad: `datalad get` fetches it)") from error
   if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
     raise BadRecord(f"{'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected {kind}")
 
 
-def read_bytes(path, most: int, kind: str) -> bytes:
-  """The whole of a regular file of at most `most` bytes; BadRecord for anything else."""
+def head(path) -> bytes:
+  """The first bytes of a file, enough for kinds.tell; OSErrors pass. Only for what is a regular file."""
+  with open(path, "rb") as file:
+    return file.read(HEAD_BYTES)
+
+
+def text(data: bytes) -> str:
+  """A text in UTF-16 with its mark, or in UTF-8; BadRecord for others."""
+  try:
+    return data.decode("utf-16" if data.startswith(BYTE_ORDER_MARKS) else "utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise BadRecord("a text neither in UTF-8 nor in UTF-16") from error
+
+
+def read_bytes(path, most: int, kind: str, *readable: Kind) -> bytes:
+  """The whole of a regular file of at most `most` bytes; BadRecord for anything else.
+
+  So it is where the file begins as what is known and not among `readable`: the reason names it.
+  """
   check_file(path, kind)
   with open(path, "rb") as file:
     data = file.read(most + 1)
+  expect(data, kind, *readable)
   if len(data) > most:
     raise BadRecord(f"more than {most} bytes; expected {kind}, which is smaller")
   return data
@@ -71,8 +114,9 @@ def bad_record(why: str):
 def walk(inputs: Iterable[str | os.PathLike], flag: str = "--input") -> Iterator[str]:
   """All files under the inputs (files, and folders at any depth), sorted within each input, each once.
 
-  Links to folders are not followed, unless they are inputs; links to files are listed, and readers refuse them. What
-  cannot be listed ends the run: passed over, it would leave people out unseen.
+  Links to files are listed as files; so are links to folders, which are not followed unless they are inputs. Folders
+  .git are left out: git-annex keeps there what its links lead to. What cannot be listed ends the run: passed over, it
+  would leave people out unseen.
   Raises UserError, which names `flag`, for an input that does not exist and a folder that cannot be listed.
   """
   def refuse(error):
@@ -91,8 +135,9 @@ def walk(inputs: Iterable[str | os.PathLike], flag: str = "--input") -> Iterator
       if (real := os.path.realpath(folder)) in seen:
         folders.clear()  # with all below it
         continue
-      folders.sort()
-      for name in sorted(names):
+      folders[:] = sorted(name for name in folders if name != ".git")
+      links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+      for name in sorted(names + links):
         if (file := os.path.join(real, name)) not in seen:
           yield os.path.join(folder, name)
       seen.add(file if single else real)

@@ -1,6 +1,6 @@
 """UK Biobank's 12-lead resting ECG (field 20205), GE CardioSoft's "CardiologyXML", to twelve leads in mV.
 
-A file holds the strip (10 s at 500 Hz), a median beat, the full disclosure (about 27 s) and the device's measurements,
+A file holds the strip (in UK Biobank 10 s at 500 Hz; any rate and length are read), a median beat, the full disclosure (about 27 s) and the device's measurements,
 and also who the patient is: nothing of `PatientInfo` is looked at. Samples are decimal text in units of `Resolution`.
 """
 
@@ -8,14 +8,14 @@ import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
 
 from mmcl_jax.data.readers.files import bad_record, read_bytes
+from mmcl_jax.data.readers.kinds import CARDIOSOFT
 from mmcl_jax.data.readers.recording import Recording, assemble, length_flags, needed_leads
-from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES
 from mmcl_jax.errors import BadRecord
 
 KIND = "a resting ECG of GE CardioSoft (.xml)"
 MAX_BYTES = 8 * 2**20   # real files: 0.3 to 2 MB
 MAX_TAGS = 50_000       # "<" in a file; a real one has hundreds to a few thousand, and each element costs memory
-MEDIAN_SAMPLES = 600    # 1.2 s
+MEDIAN_S = 1.2
 NUMERALS = frozenset("0123456789+-., \t\r\n")
 MEASUREMENTS = {        # of RestingECGMeasurements, with units; *set: ms from the beginning of the median beat
     "VentricularRate": "bpm", "PQInterval": "ms", "PDuration": "ms", "QRSDuration": "ms", "QTInterval": "ms",
@@ -24,26 +24,28 @@ MEASUREMENTS = {        # of RestingECGMeasurements, with units; *set: ms from t
 
 
 def read(path) -> Recording:
-  """The strip: 10 s at 500 Hz. Raises BadRecord with the reason; errors of disk and memory pass."""
+  """The strip. Raises BadRecord with the reason; errors of disk and memory pass."""
   with bad_record("its strip cannot be read"):
     root = _rest_ecg(path)
     strip = _only(root.findall("StripData") + root.findall("Strip/StripData"), "StripData")  # both occur
-    return assemble(_leads(strip, ECG_SAMPLES), ECG_RATE_HZ)
+    leads, rate_hz = _leads(strip), _positive(strip, "SampleRate")
+    return assemble(leads, rate_hz, length_flags(len(leads["I"]), rate_hz))
 
 
 def read_median(path) -> tuple[np.ndarray, float]:
   """The device's median beat, (float32 [12, T] in mV in the order of LEADS, Hz), without the zeros after LastValid.
 
-  T is at most MEDIAN_SAMPLES. Sample 0 is where the measurements' onsets and offsets count from. Raises as `read`.
+  It lasts at most MEDIAN_S. Sample 0 is where the measurements' onsets and offsets count from. Raises as `read`.
   """
   with bad_record("its median beat cannot be read"):
     median = _only(_rest_ecg(path).findall("RestingECGMeasurements/MedianSamples"), "MedianSamples")
     total, last = (_number(median, name) for name in ("ChannelSampleCountTotal", "LastValid"))
-    if not 0 < last < total <= MEDIAN_SAMPLES:
+    rate_hz = _positive(median, "SampleRate")
+    if not 0 < last < total <= MEDIAN_S * rate_hz:
       raise BadRecord(f"its median beat has {total:g} samples, the last valid one at {last:g}; expected at most "
-                      f"{MEDIAN_SAMPLES}, the last valid one among them")
-    leads = {name: lead[:int(last) + 1] for name, lead in _leads(median, total).items()}
-    return assemble(leads, ECG_RATE_HZ).ecg_mv, float(ECG_RATE_HZ)
+                      f"{MEDIAN_S * rate_hz:g}, the last valid one among them")
+    leads = {name: lead[:int(last) + 1] for name, lead in _leads(median).items()}
+    return assemble(leads, rate_hz).ecg_mv, rate_hz
 
 
 def read_full_disclosure(path) -> Recording:
@@ -59,13 +61,14 @@ def read_full_disclosure(path) -> Recording:
     data = _only(full.findall("FullDisclosureData"), "FullDisclosureData")
     text = (data.text or "") + "".join(child.tail or "" for child in data)  # SampleCountTotal stands among the samples
     samples = _samples(text, "of its full disclosure") * _mv_per_lsb(full)
-    block = len(names) * ECG_RATE_HZ
+    rate_hz = _positive(full, "SampleRate")
+    block = len(names) * rate_hz
     _agree(data, "SampleCountTotal", len(samples))
-    if len(samples) % block:
-      raise BadRecord(f"its full disclosure has {len(samples)} samples; expected a multiple of {block}")
-    blocks = samples.reshape(-1, len(names), ECG_RATE_HZ)
+    if rate_hz % 1 or len(samples) % block:
+      raise BadRecord(f"its full disclosure has {len(samples)} samples; expected a multiple of {block:g}, that is of 1 s")
+    blocks = samples.reshape(-1, len(names), int(rate_hz))
     leads = {lead: blocks[:, place].ravel() for lead, place in needed_leads(names).items()}
-    return assemble(leads, ECG_RATE_HZ, length_flags(len(samples) // len(names), ECG_RATE_HZ))
+    return assemble(leads, rate_hz, length_flags(len(samples) // len(names), rate_hz))
 
 
 def measurements(path) -> dict[str, float]:
@@ -77,7 +80,7 @@ def measurements(path) -> dict[str, float]:
 
 def _rest_ecg(path):
   """The root element of a resting ECG; documents that could make the parser read or build anything else are refused."""
-  data = read_bytes(path, MAX_BYTES, KIND)
+  data = read_bytes(path, MAX_BYTES, KIND, CARDIOSOFT)
   if data.count(b"<") > MAX_TAGS:
     raise BadRecord(f"XML of more than {MAX_TAGS} tags; expected {KIND}")
   try:
@@ -86,37 +89,34 @@ def _rest_ecg(path):
     raise BadRecord(f"not well-formed XML from line {error.position[0]} on; expected {KIND}") from error
   except DefusedXmlException as error:
     raise BadRecord(f"XML with a document type or entities, which are not read; expected {KIND}") from error
-  if root.tag != "CardiologyXML":
+  if root.tag != "CardiologyXML":  # long comments hid it from `read_bytes`
     raise BadRecord(f"XML of another kind, its root is not CardiologyXML; expected {KIND}")
   if (root.findtext("ObservationType") or "").strip() != "RestECG":
     raise BadRecord(f"its ObservationType is not RestECG (an exercise ECG?); expected {KIND}")
   return root
 
 
-def _leads(element, length):
-  """{lead: float64 [length] in mV} of an element's WaveformData."""
+def _leads(element):
+  """{lead: float64 [T] in mV} of an element's WaveformData, T being the ChannelSampleCountTotal where it is stated."""
   scale = _mv_per_lsb(element)
   waves = element.findall("WaveformData")
   _agree(element, "NumberOfLeads", len(waves))
-  _agree(element, "ChannelSampleCountTotal", length)
   leads = {}
   for lead, place in needed_leads(wave.get("lead") for wave in waves).items():
     leads[lead] = scale * _samples(waves[place].text or "", f"of lead {lead}")
-    if len(leads[lead]) != length:
-      raise BadRecord(f"lead {lead} has {len(leads[lead])} samples; expected {length:g}")
+  length = len(leads["I"])
+  _agree(element, "ChannelSampleCountTotal", length)
+  for lead, samples in leads.items():
+    if len(samples) != length:
+      raise BadRecord(f"lead {lead} has {len(samples)} samples; expected {length}, as lead I")
   return leads
 
 
 def _mv_per_lsb(element):
-  """mV in a sample's unit; the sampling rate is checked on the way."""
-  if (rate := _number(element, "SampleRate")) != ECG_RATE_HZ:
-    raise BadRecord(f"sampled at {rate:g} Hz; expected {ECG_RATE_HZ}")
   unit = element.find("Resolution")
   if unit is None or unit.get("units", "").lower() != "uvperlsb":
     raise BadRecord("its Resolution is not in uVperLsb: its voltage is not calibrated")
-  if not (resolution := _number(element, "Resolution")) > 0:
-    raise BadRecord(f"its Resolution is {resolution:g} uVperLsb; expected it positive")
-  return resolution / 1000
+  return _positive(element, "Resolution") / 1000
 
 
 def _samples(text, where):
@@ -138,6 +138,12 @@ def _agree(element, name, found):
 def _number(element, name):
   if not np.isfinite(number := _float(element.findtext(name))):
     raise BadRecord(f"its {name} is missing or not a number")
+  return number
+
+
+def _positive(element, name):
+  if not (number := _number(element, name)) > 0:
+    raise BadRecord(f"its {name} is {number:g}; expected it positive")
   return number
 
 

@@ -5,7 +5,6 @@ per mV, drops the µ of µV, believes whatever length a header claims, and raise
 Formats: https://wfdb.io/spec/header-files.html and https://wfdb.io/spec/signal-files.html
 """
 
-import contextlib
 import os
 import re
 import tempfile
@@ -14,13 +13,16 @@ from pathlib import Path
 import wfdb
 from wfdb.io.header import parse_header_content, rx_signal
 
-from mmcl_jax.data.readers.files import bad_record, check_file, present, read_bytes
+from mmcl_jax.data.readers.files import bad_record, beside, check_file, head, plain, present, read_bytes, text
+from mmcl_jax.data.readers.kinds import UTF_16, refusal, tell
 from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, length_flags, mv_per, needed_leads
 from mmcl_jax.errors import BadRecord
 
 # FLAC formats (508, 516, 524) have no fixed size.
 BYTES_PER_SAMPLE = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3,
                     "311": 4 / 3, "508": 0, "516": 0, "524": 0}
+SAMPLES = (".mat", ".dat")
+RECORD = "record"         # what `_stage` calls it
 KIND = "a WFDB header (.hea), or the .mat or .dat beside one"
 MAX_HEADER_BYTES = 65536
 MAX_LINE = 500            # characters; the patterns of wfdb take quadratic time in the length of a line
@@ -29,14 +31,16 @@ MAX_LINE = 500            # characters; the patterns of wfdb take quadratic time
 def header_path(path) -> Path:
   """The .hea of a record named by its header, its samples (.mat, .dat) or its stem; another file is left as it is.
 
-  Errors of the disk pass.
+  A suffix may be in capitals. Errors of the disk pass.
   """
   path = Path(path)
-  if path.suffix in (".mat", ".dat"):
-    return path.with_suffix(".hea")
-  if path.suffix == ".hea" or not path.name or present(path) and not os.path.isdir(path):
+  if path.suffix.lower() == ".hea" or not path.name:
     return path
-  return path.with_name(path.name + ".hea")
+  if path.suffix.lower() in SAMPLES:
+    return beside(path.parent, f"{path.stem}.hea") or path
+  if present(path) and not os.path.isdir(path):
+    return path
+  return beside(path.parent, f"{path.name}.hea") or path.with_name(f"{path.name}.hea")
 
 
 def read(path) -> Recording:
@@ -45,12 +49,11 @@ def read(path) -> Recording:
   `path` is the header, its stem, or the samples beside it. Raises BadRecord with the reason; errors of disk and memory pass.
   """
   with bad_record("wfdb cannot read it"):  # what it raises depends on where its parsing stumbles
-    header, (record, *lines), _ = _header(path)
-    if "/" in record.split()[0]:
-      raise BadRecord("a record of several segments; read the segments, each a record of its own")
-    with _stem(header, record, lines) as (stem, remarks):
-      leads, rate_hz, flags = _read_leads(header.parent, stem, lines)
-    return assemble(leads, rate_hz, remarks + flags)
+    header, lines, _ = _header(path)
+    with tempfile.TemporaryDirectory() as folder:
+      lines, flags = _stage(header, lines, Path(folder))
+      leads, rate_hz, more = _read_leads(Path(folder), lines)
+    return assemble(leads, rate_hz, flags + more)
 
 
 def comments(path) -> dict[str, str]:
@@ -68,11 +71,9 @@ def comments(path) -> dict[str, str]:
     return {key: ",".join(values) for key, values in found.items()}
 
 
-def _read_leads(folder, stem, lines):
-  """({lead: float64 [T] in mV}, rate in Hz, flags) of the record that wfdb finds at `stem`, its samples in `folder`."""
-  about = wfdb.rdheader(stem)
-  if about.n_sig != len(lines):
-    raise BadRecord(f"the header announces {about.n_sig} signals and describes {len(lines)}")
+def _read_leads(folder, lines):
+  """({lead: float64 [T] in mV}, rate in Hz, flags) of the record that `_stage` made of the signal lines `lines`."""
+  about = wfdb.rdheader(str(folder / RECORD))
   if not about.fs > 0 or not about.sig_len:
     raise BadRecord(f"the header gives {about.fs} Hz and {about.sig_len} samples; expected both positive")
 
@@ -82,7 +83,7 @@ def _read_leads(folder, stem, lines):
     _check_samples(folder, name, about)
   flags += length_flags(about.sig_len, about.fs)
   length = min(about.sig_len, MAX_SAMPLES)
-  record = wfdb.rdrecord(stem, sampto=length, channels=list(channels.values()), physical=False)
+  record = wfdb.rdrecord(str(folder / RECORD), sampto=length, channels=list(channels.values()), physical=False)
   for (lead, channel), samples in zip(channels.items(), record.d_signal.T):
     stated = about.checksum[channel]  # 0: many writers leave it out this way
     if stated and length == about.sig_len and (int(samples.sum()) - stated) % 65536:
@@ -92,44 +93,77 @@ def _read_leads(folder, stem, lines):
 
 
 def _header(path):
-  """(path of the header, its record and signal lines, its comments), checked before wfdb opens anything they name."""
+  """(path of the header, its lines, its comments), checked before wfdb opens anything they name."""
   header = header_path(path)
   if os.path.isdir(path):
     raise BadRecord(f"a folder; expected {KIND}")
-  if header.suffix != ".hea":
-    check_file(header, KIND)
-    raise BadRecord(f"another kind of file; expected {KIND}")
-  if "::" in os.path.abspath(header):
-    raise BadRecord("its path holds '::', which fsspec, under wfdb, takes for a chain of remote files; rename it")
-  raw = read_bytes(header, MAX_HEADER_BYTES, KIND)
-  for micro in ("µ".encode(), "μ".encode(), b"\xb5"):  # micro sign and Greek mu in UTF-8, micro sign in Latin-1
-    raw = raw.replace(micro, b"u")
-  lines, comments = parse_header_content(raw.decode("ascii", "ignore"))  # as wfdb decodes it
+  if header.suffix.lower() in SAMPLES and present(header):
+    raise BadRecord("samples without their header; expected the .hea of the same name beside them")
+  check_file(header, KIND)
+  if header.suffix.lower() != ".hea":
+    raise BadRecord(refusal(tell(head(header)), KIND))
+  raw = read_bytes(header, MAX_HEADER_BYTES, KIND, UTF_16)
+  try:
+    content = text(raw)
+  except BadRecord:
+    content = raw.decode("latin-1")
+  for micro in "\u00b5\u03bc":  # micro sign and Greek mu
+    content = content.replace(micro, "u")
+  lines, comments = parse_header_content(content)
   if not lines or max(map(len, lines)) > MAX_LINE:
     raise BadRecord("not the text of a WFDB header")
-  for name in (line.split()[0] for line in lines[1:]):
-    if "/" in name or "\\" in name or name == "..":
-      raise BadRecord("the header names samples elsewhere; they must lie in its own folder")
   return header, lines, comments
 
 
-@contextlib.contextmanager
-def _stem(header, record, lines):
-  """(what wfdb is to read, remarks): the header without its suffix, or a copy where it calls its record a file.
+def _stage(header, lines, folder):
+  """Makes of a record one that wfdb can read, in an empty folder: (its signal lines, flags).
 
-  Headers of the first CinC 2020 release begin with "E00009.mat 12 500 ...", which wfdb takes for a syntax error.
+  The name of a record and its date are nothing that samples need, yet wfdb stumbles over names that are a path or a file, or
+  hold a blank or an umlaut, over the same in file names, and over dates that are a year alone. The new header has neither,
+  and links with plain names lead to the samples.
   """
-  plain = re.sub(r"^\S+\.mat(?=\s)", "record", record)
-  if plain == record:
-    yield os.path.abspath(header)[:-len(".hea")], []
-    return
-  name, *others = {line.split()[0] for line in lines}
-  if others:
-    raise BadRecord("the header calls its record as a file, yet its samples lie in several; expected one")
-  with tempfile.TemporaryDirectory() as folder:
-    Path(folder, "record.hea").write_text("\n".join([plain, *lines]))
-    os.symlink(os.path.abspath(header.parent / name), Path(folder, name))
-    yield os.path.join(folder, "record"), ["record named as a file, as in the first CinC 2020 release: gain uncertain"]
+  record, *signals = lines
+  named, about = _cut(record, header.stem)
+  about = about.split()[:3]  # number of signals, rate, length
+  if not about or not about[0].isdecimal():
+    raise BadRecord("its first line gives no number of signals")
+  name = named.replace("\\", "/").rpartition("/")[2]
+  if name != named and name.isdecimal() and name != header.stem:
+    raise BadRecord("a record of several segments; read the segments, each a record of its own")
+  if int(about[0]) != len(signals):
+    raise BadRecord(f"the header announces {about[0]} signals and describes {len(signals)}")
+  links, staged = {}, []
+  for line in signals:
+    file, rest = _cut(line, header.stem)
+    if file not in links:
+      links[file] = f"samples{len(links)}.dat"
+      os.symlink(_samples(header.parent, file), folder / links[file])
+    staged.append(links[file] + rest)
+  plain_header = "\n".join([" ".join([RECORD, *about]), *staged])
+  (folder / f"{RECORD}.hea").write_bytes(plain_header.encode("ascii", "ignore"))
+  called_a_file = name.lower().endswith(".mat")
+  return staged, ["record named as a file, as in the first CinC 2020 release: gain uncertain"] * called_a_file
+
+
+def _cut(line, stem):
+  """(the name with which a line begins, the rest): up to its first blank, or the name of the header where that has blanks."""
+  ends = [blank.start() for blank in re.finditer("[ \t]+", line)]
+  for end in ends:
+    name = Path(line[:end].replace("\\", "/"))
+    if plain(stem) in (plain(name.name), plain(name.stem)):
+      return line[:end], line[end:]
+  end = ends[0] if ends else len(line)
+  return line[:end], line[end:]
+
+
+def _samples(folder, name):
+  """Absolute path of a file of samples, which lies beside the header."""
+  if "/" in name or "\\" in name or name == "..":
+    raise BadRecord("the header names samples elsewhere; they must lie in its own folder")
+  found = beside(folder, name)
+  if not found:
+    raise BadRecord("the header names a file of samples that is not beside it")
+  return os.path.abspath(found)
 
 
 def _scales(channels, lines):

@@ -8,11 +8,12 @@ ECG it is CMR alone; with both, what has no partner is left out and told.
 import functools
 import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax.data import schema, ukb_fields
+from mmcl_jax.data import readers, schema, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.readers import files, tables, ukb_cmr_dicom, ukb_ecg_xml, ukbb_cardiac
 from mmcl_jax.data.sources import Item, Plan
@@ -54,6 +55,8 @@ def plan(options, identify, folders: bool = False) -> Plan:
     if folders or not segmentations.keys() & cmrs.keys():
       raise UserError(f"--segmentations={options.segmentations}: {len(segmentations)} folders ID_VISIT with seg_sa.nii.gz, none of "
                       "a visit with a CMR zip; expected those that ukbb_cardiac made of these zips")
+  used = {path for paths in (*ecgs.values(), *cmrs.values()) for path in paths}
+  others = Counter(readers.by_suffix(path) for path in listed if not used & {path, os.path.dirname(path)})
   everybody = {participant for participant, _ in ecgs | cmrs}
   table = None
   if options.tables:
@@ -100,6 +103,8 @@ def plan(options, identify, folders: bool = False) -> Plan:
   steps = {"ECG visits": len(ecgs), "CMR visits": len(cmrs), "participants": len(everybody),
            "withdrawn": len(everybody & gone), "visits with a segmentation": len(segmentations.keys() & cmrs.keys()),
            "visits to read": len(items)}
+  if others:
+    steps[f"files of other names, passed over: {readers.listing(others)}"] = others.total()
   if table:
     steps |= {"visits in the tables": sum((i.private[0], i.visit) in table.rows for i in items)}
     steps |= {f"in the tables: {what}": count for what, count in table.problems.items()}

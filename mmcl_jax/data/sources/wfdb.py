@@ -13,11 +13,13 @@ in the CinC challenges. What statements say of diseases stands in mmcl_jax/data/
 import functools
 import os
 import re
+import unicodedata
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax.data import schema
+from mmcl_jax.data import readers, schema
 from mmcl_jax.data.preprocess.ecg import to_standard
 from mmcl_jax.data.readers import columns, files, tables, wfdb as reader
 from mmcl_jax.data.sources import Item, Plan, labels
@@ -52,12 +54,13 @@ def plan(options, identify) -> Plan:
   """
   names = getattr(options, "tables", None) or []
   codes = disease_codes(getattr(options, "codes", None))
-  headers = _headers(options.input, names)
+  headers, others = _headers(options.input, names)
   if not headers:
-    raise UserError(f"no WFDB header (.hea) under --input {' '.join(map(str, options.input))}")
+    raise UserError(f"no WFDB header (.hea) under --input {' '.join(map(str, options.input))}; "
+                    f"found {readers.listing(others) or 'nothing'}")
   by_name = {}
   for header in headers:
-    by_name.setdefault(os.path.basename(header)[:-len(".hea")], []).append(header)
+    by_name.setdefault(_name(header), []).append(header)
   found, steps = _listed(by_name, names, codes) if names else _unlisted(by_name, options.input)
   withdrawn = getattr(options, "withdrawn", None)
   gone = tables.withdrawn(withdrawn) if withdrawn else set()
@@ -74,6 +77,8 @@ def plan(options, identify) -> Plan:
   items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))  # of hashes: not the order of participants
   info = {"source": "WFDB recordings", "phenotypes": {}, "diseases": list(codes), "covariates": schema.COVARIATES}
   steps = {"recordings on disk": len(headers), **steps}
+  if others:
+    steps[f"files of other kinds, passed over: {readers.listing(others)}"] = others.total()
   return Plan(items, functools.partial(read, tuple(codes)), info, steps, rejected)
 
 
@@ -89,23 +94,33 @@ def read(diseases: tuple[str, ...], item: Item):
 
 
 def _headers(inputs, listed):
-  """Absolute paths of headers, each once, sorted within each input."""
-  headers = []
+  """(absolute paths of headers, each once, sorted within each input; how many files of other kinds lie there)."""
+  headers, others = [], Counter()
+  tables_given = set(map(os.path.abspath, listed))
 
-  for start in map(os.path.abspath, inputs):
-    if not os.path.isdir(start):
-      header = reader.header_path(start)
-      if header.suffix != ".hea" or not header.is_file():
-        raise UserError(f"--input {start} is neither a folder nor a WFDB record; expected a .hea, .mat, .dat or stem")
-      headers.append(str(header))
-      continue
+  def watched(start):
     for path in files.walk([start]):
       if not listed and os.path.basename(path) in KNOWN_TABLES:
         raise UserError(f"{path} says who was recorded; give it with --tables, or one person's recordings fall into both "
                         "train and test")
-      if path.endswith(".hea"):
-        headers.append(path)
-  return list(dict.fromkeys(headers))
+      if path not in tables_given:
+        yield path
+
+  for start in map(os.path.abspath, inputs):
+    if not os.path.isdir(start):
+      header = reader.header_path(start)
+      if header.suffix.lower() != ".hea" or not header.is_file():
+        raise UserError(f"--input {start} is neither a folder nor a WFDB record; expected a .hea, .mat, .dat or stem")
+      headers.append(str(header))
+      continue
+    recordings, passed_over = readers.sort_out(watched(start))
+    others += passed_over
+    for path in recordings:
+      if (suffix := readers.suffix(path)) == ".hea":
+        headers.append(str(path))
+      else:
+        others[suffix if suffix in readers.READERS else "ECGs without a suffix"] += 1
+  return list(dict.fromkeys(headers)), others
 
 
 def _unlisted(by_name, inputs):
@@ -151,7 +166,7 @@ def _listed(by_name, paths, codes):
     if not found:
       continue
     name, paths = found[0]
-    header = min(paths, key=lambda path: (not path.endswith(f"/{name}.hea"), path))
+    header = min(paths, key=lambda path: (not _plain(path)[:-len(".hea")].endswith(f"/{name}"), path))
     used += len({path for _, paths in found for path in paths})
     slow += name.endswith("_lr")
     key = header, (row.diseases, row.covariates, row.flags)
@@ -236,7 +251,16 @@ def _said_in_header(header, names):
   return labels.diseases(known, names), labels.covariates(said.get("sex", ""), age=said.get("age", "")), ()
 
 
+def _name(header):
+  return _plain(os.path.basename(header))[:-len(".hea")]
+
+
+def _plain(text):
+  """Names are compared in one Unicode form: macOS changes that of files."""
+  return unicodedata.normalize("NFC", text)
+
+
 def _names(*paths):
   """Paths of a table inside its database, with / and without suffix; empty ones left out."""
-  paths = (re.sub(r"\.(hea|dat|mat)$", "", path.replace("\\", "/").strip("/")) for path in paths)
+  paths = (re.sub(r"\.(hea|dat|mat)$", "", _plain(path).replace("\\", "/").strip("/")) for path in paths)
   return tuple(path for path in paths if path)
