@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, one_line, printable
 from mmcl_jax.training import distributed
 
 PROGRAMS = {
@@ -36,12 +36,12 @@ def run(program, argv=None, hosts=False):
   """
   argv = sys.argv[1:] if argv is None else argv
   try:
-    with distributed.joined(argv) if hosts else contextlib.nullcontext(argv) as rest:
+    with contextlib.redirect_stdout(Inert(sys.stdout)), distributed.joined(argv) if hosts else contextlib.nullcontext(argv) as rest:
       if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)  # not before: nothing of Python runs while the hosts come together
       return program(rest)
   except UserError as error:
-    print(f"mmcl: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"mmcl: error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt as signalled:
     print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
@@ -49,6 +49,19 @@ def run(program, argv=None, hosts=False):
   except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+class Inert:
+  """A stream to a terminal that no name in what is written can command."""
+
+  def __init__(self, stream):
+    self.stream = stream
+
+  def write(self, text: str) -> int:
+    return self.stream.write(printable(text))
+
+  def __getattr__(self, name):
+    return getattr(self.stream, name)
 
 
 def interrupt(signum, frame):

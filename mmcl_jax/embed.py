@@ -27,7 +27,7 @@ from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
 from mmcl_jax.data.preprocess.ecg import samples
 from mmcl_jax.data.readers import READS, ecg_file, find_ecg, listing
 from mmcl_jax.data.schema import LEADS
-from mmcl_jax.errors import UserError, check_writable, writing
+from mmcl_jax.errors import UserError, check_writable, one_line, writing
 from mmcl_jax.paths import local
 from mmcl_jax.training import distributed
 
@@ -152,10 +152,11 @@ def load_probes(workdir, step, folder: Path) -> Probes:
     return Probes()
   try:
     arrays = files.arrays(path)
-    columns = tuple(f"{name}_{unit}" for name, unit in zip(arrays["names"], arrays["units"], strict=True))
+    units = tuple(map(one_line, arrays["units"]))
+    columns = tuple(f"{one_line(name)}_{unit}" for name, unit in zip(arrays["names"], units, strict=True))
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     coef, intercept, half_width = (np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width"))
-    probes = Probes(columns, coef, intercept, half_width, checksum, tuple(map(str, arrays["units"])))
+    probes = Probes(columns, coef, intercept, half_width, checksum, units)
     note = str(arrays["note"]) if "note" in arrays else ""
   except Exception as error:  # see `files.arrays`; an old one a KeyError
     raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error

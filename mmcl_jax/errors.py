@@ -30,6 +30,19 @@ def is_environment(error: BaseException) -> bool:
   return isinstance(error, MemoryError)
 
 
+def printable(text) -> str:
+  """Text with a blank for what is no character to be seen: a terminal's escape sequences, marks of direction, halves of characters.
+
+  Names come from tables, cohorts and workdirs that a stranger may have made. Line ends stay.
+  """
+  text = str(text)
+  return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def one_line(text) -> str:
+  return " ".join(printable(text).split())
+
+
 @contextlib.contextmanager
 def writing(out):
   """Turns what a folder or a disk refuses into a UserError."""

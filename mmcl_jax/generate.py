@@ -30,6 +30,7 @@ from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.evaluators import drawings, generation
+from mmcl_jax.evaluators.report import as_cell
 from mmcl_jax.models import pretrainer
 from mmcl_jax.paths import local
 from mmcl_jax.training import restore, steps
@@ -181,7 +182,7 @@ def write_table(file: pathlib.Path, rows: list[dict]) -> None:
   with files.replaced(file, newline="", encoding="utf-8") as table:
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows)
 
 
 if __name__ == "__main__":

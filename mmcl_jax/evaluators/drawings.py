@@ -14,6 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.schema import LABELS, LEADS, PHASES, hash_name
+from mmcl_jax.evaluators.figures import plain
 
 MM_A_SECOND, MM_A_MV = 25, 10
 WIDTH = 270                       # mm; 10 s take 250
@@ -169,7 +170,7 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
     planes = np.unique(np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int))
     near, size = tower["cosine"], np.abs(tower["gradients"])
     full = np.percentile(size, 99.5) or 1.0
-    words = (f"{name}: cosine\n{near.min():z.2f} to {near.max():z.2f}", f"{name}: integrated\ngradients, size")
+    words = (f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}", f"{plain(name)}: integrated\ngradients, size")
     for i, text in enumerate(words):
       figure.text(2 / WIDTH, 1 - (HEAD + (2 * row + i + 0.5) * side) / height, text, va="center", fontsize=8, color=INK)
     for column, plane in enumerate(planes):
@@ -286,13 +287,13 @@ def _paper(title, height):
 def _figure(title, height):
   figure = Figure(figsize=(WIDTH / 25.4, height / 25.4), facecolor="white")
   FigureCanvasAgg(figure)
-  figure.text(5 / WIDTH, 1 - 5 / height, title, va="center", fontsize=9, color=INK)
+  figure.text(5 / WIDTH, 1 - 5 / height, plain(title), va="center", fontsize=9, color=INK)
   return figure
 
 
 def _foot(figure, note, height):
   if note:
-    figure.text(1 - 4 / WIDTH, 3 / height, note, ha="right", fontsize=7, style="italic", color=MID)
+    figure.text(1 - 4 / WIDTH, 3 / height, plain(note), ha="right", fontsize=7, style="italic", color=MID)
 
 
 def _legend(figure, corner, first=()):

@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from mmcl_jax.data.schema import ECG_RATE_HZ, LEADS
+from mmcl_jax.errors import one_line
 
 SYNTHETIC_NOTE = "synthetic cohort: proves the code, not medicine"
 INK, MID, LIGHT, ACCENT = "#222222", "#808080", "#d9d9d9", "#1f5a99"
+LONGEST = 60  # letters of a name in a figure
 LINES = ("-", "--", ":", "-.")
 MODELS = {  # of r2_bars: label, marker, fill
     "with_covariates": ("{} + covariates", "D", ACCENT),
@@ -35,8 +37,9 @@ def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict,
   for k, (panel, (name, score)) in enumerate(zip(panels, results.items())):
     known = np.isfinite(y[:, k]) & np.isfinite(prediction[:, k])
     true, predicted = y[known, k], prediction[known, k]
-    panel.set_title(name, fontsize=9, fontweight="bold")
-    panel.set(aspect="equal", xlabel=f"measured ({score['units']})", ylabel=f"predicted ({score['units']})")
+    _title(panel, name)
+    units = plain(score["units"])
+    panel.set(aspect="equal", xlabel=f"measured ({units})", ylabel=f"predicted ({units})")
     if not known.any():
       panel.text(0.5, 0.5, "no test labels", ha="center", va="center", fontsize=8, color=MID)
       panel.set(xticks=[], yticks=[])
@@ -63,8 +66,9 @@ def bland_altman(y: np.ndarray, prediction: np.ndarray, results: dict, note: str
   for k, (panel, (name, score)) in enumerate(zip(panels, results.items())):
     known = np.isfinite(y[:, k]) & np.isfinite(prediction[:, k])
     true, predicted = y[known, k], prediction[known, k]
-    panel.set_title(name, fontsize=9, fontweight="bold")
-    panel.set(xlabel=f"mean of both ({score['units']})", ylabel=f"predicted - measured ({score['units']})")
+    _title(panel, name)
+    units = plain(score["units"])
+    panel.set(xlabel=f"mean of both ({units})", ylabel=f"predicted - measured ({units})")
     panel.scatter((true + predicted) / 2, predicted - true, s=5, c=ACCENT, lw=0,
                   alpha=float(np.clip(150 / max(len(true), 1), 0.08, 0.6)))
     if np.isfinite(score["bias"]):
@@ -110,7 +114,7 @@ def _disease_panels(results, note, xlabel, ylabel, curve, marker):
                    label=f"{label}: {words}")
         highest = max(highest, *x, *y)
     panel.plot((0, highest), (0, highest), color=MID, lw=0.7, ls=":")
-    panel.set_title(name, fontsize=9, fontweight="bold")
+    _title(panel, name)
     panel.set(xlabel=xlabel, ylabel=ylabel)
     panel.legend(fontsize=6.5, frameon=False, loc="lower right" if not marker else "upper left")
   return figure
@@ -142,7 +146,7 @@ def r2_bars(results: dict, note: str = "") -> Figure:
   for k in np.flatnonzero(np.isnan(value)):
     axes.text(0.01, k, "not scored", va="center", fontsize=7, color=MID)
   axes.axvline(0, color=INK, lw=0.8)
-  axes.set_yticks(place, names)
+  axes.set_yticks(place, map(plain, names))
   axes.set_ylim(len(names) - 0.45, -0.55)
   axes.set(xlabel="$R^2$ on the test split (95 % interval over subjects)")
   axes.set_xlim(max(axes.get_xlim()[0], -0.5), 1.02)  # one hopeless probe must not hide the rest
@@ -222,8 +226,8 @@ def training_curves(records: list, note: str = "") -> Figure:
     for i, (name, points) in enumerate(lines.items()):
       step, value = np.array(points, np.float64).T
       panel.plot(step, value, ls=LINES[i % 4], marker="." if len(step) < 30 else None, lw=1.1,
-                 color=(ACCENT, INK, MID)[i // 4 % 3], label=name.rpartition("/")[2])
-    panel.set_title(group if len(lines) > 1 else name, fontsize=9, fontweight="bold")
+                 color=(ACCENT, INK, MID)[i // 4 % 3], label=plain(name.rpartition("/")[2]))
+    _title(panel, group if len(lines) > 1 else name)
     panel.set_xlabel("step")
     if len(lines) > 1:
       panel.legend(fontsize=6.5, frameon=False, ncols=1 + len(lines) // 7)
@@ -265,7 +269,7 @@ def low_data(curves: dict, note: str = "") -> Figure:
                      color=ACCENT if model == "embedding" else INK, mfc="white" if marker != "o" else None,
                      label=model.replace("_", " "))
     panel.set(xscale="log", xlabel="labelled training subjects", ylabel="AUROC" if "AUROC" in group else "mean $R^2$")
-    panel.set_title(group, fontsize=9, fontweight="bold")
+    _title(panel, group)
   panels[0].legend(fontsize=6.5, frameon=False)
   return figure
 
@@ -291,19 +295,29 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
   number = lambda x: np.array(x, np.float64)  # None -> NaN
   for panel, column in zip(panels, columns):
     for row, style in zip([row for row in lines if row in scores], LINES):
-      panel.axvline(number(scores[row][column]["mean"]), color=MID, ls=style, lw=1.0, label=row)
+      panel.axvline(number(scores[row][column]["mean"]), color=MID, ls=style, lw=1.0, label=plain(row))
     mean = number([scores[row][column]["mean"] for row in rows])
     low, high = number([scores[row][column]["ci"] for row in rows]).T
     reach = np.maximum([mean - low, high - mean], 0)
     panel.errorbar(mean, np.arange(len(rows)), xerr=reach, fmt="o", ms=4, color=ACCENT, ecolor=INK, elinewidth=0.9, capsize=2)
-    panel.set_title(column, fontsize=9, fontweight="bold")
+    _title(panel, column)
     panel.set_xlabel(xlabel)
     _clean(panel, grid="x")
   for panel in grid[:, 0]:
-    panel.set_yticks(np.arange(len(rows)), rows)
+    panel.set_yticks(np.arange(len(rows)), map(plain, rows))
   panels[0].set_ylim(len(rows) - 0.5, -0.5)
   figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
   return _finish(figure, note)
+
+
+def plain(text) -> str:
+  """A user's text as matplotlib draws it letter by letter: $ begins no formula. At most LONGEST letters, or it fills the figure."""
+  text = one_line(text)
+  return (text if len(text) <= LONGEST else f"{text[:LONGEST]}\u2026").replace("$", r"\$")
+
+
+def _title(panel, name):
+  panel.set_title(plain(name), fontsize=9, fontweight="bold")
 
 
 def _grid(count, columns, size, note):
@@ -330,7 +344,7 @@ def _clean(axes, grid=None):
 def _finish(figure, note):
   FigureCanvasAgg(figure)
   if note:
-    figure.supxlabel(note, fontsize=7, style="italic", color=MID, x=0.99, ha="right")
+    figure.supxlabel(plain(note), fontsize=7, style="italic", color=MID, x=0.99, ha="right")
   return figure
 
 

@@ -5,6 +5,7 @@ participant and no path: a cohort is named by its source and its fingerprint.
 """
 
 import hashlib
+import re
 import textwrap
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from mmcl_jax import configuration
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
+from mmcl_jax.errors import one_line
 from mmcl_jax.evaluators import report
 from mmcl_jax.models import pretrainer, vit
 
@@ -59,8 +61,8 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
               "Training data": training_data(manifest, results), "Quantitative analyses": scores(results),
               "Ethical considerations": ETHICS, "Caveats and recommendations": caveats(results),
               "How to load it": loader(config, results)}
-  told = (results.get("note"), escaped(results.get("seen_people", {}).get("note", ""))) if results else ()
-  notes = [RESEARCH_ONLY, *filter(None, told)]
+  told = (results.get("note"), results.get("seen_people", {}).get("note")) if results else ()
+  notes = [RESEARCH_ONLY, *map(escaped, filter(None, told))]
   head = [f"# Model card: ECG encoder, step {manifest['step']}", *(f"**{note}**" for note in notes)]
   return "\n\n".join([*head, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
 
@@ -69,7 +71,7 @@ def details(config, manifest):
   c, profile, window = config.model.ecg, config.data.ecg_profile, config.data.samples
   width, depth, heads, *_ = vit.numbers(c.size)
   rate, whole = preprocess_ecg.rate_hz(profile), preprocess_ecg.samples(profile)
-  size = f", size `{c.size}`" if isinstance(c.size, str) else ""
+  size = f", size {code(c.size)}" if isinstance(c.size, str) else ""
   mean = f" at a time; the embedding is the mean over the {whole // window} of a recording" if window < whole else ""
   origin = manifest.get("origin")
   facts = {
@@ -80,10 +82,10 @@ def details(config, manifest):
                  f"of one lead; {c.pool} pooling; {config.model.dtype}",
       "Window": f"{window / rate:g} s{mean}",
       "Parameters": f"{parameters(config):,}",
-      **({"Weights": f"converted from `{escaped(origin)}`; the run does not know how they were trained"} if origin else
+      **({"Weights": f"converted from {code(origin)}; the run does not know how they were trained"} if origin else
          trained(config, manifest)),
       "SHA-256 of the run's config.json": hashlib.sha256(configuration.as_text(config).encode()).hexdigest(),
-      "Software": ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
+      "Software": ", ".join(escaped(f"{name} {version}") for name, version in manifest["packages"].items()),
       "Licence, contact": "to be added by whoever passes the model on; the run does not know them"}
   return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
@@ -91,9 +93,9 @@ def details(config, manifest):
 def trained(config, manifest):
   """How the weights came about: updates, objectives, the towers beside the encoder, and what it started from."""
   weight = lambda w: f"weight {w:g}" if isinstance(w, (int, float)) else "weight by a schedule"
-  objectives = [f"`{name}` ({one.fn}, {weight(one.get('weight', 1.0))})" for name, one in config.objectives.items()]
-  towers = [f"`{name}` ({one.kind} on {one.view}{', frozen' * one.frozen})" for name, one in config.model.cmr.items()]
-  best = f", the best of them on validation by `{config.stop_on}`" if (manifest.get("best") or {}).get("step") is not None else ""
+  objectives = [f"{code(name)} ({one.fn}, {weight(one.get('weight', 1.0))})" for name, one in config.objectives.items()]
+  towers = [f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})" for name, one in config.model.cmr.items()]
+  best = f", the best of them on validation by {code(config.stop_on)}" if (manifest.get("best") or {}).get("step") is not None else ""
   stages = ", ".join(name for name, workdir in config.init_from.items() if workdir)
   return {"Training": f"{manifest['step']:,} of {config.steps:,} updates of {config.batch:,} recordings{best}, seed "
                       f"{config.seed}, from {f'weights of earlier runs ({stages})' if stages else 'random weights'}",
@@ -147,7 +149,7 @@ def evaluation_data(manifest, results):
             f"score. Test was scored {often} from the workdir of this run.")
   if results["cohort_fingerprint"] == manifest["cohort"]:
     return prose(f"Of the cohort it was trained on, {splits}")
-  return prose(f"Source: {source_of(results)}. Fingerprint of the cohort: {results['cohort_fingerprint']}. Of it, {splits}"
+  return prose(f"Source: {source_of(results)}. Fingerprint of the cohort: {escaped(results['cohort_fingerprint'])}. Of it, {splits}"
                ) + data_tables(results)
 
 
@@ -155,8 +157,8 @@ def training_data(manifest, results):
   if manifest.get("origin"):
     return "The weights come from elsewhere; the run does not know what they were trained on."
   mixed = manifest.get("mixed", [])
-  more = f" Mixed into its batches, the cohorts of fingerprint {', '.join(mixed)}." if mixed else ""
-  cohort = f"Fingerprint of the cohort: {manifest['cohort']}.{more}"
+  more = f" Mixed into its batches, the cohorts of fingerprint {', '.join(map(escaped, mixed))}." if mixed else ""
+  cohort = f"Fingerprint of the cohort: {escaped(manifest['cohort'])}.{more}"
   if not results or results["cohort_fingerprint"] != manifest["cohort"]:
     return prose(f"{cohort} What it holds is told here after `mmcl evaluate` on it.")
   return prose(f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it started from weights "
@@ -220,7 +222,9 @@ def loader(config, results):
 
 
 def prose(text: str) -> str:
-  return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+  """A paragraph, no line of which begins a heading, a quotation, a list or a rule."""
+  text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+  return re.sub(r"(?m)^(\d*)([#>+=.)-]+)(?=\s|$)", r"\1\\\2", text)
 
 
 def table(rows: list[list[str]]) -> str:
@@ -230,5 +234,10 @@ def table(rows: list[list[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-  """Text from a user's tables as Markdown that opens neither another cell nor a tag."""
-  return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+  """A user's text as Markdown that is read letter by letter: no cell, tag, link, emphasis or formula begins in it."""
+  return re.sub(r"[\\`*_|~$&#]|\](?=[\[(:])", r"\\\g<0>", one_line(text)).replace("<", "&lt;")
+
+
+def code(text) -> str:
+  """A user's text as code in Markdown."""
+  return f"`{one_line(text).replace('`', chr(39))}`"

@@ -1,7 +1,6 @@
 """The page `quality.html`: one file that loads nothing, for a phone or a desk, with or without colour."""
 
 import base64
-import html
 import io
 import re
 
@@ -10,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmcl_jax.evaluators.figures import INK, LIGHT, MID
-from mmcl_jax.evaluators.report import STYLE
+from mmcl_jax.evaluators.figures import INK, LIGHT, MID, plain
+from mmcl_jax.evaluators.report import STYLE, as_html
 
 LISTED = 1000  # of what was left out, listed on the page; quality.json has all
 LINES = {"women": ("-", INK), "men": ("--", INK), "sex unknown": (":", INK), "all": ("-", MID)}
@@ -28,20 +27,20 @@ def page(summary: dict, images: dict[str, bytes], sheet: list[tuple[str, bytes]]
   kept, rejected = sum(summary["counts"].values()), len(summary["rejected"])
   most = max([*summary["steps"].values(), kept, 1])
   counts = [*summary["steps"].items(), *((f"of which {split}", n) for split, n in summary["counts"].items())]
-  funnel = [[_text(step), f"{n:,}", f'<div class="bar"><div style="width:{n / most:.1%}"></div></div>']
+  funnel = [[as_html(step), f"{n:,}", f'<div class="bar"><div style="width:{n / most:.1%}"></div></div>']
             for step, n in counts]
   parts = ["<h1>Quality of the cohort</h1>"]
   if summary["note"]:
-    parts.append(f'<p class="note">{_text(summary["note"])}</p>')
+    parts.append(f'<p class="note">{as_html(summary["note"])}</p>')
   parts += [f"<p><b>{kept:,} records kept, {rejected:,} left out</b>, {len(summary['flagged']):,} kept with a remark."
             "</p>",
-            *(f"<p><b>Look:</b> {_text(text)}.</p>" for text in summary["suspicions"]),
-            "<dl>" + "".join(f"<dt>{_text(name.replace('_', ' '))}</dt><dd>{_text(value)}</dd>"
+            *(f"<p><b>Look:</b> {as_html(text)}.</p>" for text in summary["suspicions"]),
+            "<dl>" + "".join(f"<dt>{as_html(name.replace('_', ' '))}</dt><dd>{as_html(value)}</dd>"
                              for name, value in summary["cohort"].items()) + "</dl>",
             "<h2>From files to records</h2>", _table(["t:step", "count", ""], funnel),
             "<h2>Left out, and why</h2>", _groups(summary["reasons"], "reason", "Nothing was left out.")]
   if rejected:
-    rows = [[f"<code>{_text(entry['id'])}</code>", _text(entry["reason"])] for entry in summary["rejected"][:LISTED]]
+    rows = [[f"<code>{as_html(entry['id'])}</code>", as_html(entry["reason"])] for entry in summary["rejected"][:LISTED]]
     more = f"<p>The other {rejected - LISTED:,} are in quality.json.</p>" if rejected > LISTED else ""
     parts.append(f"<details><summary>All that was left out ({rejected:,})</summary>"
                  f"{_table(['t:record', 't:reason'], rows)}{more}</details>")
@@ -52,7 +51,7 @@ def page(summary: dict, images: dict[str, bytes], sheet: list[tuple[str, bytes]]
               '<div class="tiles">' + "".join(_image(f"histogram of {name}", image) for name, image in images.items())
               + "</div>"]
   parts += [f"<h2>{len(sheet)} records drawn at random</h2>"]
-  parts += [f"<figure><figcaption>{_text(caption)}</figcaption>"
+  parts += [f"<figure><figcaption>{as_html(caption)}</figcaption>"
             + (f'<div class="scroll">{_image("ECG and heart", image)}</div>' if image else "") + "</figure>"
             for caption, image in sheet]
   parts.append('<p class="small">This page shows data of persons under salted names: guard it like the cohort.</p>')
@@ -69,7 +68,7 @@ def _phenotypes(phenotypes):
   rows, sources = [], {}
   for name, p in phenotypes.items():
     known = p["published"]
-    cells = [f"{_text(name)}<br><small>{_text(p['unit'])}</small>",
+    cells = [f"{as_html(name)}<br><small>{as_html(p['unit'])}</small>",
              f"{p['n']:,}" + (f"<br><small>{p['missing']:,} missing</small>" if p["missing"] else ""),
              _interval(p), "-" if p["outside_4_sd"] is None else f"{p['outside_4_sd']:.2%}"]
     for who in ("all", "women", "men"):
@@ -81,33 +80,29 @@ def _phenotypes(phenotypes):
   heads = ["phenotype", "n", "median [5, 95 %]", "outside 4 SD", "all", "women", "men"]
   return [_table(heads, rows),
           '<p class="small">All, women, men: mean \u00b1 SD, and under it what is published for UK Biobank '
-          f"({_text('; '.join(sources) or 'nothing on these')}). Far off: the mean is more than one published SD away "
+          f"({as_html('; '.join(sources) or 'nothing on these')}). Far off: the mean is more than one published SD away "
           "from the published one: another population or method, or a wrong unit or column.</p>"]
 
 
 def _groups(groups, what, none):
   if not groups:
     return f"<p>{none}</p>"
-  rows = [[f"{group['records']:,}", f"{_text(group['text'])}<br><small>such as "
-           + ", ".join(f"<code>{_text(name)}</code>" for name in group["examples"]) + "</small>"] for group in groups]
+  rows = [[f"{group['records']:,}", f"{as_html(group['text'])}<br><small>such as "
+           + ", ".join(f"<code>{as_html(name)}</code>" for name in group["examples"]) + "</small>"] for group in groups]
   return _table(["records", f"t:{what} (# = any number)"], rows)
 
 
 def _table(heads, rows):
   """HTML of a table; a head that begins with t: is of a column of text that may wrap. Cells are HTML already."""
   kinds = [' class="t"' if head.startswith("t:") else "" for head in heads]
-  head = "".join(f"<th{kind}>{_text(head.removeprefix('t:'))}</th>" for kind, head in zip(kinds, heads))
+  head = "".join(f"<th{kind}>{as_html(head.removeprefix('t:'))}</th>" for kind, head in zip(kinds, heads))
   body = "".join("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row)) + "</tr>\n"
                  for row in rows)
   return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _image(title, png):
-  return f'<img alt="{_text(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _text(value):
-  return html.escape(str(value))
+  return f'<img alt="{as_html(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _spread(moments):
@@ -168,8 +163,8 @@ def histogram(name: str, unit: str, parts: dict[str, np.ndarray], known: dict[st
     if sd is not None:
       axes.plot([mean - 2 * sd, mean + 2 * sd], [y, y], ls=line, color=color, lw=1.4)
   outside = np.sum((together < low) | (together > high))
-  axes.set_title(name, fontsize=9, fontweight="bold", loc="left", parse_math=False)
-  axes.set_xlabel(unit + (f"  ({outside:,} beyond the axis)" if outside else ""), fontsize=8, parse_math=False)
+  axes.set_title(plain(name), fontsize=9, fontweight="bold", loc="left")
+  axes.set_xlabel(plain(unit) + (f"  ({outside:,} beyond the axis)" if outside else ""), fontsize=8)
   axes.set_ylim(-(0.06 + 0.1 * len(compared)) * top if compared else 0, 1.05 * top)
   axes.set_yticks([t for t in axes.get_yticks() if 0 <= t <= 1.05 * top])
   axes.axhline(0, color=INK, lw=0.6)

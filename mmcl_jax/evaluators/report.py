@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl_jax.errors import UserError, check_writable
+from mmcl_jax.errors import UserError, check_writable, one_line, printable
 from mmcl_jax.training import lock
 
 SECTIONS = ("phenotypes", "baselines", "ceiling", "share_of_ceiling", "differences", "groups", "readouts", "low_data", "diseases",
@@ -119,6 +119,7 @@ def table(results: dict) -> str:
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
   """Rows of text in columns, the first `left` of them flush left, the others right."""
+  rows = [list(map(one_line, row)) for row in rows]
   widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
   return "\n".join("  ".join(cell.ljust(w) if c < left else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
                    .rstrip() for row in rows)
@@ -288,21 +289,32 @@ def data_sections(data, counts):
   return [(f"Data: {title}", rows) for title, rows in sections.items() if len(rows) > 1]
 
 
+def as_html(text) -> str:
+  """A user's text as HTML that opens no tag."""
+  return html.escape(printable(text))
+
+
+def as_cell(text) -> str:
+  """A user's text as a cell of a CSV that no spreadsheet takes for a formula (OWASP, CSV injection)."""
+  text = one_line(text)
+  return f"'{text}" if text[:1] in tuple("=+-@") else text
+
+
 def page(heading: str, notes: list[str], facts: dict, sections: list[tuple[str, list]], images: dict[str, bytes],
          folded: dict[str, dict]) -> str:
   """One self-contained HTML page: facts by name, tables (title, rows of text, headings first), PNGs, folded JSON by name."""
-  parts = [f"<h1>{heading}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
-  parts.append("<dl>" + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>"
+  parts = [f"<h1>{heading}</h1>", *(f'<p class="note">{as_html(note)}</p>' for note in notes)]
+  parts.append("<dl>" + "".join(f"<dt>{as_html(k)}</dt><dd>{as_html(v)}</dd>"
                                 for k, v in facts.items()) + "</dl>")
   for title, (head, *rows) in sections:
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    parts.append(f'<h2>{title}</h2>\n<div class="scroll"><table><tr>{heads}</tr>\n{body}</table></div>')
+    body = "".join("<tr>" + "".join(f"<td>{as_html(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    heads = "".join(f"<th>{as_html(cell)}</th>" for cell in head)
+    parts.append(f'<h2>{as_html(title)}</h2>\n<div class="scroll"><table><tr>{heads}</tr>\n{body}</table></div>')
   for name, image in images.items():
-    title = html.escape(TITLES.get(name, name))
+    title = as_html(TITLES.get(name, name))
     parts.append(f'<h2>{title}</h2>\n<div class="scroll"><img alt="{title}" '
                  f'src="data:image/png;base64,{base64.b64encode(image).decode()}"></div>')
-  parts += [f"<details><summary>{title}</summary><pre>{html.escape(as_json(values))}</pre></details>"
+  parts += [f"<details><summary>{title}</summary><pre>{as_html(as_json(values))}</pre></details>"
             for title, values in folded.items() if values]
   return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
           '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
@@ -319,7 +331,7 @@ def _write_csv(results, path):
     for model, scores in models.items():
       for name, s in scores.items():
         values = _plain([s["r2"], *s["r2_ci"], s["pearson"], s["mae"]])
-        rows.writerow([model, name, *values, s["n"], s["units"]])
+        rows.writerow([model, as_cell(name), *values, s["n"], as_cell(s["units"])])
 
 
 def as_json(results: dict) -> str:

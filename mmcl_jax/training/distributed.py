@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import mmcl_jax
-from mmcl_jax.errors import UserError
+from mmcl_jax.errors import UserError, one_line
 
 JOIN_S = 300      # the hosts must all have come by then
 HEARTBEAT_S = 30  # a host that is silent for so long is lost, and ends all others
@@ -86,7 +86,7 @@ def joined(argv: list[str]):
   try:
     yield rest
   except UserError as error:
-    leave(2, " ".join(str(error).split()))
+    leave(2, one_line(error))
   except KeyboardInterrupt as signalled:
     leave(status_of(signalled), "interrupted; the same command goes on from what is saved")
   except SystemExit as error:
@@ -96,7 +96,7 @@ def joined(argv: list[str]):
     raise
   except BaseException as error:
     traceback.print_exc()
-    leave(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    leave(1, f"{type(error).__name__}: {one_line(error)[:300]}")
   part(listener)
 
 
@@ -214,7 +214,7 @@ def connect(start: dict[str, Any]) -> threading.Thread:
   try:
     jax.distributed.initialize(**start, initialization_timeout=JOIN_S + 15, heartbeat_timeout_seconds=HEARTBEAT_S)
   except Exception as error:
-    print(" ".join(str(error).split())[:300], file=sys.stderr, flush=True)
+    print(one_line(error)[:300], file=sys.stderr, flush=True)
     os._exit(2)  # an ordinary exit would wait for the hosts once more; `meeting` speaks
   except BaseException:
     hush(meeting)
