@@ -37,7 +37,7 @@ RESOLUTION_UV = 5
 SYSTOLE = int(cmr.EJECTED.argmax())  # the frame of least volume among cmr.FRAMES
 PAD = 8                      # columns on either side: rows and columns differ, so that a transposed image shows
 ISOCENTRE = np.array([-93.0, -61.5, 40.25])  # mm, of the first pixel of the basal slice
-ROW, COLUMN = np.array([0.8, 0.0, 0.6]), np.array([0.36, 0.8, -0.48])  # directions along a row and down a column
+ROW, COLUMN = np.array([0.8, 0.0, 0.6]), np.array([-0.36, -0.8, 0.48])  # along a row, down a column; normal to the apex
 FIELDS = {"LVEDV": 24100, "LVESV": 24101, "LVSV": 24102, "LVEF": 24103, "LVCO": 24104, "LVM": 24105, "RVEDV": 24106,
           "RVESV": 24107, "RVSV": 24108, "RVEF": 24109, "WT": 24140, "Ecc": 24157}
 ALL_FIELDS = range(24100, 24182)

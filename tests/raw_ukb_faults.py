@@ -283,7 +283,7 @@ FAULTS = (
     Fault("ECG without V3", without("V3"), "no lead V3", lost=True),
     Fault("ECG without aVF", without("aVF"), "limb leads derived"),
     Fault("ECG with a lead twice", replacing('lead="V2"', 'lead="V1"'), "lead V1 occurs twice", lost=True),
-    Fault("ECG with swapped leads", in_strip(swapped), "limb leads disagree with I and II"),
+    Fault("ECG with swapped leads", in_strip(swapped), "lead III, aVL, aVF cannot belong to I and II", lost=True),
     Fault("ECG with a constant lead", in_lead("V4", lambda samples: ["7"] * len(samples)), "flat lead V4", lost=True),
     Fault("ECG of 8 s", four_thousand, "8.00 s long; expected at least 10 s", lost=True),
     Fault("ECG at 25 Hz", too_slow, "sampled at 25 Hz; expected 50 to 20000", lost=True),

@@ -293,6 +293,20 @@ def test_without_segmentation_what_is_named_is_kept(beat):
   assert not fields["labels"].any() and fields["labels"].shape == (2, 12, 64, 64)
 
 
+@pytest.mark.reported("a stack without labels that runs from apex to base was kept upside down")
+def test_without_segmentation_the_geometry_tells_base_and_apex(beat):
+  bare = unlabelled(beat)
+  upright, _, unknown = cmr.to_record(bare)
+  turned = bare._replace(images=bare.images[:, ::-1])
+  for cine in (bare._replace(base_first=True), turned._replace(base_first=False)):
+    fields, _, flags = cmr.to_record(cine)
+    for name in ("ed_es_volumes", "cine_slice", "three_frames"):
+      np.testing.assert_array_equal(fields[name], upright[name])
+    assert flags == tuple(flag for flag in unknown if flag != "slice order taken as base to apex")
+  labelled, _, _ = cmr.to_record(beat._replace(base_first=False))  # labels go before
+  np.testing.assert_array_equal(labelled["ed_es_volumes"], cmr.to_record(beat)[0]["ed_es_volumes"])
+
+
 # The grid.
 
 @pytest.mark.parametrize("spacing", [(10, 1.25, 1.25), (8, 1.8, 1.8), (8, 1.83, 1.406), (10, 2.5, 2.5), (9, 4.0, 3.1)])

@@ -125,10 +125,26 @@ def test_missing_and_doubled_leads(tmp_path):
   rejects(record(tmp_path, leads | {"v3": leads["V3"]}), "V3 occurs twice")
 
 
-def test_limb_lead_check_sees_a_swap(tmp_path):
+@pytest.mark.reported("leads in another order than named were read with a remark")
+def test_limb_leads_that_cannot_belong_together(tmp_path):
   leads = heart()
-  (flag,) = wfdb.read(record(tmp_path, leads | {"I": leads["II"], "II": leads["I"]})).flags
-  assert "disagree" in flag
+  rejects(record(tmp_path, leads | {"I": leads["II"], "II": leads["I"]}), "lead III, aVL, aVF cannot", "in their order")
+  rejects(record(tmp_path, leads | {"aVF": leads["aVL"], "aVL": leads["aVF"]}), "lead aVL, aVF cannot")
+  rejects(record(tmp_path, leads | {"aVF": 2 * leads["aVF"]}), "lead aVF cannot", "gain")
+  late = {name: np.append(lead, 0 * lead) for name, lead in leads.items()}
+  late["aVF"][5500:] += 3 * np.sin(np.arange(4500) / 9)
+  assert wfdb.read(record(tmp_path, late)).flags == ("20.0 s long",)  # beyond what is used
+
+
+def test_limb_leads_that_disagree_a_little_are_kept(tmp_path):
+  leads, t = heart(), np.arange(5000)
+  spoilt = leads | {"III": leads["III"] + (t % 100 == 7)}  # 1 % of samples
+  assert wfdb.read(record(tmp_path, spoilt)).flags == ("limb leads disagree with I and II by up to 1.001 mV",)
+  for changed, gain in ((leads | {"III": leads["III"] + 0.3}, 1000),  # an offset of one lead
+                        (leads | {"aVF": leads["aVF"] + 0.03 * np.sin(t / 300)}, 1000),  # a filter of its own
+                        ({name: 6 * lead for name, lead in leads.items()}, 15)):  # 67 uV a unit, as of 8 bits
+    (flag,) = wfdb.read(record(tmp_path, changed, gain=gain)).flags
+    assert flag.startswith("limb leads disagree")
 
 
 def test_few_gaps_are_filled_and_flagged_many_are_not(tmp_path):
@@ -154,10 +170,89 @@ def test_long_records_are_flagged_and_read_in_part(tmp_path):
 
 def test_signals_that_no_ecg_has(tmp_path):
   leads = heart()
-  rejects(record(tmp_path, leads | {"V5": np.full(5000, 0.3)}), "flat lead V5")
+  rejects(record(tmp_path, leads | {"V5": np.full(5000, 0.3)}), "flat lead V5", "10.0 of the first 10.0 s")
   rejects(record(tmp_path, leads | {"V6": 20 * leads["V6"] + 0.2}, gain=100), "V6", "gain and unit")
   offset = wfdb.read(record(tmp_path, leads | {"V6": leads["V6"] + 30}))  # an electrode's constant voltage is no fault
   assert offset.flags == ()
+
+
+def where(leads, change, names=LEADS):
+  """`leads` with `change(seconds [T], lead)` in place of those of `names`."""
+  return {name: change(np.arange(len(lead)) / 500, lead) if name in names else lead for name, lead in leads.items()}
+
+
+def flat(start, end):
+  return lambda t, lead: np.where((start <= t) & (t < end), 0, lead)
+
+
+@pytest.mark.reported("a flat first ten seconds got an LV mass", "three flat leads got an LV mass",
+                      "one spike saved a flat lead", "a recording that was flat for half of its time got an LV mass")
+@pytest.mark.parametrize("seconds,change,names,word", [
+    (30, flat(0, 12), ("V4", "V5", "V6"), "flat lead V4, V5, V6"),
+    (30, flat(1, 7), LEADS, "flat lead I, II, III"),
+    (10, flat(0, 5), LEADS, "5.00 s long without 5.00 s of constant padding"),
+    (10, flat(2.5, 7.5), LEADS, "flat lead I, II, III"),
+    (10, flat(3.33, 6.4), ("V2",), "flat lead V2"),
+    (10, lambda t, lead: np.where(t == 4, 0.02, 0), LEADS, "flat lead I, II"),
+    (10, lambda t, lead: np.where(t % 1 == 0, 5, 0.004 * (t * 500 % 2)), ("V3",), "flat lead V3")])
+def test_flat_in_the_first_ten_seconds(tmp_path, seconds, change, names, word):
+  rejects(record(tmp_path, where(heart(seconds), change, names)), word)
+
+
+@pytest.mark.reported("a recording that was clipped, or constant for a while, had no remark")
+@pytest.mark.parametrize("change,names,flags", [
+    (flat(4.25, 6.15), ("V2",), ("V2 flat for 2.0 s",)),
+    (flat(4.2, 4.9), LEADS, ()),  # less than from beat to beat
+    (lambda t, lead: np.minimum(lead, 0.2), ("V5", "V6"), ("V5, V6 clipped in up to 5% of samples",))])
+def test_remarks_on_the_first_ten_seconds(tmp_path, change, names, flags):
+  assert wfdb.read(record(tmp_path, where(heart(), change, names))).flags == flags
+
+
+@pytest.mark.reported("an artefact beyond the first ten seconds rejected a good recording",
+                      "one second of the first ten was interpolated in a long recording")
+def test_what_lies_beyond_ten_seconds_decides_nothing(tmp_path):
+  leads = heart(30)
+  spoilt = where(leads, lambda t, lead: lead + 31 * ((18 < t) & (t < 19)), INDEPENDENT[2:])
+  spoilt = where(spoilt, lambda t, lead: np.where(t < 20, lead, np.nan), ("V1", "II"))
+  spoilt = where(spoilt, flat(12, 25), ("V6",))
+  recording = wfdb.read(record(tmp_path, spoilt))
+  assert recording.flags == ("30.0 s long",) and np.isfinite(recording.ecg_mv).all()
+  np.testing.assert_allclose(recording.ecg_mv[:, :5000], stacked(leads)[:, :5000], atol=0.00051)
+  rejects(record(tmp_path, where(leads, lambda t, lead: lead + 31 * ((8 < t) & (t < 9)), ("V4",))), "V4 reaches", "gain")
+  rejects(record(tmp_path, where(leads, lambda t, lead: np.where(t < 1.1, np.nan, lead))), "lacks 550 of 5000")
+
+
+@pytest.mark.reported("zeros that fill up a recording counted as ECG", "the first ten seconds were zeros and got an LV mass")
+def test_constant_padding_is_cut_off(tmp_path):
+  leads = heart(12)
+  padded = where(leads, lambda t, lead: np.where((t < 1.5) | (t >= 11.9), 0, lead))
+  recording = wfdb.read(record(tmp_path, padded))
+  assert recording.flags == ("12.0 s long", "1.5 s of constant padding cut off")  # 0.1 s at the end is none
+  np.testing.assert_allclose(recording.ecg_mv[:, :5000], stacked(leads)[:, 750:5750], atol=0.00051)
+  rejects(record(tmp_path, where(leads, lambda t, lead: np.where((1.5 <= t) & (t < 8.8), lead, 0.2))),
+          "7.30 s long without 4.70 s of constant padding", "at least 10 s")
+  eight = {name: padded[name] for name in INDEPENDENT}
+  assert "1.5 s of constant padding cut off" in wfdb.read(record(tmp_path, eight)).flags
+  one = where(leads, flat(0, 2), ("V1",))  # a lead that was connected late
+  assert wfdb.read(record(tmp_path, one)).flags == ("12.0 s long", "V1 flat for 2.0 s")
+
+
+def test_low_sampling_rates_are_told(tmp_path):
+  assert wfdb.read(record(tmp_path, heart(rate=100), rate=100)).flags == ("sampled at 100 Hz: nothing above 50 Hz",)
+  assert wfdb.read(record(tmp_path, heart(rate=200), rate=200)).flags == ()
+
+
+@pytest.mark.reported("a WFDB header that leaves the length to the size of the samples was refused")
+@pytest.mark.parametrize("length", [b"500", b"500 0"])
+@pytest.mark.parametrize("fmt", ["16", "212", "24"])
+def test_length_from_the_size_of_the_samples(tmp_path, length, fmt):
+  leads = heart(12)
+  header = rewrite(record(tmp_path, leads, fmt=fmt), b"500 6000", length)
+  recording = wfdb.read(header)
+  np.testing.assert_allclose(recording.ecg_mv, stacked(leads), atol=0.00051)
+  assert recording.flags == ("12.0 s long",)
+  header.with_suffix(".dat").write_bytes(b"12345")
+  rejects(header, "gives their number")
 
 
 @pytest.mark.parametrize("gain,unit", [(b"0(0)", b"/mV"), (b"", b""), (b"-", b"/mV"), (b"nan", b"")])
@@ -194,7 +289,7 @@ def test_samples_missing_short_or_altered(tmp_path):
     (b"rec 12 ", b"rec 999999999 ", "999999999 signals"),
     (b"rec 12 ", b"rec/3 12 ", "segment"),
     (b"rec 12 500", b"rec 12 0", "0 Hz"),
-    (b"500 5000", b"500", "samples"),
+    (b"500 5000\nrec.dat 16", b"500\nrec.dat 516", "neither the header nor"),
     (b"dat 16", b"dat 99", "format 99"),
     (b"dat 16", b"dat 16x2", "plain layout"),
     (b"dat 16", b"dat 16:1000000000000", "plain layout"),

@@ -88,6 +88,23 @@ def test_record_named_as_a_file(tmp_path):
   rejects(header, "not beside it")
 
 
+@pytest.mark.reported("MATLAB 5 files were read from byte 24 on, their leads rotated")
+@pytest.mark.parametrize("gain", [1000, 4880])
+def test_other_matlab_files_are_told_by_content(tmp_path, gain):
+  header, volts = cinc(tmp_path, gain=gain)
+  samples, counts = header.with_suffix(".mat"), np.round(volts * gain).astype(np.int16)
+  scipy_io.savemat(samples, {"val": counts})
+  rejects(header, "MATLAB file of version 5", "savemat(format='4')", ".json")
+  for head in (b"MATLAB 7.3 MAT-file, Platform: GLNXA64", b"\x89HDF\r\n\x1a\n"):
+    samples.write_bytes(head + bytes(200_000))
+    rejects(header, "MATLAB file of version 5 or later")
+  for array, word in ((counts.T, "is 5000 x 12 of type 30; expected 12 rows"), (counts.astype(float), "12 x 5000 of type 0")):
+    scipy_io.savemat(samples, {"val": array}, format="4")
+    rejects(header, word)
+  samples.rename(tmp_path / "A0001.bin")
+  rejects(rewrite(header, b"A0001.mat", b"A0001.bin"), "12 x 5000 of type 0")
+
+
 def test_upper_case_leads_of_ptb_xl(tmp_path):
   names = [name.upper() for name in LEADS]
   header, volts = cinc(tmp_path, names=names)
@@ -401,7 +418,7 @@ def multiplex(leads, rate=500, label="RHYTHM", dtype="<i2", sources=None, **chan
   group.MultiplexGroupLabel, group.SamplingFrequency = label, rate
   group.NumberOfWaveformChannels, group.NumberOfWaveformSamples = len(leads), len(next(iter(leads.values())))
   group.WaveformBitsAllocated = 8 * np.dtype(dtype).itemsize
-  group.WaveformSampleInterpretation = {"i1": "SB", "i2": "SS", "i4": "SL", "u2": "US"}[dtype[1:]]
+  group.WaveformSampleInterpretation = {"i1": "SB", "i2": "SS", "i4": "SL", "u1": "UB", "u2": "US"}[dtype[1:]]
   group.ChannelDefinitionSequence = pydicom.Sequence()
   for name in leads:
     item = pydicom.Dataset()
@@ -488,17 +505,60 @@ def test_sensitivity_unit_correction_and_baseline(tmp_path, unit, factor):
   np.testing.assert_allclose(found, stacked(leads) + 0.012, atol=0.00126)
 
 
-def test_padding_is_missing(tmp_path):
-  leads = heart()
-  group = multiplex(leads)
-  units = np.frombuffer(group.WaveformData, "<i2").reshape(5000, 12).copy()
-  units[100:110, 3] = -32768
-  group.WaveformData, group.WaveformPaddingValue = units.tobytes(), b"\x00\x80"
-  group["WaveformPaddingValue"].VR = "OW"
+def padded(leads, value, change=lambda units: None, dtype="<i2", **options):
+  """A multiplex group with `value` (bytes) as its padding, its samples [T, L] after `change`."""
+  group = multiplex(leads, dtype=dtype, **options)
+  units = np.frombuffer(group.WaveformData, dtype).reshape(-1, len(leads)).copy()
+  change(units)
+  group.WaveformData = units.tobytes()
+  group.add_new("WaveformPaddingValue", "OB" if dtype.endswith("1") else "OW", value)
+  return group
+
+
+def put(value, frames, channels=slice(None)):
+  def change(units):
+    units[frames, channels] = value
+  return change
+
+
+@pytest.mark.reported("a DICOM padding value of 0, or of too many bytes, made true samples missing")
+@pytest.mark.parametrize("dtype,value", [
+    ("<i2", b"\0\0"), ("<i2", b"\0\0\0\0"), ("<i2", b"\x00\x80\xff\xff"), ("<i2", b"\x80\x00"), ("<i2", b"\x02\x00"), ("<i4", b"\0\0\0\0"),
+    ("<i4", b"\x00\x80"), ("<u2", b"\0\0"), ("<u2", b"\x88\x13"), ("<i1", b"\0\0"), ("<u1", b"\x80\x80")])
+def test_a_padding_value_in_the_signals_range_makes_nothing_missing(tmp_path, dtype, value):
+  zero = {"<u2": 5000, "<u1": 128}.get(dtype, 0)  # of unsigned samples the baseline takes off what was added
+  uv = {1: 20, 2: 2.5, 4: 2.5}[np.dtype(dtype).itemsize]
+  leads = {name: lead / uv * 2.5 + zero * 0.0025 for name, lead in heart().items()}
+  group = multiplex(leads, dtype=dtype, ChannelSensitivity=f"{uv:g}", ChannelBaseline=f"{-uv * zero:g}")
+  plain = readers.read_ecg(dicom(tmp_path / "a.dcm", group))
+  group.add_new("WaveformPaddingValue", "OW", value)
   recording = readers.read_ecg(dicom(tmp_path / "a.dcm", group))
-  name = list(leads)[3]
-  assert recording.flags[0] == f"{name}: 10 missing samples interpolated"
-  assert np.abs(recording.ecg_mv).max() < 2
+  np.testing.assert_array_equal(recording.ecg_mv, plain.ecg_mv)
+  assert recording.flags == plain.flags
+
+
+@pytest.mark.parametrize("dtype,value,number", [("<i2", b"\x00\x80", -32768), ("<i2", b"\x00\x80\x00\x80", -32768), ("<i2", b"\0\0", 0),
+                                                ("<i4", b"\x00\x00\x00\x80", -2**31), ("<i4", b"\xff\xff", -1)])
+def test_padding_is_missing(tmp_path, dtype, value, number):
+  leads = heart()
+
+  def read(*where):
+    return readers.read_ecg(dicom(tmp_path / "a.dcm", padded(leads, value, put(number, *where), dtype)))
+
+  for frames in (slice(0, 20), slice(-20, None)):  # the ends of a channel
+    recording = read(frames, 3)
+    assert "III: 20 missing samples interpolated".replace("III", list(leads)[3]) in recording.flags
+    assert np.abs(recording.ecg_mv).max() < 2
+  recording = read(slice(2000, 2010))  # frames of all channels
+  assert {f"{name}: 10 missing samples interpolated" for name in LEADS} == set(recording.flags)
+  np.testing.assert_allclose(np.delete(recording.ecg_mv, np.s_[2000:2010], 1), np.delete(stacked(leads), np.s_[2000:2010], 1),
+                             atol=0.00126)
+  if number < -1:  # no sample of this signal
+    assert f"{list(leads)[3]}: 10 missing samples interpolated" in read(slice(100, 110), 3).flags
+  rejects(dicom(tmp_path / "a.dcm", padded(leads, value, put(number, slice(-1000, None)), dtype)), "8.00 s long without 2.00 s")
+  rejects(dicom(tmp_path / "a.dcm", padded(leads, value, put(number, slice(-1000, None), 7), dtype)), "1000 of 5000")
+  leads = heart(13)
+  assert read(slice(0, 1000)).flags == ("13.0 s long", "2.0 s of constant padding cut off")
 
 
 def altered(key, value):
@@ -627,6 +687,29 @@ def test_long_arrays_are_read_in_part(tmp_path):
   for path, leads in ((tmp_path / "a.npy", INDEPENDENT), (tmp_path / "b.csv", None)):
     recording = array_ecg.read(path, 1000, leads)
     assert recording.ecg_mv.shape == (12, 120_000) and recording.flags[0] == "130.0 s long"
+
+
+@pytest.mark.reported("an array of 7.3 s in zeros was read as one of 10 s")
+def test_zeros_around_an_array_are_cut_off(tmp_path):
+  """As CODE-15 % has it: 4,096 samples at 400 Hz, zeros at both ends; some of its recordings last 10 s, others 7.3 s."""
+  for seconds, flags in ((10, ("10.2 s long",)), (7.3, None)):
+    leads, array = heart(seconds, 400), np.zeros((4096, 12), np.float32)
+    start = (4096 - len(leads["I"])) // 2
+    array[start:start + len(leads["I"])] = stacked(leads).T
+    np.save(tmp_path / "a.npy", array)
+    declare(tmp_path, rate_hz=400, leads=list(LEADS))
+    write_csv(tmp_path / "a.csv", dict(zip(LEADS, array.T)))
+    for path in (tmp_path / "a.npy", tmp_path / "a.csv"):
+      if flags:
+        assert readers.read_ecg(path).flags == flags
+      else:
+        rejects(path, "7.30 s long without 2.94 s of constant padding")
+
+
+@pytest.mark.reported("zeros that fill up a strip counted as ECG")
+def test_zeros_in_a_strip_are_cut_off(xml):
+  short = {name: np.where(np.arange(5000) < 4000, lead, 0) for name, lead in counts().items()}
+  rejects(xml(data=cardiosoft(short)), "8.00 s long without 2.00 s of constant padding")
 
 
 def test_what_is_declared(tmp_path):

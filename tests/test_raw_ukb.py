@@ -116,12 +116,9 @@ class Expected(NamedTuple):
 
 def expected(truth: raw_ukb.Truth, visit: raw_ukb.Visit, profile: str = "minimal") -> Expected:
   heart = truth.heart(visit)
-  samples = heart.ecg[[1, 0, *range(2, 12)]] if visit.fault == "ECG with swapped leads" else heart.ecg
-  normalised = preprocess_ecg.normalise(samples * (raw_ukb.RESOLUTION_UV / 1000), profile)
+  normalised = preprocess_ecg.normalise(heart.ecg * (raw_ukb.RESOLUTION_UV / 1000), profile)
   cine = Cine(heart.images, truth.grid.spacing)
-  if visit.fault in NO_LABELS:
-    cine = cine._replace(images=heart.images[:, ::-1] if raw_ukb.is_flipped(visit.index) else heart.images)
-  else:
+  if visit.fault not in NO_LABELS:  # without, the positions of the slices tell base and apex
     cine = cine._replace(labels=heart.labels, labelled=tuple(range(truth.frames)))
   fields, _, _ = preprocess_cmr.to_record(cine)
   return Expected(normalised[:, ::10], fields["ed_es_volumes"], fields["labels"],

@@ -29,7 +29,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from mmcl_jax import files
-from mmcl_jax.data import cohort as cohort_room, schema, units
+from mmcl_jax.data import cohort as cohort_room, ecg_quality, schema, units
 from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
@@ -231,6 +231,7 @@ def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
   try:
     record, flags = job.read(item)
     check(record, job)
+    flags = [*flags, *more_remarks(record, flags, job)]
     stored = encode({"subject": item.subject, "visit": np.uint16(item.visit), **record}, job.profile)
   except BadRecord as error:
     raise BadRecord(scrub(str(error), item)) from None
@@ -256,6 +257,15 @@ def check(record: dict[str, np.ndarray], job: Job) -> None:
       raise UserError(f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of them in its plan")
   if not np.isfinite(ecg).all():
     raise BadRecord(f"{np.sum(~np.isfinite(ecg))} samples of the ECG are not finite")
+
+
+def more_remarks(record: dict[str, np.ndarray], flags: tuple[str, ...], job: Job) -> list[str]:
+  """What is to be remarked on an ECG in mV, and was not by the source: one of a user's own may judge nothing."""
+  if not record["has_ecg"] or not job.profile:
+    return []
+  kind = functools.partial(re.sub, r"[\d.]+", "")  # the readers judge before resampling: their numbers differ a little
+  said = kind("; ".join(flags))
+  return [flag for flag in ecg_quality.judge(np.asarray(record["ecg"]), schema.ECG_RATE_HZ) if kind(flag) not in said]
 
 
 def scrub(text: str, item: Item) -> str:

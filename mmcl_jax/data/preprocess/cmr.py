@@ -80,7 +80,7 @@ def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan
     ed, es = _phases_of_labels(cine, flags)
     labels = cine.labels[[ed, es]]
     _check_label_map(labels, cine.convention, flags)
-    if _base_is_last(labels[0], flags):
+    if _base_is_last(labels[0], cine.base_first, flags):
       images, labels = images[:, ::-1], labels[:, ::-1]
     first, last = _extent(labels[0], flags)
   else:
@@ -88,7 +88,9 @@ def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan
     ed, es = _phases_of_images(cine, heart, flags)
     labels = np.zeros((2, *images.shape[1:]), np.uint8)
     first, last = (0, *heart.first), (slices - 1, *heart.last)
-    flags += ["no segmentation: no phenotypes, heart located by its motion", "slice order taken as base to apex"]
+    flags.append("no segmentation: no phenotypes, heart located by its motion")
+    if _turned(cine.base_first, flags):
+      images = images[:, ::-1]
   phenotypes = measure.phenotypes(labels, spacing, _heart_rate(cine, heart_rate, flags))
 
   z, *plane = _crop(first, last, images.shape[1:], spacing, shape, flags)
@@ -203,14 +205,19 @@ def _check_label_map(labels, convention, flags):
                     f"(read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of the RV's")
 
 
-def _base_is_last(labels, flags):
+def _base_is_last(labels, base_first, flags):
   """Whether labels [Z, H, W] run from apex to base: the heart tapers to its apex, and the RV ends before it."""
   areas = np.count_nonzero(labels, axis=(1, 2))
   taper = np.flatnonzero(areas) - np.flatnonzero(areas).mean()
   growth = float(taper @ areas[areas > 0])
-  if growth == 0:
+  return growth > 0 or growth == 0 and _turned(base_first, flags)
+
+
+def _turned(base_first, flags):
+  """Whether slices run from apex to base as far as their geometry tells."""
+  if base_first is None:
     flags.append("slice order taken as base to apex")
-  return growth > 0
+  return base_first is False
 
 
 def _extent(labels, flags):

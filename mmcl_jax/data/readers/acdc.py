@@ -36,12 +36,12 @@ def read(folder) -> Cine:
   cine = folder / f"{folder.resolve().name}_4d.nii.gz"
   frames, flags = {phase: number - 1 for phase, number in numbers.items()}, []
   if present(cine):
-    images, spacing, frame_s = nifti.read(cine)
+    images, spacing, frame_s, base_first = nifti.read(cine)
     for phase, path in single.items():
       if present(path) and not np.array_equal(nifti.read(path).voxels, images[frames[phase]:][:1]):
         flags.append(f"the file of {phase} is not frame {numbers[phase]} of the cine")
   elif all(map(present, single.values())):
-    images, spacing, frame_s = nifti.two_frames(*map(nifti.read_frame, single.values()))
+    images, spacing, frame_s, base_first = nifti.two_frames(*map(nifti.read_frame, single.values()))
     frames, flags = {"ED": 0, "ES": 1}, [ED_ES_ONLY]
   else:
     raise BadRecord(f"no cine (_4d.nii.gz), and not both of its frames {numbers['ED']} and {numbers['ES']}")
@@ -49,7 +49,7 @@ def read(folder) -> Cine:
   for phase, number in numbers.items():
     if present(path := folder / f"{stem}{number:02d}_gt.nii.gz"):
       labels[frames[phase]] = nifti.read_frame_labels(path, NUMBERS)
-  return assemble(images, spacing, frame_s, labels or None, NUMBERS, frames["ED"], frames["ES"], flags)
+  return assemble(images, spacing, frame_s, labels or None, NUMBERS, frames["ED"], frames["ES"], flags, base_first)
 
 
 def about(folder) -> dict[str, str | float]:

@@ -8,12 +8,14 @@ from mmcl_jax.errors import BadRecord
 
 SPACING_MM = ((0.5, 50), (0.1, 10), (0.1, 10))  # along Z, H, W: wider than any short-axis protocol
 ED_ES_ONLY = "no cine, ED and ES only"
+TO_APEX = np.array([1, -1, -1]) / 3**0.5  # left, anterior, inferior, in DICOM's axes
+TELLS = 0.7  # cosine: stacks lie at 0.9 or more; slices along an axis of the scanner, as where nothing is known, at 0.58
 
 class Cine(NamedTuple):
   """A short-axis cine as the source gives it: nothing is cropped, resampled or rescaled.
 
   H runs along the rows of the image as the scanner shows it (`pixel_array`; NIfTI arrays are [X, Y, Z, T], so an image
-  is `volume[:, :, z, t].T`). Slices are in the source's order; mmcl_jax.data.preprocess.cmr decides base and apex.
+  is `volume[:, :, z, t].T`). Slices are in the source's order; mmcl_jax.data.preprocess.cmr turns them base to apex.
   """
   images: np.ndarray                  # [F, Z, H, W], int16, uint16 or float32
   spacing: tuple[float, float, float]  # mm between voxel centres along Z, H, W
@@ -24,12 +26,24 @@ class Cine(NamedTuple):
   es: int | None = None
   convention: str = ""                # how the source numbered its labels, such as "RV 1, MYO 2, LV 3"
   flags: tuple[str, ...] = ()         # remarks on quality, without names or numbers that identify a person
+  base_first: bool | None = None      # whether slices run from base to apex, as `base_first` has it
 
-def assemble(images, spacing, frame_s=float("nan"), labels=None, numbers=None, ed=None, es=None, flags=()) -> Cine:
+
+def base_first(direction: np.ndarray) -> bool | None:
+  """Whether slices run from base to apex if each lies in `direction` [3] of the one before; None: it does not tell.
+
+  `direction` is of any length, to the patient's left, back and head as in DICOM. The apex points left, forward and down.
+  """
+  along, length = float(direction @ TO_APEX), float(np.linalg.norm(direction))
+  return along > 0 if abs(along) > TELLS * length else None
+
+
+def assemble(images, spacing, frame_s=float("nan"), labels=None, numbers=None, ed=None, es=None, flags=(),
+             base_first=None) -> Cine:
   """Checks what a reader found and gives it back as a Cine.
 
   Args:
-    images, spacing, frame_s, ed, es, flags: as in Cine.
+    images, spacing, frame_s, ed, es, flags, base_first: as in Cine.
     labels: uint8 [F, Z, H, W] in schema.LABELS, or {frame: uint8 [Z, H, W]}, or None.
     numbers: what the source numbers its labels by, name -> number; for `convention` only.
 
@@ -55,7 +69,8 @@ def assemble(images, spacing, frame_s=float("nan"), labels=None, numbers=None, e
       labels = None
       flags.append("the segmentation holds no labels")
   convention = ", ".join(f"{name} {number}" for name, number in numbers.items()) if labelled else ""
-  return Cine(images, tuple(map(float, spacing)), float(frame_s), labels, labelled, ed, es, convention, tuple(flags))
+  return Cine(images, tuple(map(float, spacing)), float(frame_s), labels, labelled, ed, es, convention, tuple(flags),
+              base_first)
 
 
 def _placed(labels, shape):

@@ -13,7 +13,9 @@ import pydicom
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pydicom.waveforms import multiplex_array
+from scipy import ndimage
 
+from mmcl_jax.data.ecg_quality import content
 from mmcl_jax.data.readers.files import bad_record, read_bytes
 from mmcl_jax.data.readers.kinds import DICOM
 from mmcl_jax.data.readers.recording import (
@@ -25,6 +27,7 @@ KIND = "a DICOM ECG (.dcm)"
 MAX_BYTES = 64 * 2**20  # 10 s of 12 leads take 0.3 MB; 20 min at 1 kHz and 16 bit 29 MB
 SAMPLE_TYPES = {(8, "SB"): "<i1", (8, "UB"): "<u1", (16, "SS"): "<i2", (16, "US"): "<u2", (32, "SL"): "<i4",
                 (32, "UL"): "<u4"}
+MIN_PADDING_S = 0.01    # shorter runs of a value that the signal takes are its own
 REQUIRED = ("NumberOfWaveformChannels", "NumberOfWaveformSamples", "SamplingFrequency", "WaveformBitsAllocated",
             "WaveformSampleInterpretation", "WaveformData")
 LEAD_OF_CODE = {1: "I", 2: "II", **{2 + n: f"V{n}" for n in range(1, 7)}, 61: "III", 62: "aVR", 63: "aVL", 64: "aVF"}
@@ -87,23 +90,42 @@ def _source(channel):
 def _read_group(dataset, number, leads):
   """The Recording of a multiplex group, whose sizes are compared with its data before pydicom takes memory for it."""
   group = dataset.WaveformSequence[number]
-  samples, channels = group.NumberOfWaveformSamples, group.NumberOfWaveformChannels
+  length, channels = group.NumberOfWaveformSamples, group.NumberOfWaveformChannels
   rate_hz = float(group.SamplingFrequency)
   dtype = SAMPLE_TYPES.get((group.WaveformBitsAllocated, group.WaveformSampleInterpretation))
   if dtype is None:
     raise BadRecord("its samples are not signed or unsigned integers of 8, 16 or 32 bits")
-  if not (rate_hz > 0 and samples > 0 and channels == len(group.ChannelDefinitionSequence)):
-    raise BadRecord(f"it announces {samples} samples at {rate_hz:g} Hz of {channels} channels and defines "
+  if not (rate_hz > 0 and length > 0 and channels == len(group.ChannelDefinitionSequence)):
+    raise BadRecord(f"it announces {length} samples at {rate_hz:g} Hz of {channels} channels and defines "
                     f"{len(group.ChannelDefinitionSequence)}")
-  size, need = len(group.WaveformData or b""), samples * channels * np.dtype(dtype).itemsize
+  size, need = len(group.WaveformData or b""), length * channels * np.dtype(dtype).itemsize
   if size < need:
-    raise BadRecord(f"its samples have {size} bytes; {samples} of {channels} channels take {need}")
+    raise BadRecord(f"its samples have {size} bytes; {length} of {channels} channels take {need}")
   raw = multiplex_array(dataset, number, as_raw=True)[:MAX_SAMPLES]  # [T, channels], in units of the sensitivity
-  padding = np.frombuffer(group.get("WaveformPaddingValue") or b"", dtype)
-  values = np.where(np.isin(raw, padding), np.nan, raw)
-  signals = {lead: _millivolts(group.ChannelDefinitionSequence[channel], values[:, channel], lead, rate_hz)
-             for lead, channel in leads.items()}
-  return assemble(signals, rate_hz, length_flags(samples, rate_hz))
+  values = raw[:, list(leads.values())].astype(np.float64)
+  inside = values[content(values.T, rate_hz)]  # what lies outside is cut off as in every format
+  if padding := group.get("WaveformPaddingValue"):
+    kind = np.dtype(dtype)  # writers give fewer or more bytes than one sample has
+    inside[_missing(inside, int.from_bytes(padding[:kind.itemsize], "little", signed=kind.kind == "i"), rate_hz)] = np.nan
+  signals = {lead: _millivolts(group.ChannelDefinitionSequence[channel], samples, lead, rate_hz)
+             for (lead, channel), samples in zip(leads.items(), values.T)}
+  return assemble(signals, rate_hz, length_flags(length, rate_hz))
+
+
+def _missing(values, padding, rate_hz):
+  """bool as `values` [T, L]: samples that hold the padding value and are no samples of the signal.
+
+  Writers also give 0, or another value that the signal takes: it counts in runs that all leads share, at a lead's ends,
+  and where it lies farther from the lead's other values than they from each other.
+  """
+  held, shortest = values == padding, max(1, round(MIN_PADDING_S * rate_hz))
+  low, high = np.where(held, np.inf, values).min(axis=0), np.where(held, -np.inf, values).max(axis=0)
+  counts = np.maximum(low - padding, padding - high) > high - low
+  counts = counts | ndimage.binary_opening(held.all(axis=1), np.ones(shortest))[:, None]
+  for order in (slice(None), slice(None, None, -1)):
+    run = np.logical_and.accumulate(held[order])[order]
+    counts |= run & (run.sum(axis=0) >= shortest)
+  return held & counts
 
 
 def _millivolts(channel, values, lead, rate_hz):

@@ -50,11 +50,11 @@ def find(root) -> list[Study]:
 def read(study: Study) -> Cine:
   """Reads one patient. Raises BadRecord with the reason; errors of disk and memory pass."""
   stem = study.folder / f"{study.folder.name}_sa"
-  images, spacing, frame_s = nifti.read(f"{stem}.nii.gz")
+  images, spacing, frame_s, base_first = nifti.read(f"{stem}.nii.gz")
   ed, es = _frame_number(study.row, "ED"), _frame_number(study.row, "ES")
   labels = f"{stem}_gt.nii.gz"
   labels = nifti.read_labels(labels, NUMBERS) if present(labels) else None
-  cine = assemble(images, spacing, frame_s, labels, NUMBERS, ed, es)
+  cine = assemble(images, spacing, frame_s, labels, NUMBERS, ed, es, base_first=base_first)
   named = tuple(sorted(frame for frame in (ed, es) if frame is not None))
   if cine.labelled in ((), named):
     return cine

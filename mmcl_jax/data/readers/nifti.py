@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import nibabel
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
+from mmcl_jax.data.readers.cine import base_first
 from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.data.schema import LABELS
 from mmcl_jax.errors import BadRecord
@@ -21,7 +23,9 @@ from mmcl_jax.errors import BadRecord
 MAX_SHAPE = (1024, 1024, 256, 256)  # X, Y, Z, T: beyond any cine, even one resampled to a cubic grid
 MAX_VOXELS = 2**27                  # 5 times a UK Biobank cine; 256 MiB of int16, 1 GiB of float64
 MAX_FILE_BYTES = 2**30 + 2**21      # that many float64, with header and extensions
-HEADER_BYTES = 348
+HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}  # by their size in bytes, which they begin with
+MAGIC = b"n+1", b"n+2"              # voxels in the same file
+WHOLE = 1e-3                        # scaled labels miss whole numbers by rounding
 MAX_EXTENSION_BYTES = 2**20
 MAX_INTENSITY = 2**24               # float32 holds whole numbers exactly up to it
 FRAME_S = (0.001, 0.2)              # outside it the header does not mean the step of a cine: many writers leave 0 or 1
@@ -30,10 +34,14 @@ SECONDS = {"unknown": 1, "sec": 1, "msec": 1e-3, "usec": 1e-6}
 
 
 class Volume(NamedTuple):
-  """`voxels` int16, uint16 or float32 [F, Z, H, W]; `spacing` mm (Z, H, W); `frame_s` seconds, NaN = not known."""
+  """`voxels` int16, uint16 or float32 [F, Z, H, W]; `spacing` mm (Z, H, W); `frame_s` seconds, NaN = not known.
+
+  `base_first` as in Cine, by the header's affine.
+  """
   voxels: np.ndarray
   spacing: tuple[float, float, float]
   frame_s: float
+  base_first: bool | None
 
 
 def read(path) -> Volume:
@@ -45,8 +53,8 @@ def read(path) -> Volume:
   space, time = header.get_xyzt_units()
   zooms = [float(zoom) for zoom in header.get_zooms()]
   x, y, z = (zoom * MM[space] for zoom in zooms[:3])
-  step = zooms[3] * SECONDS.get(time, math.nan) if len(zooms) == 4 else math.nan
-  return Volume(_plain(voxels), (z, y, x), step if FRAME_S[0] <= step <= FRAME_S[1] else math.nan)
+  step = zooms[3] * SECONDS.get(time, math.nan) if len(zooms) > 3 else math.nan
+  return Volume(_plain(voxels), (z, y, x), step if FRAME_S[0] <= step <= FRAME_S[1] else math.nan, _base_first(header))
 
 
 def read_frame(path) -> Volume:
@@ -60,7 +68,7 @@ def two_frames(ed: Volume, es: Volume) -> Volume:
   """ED and ES from files of their own as frames 0 and 1; BadRecord where their grids differ."""
   if ed.voxels.shape != es.voxels.shape or not np.allclose(ed.spacing, es.spacing, rtol=1e-3):
     raise BadRecord("ED and ES differ in shape or spacing")
-  return Volume(_plain(np.concatenate([ed.voxels, es.voxels])), ed.spacing, math.nan)
+  return Volume(_plain(np.concatenate([ed.voxels, es.voxels])), ed.spacing, math.nan, ed.base_first)
 
 
 def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
@@ -72,13 +80,13 @@ def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
   table = np.zeros(max(numbers.values()) + 1, np.uint8)
   for name, number in numbers.items():
     table[number] = LABELS[name]
-  low, high = voxels.min(), voxels.max()
+  whole = np.rint(voxels)
+  low, high = whole.min(), whole.max()
   if not (low >= 0 and high < len(table)):
     raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {len(table) - 1}")
-  whole = voxels.astype(np.uint8)
-  if voxels.dtype.kind == "f" and np.any(whole != voxels):
+  if np.abs(whole - voxels).max() > WHOLE:
     raise BadRecord("labels are not whole numbers")
-  return table[whole]
+  return table[whole.astype(np.uint8)]
 
 
 def read_frame_labels(path, numbers: dict[str, int]) -> np.ndarray:
@@ -91,6 +99,14 @@ def read_frame_labels(path, numbers: dict[str, int]) -> np.ndarray:
 def _check_single(voxels):
   if len(voxels) != 1:
     raise BadRecord(f"{len(voxels)} frames in a file of one frame")
+
+
+def _base_first(header):
+  try:
+    affine = header.get_best_affine()
+  except (HeaderDataError, ValueError):  # no rotation
+    return None
+  return base_first(affine[:3, 2] * (-1, -1, 1))  # NIfTI's axes lead to the right and to the front
 
 
 def _plain(voxels):
@@ -110,32 +126,39 @@ def _load(path):
       zipped = file.read(2) == b"\x1f\x8b"
       file.seek(0)
       stream = gzip.GzipFile(fileobj=file) if zipped else file
-      header = _checked_header(stream.read(HEADER_BYTES))
+      header = _read_header(stream)
       shape, dtype = header.get_data_shape(), header.get_data_dtype()
-      skip = header.get_data_offset() - HEADER_BYTES
+      size = header["sizeof_hdr"].item()
+      skip = header.get_data_offset() - size
       need = skip + math.prod(shape) * dtype.itemsize
       try:
         body = stream.read(need + 1)  # no more, whatever the stream expands to; gzip compares its checksum at the end
       except EOFError as error:
         raise BadRecord("the gzip stream ends early") from error
     if len(body) != need:
-      found = "more than" if len(body) > need else f"{HEADER_BYTES + len(body)} of"
-      raise BadRecord(f"the file holds {found} the {HEADER_BYTES + need} bytes that its header announces")
-    voxels = np.frombuffer(body, dtype, offset=skip).reshape(shape + (1,) * (4 - len(shape)), order="F")
+      found = "more than" if len(body) > need else f"{size + len(body)} of"
+      raise BadRecord(f"the file holds {found} the {size + need} bytes that its header announces")
+    voxels = np.frombuffer(body, dtype, offset=skip).reshape((*shape, 1)[:4], order="F")
     slope, intercept = header.get_slope_inter()
     if slope is not None:
       voxels = apply_read_scaling(voxels, slope, intercept)
     return voxels.T.astype(voxels.dtype.newbyteorder("="), copy=False), header
 
 
-def _checked_header(block):
-  """The nibabel header of a file's first HEADER_BYTES, if all that it claims is within bounds."""
-  if len(block) < HEADER_BYTES:
-    raise BadRecord(f"the file holds {len(block)} bytes; a NIfTI header has {HEADER_BYTES}")
-  header = nibabel.Nifti1Header(block, check=False)
-  if header["sizeof_hdr"] != HEADER_BYTES or header["magic"] != b"n+1":
-    raise BadRecord("not a NIfTI-1 file with its voxels in the same file")
+def _read_header(stream):
+  """The nibabel header that a file begins with, if all that it claims is within bounds."""
+  block = stream.read(min(HEADERS))
+  size = next((size for size in HEADERS for order in ("little", "big") if block[:4] == size.to_bytes(4, order)), min(HEADERS))
+  block += stream.read(size - len(block)) if len(block) == min(HEADERS) else b""
+  if len(block) < size:
+    raise BadRecord(f"the file holds {len(block)} bytes; a NIfTI header has {size}")
+  header = HEADERS[size](block, check=False)
+  if header["sizeof_hdr"] != size or header["magic"].item()[:3] not in MAGIC:
+    raise BadRecord("not a NIfTI file with its voxels in the same file")
+  header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # some writers put an axis's direction here
   shape = header.get_data_shape()
+  if set(shape[4:]) == {1}:  # one value a voxel and moment
+    header.set_data_shape(shape := shape[:4])
   if len(shape) not in (3, 4) or not all(1 <= n <= most for n, most in zip(shape, MAX_SHAPE)):
     raise BadRecord(f"the header announces {' x '.join(map(str, shape))} voxels; expected 3 or 4 axes of at most "
                     f"{' x '.join(map(str, MAX_SHAPE))}")
@@ -148,6 +171,6 @@ def _checked_header(block):
     raise BadRecord("the header's spacing is not positive")
   if header.get_xyzt_units()[0] not in MM:
     raise BadRecord("the header's unit of space is unknown")
-  if not 0 <= header.get_data_offset() - HEADER_BYTES <= MAX_EXTENSION_BYTES:
+  if not 0 <= header.get_data_offset() - size <= MAX_EXTENSION_BYTES:
     raise BadRecord(f"voxels are said to start at byte {header.get_data_offset()}")
   return header

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES, LEADS
+from mmcl_jax.data.ecg_quality import DERIVABLE, WINDOW_S, content, in_use, judge
+from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
 MV_PER_UNIT = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}
@@ -13,11 +14,7 @@ MAX_SAMPLES = 120_000     # read at most per lead: 2 minutes at 1 kHz
 
 SPELLING = re.compile(r"(?:mdc_)?(?:ecg|ekg)?[ _]?(?:lead)?[ _]?(\w+)")
 LEAD_OF_NAME = {lead.lower(): lead for lead in LEADS} | {"di": "I", "dii": "II", "diii": "III"}
-DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I and II
-MAX_MISSING = 0.01        # share of a lead's samples that may be interpolated
-FLAT_MV = 0.01            # a lead that moves less than this was not connected
-ABSURD_MV = 20.0          # from the lead's median: electrodes may carry a large constant offset
-LIMB_TOLERANCE_MV = 0.01  # rounding to 5 uV alone gives up to 0.0075
+MAX_MISSING = 0.01        # share of a lead's first 10 s that may be interpolated
 
 
 class Recording(NamedTuple):
@@ -70,11 +67,13 @@ def mv_per(unit: str, lead: str) -> float:
 def length_flags(samples: int, rate_hz: float) -> list[str]:
   """A remark where a recording is longer than the cohort's, of which the first part is taken."""
   seconds = samples / rate_hz
-  return [f"{seconds:.1f} s long"] if seconds >= ECG_SAMPLES / ECG_RATE_HZ + 0.1 else []
+  return [f"{seconds:.1f} s long"] if seconds >= WINDOW_S + 0.1 else []
 
 
 def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recording:
-  """Orders and checks leads; III, aVR, aVL and aVF are derived from I and II where absent, compared where given.
+  """Orders leads, cuts off constant padding and judges the first 10 s (ecg_quality.judge).
+
+  III, aVR, aVL and aVF are derived from I and II where absent, compared where given.
 
   Args:
     leads: name in LEADS -> float [T] in mV; samples that are not finite are missing.
@@ -82,33 +81,35 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
     flags: remarks to keep.
 
   Raises:
-    BadRecord: leads are absent, have long gaps, are flat, or are beyond any ECG's voltage.
+    BadRecord: leads are absent or too short without their padding; in their first 10 s they have long gaps, or are what
+      `judge` refuses.
   """
   if absent := [name for name in LEADS if name not in leads and name not in DERIVABLE]:
     raise BadRecord(f"no lead {', '.join(absent)}; expected at least I, II and V1 to V6")
   flags = list(flags)
-  leads = {name: _without_gaps(name, lead, flags) for name, lead in leads.items()}
+  given = np.stack(list(leads.values()))
+  kept = given[:, content(given, rate_hz)]
+  if padding_s := (given.shape[1] - kept.shape[1]) / rate_hz:
+    if kept.shape[1] < WINDOW_S * rate_hz - 1:
+      raise BadRecord(f"{kept.shape[1] / rate_hz:.2f} s long without {padding_s:.2f} s of constant padding at its ends; "
+                      f"expected at least {WINDOW_S:g} s")
+    flags.append(f"{padding_s:.1f} s of constant padding cut off")
+  leads = {name: _without_gaps(name, lead, rate_hz, flags) for name, lead in zip(leads, kept)}
   derived = {name: i * leads["I"] + ii * leads["II"] for name, (i, ii) in DERIVABLE.items()}
   if not derived.keys() <= leads.keys():
     flags.append("limb leads derived")
-  error = max((np.abs(leads[name] - derived[name]).max() for name in derived if name in leads), default=0.0)
-  if error > LIMB_TOLERANCE_MV:
-    flags.append(f"limb leads disagree with I and II by up to {error:.3f} mV")
   ecg_mv = np.stack([(derived | leads)[name] for name in LEADS])
-  if flat := [name for name, lead in zip(LEADS, ecg_mv) if np.ptp(lead) < FLAT_MV]:
-    raise BadRecord(f"flat lead {', '.join(flat)}: moves less than {FLAT_MV} mV")
-  peaks = np.abs(ecg_mv - np.median(ecg_mv, axis=1, keepdims=True)).max(axis=1)
-  if peaks.max() > ABSURD_MV:
-    raise BadRecord(f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and unit right?")
+  flags += judge(ecg_mv, rate_hz)
   return Recording(ecg_mv.astype(np.float32), float(rate_hz), tuple(flags))
 
 
-def _without_gaps(name, lead, flags):
-  """`lead` with its few missing samples interpolated; says so in `flags`."""
+def _without_gaps(name, lead, rate_hz, flags):
+  """`lead` with its missing samples interpolated, of which there are few in its first 10 s; says so in `flags`."""
   known, at = np.isfinite(lead), np.arange(len(lead))
-  gaps = np.sum(~known)
-  if gaps > MAX_MISSING * len(lead):
-    raise BadRecord(f"lead {name} lacks {gaps} of {len(lead)} samples; at most {MAX_MISSING:.0%} can be interpolated")
+  used = in_use(known, rate_hz)
+  if (gaps := np.sum(~used)) > MAX_MISSING * len(used):
+    raise BadRecord(f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; at most "
+                    f"{MAX_MISSING:.0%} can be interpolated")
   if gaps:
     flags.append(f"{name}: {gaps} missing samples interpolated")
   return np.interp(at, at[known], lead[known])

@@ -26,7 +26,7 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Ex
                          ImplicitVRLittleEndian)
 
 from mmcl_jax.data.readers import nifti, ukbb_cardiac
-from mmcl_jax.data.readers.cine import Cine, assemble
+from mmcl_jax.data.readers.cine import Cine, assemble, base_first
 from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.errors import BadRecord
 
@@ -274,7 +274,8 @@ def _cine(series, segmentation):
   if labels is not None and labels.shape == cine.shape:  # its frames are the files in order, gaps closed
     labels = np.stack([labels[which, z] for z, which in enumerate(source.values())], axis=1)
 
-  return assemble(cine, spacing, _frame_s(slices, count), labels, ukbb_cardiac.NUMBERS, flags=flags)
+  return assemble(cine, spacing, _frame_s(slices, count), labels, ukbb_cardiac.NUMBERS, flags=flags,
+                  base_first=_base_first(slices))
 
 
 def _split(images, segmentation):
@@ -370,6 +371,12 @@ def _frame_s(slices, count):
     if known := [ms for ms in times if ms > 0]:
       return np.mean(known) / 1000
   return math.nan
+
+
+def _base_first(slices):
+  """As in Cine; None where positions are missing."""
+  first, *_, last = [images[0].position for images in slices.values()] * 2
+  return None if first is None or last is None else base_first(last - first)
 
 
 def _spacing(slices, flags):

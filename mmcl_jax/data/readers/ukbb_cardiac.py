@@ -29,16 +29,17 @@ def read(folder) -> Cine:
   phases = {phase: nifti.read_frame(path) for phase in PHASES if present(path := folder / f"sa_{phase}.nii.gz")}
   cine = folder / "sa.nii.gz"
   if present(cine):
-    images, spacing, frame_s = nifti.read(cine)
+    images, spacing, frame_s, base_first = nifti.read(cine)
     frames = {"ED": 0} | {phase: _frame_of(phase, volume.voxels[0], images) for phase, volume in phases.items()}
     labels, flags = _labels(folder, frames, whole=True), ()
   elif len(phases) == 2:
-    images, spacing, frame_s = nifti.two_frames(phases["ED"], phases["ES"])
+    images, spacing, frame_s, base_first = nifti.two_frames(phases["ED"], phases["ES"])
     frames = {"ED": 0, "ES": 1}
     labels, flags = _labels(folder, frames, whole=False), (ED_ES_ONLY,)
   else:
     raise BadRecord("no sa.nii.gz, nor sa_ED.nii.gz with sa_ES.nii.gz")
-  return assemble(images, spacing, frame_s, labels, NUMBERS, frames["ED"], frames.get("ES"), flags)
+  return assemble(images, spacing, frame_s, labels, NUMBERS, frames["ED"], frames.get("ES"), flags,
+                  base_first)
 
 
 def _frame_of(phase, image, images):

@@ -7,6 +7,7 @@ Formats: https://wfdb.io/spec/header-files.html and https://wfdb.io/spec/signal-
 
 import os
 import re
+import struct
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,9 @@ BYTES_PER_SAMPLE = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 
                     "311": 4 / 3, "508": 0, "516": 0, "524": 0}
 SAMPLES = (".mat", ".dat")
 RECORD = "record"         # what `_stage` calls it
+MATLAB_4 = struct.Struct("<5i")  # type, rows, columns, imaginary or not, length of the name, which follows
+MATLAB_4_TYPES = range(0, 60, 10)  # of numbers in little-endian order
+MATLAB_4_INT16 = 30
 KIND = "a WFDB header (.hea), or the .mat or .dat beside one"
 MAX_HEADER_BYTES = 65536
 MAX_LINE = 500            # characters; the patterns of wfdb take quadratic time in the length of a line
@@ -74,13 +78,15 @@ def comments(path) -> dict[str, str]:
 def _read_leads(folder, lines):
   """({lead: float64 [T] in mV}, rate in Hz, flags) of the record that `_stage` made of the signal lines `lines`."""
   about = wfdb.rdheader(str(folder / RECORD))
-  if not about.fs > 0 or not about.sig_len:
-    raise BadRecord(f"the header gives {about.fs} Hz and {about.sig_len} samples; expected both positive")
+  if not about.fs > 0:
+    raise BadRecord(f"the header gives {about.fs} Hz; expected a positive number")
 
   channels = needed_leads(about.sig_name or [])
   mv_per_unit, flags = _scales(channels, lines)
-  for name in {about.file_name[channel] for channel in channels.values()}:
-    _check_samples(folder, name, about)
+  length = min(_check_samples(folder, name, about) for name in {about.file_name[channel] for channel in channels.values()})
+  if not about.sig_len:
+    about.sig_len = length
+    _write_header(folder, [RECORD, str(about.n_sig), str(about.fs), str(length)], lines)
   flags += length_flags(about.sig_len, about.fs)
   length = min(about.sig_len, MAX_SAMPLES)
   record = wfdb.rdrecord(str(folder / RECORD), sampto=length, channels=list(channels.values()), physical=False)
@@ -139,10 +145,13 @@ def _stage(header, lines, folder):
       links[file] = f"samples{len(links)}.dat"
       os.symlink(_samples(header.parent, file), folder / links[file])
     staged.append(links[file] + rest)
-  plain_header = "\n".join([" ".join([RECORD, *about]), *staged])
-  (folder / f"{RECORD}.hea").write_bytes(plain_header.encode("ascii", "ignore"))
+  _write_header(folder, [RECORD, *about], staged)
   called_a_file = name.lower().endswith(".mat")
   return staged, ["record named as a file, as in the first CinC 2020 release: gain uncertain"] * called_a_file
+
+
+def _write_header(folder, record, signals):
+  (folder / f"{RECORD}.hea").write_bytes("\n".join([" ".join(record), *signals]).encode("ascii", "ignore"))
 
 
 def _cut(line, stem):
@@ -181,7 +190,10 @@ def _scales(channels, lines):
 
 
 def _check_samples(folder, name, about):
-  """Refuses a file of samples that is absent, shorter than the header claims, or not laid out plainly."""
+  """How many samples a lead a file has: as many as the header claims, or where that leaves it open as its size gives.
+
+  BadRecord where it is absent, shorter, or not laid out plainly.
+  """
   if not present(folder / name):
     raise BadRecord("the header names a file of samples that is not beside it")
   check_file(folder / name, "a file of samples")
@@ -192,7 +204,28 @@ def _check_samples(folder, name, about):
   odd = any(about.samps_per_frame[channel] != 1 or about.skew[channel] for channel in inside)
   if odd or inside != list(range(first, first + len(inside))):  # wfdb mixes up what is not described in one run
     raise BadRecord("skewed or scattered signals, or several samples a frame; expected a plain layout")
-  need = (about.byte_offset[first] or 0) + int(about.sig_len * len(inside) * BYTES_PER_SAMPLE[about.fmt[first]])
+  _check_matlab(folder / name, about.fmt[first], about.byte_offset[first], len(inside))
+  offset, frame_bytes = about.byte_offset[first] or 0, len(inside) * BYTES_PER_SAMPLE[about.fmt[first]]
   size = (folder / name).stat().st_size
+  if not about.sig_len:
+    if not 0 < frame_bytes <= size - offset:
+      raise BadRecord("neither the header nor the size of its samples gives their number")
+    return int((size - offset) / frame_bytes)
+  need = offset + int(about.sig_len * frame_bytes)
   if size < need:
     raise BadRecord(f"the samples have {size} bytes; the header claims {about.sig_len} a lead, which take {need}")
+  return about.sig_len
+
+
+def _check_matlab(path, fmt, offset, signals):
+  """Refuses MATLAB files in which no plain samples follow the header, by content: their name may be any."""
+  with open(path, "rb") as file:
+    head = file.read(MATLAB_4.size)
+  if head.startswith((b"MATLAB ", b"\x89HDF\r\n\x1a\n")):
+    raise BadRecord("its samples are a MATLAB file of version 5 or later, not the plain numbers that a header describes; save "
+                    "it as version 4 (MATLAB: save -v4; scipy: savemat(format='4')), or give the array as .npy with a .json")
+  if (fmt, offset) == ("16", MATLAB_4.size + len("val\0")) and len(head) == MATLAB_4.size:
+    kind, rows, columns, *_ = MATLAB_4.unpack(head)
+    if kind in MATLAB_4_TYPES and (kind, rows) != (MATLAB_4_INT16, signals):
+      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}; expected {signals} rows, one a signal, of "
+                      f"type {MATLAB_4_INT16} (int16)")
