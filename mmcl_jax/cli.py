@@ -39,6 +39,8 @@ def run(program, argv=None, hosts=False):
     with contextlib.redirect_stdout(Inert(sys.stdout)), distributed.joined(argv) if hosts else contextlib.nullcontext(argv) as rest:
       if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)  # not before: nothing of Python runs while the hosts come together
+      if matplotlib := sys.modules.get("matplotlib"):
+        matplotlib.rcdefaults()  # it has read the matplotlibrc of the current folder, which may have LaTeX run on every name
       return program(rest)
   except UserError as error:
     print(f"mmcl: error: {one_line(error)}", file=sys.stderr)

@@ -225,6 +225,24 @@ def test_a_step_stays_in_its_place_and_run(cohort, config, whole, tmp_path, chan
     assert "remove " in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_stranger_s_workdir_runs_no_code(whole, tmp_path, monkeypatch):
+  """Objectives of a config.json may name any module; only training, by the user's own recipe, looks for it."""
+  (tmp_path / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef loss(outputs, batch): pass\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  shutil.copytree(whole[0], tmp_path / "w")
+  config = json.loads((tmp_path / "w/config.json").read_text())
+  config["objectives"] = {"x": {"fn": "hostile:loss", "weight": 1.0}}
+  (tmp_path / "w/config.json").write_text(json.dumps(config))
+  about, step = checkpoint.manifest(str(tmp_path / "w"), 6), tmp_path / "w/checkpoints/6"
+  for file, known in ((step / "_CHECKPOINT_METADATA", "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"),
+                      (step / "state/_METADATA", "jax.Array")):
+    assert known in (text := file.read_text())
+    file.write_text(text.replace(known, "hostile.loss", 1))
+  checkpoint.sign(step, {name: x for name, x in about.items() if name != "sha256"} | {"config": config})
+  assert restore.load_run(str(tmp_path / "w")).step == 6
+  assert not (tmp_path / "ran").exists()
+
+
 # -- Two runs --
 
 def test_a_second_run_is_refused_and_told_who_holds_the_workdir(cohort, tmp_path):

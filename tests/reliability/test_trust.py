@@ -6,13 +6,15 @@ import pathlib
 import pickle
 import re
 import shutil
+import signal
 
+import matplotlib
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
 from conftest import ROOT
-from mmcl_jax import evaluate, files, generate, inspect, prepare, train
+from mmcl_jax import cli, evaluate, files, generate, inspect, prepare, train
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint, distributed, frozen, lock, metrics
@@ -240,3 +242,10 @@ def test_archives_unfold_to_a_bound_and_hold_no_pickle(tmp_path, monkeypatch, da
 def test_no_array_is_read_with_its_pickles():
   sources = [file for file in (ROOT / "mmcl_jax").rglob("*.py")]
   assert not [file for file in sources if re.search(r"allow_pickle\s*=\s*True|pickle\.loads?\(|import_module\(.*config", file.read_text())]
+
+
+def test_a_settings_file_in_the_current_folder_changes_no_figure(monkeypatch):
+  """matplotlib reads ./matplotlibrc when it is imported; text.usetex starts LaTeX."""
+  monkeypatch.setattr(signal, "signal", lambda *args: None)
+  with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 7}):
+    assert cli.run(lambda argv: (matplotlib.rcParams["text.usetex"], matplotlib.rcParams["savefig.dpi"]), []) == (False, "figure")
