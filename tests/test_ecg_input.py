@@ -10,9 +10,11 @@ import wfdb as physionet
 from scipy import signal, sparse
 from scipy.sparse import linalg
 
+from mmcl_jax.data import ahead, builder, ecg_quality, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess
 from mmcl_jax.data.readers import wfdb
 from mmcl_jax.data.schema import LEADS
+from mmcl_jax.data.sources import Item
 from mmcl_jax.errors import BadRecord, UserError
 
 REAL = Path(__file__).parents[1] / "../shared/realdata/ecg/cinc2021_wfdb"
@@ -220,6 +222,53 @@ def test_what_lies_beyond_ten_seconds_decides_nothing(tmp_path):
   np.testing.assert_allclose(recording.ecg_mv[:, :5000], stacked(leads)[:, :5000], atol=0.00051)
   rejects(record(tmp_path, where(leads, lambda t, lead: lead + 31 * ((8 < t) & (t < 9)), ("V4",))), "V4 reaches", "gain")
   rejects(record(tmp_path, where(leads, lambda t, lead: np.where(t < 1.1, np.nan, lead))), "lacks 550 of 5000")
+
+
+@pytest.mark.reported("a source of one's own stored flat leads without a word")
+def test_what_a_source_of_ones_own_gives_is_judged(tmp_path):
+  """Also where it does not ask `assemble`; what the readers have remarked before resampling is not said twice."""
+  leads = heart(rate=1000)
+  clipped = where(leads, lambda t, lead: np.minimum(lead, 0.2), ("V5", "V6"))
+  slow = wfdb.read(record(tmp_path, where(clipped, lambda t, lead: lead + 0.03 * np.sin(t), ("III",)), rate=1000))
+  given = {"read": slow, "half": heart(), "swapped": heart() | {"I": heart()["II"], "II": heart()["I"]},
+           "flat": where(heart(), flat(2, 6), ("V3",)), "clipped": where(heart(), lambda t, lead: np.minimum(lead, 0.2), ("V6",))}
+  given["half"] = where(given["half"], flat(0, 5))
+
+  def read(item):
+    found = given[item.key]
+    if item.key == "read":
+      ecg, flags = preprocess.to_standard(found.ecg_mv, found.rate_hz), tuple(f"ECG: {flag}" for flag in found.flags)
+    else:
+      ecg, flags = np.float32(stacked(found)), ("age unknown",)
+    nothing = np.zeros(0, np.float32)
+    return {"has_ecg": np.True_, "has_cmr": np.False_, "ecg": ecg, "phenotypes": nothing, "diseases": nothing,
+            "covariates": nothing}, flags
+
+  job = builder.Job("", read, "minimal", dict.fromkeys(("phenotypes", "diseases", "covariates"), 0))
+
+  def outcome(name):
+    return builder.read_item(job, Item(np.zeros(2, np.uint32), 0, name))[1]
+
+  assert outcome("clipped") == ["age unknown", "V6 clipped in up to 5% of samples"]
+  for name, word in (("half", "flat lead I, II"), ("swapped", "cannot belong"), ("flat", "flat lead V3")):
+    with pytest.raises(BadRecord, match=word):
+      outcome(name)
+  assert len(slow.flags) == 2 and outcome("read") == [f"ECG: {flag}" for flag in slow.flags]
+  normalised = job._replace(profile=None)  # of unit mV no more
+  assert builder.read_item(normalised, Item(np.zeros(2, np.uint32), 0, "swapped"))[1] == ["age unknown"]
+
+
+def test_embedding_tells_what_was_remarked(tmp_path):
+  remarked = record(tmp_path, where(heart(), flat(4, 6), ("V2",)))
+  texts, ecg = ahead.read(str(remarked), "minimal")
+  assert (texts["status"], texts["flags"]) == ("ok", "V2 flat for 2.0 s") and ecg.shape == (12, 5000)
+  texts, ecg = ahead.read(str(record(tmp_path, where(heart(), flat(2, 6), ("V2",)))), "minimal")
+  assert texts["status"] == "rejected" and texts["reason"].startswith("flat lead V2") and ecg is None
+
+
+def test_synthetic_hearts_have_no_remark():
+  for i in range(20):
+    assert ecg_quality.judge(synthetic.subject(5, i)["ecg"], 500) == ()
 
 
 @pytest.mark.reported("zeros that fill up a recording counted as ECG", "the first ten seconds were zeros and got an LV mass")
