@@ -260,12 +260,13 @@ def check(record: dict[str, np.ndarray], job: Job) -> None:
 
 
 def more_remarks(record: dict[str, np.ndarray], flags: tuple[str, ...], job: Job) -> list[str]:
-  """What is to be remarked on an ECG in mV, and was not by the source: one of a user's own may judge nothing."""
+  """Remarks on an ECG in mV that its source has not made: one of a user's own may judge nothing."""
   if not record["has_ecg"] or not job.profile:
     return []
-  kind = functools.partial(re.sub, r"[\d.]+", "")  # the readers judge before resampling: their numbers differ a little
+  found = ecg_quality.judge(np.asarray(record["ecg"]), schema.ECG_RATE_HZ)
+  kind = functools.partial(re.sub, r"[\d.]+", "")  # the readers' numbers are from before resampling
   said = kind("; ".join(flags))
-  return [flag for flag in ecg_quality.judge(np.asarray(record["ecg"]), schema.ECG_RATE_HZ) if kind(flag) not in said]
+  return [flag for flag in found if kind(flag) not in said]
 
 
 def scrub(text: str, item: Item) -> str:

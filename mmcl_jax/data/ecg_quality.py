@@ -1,5 +1,7 @@
-"""Whether an ECG can be used, judged on its first 10 s: they are all that an encoder sees, and what lies beyond decides
-nothing. Thresholds leave room around what real recordings show (PTB-XL, Georgia, CardioSoft, MUSE and pydicom's own).
+"""Whether an ECG can be used, judged on its first 10 s, which are all that an encoder sees.
+
+What lies beyond decides nothing. Thresholds leave room around what real recordings show (30 of
+PTB-XL and Georgia, one each of CardioSoft, MUSE and pydicom).
 """
 
 import numpy as np
@@ -11,16 +13,17 @@ from mmcl_jax.errors import BadRecord
 WINDOW_S = ECG_SAMPLES / ECG_RATE_HZ
 DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I and II
 LOW_RATE_HZ = 200          # below it a recording lacks part of what `minimal` keeps, up to 100 Hz
-PADDING_S = 0.5            # of all leads constant together; in 548 real recordings the longest such run was 0.12 s
-FLAT_MV = 0.01             # a lead that moves less than this in a second is flat: in real ones it is 0.025 or more
-SPIKES = 2, 98             # percentiles of a second between which it moves: single samples save no flat lead
-MAX_FLAT = 0.25            # of 10 s on end: half of one of the two windows of 5 s that a recipe may look at, and more than
-                           # from beat to beat in any bradycardia
+PADDING_S = 0.5            # of all leads constant together; in 548 real recordings at most 0.12 s
+FLAT_MV = 0.01             # moved in a second, less is flat; real leads move by 0.035 or more
+SPIKES = 2, 98             # percentiles of a second that count: single samples save no flat lead
+MAX_FLAT = 0.25            # of 10 s on end: half of one of the two windows of 5 s that a recipe may
+                           # look at, and longer than from beat to beat in any bradycardia
 ABSURD_MV = 20.0           # from the lead's median: electrodes may carry a large constant offset
 LIMB_TOLERANCE_MV = 0.01   # rounding to 5 uV alone gives up to 0.0075
 IMPOSSIBLE_MV = 0.05       # beyond rounding, of a limb lead from what I and II give ...
 MAX_IMPOSSIBLE = 0.02      # ... in this share of samples; real recordings reach 0.0014
-PLATEAU_S, MAX_CLIPPED = 0.01, 0.02  # share of a lead that may lie at its own extremes for so long; 0.011 in real ones
+PLATEAU_S = 0.01           # at a lead's own extreme ...
+MAX_CLIPPED = 0.02         # ... in this share of samples; real recordings reach 0.011
 
 
 def in_use(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
@@ -36,42 +39,50 @@ def judge(ecg_mv: np.ndarray, rate_hz: float) -> tuple[str, ...]:
     rate_hz: samples per second, of the recording itself: resampling blurs what is constant.
 
   Raises:
-    BadRecord: a lead is flat for long, beyond any ECG's voltage, or a limb lead that I and II contradict.
+    BadRecord: a lead is flat for long, beyond any ECG's voltage, or at odds with I and II.
   """
   window = in_use(ecg_mv, rate_hz)
-  low_rate = [f"sampled at {rate_hz:g} Hz: nothing above {rate_hz / 2:g} Hz"] if rate_hz < LOW_RATE_HZ else []
-  return (*low_rate, *_flat(window, rate_hz), *_voltage(window), *_limb_leads(window), *_clipped(window, rate_hz))
+  remarks = []
+  if rate_hz < LOW_RATE_HZ:
+    remarks.append(f"sampled at {rate_hz:g} Hz: nothing above {rate_hz / 2:g} Hz")
+  remarks += _flat(window, rate_hz)
+  _check_voltage(window)
+  return (*remarks, *_limb_leads(window), *_clipped(window, rate_hz))
 
 
 def content(ecg: np.ndarray, rate_hz: float) -> slice:
-  """Where ecg [L, T] lies between padding: ends at which all leads are constant together for more than PADDING_S."""
+  """Where ecg [L, T] lies between padding: ends with all leads constant for more than PADDING_S."""
   moves = np.flatnonzero((ecg[:, 1:] != ecg[:, :-1]).any(axis=0))
-  if not len(moves) or moves[-1] - moves[0] < rate_hz:  # less than a second between: flat, not padded
+  if not len(moves) or moves[-1] - moves[0] < rate_hz:  # less than a second: flat, not padded
     return slice(0, ecg.shape[1])
   head, tail = moves[0] + 1, ecg.shape[1] - 1 - moves[-1]
-  return slice(head * (head > PADDING_S * rate_hz), ecg.shape[1] - tail * (tail > PADDING_S * rate_hz))
+  head, tail = (end if end > PADDING_S * rate_hz else 0 for end in (head, tail))
+  return slice(head, ecg.shape[1] - tail)
 
 
 def _flat(ecg, rate_hz):
   step = max(1, round(rate_hz / 100))
   second = min(round(rate_hz / step), -(-ecg.shape[1] // step))
-  seconds = sliding_window_view(ecg[:, ::step], second, axis=1)[:, ::max(1, second // 10)]  # one every 0.1 s
+  seconds = sliding_window_view(ecg[:, ::step], second, axis=1)
+  seconds = seconds[:, ::max(1, second // 10)]  # one every 0.1 s
   low, high = np.percentile(seconds, SPIKES, axis=-1)
   still = np.pad(high - low < FLAT_MV, ((0, 0), (9, 9)))
-  flat = sliding_window_view(still, 10, axis=1).any(axis=-1)  # [12, tenths of a second that lie in a flat second]
+  flat = sliding_window_view(still, 10, axis=1).any(axis=-1)  # [12, tenths]: in any flat second
   whole_s = ecg.shape[1] / rate_hz
   longest = np.array([_runs(lead).max(initial=0) for lead in flat]) / flat.shape[1]
   if (off := longest > MAX_FLAT).any():
-    raise BadRecord(f"flat lead {', '.join(np.array(LEADS)[off])}: moves less than {FLAT_MV} mV for {longest.max() * whole_s:.1f} "
-                    f"of the first {whole_s:.1f} s; expected at most {MAX_FLAT * whole_s:.1f} s on end")
-  return [f"{name} flat for {share * whole_s:.1f} s" for name, share in zip(LEADS, flat.mean(axis=1)) if share]
+    raise BadRecord(f"flat lead {', '.join(np.array(LEADS)[off])}: moves less than {FLAT_MV} mV for "
+                    f"{longest.max() * whole_s:.1f} of the first {whole_s:.1f} s; expected at most "
+                    f"{MAX_FLAT * whole_s:.1f} s on end")
+  flat_s = flat.mean(axis=1) * whole_s
+  return [f"{name} flat for {seconds:.1f} s" for name, seconds in zip(LEADS, flat_s) if seconds]
 
 
-def _voltage(ecg):
+def _check_voltage(ecg):
   peaks = np.abs(ecg - np.median(ecg, axis=1, keepdims=True)).max(axis=1)
   if peaks.max() > ABSURD_MV:
-    raise BadRecord(f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and unit right?")
-  return []
+    raise BadRecord(f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and "
+                    "unit right?")
 
 
 def _limb_leads(ecg):
@@ -87,10 +98,12 @@ def _limb_leads(ecg):
     if share > MAX_IMPOSSIBLE:
       wrong[name] = share
   if wrong:
-    raise BadRecord(f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from what they give, more "
-                    f"than {IMPOSSIBLE_MV} mV in {max(wrong.values()):.0%} of samples; are the leads named in their order, "
-                    "each with its own gain?")
-  return [f"limb leads disagree with I and II by up to {error:.3f} mV"] if error > LIMB_TOLERANCE_MV else []
+    raise BadRecord(f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from "
+                    f"what they give, more than {IMPOSSIBLE_MV} mV in {max(wrong.values()):.0%} of "
+                    "samples; are the leads named in their order, each with its own gain?")
+  if error > LIMB_TOLERANCE_MV:
+    return [f"limb leads disagree with I and II by up to {error:.3f} mV"]
+  return []
 
 
 def _at_limits(ecg):
@@ -107,7 +120,9 @@ def _clipped(ecg, rate_hz):
       share = plateaus[plateaus >= max(2, PLATEAU_S * rate_hz)].sum() / len(lead)
       if share > MAX_CLIPPED:
         shares[name] = max(share, shares.get(name, 0))
-  return [f"{', '.join(shares)} clipped in up to {max(shares.values()):.0%} of samples"] if shares else []
+  if not shares:
+    return []
+  return [f"{', '.join(shares)} clipped in up to {max(shares.values()):.0%} of samples"]
 
 
 def _runs(true):

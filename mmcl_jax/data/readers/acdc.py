@@ -49,7 +49,8 @@ def read(folder) -> Cine:
   for phase, number in numbers.items():
     if present(path := folder / f"{stem}{number:02d}_gt.nii.gz"):
       labels[frames[phase]] = nifti.read_frame_labels(path, NUMBERS)
-  return assemble(images, spacing, frame_s, labels or None, NUMBERS, frames["ED"], frames["ES"], flags, base_first)
+  return assemble(images, spacing, frame_s, labels or None, NUMBERS, frames["ED"], frames["ES"], flags,
+                  base_first)
 
 
 def about(folder) -> dict[str, str | float]:

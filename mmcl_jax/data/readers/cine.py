@@ -9,7 +9,7 @@ from mmcl_jax.errors import BadRecord
 SPACING_MM = ((0.5, 50), (0.1, 10), (0.1, 10))  # along Z, H, W: wider than any short-axis protocol
 ED_ES_ONLY = "no cine, ED and ES only"
 TO_APEX = np.array([1, -1, -1]) / 3**0.5  # left, anterior, inferior, in DICOM's axes
-TELLS = 0.7  # cosine: stacks lie at 0.9 or more; slices along an axis of the scanner, as where nothing is known, at 0.58
+TELLS = 0.7  # cosine: stacks lie at 0.9 or more, axes of the scanner, as where nothing is known, at 0.58
 
 class Cine(NamedTuple):
   """A short-axis cine as the source gives it: nothing is cropped, resampled or rescaled.
@@ -30,9 +30,10 @@ class Cine(NamedTuple):
 
 
 def base_first(direction: np.ndarray) -> bool | None:
-  """Whether slices run from base to apex if each lies in `direction` [3] of the one before; None: it does not tell.
+  """Whether slices run from base to apex if each lies in `direction` of the one before.
 
-  `direction` is of any length, to the patient's left, back and head as in DICOM. The apex points left, forward and down.
+  `direction` is [3], of any length, to the patient's left, back and head as in DICOM; the apex points
+  left, forward and down. None: it does not tell.
   """
   along, length = float(direction @ TO_APEX), float(np.linalg.norm(direction))
   return along > 0 if abs(along) > TELLS * length else None

@@ -106,7 +106,8 @@ def _read_group(dataset, number, leads):
   inside = values[content(values.T, rate_hz)]  # what lies outside is cut off as in every format
   if padding := group.get("WaveformPaddingValue"):
     kind = np.dtype(dtype)  # writers give fewer or more bytes than one sample has
-    inside[_missing(inside, int.from_bytes(padding[:kind.itemsize], "little", signed=kind.kind == "i"), rate_hz)] = np.nan
+    padding = int.from_bytes(padding[:kind.itemsize], "little", signed=kind.kind == "i")
+    inside[_missing(inside, padding, rate_hz)] = np.nan
   signals = {lead: _millivolts(group.ChannelDefinitionSequence[channel], samples, lead, rate_hz)
              for (lead, channel), samples in zip(leads.items(), values.T)}
   return assemble(signals, rate_hz, length_flags(length, rate_hz))
@@ -115,11 +116,13 @@ def _read_group(dataset, number, leads):
 def _missing(values, padding, rate_hz):
   """bool as `values` [T, L]: samples that hold the padding value and are no samples of the signal.
 
-  Writers also give 0, or another value that the signal takes: it counts in runs that all leads share, at a lead's ends,
-  and where it lies farther from the lead's other values than they from each other.
+  Writers also give 0, or another value that the signal takes: it counts in runs that all leads
+  share, at a lead's ends, and where it lies farther from the lead's other values than they from
+  each other.
   """
   held, shortest = values == padding, max(1, round(MIN_PADDING_S * rate_hz))
-  low, high = np.where(held, np.inf, values).min(axis=0), np.where(held, -np.inf, values).max(axis=0)
+  low = np.where(held, np.inf, values).min(axis=0)
+  high = np.where(held, -np.inf, values).max(axis=0)
   counts = np.maximum(low - padding, padding - high) > high - low
   counts = counts | ndimage.binary_opening(held.all(axis=1), np.ones(shortest))[:, None]
   for order in (slice(None), slice(None, None, -1)):

@@ -23,7 +23,7 @@ from mmcl_jax.errors import BadRecord
 MAX_SHAPE = (1024, 1024, 256, 256)  # X, Y, Z, T: beyond any cine, even one resampled to a cubic grid
 MAX_VOXELS = 2**27                  # 5 times a UK Biobank cine; 256 MiB of int16, 1 GiB of float64
 MAX_FILE_BYTES = 2**30 + 2**21      # that many float64, with header and extensions
-HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}  # by their size in bytes, which they begin with
+HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}  # by size, which they begin with
 MAGIC = b"n+1", b"n+2"              # voxels in the same file
 WHOLE = 1e-3                        # scaled labels miss whole numbers by rounding
 MAX_EXTENSION_BYTES = 2**20
@@ -54,7 +54,8 @@ def read(path) -> Volume:
   zooms = [float(zoom) for zoom in header.get_zooms()]
   x, y, z = (zoom * MM[space] for zoom in zooms[:3])
   step = zooms[3] * SECONDS.get(time, math.nan) if len(zooms) > 3 else math.nan
-  return Volume(_plain(voxels), (z, y, x), step if FRAME_S[0] <= step <= FRAME_S[1] else math.nan, _base_first(header))
+  frame_s = step if FRAME_S[0] <= step <= FRAME_S[1] else math.nan
+  return Volume(_plain(voxels), (z, y, x), frame_s, _base_first(header))
 
 
 def read_frame(path) -> Volume:
@@ -80,7 +81,7 @@ def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
   table = np.zeros(max(numbers.values()) + 1, np.uint8)
   for name, number in numbers.items():
     table[number] = LABELS[name]
-  whole = np.rint(voxels)
+  whole = np.rint(voxels) if voxels.dtype.kind == "f" else voxels
   low, high = whole.min(), whole.max()
   if not (low >= 0 and high < len(table)):
     raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {len(table) - 1}")
@@ -148,13 +149,13 @@ def _load(path):
 def _read_header(stream):
   """The nibabel header that a file begins with, if all that it claims is within bounds."""
   block = stream.read(min(HEADERS))
-  size = next((size for size in HEADERS for order in ("little", "big") if block[:4] == size.to_bytes(4, order)), min(HEADERS))
-  block += stream.read(size - len(block)) if len(block) == min(HEADERS) else b""
+  size = 540 if block[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else 348  # in either byte order
+  block += stream.read(size - min(HEADERS))
   if len(block) < size:
     raise BadRecord(f"the file holds {len(block)} bytes; a NIfTI header has {size}")
   header = HEADERS[size](block, check=False)
   if header["sizeof_hdr"] != size or header["magic"].item()[:3] not in MAGIC:
-    raise BadRecord("not a NIfTI file with its voxels in the same file")
+    raise BadRecord("not a NIfTI-1 or NIfTI-2 file with its voxels in the same file")
   header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # some writers put an axis's direction here
   shape = header.get_data_shape()
   if set(shape[4:]) == {1}:  # one value a voxel and moment

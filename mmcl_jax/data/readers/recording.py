@@ -81,8 +81,8 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
     flags: remarks to keep.
 
   Raises:
-    BadRecord: leads are absent or too short without their padding; in their first 10 s they have long gaps, or are what
-      `judge` refuses.
+    BadRecord: leads are absent or too short without their padding; in their first 10 s they have
+      long gaps, or are what `judge` refuses.
   """
   if absent := [name for name in LEADS if name not in leads and name not in DERIVABLE]:
     raise BadRecord(f"no lead {', '.join(absent)}; expected at least I, II and V1 to V6")
@@ -91,8 +91,8 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
   kept = given[:, content(given, rate_hz)]
   if padding_s := (given.shape[1] - kept.shape[1]) / rate_hz:
     if kept.shape[1] < WINDOW_S * rate_hz - 1:
-      raise BadRecord(f"{kept.shape[1] / rate_hz:.2f} s long without {padding_s:.2f} s of constant padding at its ends; "
-                      f"expected at least {WINDOW_S:g} s")
+      raise BadRecord(f"{kept.shape[1] / rate_hz:.2f} s long without {padding_s:.2f} s of constant "
+                      f"padding at its ends; expected at least {WINDOW_S:g} s")
     flags.append(f"{padding_s:.1f} s of constant padding cut off")
   leads = {name: _without_gaps(name, lead, rate_hz, flags) for name, lead in zip(leads, kept)}
   derived = {name: i * leads["I"] + ii * leads["II"] for name, (i, ii) in DERIVABLE.items()}
@@ -104,12 +104,12 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
 
 
 def _without_gaps(name, lead, rate_hz, flags):
-  """`lead` with its missing samples interpolated, of which there are few in its first 10 s; says so in `flags`."""
+  """`lead` with its missing samples interpolated; few in its first 10 s, of which `flags` tells."""
   known, at = np.isfinite(lead), np.arange(len(lead))
   used = in_use(known, rate_hz)
   if (gaps := np.sum(~used)) > MAX_MISSING * len(used):
-    raise BadRecord(f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; at most "
-                    f"{MAX_MISSING:.0%} can be interpolated")
+    raise BadRecord(f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; "
+                    f"at most {MAX_MISSING:.0%} can be interpolated")
   if gaps:
     flags.append(f"{name}: {gaps} missing samples interpolated")
   return np.interp(at, at[known], lead[known])

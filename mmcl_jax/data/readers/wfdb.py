@@ -24,7 +24,7 @@ BYTES_PER_SAMPLE = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 
                     "311": 4 / 3, "508": 0, "516": 0, "524": 0}
 SAMPLES = (".mat", ".dat")
 RECORD = "record"         # what `_stage` calls it
-MATLAB_4 = struct.Struct("<5i")  # type, rows, columns, imaginary or not, length of the name, which follows
+MATLAB_4 = struct.Struct("<5i")  # type, rows, columns, imaginary or not, length of the name
 MATLAB_4_TYPES = range(0, 60, 10)  # of numbers in little-endian order
 MATLAB_4_INT16 = 30
 KIND = "a WFDB header (.hea), or the .mat or .dat beside one"
@@ -83,7 +83,8 @@ def _read_leads(folder, lines):
 
   channels = needed_leads(about.sig_name or [])
   mv_per_unit, flags = _scales(channels, lines)
-  length = min(_check_samples(folder, name, about) for name in {about.file_name[channel] for channel in channels.values()})
+  names = {about.file_name[channel] for channel in channels.values()}
+  length = min(_check_samples(folder, name, about) for name in names)
   if not about.sig_len:
     about.sig_len = length
     _write_header(folder, [RECORD, str(about.n_sig), str(about.fs), str(length)], lines)
@@ -151,7 +152,8 @@ def _stage(header, lines, folder):
 
 
 def _write_header(folder, record, signals):
-  (folder / f"{RECORD}.hea").write_bytes("\n".join([" ".join(record), *signals]).encode("ascii", "ignore"))
+  lines = "\n".join([" ".join(record), *signals])
+  (folder / f"{RECORD}.hea").write_bytes(lines.encode("ascii", "ignore"))
 
 
 def _cut(line, stem):
@@ -190,7 +192,7 @@ def _scales(channels, lines):
 
 
 def _check_samples(folder, name, about):
-  """How many samples a lead a file has: as many as the header claims, or where that leaves it open as its size gives.
+  """How many samples a lead a file has: as the header claims, or where it does not as its size gives.
 
   BadRecord where it is absent, shorter, or not laid out plainly.
   """
@@ -205,7 +207,8 @@ def _check_samples(folder, name, about):
   if odd or inside != list(range(first, first + len(inside))):  # wfdb mixes up what is not described in one run
     raise BadRecord("skewed or scattered signals, or several samples a frame; expected a plain layout")
   _check_matlab(folder / name, about.fmt[first], about.byte_offset[first], len(inside))
-  offset, frame_bytes = about.byte_offset[first] or 0, len(inside) * BYTES_PER_SAMPLE[about.fmt[first]]
+  offset = about.byte_offset[first] or 0
+  frame_bytes = len(inside) * BYTES_PER_SAMPLE[about.fmt[first]]
   size = (folder / name).stat().st_size
   if not about.sig_len:
     if not 0 < frame_bytes <= size - offset:
@@ -218,14 +221,15 @@ def _check_samples(folder, name, about):
 
 
 def _check_matlab(path, fmt, offset, signals):
-  """Refuses MATLAB files in which no plain samples follow the header, by content: their name may be any."""
+  """Refuses MATLAB files without plain samples after their header, by content: names may be any."""
   with open(path, "rb") as file:
     head = file.read(MATLAB_4.size)
   if head.startswith((b"MATLAB ", b"\x89HDF\r\n\x1a\n")):
-    raise BadRecord("its samples are a MATLAB file of version 5 or later, not the plain numbers that a header describes; save "
-                    "it as version 4 (MATLAB: save -v4; scipy: savemat(format='4')), or give the array as .npy with a .json")
+    raise BadRecord("its samples are a MATLAB file of version 5 or later, not the plain numbers that a "
+                    "header describes; save it as version 4 (MATLAB: save -v4; scipy: "
+                    "savemat(format='4')), or give the array as .npy with a .json")
   if (fmt, offset) == ("16", MATLAB_4.size + len("val\0")) and len(head) == MATLAB_4.size:
     kind, rows, columns, *_ = MATLAB_4.unpack(head)
     if kind in MATLAB_4_TYPES and (kind, rows) != (MATLAB_4_INT16, signals):
-      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}; expected {signals} rows, one a signal, of "
-                      f"type {MATLAB_4_INT16} (int16)")
+      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}; expected {signals} "
+                      f"rows, one a signal, of type {MATLAB_4_INT16} (int16)")
