@@ -60,6 +60,7 @@ def main(argv=None):
   encoder = load_encoder(args.workdir, args.step)
   probes = load_probes(args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation))
   size = -(-PART // args.batch) * args.batch
+  del run["--workdir"]  # the checksum of the checkpoint tells which run it is, wherever that lies
   run |= {"--step": encoder.step, "the checksum of the checkpoint": encoder.checkpoint,
           "the checksum of its probes": probes.checksum, "the number of recordings in a part": size}
   parts = [paths[start:start + size] for start in range(0, len(paths), size)]
