@@ -89,14 +89,15 @@ def _limb_leads(ecg):
   leads, error, wrong = dict(zip(LEADS, ecg)), 0.0, {}
   for name, (i, ii) in DERIVABLE.items():
     three = np.stack([leads[name], leads["I"], leads["II"]])
-    weights = np.abs([1, i, ii])
     apart = np.array([1, -i, -ii]) @ three
     error = max(error, np.abs(apart).max())
-    apart -= np.median(apart)  # a constant voltage is an electrode's, or a filter's of one lead
-    rounding = weights @ [np.median(np.diff(np.unique(lead))) for lead in three] / 2
-    share = np.mean((np.abs(apart) > IMPOSSIBLE_MV + rounding) & ~_at_limits(three).any(axis=0))
-    if share > MAX_IMPOSSIBLE:
-      wrong[name] = share
+    apart = np.abs(apart - np.median(apart))  # a constant voltage is an electrode's, or a filter's
+    if np.mean(apart > IMPOSSIBLE_MV) > MAX_IMPOSSIBLE:
+      steps = [np.median(np.diff(np.unique(lead))) for lead in three]
+      rounding = np.abs([1, i, ii]) @ steps / 2
+      share = np.mean((apart > IMPOSSIBLE_MV + rounding) & ~_at_limits(three).any(axis=0))
+      if share > MAX_IMPOSSIBLE:
+        wrong[name] = share
   if wrong:
     raise BadRecord(f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from "
                     f"what they give, more than {IMPOSSIBLE_MV} mV in {max(wrong.values()):.0%} of "
@@ -115,11 +116,13 @@ def _at_limits(ecg):
 def _clipped(ecg, rate_hz):
   shares = {}
   for name, lead in zip(LEADS, ecg):
-    for limit in {lead.min(), lead.max()} - {np.median(lead)}:  # where a lead rests is no limit
-      plateaus = _runs(lead == limit)
-      share = plateaus[plateaus >= max(2, PLATEAU_S * rate_hz)].sum() / len(lead)
-      if share > MAX_CLIPPED:
-        shares[name] = max(share, shares.get(name, 0))
+    for limit in lead.min(), lead.max():
+      here = lead == limit
+      if here.mean() > MAX_CLIPPED and limit != np.median(lead):  # where a lead rests is no limit
+        plateaus = _runs(here)
+        share = plateaus[plateaus >= max(2, PLATEAU_S * rate_hz)].sum() / len(lead)
+        if share > MAX_CLIPPED:
+          shares[name] = max(share, shares.get(name, 0))
   if not shares:
     return []
   return [f"{', '.join(shares)} clipped in up to {max(shares.values()):.0%} of samples"]
