@@ -128,7 +128,7 @@ def test_mistakes_are_one_line(stages, recordings, tmp_path, capsys, flags, word
 
 
 def test_names_of_folders_are_told_apart():
-  assert list(generate.named(["a/x.hea", "b/x.hea", "c/x 1.xml", "d/.hea"])) == ["x", "x-2", "x_1", "hea"]
+  assert list(generate.named(["a/x.hea", "b/x.hea", "c/x 1.xml", "d/.hea"])) == ["x", "x-2", "x_1", "ecg"]
 
 
 def test_a_generator_that_takes_covariates_draws_without(stages, recordings, tmp_path):

@@ -375,7 +375,7 @@ def test_real_recordings_are_embedded(workdir, tmp_path):
 
 
 @pytest.mark.parametrize("program, flags, words", [
-    (evaluate, ["--workdir=/nowhere"], "no config.json"),
+    (evaluate, ["--workdir=/nowhere"], "has no checkpoint yet"),
     (embed, ["--workdir=/nowhere", "--input=x", "--out=/tmp/never"], "no config.json"),
     (prepare, ["synthetic", "--subjects=3", "--out={tmp}/c"], "would hold no subject"),
     (prepare, ["synthetic", "--subjects=0", "--out={tmp}/c"], "--subjects=0"),
