@@ -14,6 +14,7 @@ import shutil
 
 import numpy as np
 
+from mmcl_jax import files
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.paths import local
@@ -95,6 +96,7 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   scales = steps.Scales((), (), (), (none, none), any_number)  # of covariates: whatever a cohort has, as it is
   try:
     with writing(out):
+      files.no_links(partial)
       restore.write_run(str(partial), config, variables, shapes, scales, origin=os.path.basename(path))
       os.replace(partial, folder)
   finally:

@@ -347,7 +347,7 @@ def make_weights(suffix: str):
       config = joint.get_config(f"test,arm={arm}")
       model = pretrainer.build(config.model, config.data.samples)
       variables = torch_weights.unflatten({place: rng.normal(size=shape).astype(np.float32) / 8
-                                           for place, shape in torch_weights.shapes(model).items()})
+                                           for place, shape in torch_weights.shapes(model, 0).items()})
       state = torch_weights.state_dict(model, variables)
       (folder / seed).mkdir()
       if suffix == ".safetensors":
