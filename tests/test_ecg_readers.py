@@ -24,7 +24,7 @@ from scipy import io as scipy_io
 
 from conftest import python
 from mmcl_jax.data import readers
-from mmcl_jax.data.readers import array_ecg, dicom_ecg, ukb_ecg_xml, wfdb
+from mmcl_jax.data.readers import array_ecg, dicom_ecg, mmcl_pt, nifti, ukb_cmr_dicom, ukb_ecg_xml, wfdb
 from mmcl_jax.data.readers.recording import lead_names
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
@@ -836,6 +836,13 @@ def test_dispatch(tmp_path):
   assert readers.ecg_file(tmp_path / "C.XML") == tmp_path / "C.XML" and readers.ecg_file(scan) == scan
 
 
+def test_stems():
+  """mmcl generate names folders by them: of DICOM's own names none is a suffix."""
+  for name, stem in (("a.hea", "a"), ("A.DCM", "A"), ("b.csv.gz", "b"), ("1.2.840.10008.5", "1.2.840.10008.5"),
+                     ("IM1", "IM1"), ("c.d.xml", "c.d")):
+    assert readers.stem(f"folder.x/{name}") == stem
+
+
 def test_find_ecg(tmp_path):
   for name in ("b/x.hea", "b/x.dat", "b/x.mat", "a.xml", "c.DCM", "t.csv", "t.npy", "d/e.csv", "d/e.json", "d/f.npy",
                "g/h.npy", "g/ecg.json", "z.txt"):
@@ -912,6 +919,14 @@ def test_reasons_name_what_was_found(tmp_path, kind):
     else:
       rejects(tmp_path / name, kind, "; expected ", read=read)
       rejects(tmp_path / name, kind, "; expected ")
+
+
+@pytest.mark.parametrize("read,kind", [(nifti.read, "a NIfTI file"), (ukb_cmr_dicom.read, "a zip"), (mmcl_pt.load, "a file of torch"),
+                                       (wfdb.read, "a file of samples")])
+def test_pointers_in_place_of_files_are_named_by_every_reader(tmp_path, read, kind):
+  header, _ = cinc(tmp_path)
+  header.with_suffix(".mat").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+  rejects(header if read is wfdb.read else header.with_suffix(".mat"), "a Git LFS pointer", f"expected {kind}", read=read)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real recordings here")

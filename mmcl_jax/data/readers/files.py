@@ -11,7 +11,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mmcl_jax.data.readers.kinds import BYTE_ORDER_MARKS, HEAD_BYTES, Kind, expect
+from mmcl_jax.data.readers.kinds import (
+    BYTE_ORDER_MARKS, HEAD_BYTES, POINTER_BYTES, POINTERS, Kind, expect, refusal, tell)
 from mmcl_jax.errors import BadRecord, UserError, is_environment
 
 
@@ -48,18 +49,21 @@ def plain(name: str) -> str:
 def check_file(path, kind: str):
   """BadRecord unless `path` is a regular file; `kind` says what was expected, such as "a DICOM ECG (.dcm)".
 
-  A link is the file that it leads to: DataLad, Snakemake and Nextflow stage data by links.
+  A link is the file that it leads to: DataLad, Snakemake and Nextflow stage data by links. What Git LFS and git-annex leave in
+  a file's place is refused.
   """
   if not present(path):
     raise BadRecord(f"no such file; expected {kind}")
   try:
-    mode = os.stat(path).st_mode
+    about = os.stat(path)
   except OSError as error:
     if is_environment(error) or not os.path.islink(path):
       raise
     raise BadRecord("a link to a file that is not there (of git-annex or DataLad: `datalad get` fetches it)") from error
-  if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
-    raise BadRecord(f"{'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected {kind}")
+  if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for its writer
+    raise BadRecord(f"{'a folder' if stat.S_ISDIR(about.st_mode) else 'no regular file'}; expected {kind}")
+  if about.st_size <= POINTER_BYTES and (found := tell(head(path))) in POINTERS:
+    raise BadRecord(refusal(found, kind))
 
 
 def head(path) -> bytes:

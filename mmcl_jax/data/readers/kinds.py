@@ -22,11 +22,14 @@ NPY = Kind("a NumPy array (.npy)", advice="")
 GZIP = Kind("a gzip file", advice="to be unpacked first")
 PARQUET = Kind("a Parquet file")
 UTF_16 = Kind("a text in UTF-16", advice="")
+POINTERS = (Kind("a Git LFS pointer", advice="without the file itself: git lfs pull fetches it"),
+            Kind("a git-annex pointer", advice="without the file itself: git annex get fetches it"))
+POINTER_BYTES = 1024  # at most
 SIGNATURES = (  # where they stand, the bytes, what begins so
     (128, b"DICM", DICOM),
     (0, b"\x93NUMPY", NPY),
-    (0, b"version https://git-lfs", Kind("a Git LFS pointer", advice="without the file itself: git lfs pull fetches it")),
-    (0, b"/annex/objects/", Kind("a git-annex pointer", advice="without the file itself: git annex get fetches it")),
+    (0, b"version https://git-lfs", POINTERS[0]),
+    (0, b"/annex/objects/", POINTERS[1]),
     (0, b"\x00\x05\x16\x07", Kind("a macOS AppleDouble file (._)", advice="which holds no ECG")),
     (0, b"\x1f\x8b", GZIP),
     (30, b"[Content_Types].xml", Kind("an Excel or other Office file")),
