@@ -3,12 +3,10 @@
 import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
 
 from mmcl_jax.errors import UserError, one_line, printable
-from mmcl_jax.training import distributed
+from mmcl_jax.training import distributed, signals
 
 PROGRAMS = {
     "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
@@ -28,8 +26,8 @@ ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 def run(program, argv=None, hosts=False):
   """Runs a program's main(argv); a UserError becomes one line on stderr and exit status 2.
 
-  SIGTERM ends a program as Ctrl-C does, which cleans up, with status 75 (EX_TEMPFAIL: run the command again); training
-  saves first (training.distributed.stop_signals).
+  SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a program as Ctrl-C does, which cleans up, with status 75 (EX_TEMPFAIL: run the
+  command again); training saves first (training.signals).
 
   Args:
     hosts: the program may run on several hosts (training.distributed), which then all end alike.
@@ -37,17 +35,18 @@ def run(program, argv=None, hosts=False):
   argv = sys.argv[1:] if argv is None else argv
   try:
     with contextlib.redirect_stdout(Inert(sys.stdout)), distributed.joined(argv) if hosts else contextlib.nullcontext(argv) as rest:
-      if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)  # not before: nothing of Python runs while the hosts come together
       if matplotlib := sys.modules.get("matplotlib"):
         matplotlib.rcdefaults()  # it has read the matplotlibrc of the current folder, which may have LaTeX run on every name
-      return program(rest)
+      with signals.handled(signals.interrupt), signals.watched():  # not before: nothing of Python runs while the hosts meet
+        return program(rest)
   except UserError as error:
     print(f"mmcl: error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt as signalled:
     print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
-    sys.exit(distributed.status_of(signalled))
+    if (status := distributed.status_of(signalled)) == os.EX_TEMPFAIL:
+      signals.mute(2)  # multiprocessing's resource tracker may have died of the same signal, and would say so at length
+    sys.exit(status)
   except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
@@ -64,10 +63,6 @@ class Inert:
 
   def __getattr__(self, name):
     return getattr(self.stream, name)
-
-
-def interrupt(signum, frame):
-  raise KeyboardInterrupt(signum)
 
 
 def main():

@@ -181,9 +181,18 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
     differing += [f"init_from.{module} was {before[module]!r}, now {now[module]!r}" for module in sorted(before.keys() & now.keys())
                   if before[module] and now[module] and os.path.realpath(before[module]) != os.path.realpath(now[module])]
   if differing:
+    more_steps = f"; {longer(kept, workdir)}" if any(text.startswith("steps was") for text in differing) else ""
     raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
                     f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
-                    f"{', '.join(name + '.*' for name in FREE)}")
+                    f"{', '.join(name + '.*' for name in FREE)}{more_steps}")
+
+
+def longer(config: ConfigDict, workdir: str) -> str:
+  """How to train on beyond config.steps, which the learning rate goes by: within a run it cannot be changed exactly."""
+  towers = [module for module in config.init_from
+            if (config.model.ecg.size if module == "ecg" else module.removeprefix("cmr_") in config.model.cmr or config.model.get(module))]
+  flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)
+  return f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin anew"
 
 
 def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:

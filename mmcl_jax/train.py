@@ -3,15 +3,16 @@
     mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
 
 Running the same command again goes on from the last checkpoint, and ends in the same state bit for bit as if it had
-never stopped (same devices; to float tolerance on others). SIGTERM to any host, or Ctrl-C, saves a checkpoint on all and
-exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once. On several hosts, see
-training/distributed.py and docs/multi_host.md.
+never stopped (same devices; to float tolerance on others). SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any host, or Ctrl-C, saves a
+checkpoint on all and exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once. On several
+hosts, see training/distributed.py and docs/multi_host.md.
 """
 
 import contextlib
 import json
 import os
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -22,25 +23,29 @@ from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
 from mmcl_jax.training import (checkpoint, distributed, faults, frozen, initialise, lock, metrics, parallel, people, restore,
-                               state as state_room, steps as step_room, stopping)
+                               signals, state as state_room, steps as step_room, stopping)
 
 ALLOW = "--config.data.allow_seen=True"
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 
 
+NOTHING, SAVE, STOP = 0, 1, 2  # what a host may ask all for; the most of several
+
+
 def main(argv):
   config, flags = configuration.from_flags("mmcl train", USAGE, argv, {"workdir": "folder of the run, made if absent"})
-  with distributed.stop_signals() as asked_to_stop, writing(flags.workdir):
+  with signals.stops() as asked_to_stop, writing(flags.workdir):
     train(config, flags.workdir, asked_to_stop)
 
 
-def train(config, workdir: str, asked_to_stop=lambda: False):
+def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotonic):
   """Runs or resumes a run; returns its final state.
 
   Where config.stop_after is set, that is the last state of training, not the best one, which is kept beside it.
 
   Args:
     asked_to_stop: read before every step; once it is true on any host, all save after the next step and exit with 75.
+    clock: seconds, by which host 0 knows that config.every.save_minutes are over.
   """
   # -- What is asked for, checked before anything is made or compiled --
   ranges.check(config)
@@ -117,7 +122,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
     step_and_metrics = step_room.make_train_step(model, objectives, tx, config, scales)
 
     def step_on_hosts(state, batch):
-      """`asked` goes with the batch and comes back with the metrics: all hosts learn at the same step of one's SIGTERM."""
+      """`asked` goes with the batch and comes back with the metrics: all hosts learn at the same step what one asks for."""
       asked = batch.pop("asked").max()
       state, values = step_and_metrics(state, batch)
       return state, values | {"asked": asked}
@@ -130,16 +135,16 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
     spikes = faults.Spikes()
     pending = None  # (step, metrics) on the device: fetched one step late, so that fetching never stalls it
 
-    def flush_pending() -> bool:
-      """Fetches the step before; stops where it left out too much. Was any host asked to stop by then?"""
+    def flush_pending() -> int:
+      """Fetches the step before; stops where it left out too much. What did a host ask for by then?"""
       nonlocal skipped
       if pending is None:
-        return False
+        return NOTHING
       step, values = pending
       values = jax.device_get(values)
       worst = values.pop("worst")
       values = {name: float(x) for name, x in values.items()}
-      asked = values.pop("asked") > 0
+      asked = int(values.pop("asked"))
       if not values["finite"] or values["rows_left_out"]:
         checkpoints.finish()  # what is said about the last good one must be true,
         distributed.meet()    # and host 0 has signed it before another host ends all
@@ -160,11 +165,15 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
           progress.report(step, shown)
       return asked
 
-    asked = False
+    def wish() -> int:
+      overdue = distributed.here.index == 0 and 0 < 60 * config.every.save_minutes <= clock() - saved
+      return STOP if asked_to_stop() else SAVE if overdue else NOTHING
+
+    asked, saved = NOTHING, clock()
     for step in range(start, config.steps + 1):
       due = lambda every: step > start and (step % every == 0 or step == config.steps)
       if due(config.every.evaluate) or due(config.every.save) or asked:
-        asked |= flush_pending()
+        asked = max(asked, flush_pending())
         pending = None
       if due(config.every.evaluate):
         scores = {}
@@ -186,10 +195,11 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
                          meta=restore.meta(step, cohort.fingerprint, cohort.info["shapes"], scales, config=json.loads(config.to_json()),
                                            best=best._asdict(), skipped=skipped._asdict(), mixed=[other.fingerprint for other, _ in others],
                                            cohort_path=os.path.abspath(cohort.path), stages=stages, **spacing))
-      if asked or over:
+        saved = clock()
+      if asked == STOP or over:
         break
       rows = next(batches)
-      rows["asked"] = np.full(len(rows["mask"]), asked_to_stop(), np.float32)
+      rows["asked"] = np.full(len(rows["mask"]), wish(), np.float32)
       state, values = train_step(state, parallel.to_global(rows, mesh))
       asked = flush_pending()
       checkpoints.poll()
@@ -205,6 +215,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False):
     print(f"trained to step {step}{early}: {workdir}/checkpoints/{step}")
     if best.step is not None:
       print(f"the best {config.stop_on} was {best.loss:.4f} at step {best.step}: {workdir}/checkpoints/{best.step}")
+    print(configuration.longer(config, workdir))
   return state
 
 

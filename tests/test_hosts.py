@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -21,9 +22,9 @@ import wfdb
 
 from conftest import ROOT, simulated, tiny_config, tiny_flags
 from mmcl_jax import cli, evaluate, train
-from mmcl_jax.data import schema, synthetic
+from mmcl_jax.data import processes, schema, synthetic
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, distributed, metrics, restore
+from mmcl_jax.training import checkpoint, distributed, metrics, restore, signals
 
 # Runs verbs one after the other in one program: starting a process costs more than all that it does here.
 PROGRAM = """
@@ -277,15 +278,20 @@ def test_hosts_that_disagree_all_say_so_before_anything_is_compiled(cohort, tmp_
 # -- One process --
 
 
+@pytest.mark.reported("the first save came after a third of the run")
 def test_stopped_runs_end_in_the_state_of_an_uninterrupted_one(cohort, tmp_path, monkeypatch):
-  """Asked to stop in its first step, in a step that saves anyway, and again, in one that does not: bit for bit the same."""
+  """Asked to stop in its first step, in a step that saves anyway, and again, in one that does not: bit for bit the same as
+  one that saves by time alone."""
   saved = []
   save = checkpoint.Checkpoints.save
   monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *args, **kwargs: (saved.append(step),
                                                                                            save(self, step, *args, **kwargs)))
   config = tiny_config(cohort.path)
   config.evaluators = ()
-  expected = jax.device_get(train.train(config, str(tmp_path / "whole")))
+  config.every.save = 100
+  clock = itertools.count(0, 60 * config.every.save_minutes + 1)  # a long time passes between any two looks
+  expected = jax.device_get(train.train(config, str(tmp_path / "whole"), clock=lambda: next(clock)))
+  assert saved == [2, 4, 6]  # known one step after it was asked for, and saved by the step after
   saved.clear()
   for every, end in ((2, 2), (100, 4)):
     config.every.save = every
@@ -299,13 +305,61 @@ def test_stopped_runs_end_in_the_state_of_an_uninterrupted_one(cohort, tmp_path,
   assert metrics.read(tmp_path / "w/metrics.jsonl") == metrics.read(tmp_path / "whole/metrics.jsonl")
 
 
-def test_sigterm_is_kept_until_it_is_read():
-  before = signal.getsignal(signal.SIGTERM)
-  with distributed.stop_signals() as came:
+@pytest.mark.reported("SIGHUP, SIGUSR1 and SIGUSR2 ended training without a save")
+@pytest.mark.parametrize("signum", processes.SIGNALS)
+def test_a_signal_is_kept_until_it_is_read(signum):
+  before = signal.getsignal(signum)
+  with signals.stops() as came:
     assert not came()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signum)
     assert came()
-  assert signal.getsignal(signal.SIGTERM) is before
+  assert signal.getsignal(signum) is before
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
+  """As under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with signals.stops() as came:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not came()
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.reported("output to a terminal that was closed ended training without a checkpoint")
+def test_output_that_nobody_takes_asks_training_to_stop(monkeypatch):
+  taken, given = os.pipe()
+  with open(given, "w") as stream:
+    monkeypatch.setattr(sys, "stdout", stream)
+    with signals.stops() as came:
+      print("read", flush=True)
+      assert os.read(taken, 9) == b"read\n" and not came()
+      os.close(taken)
+      print("lost", flush=True)
+      assert came()
+      print("lost too", flush=True)
+    assert sys.stdout is stream
+
+
+# Ctrl-C, then hours without an instruction of Python in between, as a compiler may take.
+BUSY = """
+import collections, ctypes, functools, hashlib, operator, os, signal
+from mmcl_jax import cli
+steps = [functools.partial(ctypes.CDLL(None).kill, os.getpid(), int(signal.SIGINT)),
+         functools.partial(hashlib.pbkdf2_hmac, "sha256", b"", b"", 2**31 - 1)]
+cli.run(lambda argv: collections.deque(map(operator.call, steps), maxlen=0), [])
+"""
+
+
+@pytest.mark.reported("Ctrl-C during compilation was not answered for minutes")
+def test_a_signal_amid_a_computation_is_answered_and_a_second_interrupt_ends_it():
+  running = subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  lines = iter(running.stderr.readline, "")
+  assert "waits for what is computed or compiled now; Ctrl-C again ends at once" in next(line for line in lines if line.strip())
+  running.send_signal(signal.SIGINT)
+  _, err = running.communicate(timeout=600)
+  assert running.returncode == 130 and "Traceback" not in err
 
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "8",

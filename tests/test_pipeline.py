@@ -1,9 +1,19 @@
 """The data order is a function of (seed, step) alone, and evaluation sees every record once."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from mmcl_jax.data import pipeline
+from mmcl_jax.errors import UserError
 
 COUNT, BATCH = 11, 4  # 11 records: batches of 4 cross the borders of epochs
 
@@ -47,6 +57,61 @@ def test_order_does_not_depend_on_threads_or_workers(how):
   for a, b in zip(take(4), take(4, **how)):
     np.testing.assert_array_equal(a["index"], b["index"])
     np.testing.assert_array_equal(a["ecg"], b["ecg"])
+
+
+@pytest.mark.reported("a small /dev/shm ended in a traceback")
+def test_a_shared_memory_that_is_too_small_is_told_before_any_process_starts(monkeypatch):
+  size = 4 * (12 * 4 * 2 + 2 * 3 * 3 + 3 * 4 + 8 + 4 + 4 + 1 + 1 + 1)  # of a batch: ECG, image, labels, subject, scale, index, flags
+  for missing in (0, 1):
+    free = types.SimpleNamespace(f_bavail=2 * 4 * size - missing, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    if missing:
+      with pytest.raises(UserError, match="config.loader.workers is 2, and 2 x 4 batches of .* --shm-size.* --config.loader.workers=0"):
+        take(1, workers=2, buffer=3)
+    else:
+      pipeline.check_shared_memory(2, 3, size)
+  assert not multiprocessing.active_children()
+
+
+READER = """
+import multiprocessing, os, signal, sys
+from test_pipeline import Records
+from mmcl_jax.data import pipeline
+stream = pipeline.train_batches(Records(), seed=3, batch=4, threads=1, buffer=1, workers=1)
+next(stream)
+reader, = multiprocessing.active_children()
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+  os.kill(reader.pid, signum)
+for _ in range(8):
+  next(stream)
+print(reader.pid, flush=True)
+os.kill({whom}, signal.SIGKILL)
+while True:
+  next(stream)
+"""
+
+
+def read_in_a_process(whom):
+  """READER, which kills itself or its reading process, and the number of the latter."""
+  env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+  done = subprocess.run([sys.executable, "-c", READER.replace("{whom}", whom)], capture_output=True, text=True, env=env, timeout=600)
+  return done, int(done.stdout)
+
+
+@pytest.mark.reported("a reading process that was killed ended training in a traceback", "SIGTERM to the whole job ended the readers")
+def test_readers_hear_no_signal_and_one_that_is_killed_is_told():
+  done, _ = read_in_a_process("reader.pid")
+  assert "UserError: a reading process died (Worker process was terminated unexpectedly with exit code -9)" in done.stderr, done.stderr
+
+
+@pytest.mark.reported("SIGKILL of training left its reading processes behind")
+def test_readers_end_with_a_parent_that_is_killed():
+  done, reader = read_in_a_process("os.getpid()")
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  deadline = time.monotonic() + 300
+  while os.path.exists(f"/proc/{reader}"):
+    assert time.monotonic() < deadline, "the reading process outlived its parent"
+    time.sleep(0.1)
 
 
 def test_every_epoch_holds_every_record_once_in_a_new_order():

@@ -3,8 +3,6 @@
 import collections
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from mmcl_jax.data.preprocess.ecg import normalise, to_standard
+from mmcl_jax.data.processes import end_with_parent, unheard
 from mmcl_jax.data.readers import read_ecg
 from mmcl_jax.errors import BadRecord, UserError
 
@@ -26,7 +25,8 @@ def read_ahead(paths: Iterable[str], profile: str, ahead: int) -> Iterator[tuple
   ahead = max(ahead, 2 * processes())
   try:
     for path in paths:
-      waiting.append(pool.submit(read, path, profile))
+      with unheard():
+        waiting.append(pool.submit(read, path, profile))
       if len(waiting) == ahead:
         yield waiting.popleft().result()
     while waiting:
@@ -45,13 +45,7 @@ def processes() -> int:
 def readers() -> Executor:
   """A process a core, up to MOST_READERS: parsing holds Python's lock, so that two threads read hardly more than one."""
   context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
-  return ProcessPoolExecutor(processes(), context, begin_reader)
-
-
-def begin_reader():
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-  parent = multiprocessing.parent_process()  # nothing else would end a reader whose parent was killed
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+  return ProcessPoolExecutor(processes(), context, end_with_parent)
 
 
 def read(path: str, profile: str) -> tuple[dict[str, str], np.ndarray | None]:

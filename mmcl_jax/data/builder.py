@@ -16,8 +16,6 @@ import pickle
 import re
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -32,6 +30,7 @@ from mmcl_jax import files
 from mmcl_jax.data import cohort as cohort_room, ecg_quality, schema, units
 from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
+from mmcl_jax.data.processes import end_with_parent, unheard
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError, check_writable, is_environment
 
@@ -340,14 +339,7 @@ _count = None  # of records done, shared by the local processes
 def _begin_worker(count):
   global _count
   _count = count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-  """A worker waits for work on a pipe that it also holds open: it would outlive a parent that was killed."""
-  multiprocessing.parent_process().join()
-  os._exit(1)
+  end_with_parent()
 
 
 def _write_counting(write, shard):
@@ -371,7 +363,8 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
     count = context.Value("q", 0)
     pool = futures.ProcessPoolExecutor(min(processes, len(left)), context, _begin_worker, (count,))
-    waiting = {pool.submit(_write_counting, write, shard) for shard in left}
+    with unheard():
+      waiting = {pool.submit(_write_counting, write, shard) for shard in left}
     try:
       while waiting:
         finished, waiting = futures.wait(waiting, timeout=1, return_when=futures.FIRST_COMPLETED)

@@ -11,6 +11,7 @@ on the device from (seed, index), where `index` is the position in the stream gi
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmcl_jax.data import schema
+from mmcl_jax.data import processes, schema
 from mmcl_jax.errors import DamagedRecord, UserError
 
+MORE_SHARED = ("enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in threads alone, "
+               "--config.loader.workers=0")
 TRIED = 1000  # records of a split, before it is given up as unreadable
 SMALL = ("subject", "has_ecg", "has_cmr", "phenotypes", "diseases", "covariates")
 
@@ -181,6 +184,8 @@ def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = ()
     records = grain.MapDataset.mix([records, *others], [1 - sum(m.share for m in mix), *(m.share for m in mix)])
   rows = records.map_with_index(lambda i, record: to_example(i, record, fields))[host::hosts]
   batches = rows.batch(batch // hosts, drop_remainder=True)[start_step:]
+  if workers:
+    check_shared_memory(workers, buffer, batch // hosts * sum(x.nbytes for x in arrays(rows[0])))
   return iterate(batches, threads, buffer, workers)
 
 
@@ -204,9 +209,28 @@ def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[st
   return iterate(rows.batch(batch // hosts), threads, buffer, workers=0)
 
 
-def ignore_interrupts(*_) -> None:
-  """Ctrl-C reaches every process of a terminal; the reading ones end with the first, which saves before."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+def begin_reading(*_) -> None:
+  """What asks training to end shall not end its readers, who are needed until it has saved; grain ends them by an event."""
+  for signum in processes.SIGNALS:
+    signal.signal(signum, signal.SIG_IGN)
+  processes.end_with_parent()
+
+
+def check_shared_memory(workers: int, buffer: int, size: int) -> None:
+  """Raises a UserError where /dev/shm is too small for the batches of `size` bytes that reading processes hold ready."""
+  try:
+    found = os.statvfs("/dev/shm")
+  except OSError:  # a system without
+    return
+  needed, free = workers * (buffer + 1) * size, found.f_bavail * found.f_frsize
+  if needed > free:
+    raise UserError(f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} MiB do not fit "
+                    f"into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}")
+
+
+def arrays(example: dict) -> Iterator[np.ndarray]:
+  for x in example.values():
+    yield from arrays(x) if isinstance(x, dict) else (x,)
 
 
 def blank(example: dict) -> dict:
@@ -217,9 +241,19 @@ def blank(example: dict) -> dict:
 def iterate(batches: grain.MapDataset, threads: int, buffer: int, workers: int) -> Iterator[dict]:
   # The buffer of each reader thread counts whole batches: grain's default of 500 would hold gigabytes.
   stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
-  if workers:
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags, which our programs do not use
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
-                                worker_init_fn=ignore_interrupts)
-  return iter(stream)
+  if not workers:
+    return iter(stream)
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags, which our programs do not use
+  return read_by_processes(stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
+                                              worker_init_fn=begin_reading))
+
+
+def read_by_processes(stream) -> Iterator[dict]:
+  try:
+    yield from stream
+  except RuntimeError as error:
+    if "terminated unexpectedly" not in str(error):
+      raise
+    raise UserError(f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or /dev/shm runs out; "
+                    f"{MORE_SHARED}; the same command goes on from the last checkpoint") from None

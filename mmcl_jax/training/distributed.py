@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import mmcl_jax
+from mmcl_jax.data import processes
 from mmcl_jax.errors import UserError, one_line
 
 JOIN_S = 300      # the hosts must all have come by then
@@ -47,7 +47,7 @@ on several hosts, the same command on each (not with SLURM's srun nor on a TPU s
   --processes=N            how many there are
   --process=I              which one this is, 0 to N - 1"""
 
-LAST_WORDS = 'trap "" HUP INT TERM; read -r orderly || echo "$0" >&2'  # sh: says $0 when the pipe breaks
+LAST_WORDS = 'trap "" HUP INT TERM USR1 USR2; read -r orderly || echo "$0" >&2'  # sh: says $0 when the pipe breaks
 
 
 class Host(NamedTuple):
@@ -101,8 +101,8 @@ def joined(argv: list[str]):
 
 
 def status_of(signalled: KeyboardInterrupt) -> int:
-  """The status to end with: 75 (run the command again) after SIGTERM, 130 after Ctrl-C."""
-  return os.EX_TEMPFAIL if signalled.args == (signal.SIGTERM,) else 130
+  """The status to end with: 75 (run the command again) after SIGTERM and its like, 130 after Ctrl-C."""
+  return os.EX_TEMPFAIL if signalled.args and signalled.args[0] in processes.ENDS else 130
 
 
 def flags(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -193,7 +193,7 @@ def connect(start: dict[str, Any]) -> threading.Thread:
   global here
   import jax
   from jax._src import distributed as runtime
-  # SIGTERM stays ours (`stop_signals`): JAX's service would keep it from ending a program that never asks for it.
+  # SIGTERM stays ours (training.signals): JAX's service would keep it from ending a program that never asks for it.
   jax.config.update("jax_enable_preemption_service", False)
   address = start.get("coordinator_address", "")
   if re.match(r"(127\.|localhost:|\[::1\]:)", address):  # else JAX listens on every interface of the machine
@@ -394,23 +394,3 @@ def gather(x: np.ndarray) -> list[np.ndarray]:
   padded = np.zeros((max(*lengths, 1), *x.shape[1:]), x.dtype)
   padded[:len(x)] = x
   return [rows[:length] for rows, length in zip(multihost_utils.process_allgather(padded), lengths)]
-
-
-@contextlib.contextmanager
-def stop_signals():
-  """Within, SIGTERM and the first SIGINT (Ctrl-C) end nothing; yields a function that tells whether one has come here."""
-  came = threading.Event()
-
-  def asked(signum, frame):
-    if signum == signal.SIGINT:
-      if came.is_set():
-        raise KeyboardInterrupt
-      print("\nasked to stop: the next step is the last, then a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-    came.set()
-
-  before = {signum: signal.signal(signum, asked) for signum in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield came.is_set
-  finally:
-    for signum, handler in before.items():
-      signal.signal(signum, handler)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -56,13 +57,17 @@ def test_a_program_that_leaves_a_process_behind_is_found(tmp_path, monkeypatch):
     kill.run(program, tmp_path / "x", 3, random.Random(0))
 
 
-def test_sigterm_ends_prepare_and_its_workers_with_75(tmp_path):
+@pytest.mark.reported("SIGHUP, SIGUSR1 and SIGUSR2 ended programs with workers left behind", "Ctrl-C twice in prepare printed tracebacks")
+@pytest.mark.parametrize("sent, status", [((signal.SIGTERM, signal.SIGHUP), os.EX_TEMPFAIL), ((signal.SIGINT, signal.SIGINT), 130)])
+def test_signals_end_prepare_and_its_workers(tmp_path, sent, status):
+  """To all of its processes, as a terminal and schedulers send them; what comes after the first finds it ending."""
   command = [sys.executable, "-m", "mmcl_jax.prepare", "synthetic", "--subjects=400", "--processes=2", f"--out={tmp_path / 'c'}"]
   running = subprocess.Popen(command, cwd=kill.ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
   while not list((tmp_path / "c.partial/shards").glob("*.tmp")):  # workers have begun
     assert running.poll() is None, running.stderr.read()[-2000:]
     time.sleep(0.05)
-  running.terminate()
+  for signum in sent:
+    os.killpg(running.pid, signum)
   _, err = running.communicate(timeout=600)
-  assert running.returncode == os.EX_TEMPFAIL and "mmcl: interrupted; the same command goes on" in err and "Traceback" not in err
+  assert running.returncode == status and "mmcl: interrupted; the same command goes on" in err and "Traceback" not in err, err
   assert kill.wait_for_sessions([running.pid]) == []

@@ -1,0 +1,148 @@
+"""Signals that ask a program to end: Ctrl-C, and those of schedulers and of a terminal that is closed (processes.ENDS).
+
+They end a program as Ctrl-C does, which cleans up; training saves first (`stops`). Python hears a signal only between two
+of its own instructions, so that one which comes while XLA compiles is not heard for minutes: `watched` answers it.
+"""
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+
+from mmcl_jax.data.processes import ENDS, SIGNALS
+from mmcl_jax.training import distributed
+
+BUSY_S = 1.0  # a signal that is not heard for so long has come amid a computation
+
+heard = -float("inf")  # when Python heard the last one, time.monotonic()
+
+
+@contextlib.contextmanager
+def handled(handler):
+  """Within, `handler(signum, frame)` hears all of them but those that were ignored when the program began (nohup)."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def hear(signum, frame):
+    global heard
+    heard = time.monotonic()
+    handler(signum, frame)
+
+  before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+  before = {signum: found for signum, found in before.items() if found not in (signal.SIG_IGN, None)}
+  for signum in before:
+    signal.signal(signum, hear)
+  try:
+    yield
+  finally:
+    for signum, found in before.items():
+      signal.signal(signum, found)
+
+
+def interrupt(signum, frame):
+  """Ends a program in order; a second Ctrl-C ends it at once, other signals find it ending already."""
+  for other in ENDS:
+    signal.signal(other, lambda *_: None)
+  signal.signal(signal.SIGINT, lambda *_: end_at_once())
+  if signum == signal.SIGHUP:
+    for stream in (1, 2):
+      if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal, to which nothing can be written any more
+        mute(stream)
+  raise KeyboardInterrupt(signum)
+
+
+def mute(stream: int) -> None:
+  os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def end_at_once():
+  say("interrupted; the same command goes on from what is saved")
+  if distributed.here.count > 1:
+    distributed.leave(130, "interrupted at once")
+  os._exit(130)
+
+
+@contextlib.contextmanager
+def stops():
+  """For training: within, a signal ends nothing, but a second Ctrl-C; yields a function that tells whether one has come.
+
+  So does output that cannot be written (a terminal that is closed, `| head`): the run shall save, not fail.
+  """
+  came = threading.Event()
+
+  def asked(signum, frame):
+    if signum == signal.SIGINT and came.is_set():
+      raise KeyboardInterrupt(signum)
+    came.set()
+    say("asked to stop: the next step is the last, then a checkpoint; Ctrl-C again ends at once")
+
+  streams = sys.stdout, sys.stderr
+  sys.stdout, sys.stderr = (Output(stream, came.set) for stream in streams)
+  try:
+    with handled(asked):
+      yield came.is_set
+  finally:
+    sys.stdout, sys.stderr = streams
+
+
+class Output:
+  """A standard stream that outlives its reader: from the first failure on all goes nowhere, and `lost` is called."""
+
+  def __init__(self, stream, lost):
+    self.stream, self.lost = stream, lost
+
+  def write(self, text):
+    return self.attempt(self.stream.write, text)
+
+  def flush(self):
+    self.attempt(self.stream.flush)
+
+  def attempt(self, call, *args):
+    try:
+      return call(*args)
+    except OSError:
+      mute(self.stream.fileno())
+      self.lost()
+
+  def __getattr__(self, name):
+    return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def watched():
+  """Within, a signal that Python cannot hear for BUSY_S is answered, and a second Ctrl-C then ends the program at once."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  told, tell = os.pipe()
+  os.set_blocking(tell, False)
+  before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # a byte, the signal's number, from outside Python
+  threading.Thread(target=watch, args=(told,), daemon=True).start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    os.close(tell)
+
+
+def watch(told: int) -> None:
+  interrupts = 0
+  while number := os.read(told, 1):
+    came = time.monotonic()
+    interrupts += number[0] == signal.SIGINT
+    time.sleep(BUSY_S)
+    if number[0] not in SIGNALS or heard > came - BUSY_S / 2:
+      continue
+    if number[0] == signal.SIGINT and interrupts > 1:
+      end_at_once()
+    say("asked to stop: waits for what is computed or compiled now; Ctrl-C again ends at once")
+  os.close(told)
+
+
+def say(text: str) -> None:
+  with contextlib.suppress(OSError):
+    print(f"\nmmcl: {text}", file=sys.stderr, flush=True)
