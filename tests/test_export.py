@@ -189,23 +189,32 @@ def by_the_words(words, ecg, rate=500):
   """Carries out the steps of a profile as they are told, those with filters and scales."""
   for step in words[1:]:
     found = lambda pattern: [float(x) for x in re.search(pattern, step).groups()]
-    if "resampled to" in step:
+    mirrored = re.search(r"mirrored for (\d) s", step)
+    ends = {"padtype": "even", "padlen": int(mirrored[1]) * rate} if mirrored else {}
+    if "scipy.signal.resample_poly" in step:
       ecg, rate = signal.resample_poly(ecg, 1, 2, axis=1, padtype="edge"), 250
+    elif "scipy.signal.resample)" in step:
+      ecg, rate = signal.resample(ecg, 2500, axis=1), 250
+    elif step.startswith("notch filter at 60 Hz"):
+      ecg = signal.filtfilt(*signal.iirnotch(60, found(r"Q (\d+)")[0], fs=rate), ecg)
+    elif step.startswith("Savitzky-Golay"):
+      ecg = signal.savgol_filter(ecg, *map(int, found(r"over (\d+) samples, order (\d)")))
     elif step.startswith("Butterworth"):
       kind = re.search("(band|high|low)-pass", step)[1] + "pass"
       order, = found(r"order (\d)")
       cut = found(r"([\d.]+) to ([\d.]+) Hz") if kind == "bandpass" else found(r"([\d.]+) Hz")[0]
       sos = signal.butter(int(order), cut, kind, fs=rate, output="sos")
-      ecg = signal.sosfiltfilt(sos, ecg, padtype="even", padlen=int(found(r"for (\d) s")[0] * rate))
+      ecg = signal.sosfiltfilt(sos, ecg, **ends)
     elif step.startswith("divided by"):
       ecg = ecg / found(r"by ([\d.]+) mV")[0]
     else:
-      assert step.startswith("z-score (mean and standard deviation of all samples)")
-      ecg = (ecg - ecg.mean()) / ecg.std()
+      sample, added = re.fullmatch(r"z-score \(mean and (sample )?standard deviation of all samples\)"
+                                   r"(?:, (\S+) mV added to the standard deviation)?", step).groups()
+      ecg = (ecg - ecg.mean()) / (ecg.std(ddof=int(bool(sample))) + float(added or 0))
   return ecg
 
 
-@pytest.mark.parametrize("profile", ["minimal", "cardionets"])
+@pytest.mark.parametrize("profile", ["minimal", "dual_phase", "cardionets", "cardionets_mirrored"])
 def test_the_normalisation_can_be_done_as_it_is_told(profile):
   ecg, told = synthetic.subject(7, 0)["ecg"], preprocess_ecg.in_words(profile)
   made = by_the_words(told["steps"], ecg.astype(np.float64))
