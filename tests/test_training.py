@@ -411,3 +411,15 @@ def test_a_run_that_ends_before_its_first_number_prints_nothing_more(tmp_path):
   writer.write_scalars(1, {"loss": 2.0})
   writer.close()
   assert list((tmp_path / "tensorboard").iterdir()) and metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.reported("a run at its end did not say how to train longer")
+def test_more_steps_are_refused_with_the_way_to_train_longer(tmp_path):
+  (tmp_path / "w").mkdir()
+  flags = [f"--config={ROOT}/configs/joint.py:test", f"--workdir={tmp_path / 'w'}"]
+  configuration.save(configuration.from_flags("mmcl train", "", flags, {"workdir": ""})[0], tmp_path / "w")
+  with pytest.raises(UserError, match="steps was 6, now 9.* to train longer: another --workdir with ") as refused:
+    configuration.check_workdir(configuration.from_flags("mmcl train", "", [*flags, "--config.steps=9"], {"workdir": ""})[0], str(tmp_path / "w"))
+  said = re.findall(r"--config\.init_from\.\w+=\S+", str(refused.value))
+  config, _ = configuration.from_flags("mmcl train", "", [*flags, *said], {"workdir": ""})  # the flags are there
+  assert dict(config.init_from) == dict.fromkeys(("ecg", "cmr_ed", "cmr_es"), str(tmp_path / "w"))
