@@ -177,9 +177,10 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
   kept = load(workdir)
   differing = differences(kept, config)
   if not begun:  # where it starts from still counts
-    before, now = (flatten(json.loads(one.init_from.to_json())) for one in (kept, config))
-    differing += [f"init_from.{module} was {before[module]!r}, now {now[module]!r}" for module in sorted(before.keys() & now.keys())
-                  if before[module] and now[module] and os.path.realpath(before[module]) != os.path.realpath(now[module])]
+    before, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
+    differing += [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(before.keys() & now.keys())
+                  if key.startswith("init_from.") and before[key] and now[key]
+                  and os.path.realpath(str(before[key])) != os.path.realpath(str(now[key]))]
   if differing:
     more_steps = f"; {longer(kept, workdir)}" if any(text.startswith("steps was") for text in differing) else ""
     raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"

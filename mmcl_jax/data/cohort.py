@@ -29,7 +29,7 @@ SHARD = re.compile(rf"{NAME}/\d+\.\d+\.\d+/{NAME}-({'|'.join(schema.SPLITS)})\.a
 CHECKED = re.compile(rf"subjects\.npz|{SHARD.pattern}")  # what cohort.json has checksums of
 LABELS = ("phenotypes", "diseases", "covariates")  # whose columns cohort.json names
 FEATURES = "tensorflow_datasets.core.features"
-DTYPES = {np.dtype(name).name: np.dtype(name) for name in "?bBhHiIqQefd"}  # of the fields of a record
+DTYPES = {np.dtype(name).name for name in "?bBhHiIqQefd"}  # of the fields of a record
 ENDS = 2**17  # bytes at both ends of a file that are looked at whenever a cohort is opened; ArrayRecord's table of records is there
 
 
@@ -130,7 +130,8 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
   if wrong:
     raise UserError(f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not loaded; "
                     "expected tensors: copy it again, and take no cohort from whom you do not trust")
-  if {name: shape for name, (_, shape) in layout.items()} != info["shapes"] or not {d for d, _ in layout.values()} <= DTYPES.keys():
+  known = all(isinstance(dtype, str) and dtype in DTYPES for dtype, _ in layout.values())
+  if not known or {name: shape for name, (_, shape) in layout.items()} != info["shapes"]:
     raise UserError(f"{file} and cohort.json list different fields; copy them again or prepare the cohort again")
   return layout
 

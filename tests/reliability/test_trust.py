@@ -130,6 +130,7 @@ PLACES = {
     "a sequence": lambda whole: whole["featuresDict"]["features"].update(ecg={
         "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
         "sequence": {"length": "-1", "feature": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}}}}),
+    "a dtype of another kind": lambda whole: whole["featuresDict"]["features"]["ecg"]["tensor"].update(dtype={}),
     "a dtype": lambda whole: whole["featuresDict"]["features"]["ecg"]["tensor"].update(dtype=HOSTILE),
 }
 
