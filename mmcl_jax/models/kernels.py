@@ -79,9 +79,10 @@ own_gelu.defvjp(gelu_and_derivative, lambda derivative, g: (g * derivative,))
 def attention(q, k, v):
   """Softmax attention: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; the softmax in at least float32.
 
-  On a CPU `own_attention`. On NVIDIA's GPUs in half precision cuDNN's flash attention, which keeps no N x M weights.
-  Elsewhere jax.nn.dot_product_attention as XLA compiles it, on a TPU too: there JAX has no other. float64, which JAX would
-  take down to float32, is `own_attention` everywhere.
+  On a CPU `own_attention`. On NVIDIA's GPUs in half precision cuDNN's flash attention, which
+  keeps no N x M weights. Elsewhere jax.nn.dot_product_attention as XLA compiles it, on a TPU too:
+  there JAX has no other. float64, which JAX would take down to float32, is `own_attention`
+  everywhere.
   """
   if q.dtype == jnp.float64:
     return own_attention(q, k, v)
@@ -103,34 +104,40 @@ def gpu_at_hand() -> Gpu | None:
   if device.platform != "gpu" or "cuda" not in device.client.platform_version:
     return None
   from jax._src.cudnn import fused_attention_stablehlo as wrapper
-  return Gpu(tuple(int(part) for part in device.compute_capability.split(".")), wrapper.check_cudnn_version())
+  capability = tuple(int(part) for part in device.compute_capability.split("."))
+  return Gpu(capability, wrapper.check_cudnn_version())
 
 
 def suits_cudnn(q, k, gpu: Gpu | None) -> bool:
-  """Whether `padded_attention` takes q [B, N, H, D] and k [B, M, H, D] on that GPU; what JAX's wrapper refuses does not.
+  """Whether q [B, N, H, D] and k [B, M, H, D] go to `padded_attention` on that GPU.
 
-  Nor does a single query (attention pooling), which has no more weights than keys, nor any number of rows (`mmcl export`):
-  such a program is the same wherever it was made, and so is one for a GPU that is compiled where there is none.
+  Not what JAX's wrapper refuses, nor a single query (attention pooling), which has no more weights
+  than keys, nor any number of rows (`mmcl export`): such a program is the same wherever it was
+  made, and so is one for a GPU that is compiled where there is none.
   """
-  return (gpu is not None and gpu.capability >= (8, 0) and (gpu.capability != (10, 3) or gpu.cudnn >= 91100)
-          and not any(map(export.is_symbolic_dim, (*q.shape, *k.shape)))
-          and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1)
+  if gpu is None or any(map(export.is_symbolic_dim, (*q.shape, *k.shape))):
+    return False
+  runs = gpu.capability >= (8, 0) and (gpu.capability != (10, 3) or gpu.cudnn >= 91100)
+  width = q.shape[-1]
+  return (runs and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+          and q.shape[1] > 1)
 
 
 def padded_attention(q, k, v, implementation="cudnn"):
-  """jax.nn.dot_product_attention over tokens padded to a multiple of 8, which no query sees and which are cut off again.
+  """Attention over tokens padded to a multiple of 8; no query sees the padding, which is cut off.
 
-  In training cuDNN's wrapper takes even numbers of tokens alone, and patches with CLS are odd. Not to be mapped (jax.vmap):
-  its rule for that loses the lengths.
+  In training cuDNN's wrapper takes even numbers of tokens alone, and patches with CLS are odd. Not
+  to be mapped (jax.vmap): in jax 0.10 the wrapper's rule for that cannot take the lengths.
   """
   def pad(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
-  def lengths(x):  # all alike, so that a device with some of the rows may read the first ones
+  def lengths(x):  # all alike: a device with some of the rows reads as many, the first ones
     return jnp.full(x.shape[0], x.shape[1], jnp.int32)
 
-  out = jax.nn.dot_product_attention(pad(q), pad(k), pad(v), query_seq_lengths=lengths(q), key_value_seq_lengths=lengths(k),
-                                     implementation=implementation)
+  out = jax.nn.dot_product_attention(
+      pad(q), pad(k), pad(v), query_seq_lengths=lengths(q), key_value_seq_lengths=lengths(k),
+      implementation=implementation)
   return out[:, :q.shape[1]]
 
 

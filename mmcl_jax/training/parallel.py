@@ -41,8 +41,9 @@ TENSOR = (  # parameter of a transformer block -> axes: heads and hidden units o
 def make_mesh(data: int, model: int, devices=None) -> Mesh:
   """Mesh with axes `data` (batch) and `model` (tensor parallelism); -1 takes the devices that are left.
 
-  A row of the mesh computes one part of the batch, and lies on the one host that feeds it. `data` goes through one slice
-  after the other, so that what its neighbours exchange crosses the slow network between slices as seldom as can be.
+  A row of the mesh computes one part of the batch, and lies on the one host that feeds it. `data`
+  goes through one slice after the other, so that what neighbours exchange seldom crosses the slow
+  network between slices.
 
   Args:
     devices: to build it of; None: all that there are.
@@ -59,17 +60,19 @@ def make_mesh(data: int, model: int, devices=None) -> Mesh:
   hosts = grouped(devices, lambda device: (slice_of(device), device.process_index))
   for host in hosts:
     if len(host) % model:
-      shares = host[0].platform == "gpu" and [slice_of(other[0]) for other in hosts].count(slice_of(host[0])) > 1
-      raise UserError(f"config.mesh asks for model={model} devices a part of the batch, which must be on one host, and host "
-                      f"{host[0].process_index} has {len(host)}; expected config.mesh.model to divide {len(host)}"
-                      + ("; one process a node has all of its GPUs (docs/multi_host.md)" if shares else ""))
+      node = [other for other in hosts if slice_of(other[0]) == slice_of(host[0])]
+      advice = ("; one process a node has all of its GPUs (docs/multi_host.md)"
+                if host[0].platform == "gpu" and len(node) > 1 else "")
+      raise UserError(f"config.mesh asks for model={model} devices a part of the batch, which must "
+                      f"be on one host, and host {host[0].process_index} has {len(host)}; expected "
+                      f"config.mesh.model to divide {len(host)}{advice}")
   groups = hosts if model > 1 else [in_a_ring(one) for one in grouped(devices, slice_of)]
   order = np.array([device for group in groups for device in group])
   return Mesh(order.reshape(-1, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def slice_of(device) -> int:
-  """Devices of one slice share a fast network: a TPU slice; a node of GPUs, or what NVLink joins; 0 where JAX tells none."""
+  """Devices of one slice share a fast network: of TPUs, or of a node's GPUs. 0: JAX tells none."""
   return getattr(device, "slice_index", 0)
 
 
@@ -79,10 +82,10 @@ def grouped(devices, key) -> list[list]:
 
 
 def in_a_ring(devices: list) -> list:
-  """Devices of one slice, neighbours in its network one after the other; as they are where JAX knows no such order."""
+  """Devices of one slice, neighbours in its network one after the other where JAX knows how."""
   try:
     return list(mesh_utils.create_device_mesh((len(devices),), devices))
-  except (AssertionError, NotImplementedError):  # some of a slice's chips only, or two devices a chip
+  except (AssertionError, NotImplementedError):  # only some of its chips, or two devices a chip
     return devices
 
 
