@@ -192,6 +192,8 @@ def longer(config: ConfigDict, workdir: str) -> str:
   """How to train on beyond config.steps, which the learning rate goes by: within a run it cannot be changed exactly."""
   towers = [module for module in config.init_from
             if (config.model.ecg.size if module == "ecg" else module.removeprefix("cmr_") in config.model.cmr or config.model.get(module))]
+  if not towers:  # of a recipe whose parts no later stage takes over
+    return "to train longer: another --workdir with more --config.steps, from the start"
   flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)
   return f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin anew"
 
