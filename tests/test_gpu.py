@@ -192,7 +192,7 @@ nodes = topologies.get_topology_desc(platform="cuda", target_config=test_gpu.H10
 mesh = parallel.make_mesh(-1, 2, nodes.devices)
 c = configuration.defaults(8, 6).model
 size = dict(size=(128, 2, 2, 64, 1, 2), patch=100, mask_ratio=0.8)
-tower = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 500, c.projection, dtype=jnp.bfloat16)
+tower = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 500, dtype=jnp.bfloat16)
 def loss(params, x, keys):
   out = tower.apply(params, x, keys, method="reconstruct")
   return (tower.apply(params, x)[1] ** 2).mean() + (out["reconstruction"] ** 2).mean()
