@@ -28,8 +28,8 @@ def rms(x):
 def shares(ecg, order, hertz, rate, edge_s):
   """Three shares of one recording float [12, T] at `rate`: all 5 s, first and last second, the rest."""
   middle = slice(ecg.shape[1] // 4, 3 * ecg.shape[1] // 4)
-  whole = preprocess._filtered(ecg, order, hertz, "highpass", rate, edge_s=2)[:, middle]
-  error = preprocess._filtered(ecg[:, middle], order, hertz, "highpass", rate, edge_s=edge_s) - whole
+  whole = preprocess.filtered(ecg, order, hertz, "highpass", rate, edge_s=2)[:, middle]
+  error = preprocess.filtered(ecg[:, middle], order, hertz, "highpass", rate, edge_s=edge_s) - whole
   outer = np.concatenate([error[:, :rate], error[:, -rate:]], axis=1)
   return [rms(part) / rms(whole) for part in (error, outer, error[:, rate:-rate])]
 

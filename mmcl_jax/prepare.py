@@ -22,6 +22,7 @@ import types
 
 import numpy as np
 
+from mmcl_jax import files
 from mmcl_jax.data import builder, schema
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
@@ -96,7 +97,8 @@ def parse(argv):
   parser.add_argument("--codes", type=local, metavar="FILE", help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
   parser.add_argument("--out", type=local, required=True, metavar="DIR", help="folder to make")
   parser.add_argument("--private", type=local, metavar="DIR",
-                      help="folder of the salt and of the table from hashes to participants; stays with you. The same folder gives the same hashes and splits (default OUT.private)")
+                      help="folder of the salt and of the table from hashes to participants; stays with you. "
+                      "The same folder gives the same hashes and splits (default OUT.private)")
   parser.add_argument("--split", default="0.7,0.1,0.2", help="shares of train,val,test, drawn by subject (default %(default)s)")
   parser.add_argument("--profile", default="minimal",
                       help="normalisation of the ECG: " + ", ".join(preprocess_ecg.PROFILES) + " (default %(default)s)")
@@ -208,11 +210,8 @@ class Identities:
 
 def write_private(file: pathlib.Path, text: str):
   """Writes a file that only its owner can read, whole or not at all."""
-  temporary = file.with_name(file.name + ".tmp")
-  temporary.unlink(missing_ok=True)
-  with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+  with files.replaced(file, opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
     f.write(text)
-  os.replace(temporary, file)
 
 
 def prepare_synthetic(out: str, subjects: int, seed: int, shares, profile: str, processes: int) -> Cohort:

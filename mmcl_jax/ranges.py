@@ -4,7 +4,6 @@ Numbers that depend on one another, on a cohort or on the devices (a mask ratio 
 are checked where both are known.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,12 @@ import pytest
 from ml_collections import config_flags  # noqa: F401  (registers its flag types once)
 
 from mmcl_jax import prepare
+from mmcl_jax.data import processes
+
+# Under nohup some are ignored, and would be by the programs that tests start and signal.
+for signum in processes.SIGNALS:
+  if signal.getsignal(signum) is signal.SIG_IGN:
+    signal.signal(signum, lambda *_: None)
 
 
 SUBJECTS, SHARES = 64, (0.5, 0.2, 0.3)
@@ -57,6 +64,14 @@ def tiny_flags(cohort_path, workdir):
   return [f"--config={ROOT}/configs/joint.py:test", f"--workdir={workdir}", f"--config.data.cohort={cohort_path}",
           "--config.data.samples=500", "--config.every.log=1", "--config.every.save=3", "--config.every.evaluate=6",
           "--config.evaluators=('losses',)"]
+
+
+def alive(process: int) -> bool:
+  """Whether a process runs; one that has ended and that nobody asks for stays in /proc as a zombie."""
+  try:
+    return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except (FileNotFoundError, ProcessLookupError):  # it ends while it is read
+    return False
 
 
 def tiny_step(cohort_path):

@@ -631,8 +631,8 @@ def test_mirrored_ends_are_the_better_ones():
   """Against the same recording going on, as a 5 s window that ends within a beat."""
   ecg = raw_ecg().astype(float)
   for order, hertz in ((4, 0.5), (5, 0.67)):
-    whole = preprocess._filtered(ecg, order, hertz, "highpass")[:, 1250:3750]
-    mirrored, turned = (preprocess._filtered(ecg[:, 1250:3750], order, hertz, "highpass", edge_s=seconds) for seconds in (2, None))
+    whole = preprocess.filtered(ecg, order, hertz, "highpass")[:, 1250:3750]
+    mirrored, turned = (preprocess.filtered(ecg[:, 1250:3750], order, hertz, "highpass", edge_s=seconds) for seconds in (2, None))
     assert np.std(mirrored - whole) < np.std(turned - whole)
 
 

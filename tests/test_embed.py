@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from conftest import ROOT
+from conftest import ROOT, alive
 from mmcl_jax import cli, embed
 from mmcl_jax.data import ahead
 from mmcl_jax.data.preprocess import ecg as preprocess
@@ -410,13 +410,6 @@ def killed(file, *args):
 embed.write = killed
 embed.main(sys.argv[1:])
 """
-
-
-def alive(process):
-  try:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-  except (FileNotFoundError, ProcessLookupError):  # it ends while it is read
-    return False
 
 
 def test_a_killed_run_goes_on_to_the_same_files_and_leaves_no_reader(tmp_path, encoder, recordings, monkeypatch):

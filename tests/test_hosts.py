@@ -355,11 +355,15 @@ cli.run(lambda argv: collections.deque(map(operator.call, steps), maxlen=0), [])
 @pytest.mark.reported("Ctrl-C during compilation was not answered for minutes")
 def test_a_signal_amid_a_computation_is_answered_and_a_second_interrupt_ends_it():
   running = subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  lines = iter(running.stderr.readline, "")
-  assert "waits for what is computed or compiled now; Ctrl-C again ends at once" in next(line for line in lines if line.strip())
-  running.send_signal(signal.SIGINT)
-  _, err = running.communicate(timeout=600)
-  assert running.returncode == 130 and "Traceback" not in err
+  try:
+    lines = iter(running.stderr.readline, "")
+    words = "waits for what is computed or compiled now; Ctrl-C again ends at once"
+    assert words in next(line for line in lines if line.strip())
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=600)
+    assert running.returncode == 130 and "Traceback" not in err
+  finally:
+    running.kill()
 
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "8",

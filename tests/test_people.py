@@ -1,7 +1,5 @@
 """People whom a run has learned from do not come back as people to score it on, or it is said wherever scores are."""
 
-import json
-import shutil
 import types
 
 import numpy as np

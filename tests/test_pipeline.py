@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, alive
 from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
 
@@ -109,7 +109,7 @@ def test_readers_end_with_a_parent_that_is_killed():
   done, reader = read_in_a_process("os.getpid()")
   assert done.returncode == -signal.SIGKILL, done.stderr
   deadline = time.monotonic() + 300
-  while os.path.exists(f"/proc/{reader}"):
+  while alive(reader):
     assert time.monotonic() < deadline, "the reading process outlived its parent"
     time.sleep(0.1)
 

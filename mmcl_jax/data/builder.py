@@ -208,9 +208,8 @@ def same_plan(partial: pathlib.Path, digest: str) -> None:
   file = partial / "plan.json"
   if file.is_file() and json.loads(file.read_text()) != digest:
     raise UserError(f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew")
-  temporary = partial / "plan.json.tmp"
-  temporary.write_text(json.dumps(digest))
-  temporary.rename(file)
+  with files.replaced(file) as whole:
+    whole.write(json.dumps(digest))
 
 
 def first_layout(job: Job, splits: dict[str, list[Item]]) -> dict[str, tuple[str, list[int]]]:
@@ -412,7 +411,7 @@ def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], lab
   described = tfds.core.DatasetInfo(builder=identity, features=features(job.layout), disable_shuffling=True,
                                     description="ECG with cardiac MRI of the same person.")
   described.set_file_format("array_record")
-  files, split_infos = [], []
+  shards, split_infos = [], []
   for split in filter(counts.get, schema.SPLITS):
     template = tfds.core.ShardedFileTemplate(dataset_name=NAME, data_dir=records, split=split,
                                              filetype_suffix="array_record")
@@ -423,7 +422,7 @@ def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], lab
         os.replace(source, file)
     split_infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[n for _, n in full],
                                            num_bytes=sum(file.stat().st_size for file in named), filename_template=template))
-    files += named
+    shards += named
   described.set_splits(tfds.core.splits.SplitDict(split_infos))
   described.write_to_directory(records)
   np.savez(partial / "subjects.npz", **{split: found["subject"] for split, found in labels.items()})
@@ -435,9 +434,9 @@ def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], lab
            "shapes": {name: shape for name, (_, shape) in job.layout.items()},
            "train_statistics": {field: dict(zip(info[field], moments(labels["train"][field])))
                                 for field in ("phenotypes", "covariates")},
-           "files": {str(file.relative_to(partial)): file.stat().st_size for file in files},
+           "files": {str(file.relative_to(partial)): file.stat().st_size for file in shards},
            "checksums": {str(file.relative_to(partial)): [cohort_room.ends(file), cohort_room.whole(file)]
-                         for file in (*files, partial / "subjects.npz")},
+                         for file in (*shards, partial / "subjects.npz")},
            "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}
   (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmcl_jax import files
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint
@@ -46,11 +47,11 @@ def of_run(workdir: str, step: int) -> People:
   if file.name not in about["files"]:
     return People({}, {}, (about.get("origin") or "a run of an earlier version",))
   try:
-    with np.load(file, allow_pickle=False) as arrays:
-      unknown = tuple(map(str, arrays["unknown"]))
-      kept = [{name.removeprefix(role): arrays[name].astype(np.uint64) for name in arrays if name.startswith(role)}
-              for role in ("train/", "val/")]
-  except Exception as error:  # a damaged archive raises zlib's, zipfile's and NumPy's errors alike
+    arrays = files.arrays(file)
+    unknown = tuple(map(str, arrays["unknown"]))
+    kept = [{name.removeprefix(role): x.astype(np.uint64) for name, x in arrays.items() if name.startswith(role)}
+            for role in ("train/", "val/")]
+  except Exception as error:  # see `files.arrays`
     raise UserError(f"{file} is missing or damaged ({error}); {checkpoint.way_out(workdir, step)}") from None
   return People(*kept, unknown)
 

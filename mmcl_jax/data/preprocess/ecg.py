@@ -85,7 +85,7 @@ def _minimal(ecg):
 
   Voltage is a sign of left-ventricular mass (Sokolow-Lyon, Cornell), so no recording is divided by its own size.
   """
-  return _filtered(ecg, 2, (0.5, 100), "bandpass") / 0.2  # mV: about one standard deviation of an ECG
+  return filtered(ecg, 2, (0.5, 100), "bandpass") / 0.2  # mV: about one standard deviation of an ECG
 
 
 def _mmcl(ecg):
@@ -106,7 +106,7 @@ def _dual_phase(ecg):
   Its notch stands at 60 Hz whatever the mains are, and scipy's own short ends bend the first and last second of a
   recording: `dual_phase_mirrored` mends both.
   """
-  ecg = _filtered(ecg, 4, 0.5, "highpass", edge_s=None)
+  ecg = filtered(ecg, 4, 0.5, "highpass", edge_s=None)
   ecg = signal.filtfilt(*signal.iirnotch(60, Q=40, fs=ECG_RATE_HZ), ecg)
   return _z_score(signal.savgol_filter(ecg, window_length=15, polyorder=3), 1e-8, ddof=1)  # 1e-5 uV
 
@@ -114,7 +114,7 @@ def _dual_phase(ecg):
 def _dual_phase_mirrored(ecg):
   """`dual_phase` with mirrored ends, and its notch at the recording's own mains."""
   notch = signal.iirnotch(mains_hz(ecg), Q=40, fs=ECG_RATE_HZ)
-  ecg = signal.filtfilt(*notch, _filtered(ecg, 4, 0.5, "highpass"), padtype="even",
+  ecg = signal.filtfilt(*notch, filtered(ecg, 4, 0.5, "highpass"), padtype="even",
                         padlen=EDGE_S * ECG_RATE_HZ)
   return _z_score(signal.savgol_filter(ecg, window_length=15, polyorder=3), 1e-5)
 
@@ -127,15 +127,15 @@ def _cardionets(ecg):
   the filters here, where theirs comes before.
   """
   ecg = signal.resample(ecg, ecg.shape[1] // 2, axis=1)
-  ecg = _filtered(ecg, 5, 0.67, "highpass", 250, edge_s=None)
-  return _z_score(_filtered(ecg, 5, 40, "lowpass", 250, edge_s=None), 1e-12)
+  ecg = filtered(ecg, 5, 0.67, "highpass", 250, edge_s=None)
+  return _z_score(filtered(ecg, 5, 40, "lowpass", 250, edge_s=None), 1e-12)
 
 
 def _cardionets_mirrored(ecg):
   """`cardionets` with mirrored ends, resampled by a polyphase filter, which does not wrap the end onto the beginning."""
   ecg = signal.resample_poly(ecg, 1, 2, axis=1, padtype="edge")
-  ecg = _filtered(ecg, 5, 0.67, "highpass", 250, edge_s=4)  # a filter of higher order rings for longer
-  return _z_score(_filtered(ecg, 5, 40, "lowpass", 250), 1e-12)
+  ecg = filtered(ecg, 5, 0.67, "highpass", 250, edge_s=4)  # a filter of higher order rings for longer
+  return _z_score(filtered(ecg, 5, 40, "lowpass", 250), 1e-12)
 
 
 class Profile(NamedTuple):
@@ -225,10 +225,11 @@ def _second_difference_gram(n):
   return bands
 
 
-def _filtered(ecg, order, cut_hz, kind, rate=ECG_RATE_HZ, edge_s=EDGE_S):
-  """Butterworth, both ways; `edge_s`: seconds by which the ends are mirrored, None: scipy's short, turned-over ends.
+def filtered(ecg, order, cut_hz, kind, rate=ECG_RATE_HZ, edge_s=EDGE_S):
+  """ecg [L, T] at `rate` Hz through a Butterworth filter, forwards and backwards; as ecg.
 
-  Turned over, a recording that ends within a QRS complex gets a slope of 1 mV.
+  edge_s: seconds by which the ends are mirrored; None: scipy's default, which turns the signal over about its last sample,
+  so that a recording that ends within a QRS complex gets a slope of 1 mV.
   """
   sos = signal.butter(order, cut_hz, kind, fs=rate, output="sos")
   ends = {} if edge_s is None else {"padtype": "even", "padlen": edge_s * rate}
