@@ -406,7 +406,7 @@ def test_units_of_other_names_are_spelled_alike_and_a_name_has_one(tmp_path):
 
 def test_factors_between_units_are_exact():
   for unit, to, factor in (("l", "ml", 1000), ("mL", "ML", 1), ("kg", "g", 1000), ("cm", "mm", 10), ("cm^2", "mm2", 100), ("1", "%", 100),
-                           ("l/min", "ml/min", 1000), ("ml", "l", 0.001), ("ml", "g", None), ("ml/m2", "ml", None), ("x", "y", None)):
+                           ("l/min", "ml/min", 1000), ("1/min", "bpm", 1), ("ml", "l", 0.001), ("ml", "g", None), ("ml/m2", "ml", None), ("x", "y", None)):
     assert units.factor(unit, to) == factor, (unit, to)
   assert units.spelled(" mmHG ") == "mmHg" and units.spelled("Wood") == "Wood"
 
@@ -434,6 +434,40 @@ def test_decimal_commas(tmp_path):
   for delimiter in "\t,":  # where it may be a mark of thousands
     with pytest.raises(UserError, match="3 of the 3 filled cells of the column 'phenotype:LVEDV:ml'.*'999,9'.*decimal sign"):
       tables.load([general(tmp_path, delimiter=delimiter, phenotype__LVEDV__ml=["140,5", "150,2", "160,1", ""], age=["50"] * 4)])
+
+
+@pytest.mark.reported("a column with decimal commas lost all but its whole numbers")
+def test_decimal_commas_among_whole_numbers(tmp_path):
+  cells = ["140,5", "150", "?", "160,2", "170", "180", "155,5", "145"]
+  with pytest.raises(UserError, match="4 of the 8 filled cells of the column 'phenotype:LVEDV:ml'.*'999,9'.*decimal sign"):
+    tables.load([general(tmp_path, phenotype__LVEDV__ml=cells)])
+
+
+@pytest.mark.reported("of a sex or disease coded as 1 and 2 each 2 was dropped, and each 1 taken for male or diseased")
+@pytest.mark.parametrize("column, cells", [
+    ("sex", ["1", "2"] * 5), ("sex", ["2"] * 6 + ["1"] * 4), ("sex", ["M", "H"] * 5), ("sex", ["0", *["1", "2"] * 5]),
+    ("disease__AF", ["1"] * 7 + ["2"] * 3)])
+def test_another_coding_of_two_classes_stops(tmp_path, column, cells):
+  with pytest.raises(UserError, match="neither 0 nor 1, and [01] are 0.*coded in another way.*expected 1 or 0"):
+    tables.load([general(tmp_path, **{column: cells}, age=["60"] * len(cells))])
+
+
+def test_some_cells_beside_0_and_1_are_dropped(tmp_path):
+  cells = ["0"] * 5 + ["1"] * 5 + ["2", "3", "unknown"]
+  table = tables.load([general(tmp_path, disease__AF=cells, sex=["1"] * 13)])
+  np.testing.assert_array_equal(table.given_values[:, 0], [0] * 5 + [1] * 5)  # a row without anything is none
+
+
+@pytest.mark.reported("columns of the general form in capitals, or after a blank, were passed over")
+def test_columns_of_the_general_form_in_any_case(tmp_path):
+  table = tables.load([write(tmp_path / "x.csv", {
+      " Participant": ["A", "A"], "Visit": ["1", "2"], "SEX": ["1", "1"], " Age ": ["60", "62"],
+      "Phenotype:lvedv:L": ["0.15", "0.14"], "Disease: AF": ["0", "1"]})])
+  assert table.rows == {("A", 1): 0, ("A", 2): 1} and table.phenotypes == {"LVEDV": "ml"} and table.given == ("AF",)
+  np.testing.assert_allclose(table.phenotype_values[:, 0], [150, 140])
+  np.testing.assert_array_equal(table.given_values[:, 0], [0, 1])
+  np.testing.assert_array_equal(table.body[:, 0], [60, 62])
+  assert table.sex.tolist() == [1]
 
 
 @pytest.mark.reported("a column that could not be read was one line of a count")

@@ -11,7 +11,7 @@ SCALES = (  # units of one kind, in the smallest
     {"1": 1e2, "%": 1},
 )
 SAME = {"cc": "ml", "cm3": "ml", "mm3": "ul", "dm3": "l", "litre": "l", "liter": "l", "gram": "g", "grams": "g", "percent": "%", "pct": "%",
-        "fraction": "1", "ratio": "1", "beats/min": "bpm", "msec": "ms", "sec": "s"}
+        "fraction": "1", "ratio": "1", "beats/min": "bpm", "1/min": "bpm", "/min": "bpm", "msec": "ms", "sec": "s"}
 NAMES = {name.lower(): name for name in (*(name for scale in SCALES for name in scale), "bpm", "mmHg", "kPa", "1e-3/mmHg", "ml/m2", "g/m2",
                                          "kg/m2", "cm/s", "m/s", "mV", "uV", "years")}
 

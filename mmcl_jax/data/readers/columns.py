@@ -129,6 +129,9 @@ def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
   return dates
 
 
+DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
+
+
 class Kept:
   """How many of a column's filled cells were understood and how many were dropped, over the batches of a file."""
 
@@ -138,8 +141,9 @@ class Kept:
   def add(self, understood: int, dropped: int, cells: Iterable[str]) -> None:
     """`cells`: some of those dropped, and empty ones."""
     self.understood, self.dropped = self.understood + understood, self.dropped + dropped
-    if dropped and not self.example:
-      self.example = next(filter(None, cells), "")
+    if dropped and not DECIMAL_COMMA.fullmatch(self.example):
+      cells = list(filter(None, cells))
+      self.example = next(filter(DECIMAL_COMMA.fullmatch, cells), self.example or next(iter(cells), ""))
 
 
 def watched(kept: Kept, problems: Counter, column: pa.Array | np.ndarray, read: Callable) -> np.ndarray:
@@ -159,13 +163,16 @@ def lost(dropped: int, filled: int) -> bool:
 
 
 def check_kept(path, kept: dict[str, Kept]) -> None:
-  """Raises a UserError for a column of which nearly all that stands in it was dropped: it is written in another way."""
+  """Raises a UserError for a column that is written in another way: nearly all that stands in it was dropped, or it has commas.
+
+  Whole numbers have no decimal comma, so that some cells of such a column are understood.
+  """
   for name, one in kept.items():
-    if lost(one.dropped, one.dropped + one.understood):
-      comma = "; is its comma a decimal sign? write it as a point" if re.fullmatch(r"[-+]?\d+,\d+", one.example) else ""
+    comma = DECIMAL_COMMA.fullmatch(one.example) and "; is its comma a decimal sign? write it as a point"
+    if lost(one.dropped, one.dropped + one.understood) or comma and one.dropped >= FEWEST_LOST:
       form = re.sub(r"\d", "9", " ".join(one.example.split())[:20])  # what a cell is like, not whose it is
       raise UserError(f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are not understood, such as "
-                      f"{form!r} (digits shown as 9); expected {one.expected}{comma}. Put them so, or leave the column out")
+                      f"{form!r} (digits shown as 9); expected {one.expected}{comma or ''}. Put them so, or leave the column out")
 
 
 def count(problems, what, times):

@@ -40,12 +40,13 @@ class Layout(NamedTuple):
 def read(path, visits) -> Layout:
   """Reads a file's header. `visits` as in tables.load; UserError where it has no participants or nothing wanted."""
   names = columns.header(path)
-  ids = [name for name in names if name in IDS]
+  ids = [name for name in names if _plain(name) in IDS]
   if len(ids) != 1:
     raise UserError(f"{path} has {'several columns' if ids else 'no column'} of participants: {_styles(names)}; "
                     f"expected one of {', '.join(IDS)}")
-  general = ids == ["participant"]
-  layout = Layout(ids[0], "visit" if general and "visit" in names else None, {}, {}, {})
+  general = _plain(ids[0]) == "participant"
+  visit = next((name for name in names if general and _plain(name) == "visit"), None)
+  layout = Layout(ids[0], visit, {}, {}, {})
   for name in names:
     group, key = (_general if general else _ukb)(layout, name, visits)
     if group and (key in group or None in (key, *group)):
@@ -80,15 +81,17 @@ def _ukb(layout, name, visits):
 
 def _general(layout, name, visits):
   """The same of a column of the general form."""
-  if name == "sex":
-    return layout.person, name
-  kind = name.split(":")[0]
-  if kind in ("phenotype", "disease") and not re.fullmatch(r"phenotype:[^:]+:[^:]*|disease:[^:]+", name):
+  kind, colon, rest = (part.strip() for part in name.partition(":"))
+  slot = kind.lower() + colon + rest
+  if slot == "sex":
+    return layout.person, slot
+  kind = slot.split(":")[0]
+  if kind in ("phenotype", "disease") and not re.fullmatch(r"phenotype:[^:]+:[^:]*|disease:[^:]+", slot):
     raise UserError(f"the column {name[:80]!r} is not in form; expected phenotype:NAME:UNIT or disease:NAME")
   if kind == "phenotype":
-    return layout.visits.setdefault(None, {}), _phenotype(name)
-  if kind in ("phenotype", "disease") or name in schema.COVARIATES:
-    return layout.visits.setdefault(None, {}), name
+    return layout.visits.setdefault(None, {}), _phenotype(slot)
+  if kind == "disease" or slot in schema.COVARIATES:
+    return layout.visits.setdefault(None, {}), slot
   return None, None
 
 
@@ -106,7 +109,11 @@ def _phenotype(name):
 
 def factor(slot: str, column: str) -> float:
   """What the cells of a column are multiplied by to be in the unit of its slot."""
-  return units.factor(column.split(":")[2], slot.split(":")[2]) if column.startswith("phenotype:") else 1.0
+  return units.factor(column.split(":")[2], slot.split(":")[2]) if column.count(":") == 2 else 1.0
+
+
+def _plain(name):
+  return name.strip().lower()
 
 
 def _styles(names):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmcl_jax.data import ukb_fields as ukb
-from mmcl_jax.data.readers import columns, table_layout
+from mmcl_jax.data.readers import columns, table_layout, table_rows
 from mmcl_jax.data.readers.table_rows import DATED, Gathered, Rows, as_dates, drop, gather, latest, name_of
 from mmcl_jax.errors import UserError
 
@@ -133,6 +133,7 @@ def _date(text):
 
 def _table(so_far, phenotypes, given, end, dated):
   people, rows, problems = so_far.people, so_far.rows, so_far.problems
+  _check_coding(people, rows, given, problems)
   _derive_age(people, rows, problems)
   _drop_implausible(rows, phenotypes, problems)
   rejected = dict.fromkeys(sorted(people.clashes | {name for name, _ in rows.clashes}), DISAGREE)
@@ -155,6 +156,17 @@ def _derive_age(people, rows, problems):
   age = np.where(np.isnan(rows["age"]), rows["date"] / DAYS_A_YEAR - born, np.nan)
   columns.count(problems, "age: missing, taken from month of birth and date of visit", np.sum(~np.isnan(age)))
   rows["age"][:] = np.fmax(rows["age"], age)
+
+
+def _check_coding(people, rows, given, problems):
+  """UserError for a sex or disease coded in another way, as 1 and 2 or H and M: what is understood would be wrong."""
+  for name, values in [("sex", people["sex"]), *((name, rows[f"disease:{name}"]) for name in given)]:
+    dropped = problems[f"{name}: neither 0 nor 1"] + problems[f"{name}: not a number"]
+    zeros = np.sum(values == 0)
+    if dropped >= columns.FEWEST_LOST and dropped > zeros:
+      expected = table_rows.EXPECTED["sex" if name == "sex" else "disease"]
+      raise UserError(f"{dropped} cells of {name} in the tables are neither 0 nor 1, and {zeros} are 0: "
+                      f"is it coded in another way? expected {expected}")
 
 
 def _drop_implausible(rows, phenotypes, problems):
