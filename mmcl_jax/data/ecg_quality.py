@@ -1,7 +1,6 @@
 """Whether an ECG can be used, judged on its first 10 s, which are all that an encoder sees.
 
-What lies beyond decides nothing. Thresholds leave room around what real recordings show (30 of
-PTB-XL and Georgia, one each of CardioSoft, MUSE and pydicom).
+Thresholds leave room around what real recordings show (30 of PTB-XL and Georgia).
 """
 
 import numpy as np
