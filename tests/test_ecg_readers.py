@@ -105,6 +105,27 @@ def test_other_matlab_files_are_told_by_content(tmp_path, gain):
   rejects(rewrite(header, b"A0001.mat", b"A0001.bin"), "12 x 5000 of type 0")
 
 
+@pytest.mark.reported("MATLAB 4 files with a longer name, or in big-endian order, were called an ECG of 161 mV")
+@pytest.mark.parametrize("kind,name,found", [
+    (30, b"signals\0", "12 x 5000 of type 30, from byte 28 on"), (1030, b"val\0", "12 x 5000 of type 1030;")])
+def test_matlab_files_that_the_header_does_not_describe(tmp_path, kind, name, found):
+  header, volts = cinc(tmp_path)
+  order = "<>"[kind > 1000]
+  head = struct.pack(f"{order}5i", kind, 12, 5000, 0, len(name)) + name
+  samples = np.round(volts * 1000).astype(f"{order}i2").T.tobytes()
+  header.with_suffix(".mat").write_bytes(head + samples)
+  rejects(header, found, "(int16, little-endian) from byte 24 on")
+  if kind == 30:  # as the header says
+    np.testing.assert_allclose(wfdb.read(rewrite(header, b"16+24", b"16+28")).ecg_mv, volts, atol=6e-4)
+
+
+@pytest.mark.reported("a WFDB header without a rate was read at 250 Hz without a word")
+def test_rate_that_is_missing(tmp_path):
+  header, _ = cinc(tmp_path, first="A0001 12")
+  recording = wfdb.read(header)
+  assert recording.rate_hz == 250 and "rate missing, 250 Hz taken" in recording.flags
+
+
 def test_upper_case_leads_of_ptb_xl(tmp_path):
   names = [name.upper() for name in LEADS]
   header, volts = cinc(tmp_path, names=names)
@@ -735,6 +756,10 @@ def test_what_is_declared(tmp_path):
   for text in ("", "[]", "{", "[" * 9999, '{"rate_hz": NaN}', " " * 99999, '"\udfff"'):
     (tmp_path / "a.json").write_text(text, errors="surrogatepass")
     rejects(tmp_path / "a.npy")
+  (tmp_path / "a.json").write_text('{"rate_hz": 500,}')
+  rejects(tmp_path / "a.npy", "its sidecar is no JSON; expected")
+  declare(tmp_path, "a.json", rate_hz=0.5, leads=list(leads))  # kHz
+  rejects(tmp_path / "a.npy", "sampled at 0.5 Hz; expected 50 to 20000")
 
 
 @pytest.mark.reported("CSVs in gzip, in UTF-16 or with semicolons were not read")

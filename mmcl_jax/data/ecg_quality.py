@@ -11,6 +11,7 @@ from mmcl_jax.errors import BadRecord
 
 WINDOW_S = ECG_SAMPLES / ECG_RATE_HZ
 DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I and II
+RATES_HZ = 50, 20_000
 LOW_RATE_HZ = 200          # below it a recording lacks part of what `minimal` keeps, up to 100 Hz
 PADDING_S = 0.5            # of all leads constant together; in 548 real recordings at most 0.12 s
 FLAT_MV = 0.01             # moved in a second, less is flat; real leads move by 0.035 or more
@@ -23,6 +24,12 @@ IMPOSSIBLE_MV = 0.05       # beyond rounding, of a limb lead from what I and II 
 MAX_IMPOSSIBLE = 0.02      # ... in this share of samples; real recordings reach 0.0014
 PLATEAU_S = 0.01           # at a lead's own extreme ...
 MAX_CLIPPED = 0.02         # ... in this share of samples; real recordings reach 0.011
+
+
+def check_rate(rate_hz: float) -> None:
+  """BadRecord for a rate at which no ECG is sampled, as where kHz or seconds stand for Hz."""
+  if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
+    raise BadRecord(f"sampled at {rate_hz:g} Hz; expected {RATES_HZ[0]} to {RATES_HZ[1]}")
 
 
 def in_use(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:

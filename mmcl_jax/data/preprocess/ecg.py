@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg, signal
 
+from mmcl_jax.data.ecg_quality import check_rate
 from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES, LEADS
 from mmcl_jax.errors import BadRecord, UserError
 
-RATES_HZ = (50, 20_000)
 EDGE_S = 2  # seconds by which filters extend a recording: several time constants of a 0.5 Hz high-pass
 MAINS_RATIO = 10  # of power at the mains to that of its neighbours; the harmonics of a regular pulse of 300/min give 5
 LEAD_GROUPS = (slice(0, 3), slice(3, 6), slice(6, 12))  # I II III, aVR aVL aVF, V1 to V6
@@ -36,10 +36,9 @@ def to_standard(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
     float32 [12, ECG_SAMPLES] in mV.
 
   Raises:
-    BadRecord: shorter than 10 s by more than one sample, or of a rate outside RATES_HZ.
+    BadRecord: shorter than 10 s by more than one sample, or of a rate that `check_rate` refuses.
   """
-  if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-    raise BadRecord(f"sampled at {rate_hz:g} Hz; expected {RATES_HZ[0]} to {RATES_HZ[1]}")
+  check_rate(rate_hz)
   seconds = ECG_SAMPLES / ECG_RATE_HZ
   if ecg_mv.shape[1] < seconds * rate_hz - 1:
     raise BadRecord(f"{ecg_mv.shape[1] / rate_hz:.2f} s long; expected at least {seconds:g} s")

@@ -67,7 +67,11 @@ def _declared(path):
   file = sidecar(path)
   if file is None:
     raise BadRecord(f"an array without its rate; add {DECLARE} as .json of the same name, or as ecg.json of the folder")
-  declared = json.loads(read_bytes(file, MAX_SIDECAR_BYTES, f"a sidecar such as {DECLARE}", UTF_16))
+  content = read_bytes(file, MAX_SIDECAR_BYTES, f"a sidecar such as {DECLARE}", UTF_16)
+  try:
+    declared = json.loads(content)
+  except ValueError as error:
+    raise BadRecord(f"its sidecar is no JSON; expected {DECLARE}") from error
   if not isinstance(declared, dict) or not {"rate_hz"} <= set(declared) <= {"rate_hz", "leads", "unit"}:
     raise BadRecord(f"its sidecar lacks rate_hz or has other keys; expected {DECLARE}")
   return declared["rate_hz"], declared.get("leads"), declared.get("unit")

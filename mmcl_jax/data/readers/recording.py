@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax.data.ecg_quality import DERIVABLE, WINDOW_S, content, in_use, judge
+from mmcl_jax.data.ecg_quality import DERIVABLE, WINDOW_S, check_rate, content, in_use, judge
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
@@ -81,13 +81,17 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
     flags: remarks to keep.
 
   Raises:
-    BadRecord: leads are absent or too short without their padding; in their first 10 s they have
-      long gaps, or are what `judge` refuses.
+    BadRecord: a rate that `check_rate` refuses; leads are absent, of less than two samples, or too
+      short without their padding; in their first 10 s they have long gaps, or are what `judge`
+      refuses.
   """
   if absent := [name for name in LEADS if name not in leads and name not in DERIVABLE]:
     raise BadRecord(f"no lead {', '.join(absent)}; expected at least I, II and V1 to V6")
+  check_rate(rate_hz)
   flags = list(flags)
   given = np.stack(list(leads.values()))
+  if given.shape[1] < 2:
+    raise BadRecord(f"{given.shape[1]} samples a lead; expected at least {WINDOW_S:g} s of them")
   kept = given[:, content(given, rate_hz)]
   if padding_s := (given.shape[1] - kept.shape[1]) / rate_hz:
     if kept.shape[1] < WINDOW_S * rate_hz - 1:

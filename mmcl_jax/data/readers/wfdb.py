@@ -25,8 +25,9 @@ BYTES_PER_SAMPLE = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 
 SAMPLES = (".mat", ".dat")
 RECORD = "record"         # what `_stage` calls it
 MATLAB_4 = struct.Struct("<5i")  # type, rows, columns, imaginary or not, length of the name
-MATLAB_4_TYPES = range(0, 60, 10)  # of numbers in little-endian order
+MATLAB_4_TYPES = {order + kind for order in (0, 1000) for kind in range(0, 60, 10)}  # 1000: big-endian
 MATLAB_4_INT16 = 30
+MATLAB_4_NAME = 64        # bytes at most
 KIND = "a WFDB header (.hea), or the .mat or .dat beside one"
 MAX_HEADER_BYTES = 65536
 MAX_LINE = 500            # characters; the patterns of wfdb take quadratic time in the length of a line
@@ -148,7 +149,8 @@ def _stage(header, lines, folder):
     staged.append(links[file] + rest)
   _write_header(folder, [RECORD, *about], staged)
   called_a_file = name.lower().endswith(".mat")
-  return staged, ["record named as a file, as in the first CinC 2020 release: gain uncertain"] * called_a_file
+  flags = ["record named as a file, as in the first CinC 2020 release: gain uncertain"] * called_a_file
+  return staged, flags + ["rate missing, 250 Hz taken"] * (len(about) < 2)  # the format's default
 
 
 def _write_header(folder, record, signals):
@@ -228,8 +230,13 @@ def _check_matlab(path, fmt, offset, signals):
     raise BadRecord("its samples are a MATLAB file of version 5 or later, not the plain numbers that a "
                     "header describes; save it as version 4 (MATLAB: save -v4; scipy: "
                     "savemat(format='4')), or give the array as .npy with a .json")
-  if (fmt, offset) == ("16", MATLAB_4.size + len("val\0")) and len(head) == MATLAB_4.size:
-    kind, rows, columns, *_ = MATLAB_4.unpack(head)
-    if kind in MATLAB_4_TYPES and (kind, rows) != (MATLAB_4_INT16, signals):
-      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}; expected {signals} "
-                      f"rows, one a signal, of type {MATLAB_4_INT16} (int16)")
+  if fmt != "16" or not offset or len(head) < MATLAB_4.size:
+    return
+  for order in "<>":
+    kind, rows, columns, imaginary, name = struct.unpack(order + MATLAB_4.format[1:], head)
+    begin = MATLAB_4.size + name
+    if kind in MATLAB_4_TYPES and not imaginary and 0 < name <= MATLAB_4_NAME and (
+        (kind, rows, begin) != (MATLAB_4_INT16, signals, offset)):
+      elsewhere = f", from byte {begin} on" if begin != offset else ""
+      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} rows, one a "
+                      f"signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on")
