@@ -26,18 +26,20 @@ ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 def run(program, argv=None, hosts=False):
   """Runs a program's main(argv); a UserError becomes one line on stderr and exit status 2.
 
-  SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a program as Ctrl-C does, which cleans up, with status 75 (EX_TEMPFAIL: run the
-  command again); training saves first (training.signals).
+  SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a program as Ctrl-C does, cleaning up, but with status 75 (EX_TEMPFAIL: run
+  the command again); training saves first (training.signals).
 
   Args:
     hosts: the program may run on several hosts (training.distributed), which then all end alike.
   """
   argv = sys.argv[1:] if argv is None else argv
   try:
-    with contextlib.redirect_stdout(Inert(sys.stdout)), distributed.joined(argv) if hosts else contextlib.nullcontext(argv) as rest:
+    on_hosts = distributed.joined(argv) if hosts else contextlib.nullcontext(argv)
+    with contextlib.redirect_stdout(Inert(sys.stdout)), on_hosts as rest:
       if matplotlib := sys.modules.get("matplotlib"):
-        matplotlib.rcdefaults()  # it has read the matplotlibrc of the current folder, which may have LaTeX run on every name
-      with signals.handled(signals.interrupt), signals.watched():  # not before: nothing of Python runs while the hosts meet
+        matplotlib.rcdefaults()  # a matplotlibrc in the current folder may have every name run through LaTeX
+      # Not before: nothing of Python runs while the hosts come together.
+      with signals.handled(signals.interrupt), signals.watched():
         return program(rest)
   except UserError as error:
     print(f"mmcl: error: {one_line(error)}", file=sys.stderr)
@@ -45,7 +47,7 @@ def run(program, argv=None, hosts=False):
   except KeyboardInterrupt as signalled:
     print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
     if (status := distributed.status_of(signalled)) == os.EX_TEMPFAIL:
-      signals.mute(2)  # multiprocessing's resource tracker may have died of the same signal, and would say so at length
+      signals.mute(2)  # else multiprocessing may report at length that its resource tracker died of the same signal
     sys.exit(status)
   except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,7 +55,7 @@ def run(program, argv=None, hosts=False):
 
 
 class Inert:
-  """A stream to a terminal that no name in what is written can command."""
+  """A text stream that passes on no control characters: a name in the text cannot command the terminal."""
 
   def __init__(self, stream):
     self.stream = stream

@@ -57,7 +57,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.data = ConfigDict()
   c.data.cohort = ""              # folder made by `mmcl prepare`
   c.data.mix = ()                 # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
-  c.data.allow_seen = False       # go on where people held out here had part in an earlier stage (init_from) or in c.data.mix
+  c.data.allow_seen = False       # continue though people held out here trained an earlier stage (init_from) or are in c.data.mix
   c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
   c.data.samples = 5000           # samples the model sees at a time; longer recordings: the mean over windows
   c.data.targets = ()             # phenotypes that objectives may learn from; (): all of the cohort
@@ -131,7 +131,7 @@ class Recipe(ConfigFileFlagParser):
 
 def from_flags(program: str, usage: str, argv: list[str], paths: dict[str, str],
                words: dict[str, str] = {}) -> tuple[ConfigDict, flags.FlagValues]:
-  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and the flags that must be there, paths and words (name -> help)."""
+  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name -> help)."""
   values, required = flags.FlagValues(), paths | words
   config_flags.DEFINE_config_file("config", None, "recipe, FILE.py[:ARGUMENT]; --config.x.y=V overrides",
                                   lock_config=True, flag_values=values, sys_argv=[program, *argv])
@@ -157,12 +157,13 @@ def from_flags(program: str, usage: str, argv: list[str], paths: dict[str, str],
 
 
 def read_paths(config: ConfigDict) -> None:
-  """Reads the paths that a config names; "" stands for none."""
+  """Passes the paths in a config through `local`; "" stands for none."""
   config.data.cohort = config.data.cohort and local(config.data.cohort)
   for module, workdir in config.init_from.items():
     config.init_from[module] = workdir and local(workdir)
   if isinstance(config.data.mix, tuple):  # of pairs, as whoever opens the cohorts sees to
-    config.data.mix = tuple((local(one[0]), *one[1:]) if isinstance(one, (tuple, list)) and one and isinstance(one[0], str) else one
+    has_path = lambda one: isinstance(one, (tuple, list)) and one and isinstance(one[0], str)
+    config.data.mix = tuple((local(one[0]), *one[1:]) if has_path(one) else one
                             for one in config.data.mix)
 
 
@@ -189,9 +190,10 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
 
 
 def longer(config: ConfigDict, workdir: str) -> str:
-  """How to train on beyond config.steps, which the learning rate goes by: within a run it cannot be changed exactly."""
+  """How to train beyond config.steps, which sets the learning rate's schedule and so cannot change within a run."""
   towers = [module for module in config.init_from
-            if (config.model.ecg.size if module == "ecg" else module.removeprefix("cmr_") in config.model.cmr or config.model.get(module))]
+            if (config.model.ecg.size if module == "ecg" else
+                module.removeprefix("cmr_") in config.model.cmr or config.model.get(module))]
   if not towers:  # of a recipe whose parts no later stage takes over
     return "to train longer: another --workdir with more --config.steps, from the start"
   flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)

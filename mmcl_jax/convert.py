@@ -44,7 +44,8 @@ def parse(argv):
   given = parser.add_argument_group("what an --input does not tell")
   given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
   given.add_argument("--samples", type=int, help="samples that it sees at a time, where its positions are fixed")
-  given.add_argument("--heads", type=int, help="attention heads of the encoder, where its width and depth are not published ones")
+  given.add_argument("--heads", type=int,
+                     help="attention heads of the encoder, where its width and depth are not published ones")
   given.add_argument("--decoder_heads", type=int, help="likewise of the MAE decoder")
   given.add_argument("--pool", help="mean, attention or cls, where it is not what the keys tell")
   given.add_argument("--view", help=f"what a CMR encoder looks at: {', '.join(schema.VIEWS)}")

@@ -60,7 +60,7 @@ def main(argv=None):
   encoder = load_encoder(args.workdir, args.step)
   probes = load_probes(args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation))
   size = -(-PART // args.batch) * args.batch
-  del run["--workdir"]  # the checksum of the checkpoint tells which run it is, wherever that lies
+  del run["--workdir"]  # the checkpoint's checksum identifies the run, wherever it lies
   run |= {"--step": encoder.step, "the checksum of the checkpoint": encoder.checkpoint,
           "the checksum of its probes": probes.checksum, "the number of recordings in a part": size}
   parts = [paths[start:start + size] for start in range(0, len(paths), size)]
@@ -112,8 +112,8 @@ def parse(argv):
 def find_recordings(inputs) -> list[str]:
   """The recordings that files, stems and folders name, in that order, each once; folders sorted.
 
-  A record's header and samples (`folder/*`) are one recording. What does not exist stays in, to be rejected by name, and so
-  does a folder without any ECG. What else folders hold is counted on a line.
+  A record's header and samples (`folder/*`) are one recording. Paths that do not exist and folders without an ECG stay in,
+  to be rejected by name. Other files in folders are counted in one line of output.
   """
   found, others = {}, Counter()
   for path in map(Path, inputs):
@@ -129,22 +129,22 @@ def find_recordings(inputs) -> list[str]:
 
 
 def evaluation(workdir, step, given: str | None) -> Path:
-  """The folder of the evaluation of a step: `given` (--evaluation), which must be of this checkpoint, or the workdir's own."""
+  """The folder with a step's evaluation: `given` (--evaluation), which must be of this checkpoint, or the workdir's own."""
   if not given:
     return Path(workdir) / "evaluation" / str(step)
   from mmcl_jax.training import restore
   try:
     of = json.loads((Path(given) / "results.json").read_bytes())["checkpoint"]
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the folder of "
-                    f"an evaluation of {workdir}") from None
+    raise UserError(f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the "
+                    f"folder of an evaluation of {workdir}") from None
   if of != restore.checksum(workdir, step):
     raise UserError(f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected one of the same")
   return Path(given)
 
 
 def load_probes(workdir, step, folder: Path) -> Probes:
-  """The phenotype probes of an evaluation; none, and a line that says so, where it has not run or its cohort has no phenotypes."""
+  """The phenotype probes in the `folder` of an evaluation; none, with a line that says so, if there are none."""
   path, again = folder / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
     if distributed.here.index == 0:

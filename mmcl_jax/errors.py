@@ -31,9 +31,9 @@ def is_environment(error: BaseException) -> bool:
 
 
 def printable(text) -> str:
-  """Text with a blank for what is no character to be seen: a terminal's escape sequences, marks of direction, halves of characters.
+  """Text with a blank for each unprintable character: terminal escapes, direction marks, lone surrogates; line ends stay.
 
-  Names come from tables, cohorts and workdirs that a stranger may have made. Line ends stay.
+  Names come from tables, cohorts and workdirs that a stranger may have made.
   """
   text = str(text)
   return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else " " for c in text)
@@ -55,7 +55,7 @@ def writing(out):
 
 
 def check_writable(folder) -> None:
-  """Raises a UserError where a folder cannot be written to, or not be made: before the work, not after it."""
+  """Raises a UserError if a folder cannot be written to or made: to be called before the work, not after it."""
   there = os.path.abspath(folder)
   while not os.path.lexists(there):
     there = os.path.dirname(there)

@@ -35,9 +35,10 @@ def main(argv):
   parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--cohort", type=local, help="another cohort than the one it was trained on")
-  parser.add_argument("--out", type=local, help="folder for the report, as where the workdir is not yours (default: W/evaluation/STEP)")
+  parser.add_argument("--out", type=local,
+                      help="folder for the report, for instance if you may not write to the workdir (default: W/evaluation/STEP)")
   parser.add_argument("--allow_seen", action="store_true",
-                      help="go on where people who had part in training are held out in the cohort; every report tells it")
+                      help="continue though people used in training are held out in the cohort; every report says so")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
   args = parser.parse_args(argv)
   if args.batch < 1:
@@ -50,7 +51,7 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
              out: str | None = None, allow_seen: bool = False) -> dict:
   """Evaluates a checkpoint and writes its report; returns what results.json holds.
 
-  What is needed at the end is looked at before the work: where the report goes, and what it reads beside the cohort.
+  What is needed at the end is checked before the work: where the report goes, and what it reads beside the cohort.
   Several hosts embed the recordings together and all get the same results; the first one prints and writes them, and
   counts the times that test was scored.
   """
@@ -59,7 +60,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   cohort = cohort_room.load(cohort_path) if cohort_path else own_cohort(workdir, step)
   distributed.agree({"--workdir": os.path.abspath(workdir), "the checkpoint": step, "--batch": batch,
                      "the fingerprint of the cohort": cohort.fingerprint, "the content of its files": cohort.content})
-  seen = people.held_out(cohort, people.of_run(workdir, step), f"had part in the training of {workdir}", allow_seen, "--allow_seen")
+  seen = people.held_out(cohort, people.of_run(workdir, step), f"had part in the training of {workdir}", allow_seen,
+                         "--allow_seen")
   run = restore.load_run(workdir, step)
   distributed.check_mesh(run.mesh)
   model = run.config.model
@@ -78,8 +80,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
                     "phenotypes and diseases on test: name another one with --cohort")
   if model.ecg.film and not run.scales.covariates:
-    raise UserError(f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not tell; start a "
-                    "stage from it with config.init_from.ecg, and evaluate that")
+    raise UserError(f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not tell; "
+                    "start a stage from it with config.init_from.ecg, and evaluate that")
   if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
     raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
@@ -189,24 +191,24 @@ def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
   """The cohort that a step was trained on, by its fingerprint: where the config has it, or where it lay in training."""
   manifest = checkpoint.manifest(workdir, step)
   if not manifest["cohort"]:
-    raise UserError(f"the weights of {workdir} come from elsewhere and have no cohort of their own; name the one to evaluate on "
-                    "with --cohort=DIR")
+    raise UserError(f"the weights of {workdir} come from elsewhere and have no cohort of their own; name the one to "
+                    "evaluate on with --cohort=DIR")
   places = list(filter(None, (configuration.load(workdir).data.cohort, manifest.get("cohort_path"))))
   found = [cohort_room.load(path) for path in places if (pathlib.Path(path) / "cohort.json").is_file()]
   for cohort in found:
     if cohort.fingerprint == manifest["cohort"]:
       return cohort
   if found:
-    raise UserError(f"{found[0].path} is no longer the cohort that step {step} was trained on; name the one to evaluate on with "
-                    "--cohort=DIR")
-  raise UserError(f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; name the folder in "
-                  "which it is now with --cohort=DIR")
+    raise UserError(f"{found[0].path} is no longer the cohort that step {step} was trained on; name the one to evaluate "
+                    "on with --cohort=DIR")
+  raise UserError(f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; name the "
+                  "folder in which it is now with --cohort=DIR")
 
 
 def place(root: pathlib.Path, run, cohort) -> pathlib.Path:
-  """ROOT/STEP on the run's own cohort, else ROOT/STEP-NAME; with a part of the fingerprint where another cohort has that.
+  """ROOT/STEP for the run's own cohort, else ROOT/STEP-NAME; if another cohort has that, a part of the fingerprint follows.
 
-  Weights from elsewhere have no cohort; the first one is theirs.
+  Weights from elsewhere have no cohort: the first that they are evaluated on counts as theirs.
   """
   name = f"{run.step}-{pathlib.Path(cohort.path).resolve().name}"
   own = [str(run.step)] if run.manifest["cohort"] in ("", cohort.fingerprint) else []
@@ -229,7 +231,7 @@ def data_card(cohort, features) -> dict:
 
 
 def prepared(cohort) -> dict:
-  """What `mmcl prepare` read, kept and rejected, {steps, rejected}: empty where quality.json is absent, or damaged, which is said."""
+  """{steps, rejected}: what `mmcl prepare` read, kept and rejected; empty if quality.json is absent, or damaged (said)."""
   file = pathlib.Path(cohort.path) / "quality.json"
   try:
     found = json.loads(file.read_bytes()) if file.exists() else {"steps": {}, "reasons": []}
@@ -237,15 +239,15 @@ def prepared(cohort) -> dict:
             "rejected": {str(reason["text"]): int(reason["records"]) for reason in found["reasons"]}}
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     if jax.process_index() == 0:
-      print(f"{file} cannot be read ({type(error).__name__}): the report will not tell what was read and rejected", flush=True)
+      print(f"{file} cannot be read ({type(error).__name__}): the report will not say what was read and rejected", flush=True)
     return {"steps": {}, "rejected": {}}
 
 
 def scored_before(workdir: pathlib.Path, cohort) -> int:
   """How often the test split of this cohort was scored from this workdir so far, by evaluation/scored.jsonl.
 
-  A test split that is looked at again and again, to choose by it, is a validation split. What stands in the way of counting
-  this time too is said.
+  A test split that is looked at again and again, to choose by it, is a validation split. If this time cannot be counted, a
+  line says so.
   """
   file, lines, times, damaged = workdir / "evaluation" / "scored.jsonl", [], 0, 0
   try:

@@ -1,7 +1,7 @@
-"""Files of the programs' own: written whole or not at all, never through a link; their locks; archives read within bounds.
+"""The programs' own files: written whole or not at all, never through a link; locks; archives read within bounds.
 
-A workdir or a cohort may come from a stranger, or lie where others write too: a link there, under a name that we write to,
-would have us write over any file of the user's.
+A workdir or a cohort may come from a stranger, or lie where others can write: a link there, in place of a file that is
+written, would lead to any other file of the user.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, ENOTS
 
 
 def opened(path, flags: int) -> int:
-  """The descriptor of a file to add to or to lock, made if absent; a UserError where the name is a link or no plain file."""
+  """The descriptor of a file to append to or to lock, made if absent; a UserError if it is a link or no plain file."""
   with contextlib.suppress(FileNotFoundError):
     about = os.lstat(path)
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
       what = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "no file of its own"
       raise UserError(f"{path} is {what}, and what is written to it would go elsewhere; expected a plain file: remove it")
-  return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # these two: should it change just now
+  # O_NOFOLLOW, O_NONBLOCK: should it become a link or a pipe just now.
+  return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def new(path, mode: str = "w", **options):
-  """A new file open for writing; what had the name before goes, a link too, and what that leads to stays."""
+  """A new file open for writing, in place of what had its name; of a link the target stays as it is."""
   with contextlib.suppress(FileNotFoundError):
     os.unlink(path)
   return open(path, mode.replace("w", "x"), **options)
@@ -65,8 +66,8 @@ def no_links(*folders) -> None:
 def locked(file: int, where: str) -> bool:
   """Takes the lock of an open file until it is closed; False where another process holds it.
 
-  On a file system without locks, which is said with `where`, it is as if nobody did. What a disk or network refuses else is
-  raised.
+  On a file system without locks a line names `where`, and it is as if nobody held it. Other errors of disk and network
+  are raised.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,9 +81,9 @@ def locked(file: int, where: str) -> bool:
 
 
 def arrays(path) -> dict[str, np.ndarray]:
-  """The arrays of an .npz by name; of a damaged one zlib's, zipfile's and NumPy's errors alike, ValueError for one too large.
+  """The arrays of an .npz by name. A damaged one raises errors of zlib, zipfile and NumPy alike, one too large ValueError.
 
-  A small file may unfold to any size; and pickles, which may run anything, are not read.
+  A small file may unfold to any size, and a pickle may run anything: none is read.
   """
   if not zipfile.is_zipfile(path):
     raise ValueError("it is no archive of arrays")

@@ -53,8 +53,8 @@ def main(argv):
   parser.add_argument("--step", type=int, help="checkpoint (default: the last, or the best of a run that stops early)")
   args = parser.parse_args(argv)
   if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
-    raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at least 1, 0 or a "
-                    "number above, and a whole number from 0 to 4294967295")
+    raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at least "
+                    "1, a number of at least 0, and a whole number from 0 to 4294967295")
   check_writable(args.out)
   paths = find_recordings(args.input)
   run = load_generator(args.workdir, args.step, args.guidance)

@@ -1,4 +1,4 @@
-"""`mmcl inspect`: what a cohort holds, one of its records as a picture, and whether its files are those that were written.
+"""`mmcl inspect`: what a cohort holds, one of its records as a picture, and whether its files are as they were written.
 
     mmcl inspect demo/cohort
     mmcl inspect demo/cohort --split=test --index=3 --out=heart.png
@@ -70,8 +70,10 @@ def parse(argv):
   parser.add_argument("--index", type=int, metavar="I", help="draw this record of the split, the first is 0")
   parser.add_argument("--split", default="train",
                       help=f"{', '.join(schema.SPLITS)}: where --index counts (default %(default)s)")
-  parser.add_argument("--check", action="store_true", help="read every file whole and compare it with its checksum in cohort.json")
-  parser.add_argument("--out", type=local, metavar="FILE.png", help="of the drawing (default COHORT-SPLIT-I.png, in this folder)")
+  parser.add_argument("--check", action="store_true",
+                      help="read every file whole and compare it with its checksum in cohort.json")
+  parser.add_argument("--out", type=local, metavar="FILE.png",
+                      help="of the drawing (default COHORT-SPLIT-I.png, in this folder)")
   args = parser.parse_args(argv)
   if args.split not in schema.SPLITS:
     raise UserError(f"--split={args.split}; expected one of {', '.join(schema.SPLITS)}")

@@ -84,7 +84,8 @@ def parse(argv):
                                    epilog="sources:\n" + "\n".join(f"  {name:16s}{what}" for name, (_, what) in SOURCES.items())
                                    + "\n  my_module:plan  a source of your own (docs/your_data.md)")
   parser.add_argument("source", metavar="SOURCE", help="one of the sources below")
-  parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH", help="raw files and folders")
+  parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH",
+                      help="raw files and folders")
   parser.add_argument("--tables", type=local, nargs="+", action="extend", default=[], metavar="FILE",
                       help="CSV, TSV or Parquet tables of phenotypes, covariates and outcomes")
   parser.add_argument("--segmentations", type=local, metavar="DIR",
@@ -94,7 +95,8 @@ def parse(argv):
                       help="which diagnoses count, by their date against the visit (default %(default)s)")
   parser.add_argument("--censored", metavar="YYYY-MM-DD", help="end of follow-up (default: the last diagnosis or death in the "
                       "tables)")
-  parser.add_argument("--codes", type=local, metavar="FILE", help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
+  parser.add_argument("--codes", type=local, metavar="FILE",
+                      help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
   parser.add_argument("--out", type=local, required=True, metavar="DIR", help="folder to make")
   parser.add_argument("--private", type=local, metavar="DIR",
                       help="folder of the salt and of the table from hashes to participants; stays with you. "

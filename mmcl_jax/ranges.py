@@ -1,7 +1,7 @@
-"""What every number of a config may be: one table, looked at before anything is opened or compiled.
+"""The range of every number of a config: one table, checked before anything is opened or compiled.
 
-Numbers that depend on one another, on a cohort or on the devices (a mask ratio that leaves no patch, a patch that does not divide)
-are checked where both are known.
+Numbers that depend on one another, on a cohort or on the devices (a mask ratio that leaves no patch, a patch that does
+not divide) are checked where both are known.
 """
 
 import re
@@ -14,11 +14,12 @@ from mmcl_jax import objectives
 from mmcl_jax.errors import UserError
 
 # Training computes in float32: what is below 1, above 0 or finite must still be so there.
-LARGEST, TINY, BELOW_1 = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny, np.nextafter(np.float32(1), 0)))
+LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+BELOW_1 = float(np.nextafter(np.float32(1), 0))
 
 
 class Range(NamedTuple):
-  """From `low` to `high`, both in it, or `also`."""
+  """From `low` to `high`, both included, or `also`."""
 
   words: str
   low: float
@@ -92,7 +93,7 @@ def check(config) -> None:
 
 
 def of(path: str, entries) -> Range | None:
-  """The range of what stands at `path` in a config; `entries` are its objectives. None: it has none."""
+  """The range of the number at `path` in a config; `entries` are its objectives. None: it has no range."""
   table = OF_CONFIG
   if (found := re.fullmatch(r"objectives\.(\w+)\.(\w+)", path)) and found[2] != "weight":
     table, path = OF_OBJECTIVES if entries[found[1]].get("fn") in objectives.BUILT_IN else (), found[2]
@@ -100,7 +101,7 @@ def of(path: str, entries) -> Range | None:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-  """(path, value) of every value of dicts and lists in one another."""
+  """(path, value) of every value in nested dicts and lists."""
   if isinstance(tree, dict):
     for name, x in tree.items():
       yield from leaves(x, f"{path}.{name}" if path else name)

@@ -29,7 +29,7 @@ ALLOW = "--config.data.allow_seen=True"
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 
 
-NOTHING, SAVE, STOP = 0, 1, 2  # what a host may ask all for; the most of several
+NOTHING, SAVE, STOP = 0, 1, 2  # what a host may ask of all; of several wishes the largest counts
 
 
 def main(argv):
@@ -136,7 +136,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     pending = None  # (step, metrics) on the device: fetched one step late, so that fetching never stalls it
 
     def flush_pending() -> int:
-      """Fetches the step before; stops where it left out too much. What did a host ask for by then?"""
+      """Fetches the step before, and stops if it left out too much; returns what a host has asked for by then."""
       nonlocal skipped
       if pending is None:
         return NOTHING
@@ -323,24 +323,25 @@ def check_splits(cohort, others, config):
     if (other.info["source"] == cohort.info["source"] and other.info.get("salt_tag") != cohort.info.get("salt_tag")
         and not config.data.allow_seen):
       raise UserError(f"{other.path} and {cohort.path} are both of {cohort.info['source']} and were prepared with different salts, so "
-                      f"people held out in one may train in the other unseen; prepare both with the same --private, or {ALLOW} to go on")
+                      "people held out in one may train in the other unseen; prepare both with the same --private, or "
+                      f"{ALLOW} to go on")
     tell_seen(cohort, people.of_cohort(other), f"are in the train split of {other.path}", config)
 
 
 def stages_of(config, workdir: str, start: int) -> dict[str, str]:
-  """{module: name of the run that it starts from, or at step `start` had started from}; UserError where that is another run."""
+  """{module: name of the run that it starts from, or, at step `start`, started from}; UserError if that is another run."""
   found = {module: checkpoint.run_name(stage) for module, stage in config.init_from.items() if stage}
   if not start:
     return found
   kept = checkpoint.manifest(workdir, start).get("stages", {})
   if other := [module for module, run in found.items() if run and run != kept.get(module, run)]:  # no run: it is gone by now
-    raise UserError(f"config.init_from.{other[0]} is {config.init_from[other[0]]}, and {workdir} started from another run; give that "
-                    "one, wherever it lies, or take another --workdir")
+    raise UserError(f"config.init_from.{other[0]} is {config.init_from[other[0]]}, and {workdir} started from another run; "
+                    "give that one, wherever it lies, or take another --workdir")
   return kept
 
 
 def people_of(cohort, others, config, workdir: str, start: int) -> people.People:
-  """Whom this run learns from, and whom the stages before it did; nobody of these may be held out in its cohort."""
+  """Whom this run and the stages before it learn from; none of them may be held out in its cohort."""
   before = [people.of_run(workdir, start)] if start else []
   for stage in dict.fromkeys(filter(None, () if start else config.init_from.values())):
     if (step := checkpoint.chosen(stage)) is not None:  # else initialise.carry_over has a word on it

@@ -1,11 +1,12 @@
 """A cohort on disk: ArrayRecord files that TFDS reads, one record a recording, and `cohort.json` that says what they hold.
 
     COHORT/cohort.json               written last: its presence means the cohort is whole
-    COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json, ArrayRecord shards), for any reader of TFDS
+    COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json, ArrayRecord shards)
     COHORT/subjects.npz              hashes of the subjects of each split
     COHORT/quality.{json,html}       what was read, what was rejected and why
 
-Opened here; mmcl_jax.data.builder makes it. TFDS itself never opens one: it imports whatever module features.json names.
+Opened here; mmcl_jax.data.builder makes it. TFDS can open it, but is not used for that: it imports whatever module
+features.json names.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ CHECKED = re.compile(rf"subjects\.npz|{SHARD.pattern}")  # what cohort.json has 
 LABELS = ("phenotypes", "diseases", "covariates")  # whose columns cohort.json names
 FEATURES = "tensorflow_datasets.core.features"
 DTYPES = {np.dtype(name).name for name in "?bBhHiIqQefd"}  # of the fields of a record
-ENDS = 2**17  # bytes at both ends of a file that are looked at whenever a cohort is opened; ArrayRecord's table of records is there
+ENDS = 2**17  # bytes at both ends of a file, compared at every opening; ArrayRecord's table of records is there
 
 
 class Cohort(NamedTuple):
   """An opened cohort: `info` is cohort.json; `splits[name]` is a random-access, picklable source of records.
 
-  `content` is a digest of the lengths and ends of the files that this host has found, whatever cohort.json says of them.
+  `content` is a digest of the lengths and ends of the files as this host finds them, whatever cohort.json says.
   """
 
   path: str
@@ -97,7 +98,8 @@ def load(path: str) -> Cohort:
   info = {"with_ecg": info["counts"], "with_cmr": info["counts"], **info}
   described = features(read_layout(folder, info))
   try:
-    splits = {split: Records(files, described, f"{split} in {path}") if files else [] for split, files in shards(folder, info).items()}
+    splits = {split: Records(files, described, f"{split} in {path}") if files else []
+              for split, files in shards(folder, info).items()}
   except Exception as error:  # ArrayRecord raises whatever the broken file leads to
     raise UserError(f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
                     "prepare the cohort again") from None
@@ -108,14 +110,17 @@ def load(path: str) -> Cohort:
 
 
 def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.FeaturesDict:
-  """TFDS features of a stored record, {field: (dtype, shape)}. `encoding="bytes"` is 10 to 20 times faster to write than none."""
+  """TFDS features of a stored record of the fields {name: (dtype, shape)}.
+
+  `encoding="bytes"` is 10 to 20 times faster to write than none.
+  """
   return tfds.features.FeaturesDict({
       name: tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes" if np.prod(shape) else "none")
       for name, (dtype, shape) in layout.items()})
 
 
 def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-  """Fields, types and shapes of the records, read from features.json; only tensors are known, and no class is looked up."""
+  """{field: (dtype, shape)} from features.json; a UserError for anything but tensors, and no class is looked up."""
   file = folder / next(iter(info["files"])).rpartition("/")[0] / "features.json"
   layout, wrong = {}, []
   try:
@@ -129,7 +134,7 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
       raise UserError(f"{file} is not readable ({type(error).__name__}); copy it again or prepare the cohort again") from None
   if wrong:
     raise UserError(f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not loaded; "
-                    "expected tensors: copy it again, and take no cohort from whom you do not trust")
+                    "expected tensors: copy it again, and use no cohort from a source that you do not trust")
   known = all(isinstance(dtype, str) and dtype in DTYPES for dtype, _ in layout.values())
   if not known or {name: shape for name, (_, shape) in layout.items()} != info["shapes"]:
     raise UserError(f"{file} and cohort.json list different fields; copy them again or prepare the cohort again")
@@ -145,7 +150,7 @@ def shards(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
-  """The digest of what is there (Cohort.content); a UserError where a file is not as long or its ends are not as was written."""
+  """The digest of what is there (Cohort.content); a UserError where a file's length or ends are not as written."""
   written = info.get("checksums", {})  # absent from older cohorts
 
   def of(name: str) -> str:
@@ -157,15 +162,15 @@ def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
     except OSError:
       found = None
     says = "" if size is None else f"; cohort.json says {size} bytes"
-    raise UserError(f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file again or prepare the "
-                    "cohort again")
+    raise UserError(f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file again or "
+                    "prepare the cohort again")
 
   names = sorted({*info["files"], *written})
-  with futures.ThreadPoolExecutor(16) as threads:  # of a network file system each takes a while
+  with futures.ThreadPoolExecutor(16) as threads:  # on a network file system each takes a while
     found = dict(zip(names, threads.map(of, names)))
   if wrong := [name for name in written if written[name][0] != found[name]]:
-    raise UserError(f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or end differs from what "
-                    "cohort.json says; copy it again or prepare the cohort again")
+    raise UserError(f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or end "
+                    "differs from what cohort.json says; copy it again or prepare the cohort again")
   return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -185,13 +190,13 @@ def whole(file: pathlib.Path) -> str:
 
 
 def check(cohort: Cohort) -> int:
-  """Reads every file whole and compares it with its checksum; how many there were. A UserError names the first that differs."""
+  """Compares every file, read whole, with its checksum; returns their number. A UserError names the first that differs."""
   if "checksums" not in cohort.info:
     raise UserError(f"{cohort.path}/cohort.json has no checksums, so an earlier version made it; prepare the cohort again")
   for name, (_, written) in cohort.info["checksums"].items():
     if whole(pathlib.Path(cohort.path, name)) != written:
-      raise UserError(f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum differs; copy it again "
-                      "or prepare the cohort again")
+      raise UserError(f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum differs; "
+                      "copy it again or prepare the cohort again")
   return len(cohort.info["checksums"])
 
 
@@ -206,7 +211,8 @@ def malformed(info: dict[str, Any]) -> list[str]:
   moments = lambda x: x is None or listed(number, 2)(x)
   known = lambda x: of(word, of(word, moments))(x) and {"phenotypes", "covariates"} <= set(x)
   form = {"fingerprint": word, "source": word, "ecg_profile": word, "phenotypes": of(word, word), "diseases": listed(word),
-          "covariates": named, "counts": counts, "shapes": of(word, listed(natural)), "files": lambda x: of(SHARD.fullmatch, natural)(x) and x}
+          "covariates": named, "counts": counts, "shapes": of(word, listed(natural)),
+          "files": lambda x: of(SHARD.fullmatch, natural)(x) and x}
   later = {"with_ecg": counts, "with_cmr": counts, "train_statistics": known, "salt_tag": word,
            "checksums": of(CHECKED.fullmatch, listed(word, 2))}  # absent from older cohorts
   wrong = [name for name, right in form.items() if name not in info or not right(info[name])]

@@ -24,8 +24,8 @@ from absl import flags
 from mmcl_jax.data import processes, schema
 from mmcl_jax.errors import DamagedRecord, UserError
 
-MORE_SHARED = ("enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in threads alone, "
-               "--config.loader.workers=0")
+MORE_SHARED = ("enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in "
+               "threads alone, --config.loader.workers=0")
 TRIED = 1000  # records of a split, before it is given up as unreadable
 SMALL = ("subject", "has_ecg", "has_cmr", "phenotypes", "diseases", "covariates")
 
@@ -210,22 +210,22 @@ def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[st
 
 
 def begin_reading(*_) -> None:
-  """What asks training to end shall not end its readers, who are needed until it has saved; grain ends them by an event."""
+  """Signals that stop training must not end its readers, which it needs until it has saved; grain ends them by an event."""
   for signum in processes.SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
   processes.end_with_parent()
 
 
 def check_shared_memory(workers: int, buffer: int, size: int) -> None:
-  """Raises a UserError where /dev/shm is too small for the batches of `size` bytes that reading processes hold ready."""
+  """Raises a UserError if /dev/shm is too small for the batches of `size` bytes that reading processes keep there."""
   try:
     found = os.statvfs("/dev/shm")
   except OSError:  # a system without
     return
   needed, free = workers * (buffer + 1) * size, found.f_bavail * found.f_frsize
   if needed > free:
-    raise UserError(f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} MiB do not fit "
-                    f"into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}")
+    raise UserError(f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} MiB "
+                    f"do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}")
 
 
 def arrays(example: dict) -> Iterator[np.ndarray]:
@@ -255,5 +255,5 @@ def read_by_processes(stream) -> Iterator[dict]:
   except RuntimeError as error:
     if "terminated unexpectedly" not in str(error):
       raise
-    raise UserError(f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or /dev/shm runs out; "
-                    f"{MORE_SHARED}; the same command goes on from the last checkpoint") from None
+    raise UserError(f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or /dev/shm "
+                    f"runs out; {MORE_SHARED}; the same command goes on from the last checkpoint") from None

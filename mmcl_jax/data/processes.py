@@ -1,4 +1,4 @@
-"""Processes that read for a program: a signal that asks the program to end is its alone to hear, and none outlives it."""
+"""Processes that read for a program: signals that ask it to end are left to it, and none of them outlives it."""
 
 import contextlib
 import multiprocessing
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, *ENDS)
 
 @contextlib.contextmanager
 def unheard():
-  """Processes that begin within never hear SIGNALS, but SIGTERM, by which pools end theirs; for this thread they wait."""
+  """Processes started within never get SIGNALS, except SIGTERM, by which pools end them; this thread gets them afterwards."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})  # which a process inherits
   try:
     yield
@@ -22,6 +22,6 @@ def unheard():
 
 
 def end_with_parent() -> None:
-  """The first call of a reading process: it waits on pipes that it also holds open, and would outlive a parent that was killed."""
+  """First call of a reading process, which waits on pipes that it also holds open and so would outlive a killed parent."""
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

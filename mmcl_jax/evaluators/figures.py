@@ -311,7 +311,7 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
 
 
 def plain(text) -> str:
-  """A user's text as matplotlib draws it letter by letter: $ begins no formula. At most LONGEST letters, or it fills the figure."""
+  """A user's text for matplotlib: $ begins no formula, and more than LONGEST letters, which fill the figure, are cut off."""
   text = one_line(text)
   return (text if len(text) <= LONGEST else f"{text[:LONGEST]}\u2026").replace("$", r"\$")
 

@@ -95,7 +95,8 @@ def trained(config, manifest):
   weight = lambda w: f"weight {w:g}" if isinstance(w, (int, float)) else "weight by a schedule"
   objectives = [f"{code(name)} ({one.fn}, {weight(one.get('weight', 1.0))})" for name, one in config.objectives.items()]
   towers = [f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})" for name, one in config.model.cmr.items()]
-  best = f", the best of them on validation by {code(config.stop_on)}" if (manifest.get("best") or {}).get("step") is not None else ""
+  chose = (manifest.get("best") or {}).get("step") is not None
+  best = f", the best of them on validation by {code(config.stop_on)}" if chose else ""
   stages = ", ".join(name for name, workdir in config.init_from.items() if workdir)
   return {"Training": f"{manifest['step']:,} of {config.steps:,} updates of {config.batch:,} recordings{best}, seed "
                       f"{config.seed}, from {f'weights of earlier runs ({stages})' if stages else 'random weights'}",
@@ -149,8 +150,8 @@ def evaluation_data(manifest, results):
             f"score. Test was scored {often} from the workdir of this run.")
   if results["cohort_fingerprint"] == manifest["cohort"]:
     return prose(f"Of the cohort it was trained on, {splits}")
-  return prose(f"Source: {source_of(results)}. Fingerprint of the cohort: {escaped(results['cohort_fingerprint'])}. Of it, {splits}"
-               ) + data_tables(results)
+  cohort = f"Fingerprint of the cohort: {escaped(results['cohort_fingerprint'])}"
+  return prose(f"Source: {source_of(results)}. {cohort}. Of it, {splits}") + data_tables(results)
 
 
 def training_data(manifest, results):
@@ -234,7 +235,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-  """A user's text as Markdown that is read letter by letter: no cell, tag, link, emphasis or formula begins in it."""
+  """A user's text as plain text in Markdown: no cell, tag, link, emphasis or formula begins in it."""
   return re.sub(r"[\\`*_|~$&#]|\](?=[\[(:])", r"\\\g<0>", one_line(text)).replace("<", "&lt;")
 
 

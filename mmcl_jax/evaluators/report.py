@@ -26,7 +26,8 @@ READOUTS = {"own_head": "own head", "knn": "k-NN", "mlp": "MLP", "cmr_neighbours
 TITLES = {  # of the figures
     "r2": "R2 of every phenotype, beside its baselines", "predicted_against_true": "Predicted against measured",
     "bland_altman": "Bland-Altman: difference against mean, with bias and 95 % limits of agreement",
-    "auroc": "AUROC of every disease", "roc_curves": "ROC curves", "calibration": "Calibration: share of cases against predicted probability",
+    "auroc": "AUROC of every disease", "roc_curves": "ROC curves",
+    "calibration": "Calibration: share of cases against predicted probability",
     "low_data": "Few labels: probes fitted on a part of the training subjects",
     "hearts": "Generated, not measured: hearts drawn from an ECG, beside the real one",
     "retrieval": "Retrieval: share answered within the first k", "training_curves": "Training curves",
@@ -72,8 +73,10 @@ def write(results: dict, predictions: dict, probe: dict, figures: dict, out_dir)
 
 
 def check_place(out_dir, what: str = "a report", mark: str = "results.json") -> Path:
-  """The whole path of a folder that is free, or holds an earlier one of `what`, known by its `mark`, and can be written; else
-  UserError."""
+  """The whole path of a folder that can be written and is free, or holds an earlier one of `what`, known by its `mark`.
+
+  Else UserError.
+  """
   out = Path(out_dir).resolve()
   if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
     raise UserError(f"{out} is there and is not {what} (it has no {mark}); name a new folder for it.")

@@ -98,7 +98,8 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   modulated = "fcs.0.weight" in keys
   if modulated:
     spec |= {"film": True, "film_after": True}
-    found.notes.append(f"its tokens are modulated by {last_axis(keys, 'fcs.0.weight')} covariates, standardised, in the file's order")
+    covariates = last_axis(keys, "fcs.0.weight")
+    found.notes.append(f"its tokens are modulated by {covariates} covariates, standardised, in the file's order")
 
   if "head.weight" in keys:
     out = len(keys["head.weight"])
@@ -135,7 +136,8 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
     published = "; ".join(f"{width} wide, {depth} blocks: {heads}" for (width, depth), heads in sorted(known.items()))
     raise UserError(
         f"the weights do not tell how many attention heads {depth} blocks of a width of {width} have, and no published "
-        f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in Python {flag}=")
+        f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in Python "
+        f"{flag}=")
   if heads < 1 or width % heads:
     raise UserError(f"{flag} is {heads}, which does not divide the width of {width}")
   return width, depth, heads

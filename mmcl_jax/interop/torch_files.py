@@ -19,8 +19,9 @@ from mmcl_jax.errors import BadRecord, UserError
 MAX_BYTES = 16 * 2**30         # of a file: 4 billion weights, or 1.3 billion with the moments of Adam
 MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file; a tensor takes about 100 bytes: 160,000 tensors
 MAX_AXES = 64                  # as NumPy's
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
-          "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
+          "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+          "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")  # where checkpoints keep their weights
 
 
@@ -58,27 +59,27 @@ def read_safetensors(file) -> Weights:
   Format: https://huggingface.co/docs/safetensors, 8 bytes with the length of a JSON header, the header, the values.
 
   Raises:
-    BadRecord: damaged, or a tensor of a type that NumPy has no like of.
+    BadRecord: damaged, or a tensor of a type without an equivalent in NumPy.
   """
   content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   start = 8 + int.from_bytes(content[:8], "little")
   if start > min(len(content), 8 + MAX_HEADER_BYTES):
-    raise BadRecord(f"no safetensors file, or a damaged one: a header of {start - 8:,} bytes, the file has {len(content):,}; at most "
-                    f"{MAX_HEADER_BYTES:,} are read")
+    raise BadRecord(f"no safetensors file, or a damaged one: a header of {start - 8:,} bytes, the file has "
+                    f"{len(content):,}; at most {MAX_HEADER_BYTES:,} are read")
   state, end = {}, start
   try:
     header = json.loads(content[8:start])
     metadata = header.pop("__metadata__", {})
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
       if (name := entry["dtype"]) not in DTYPES:
-        raise BadRecord(f"{key[:80]!r} is of the type {str(name)[:20]!r}, which has no like here; save it as float32")
+        raise BadRecord(f"{key[:80]!r} is of the type {str(name)[:20]!r}, which is not read; save it as float32")
       shape, dtype = entry["shape"], np.dtype(DTYPES[name])
       if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {key[:80]!r} is not in form")
       begin, count = end, math.prod(shape)
       end += count * dtype.itemsize
       if entry["data_offsets"] != [begin - start, end - start] or end > len(content):
-        raise ValueError(f"the place of {key[:80]!r} does not go with its shape, or is not in the file")
+        raise ValueError(f"the place of {key[:80]!r} does not match its shape, or is outside the file")
       state[key] = np.frombuffer(content, dtype, count, begin).reshape(shape)
   except BadRecord:
     raise

@@ -14,12 +14,15 @@ from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint
 
-SYNTHETIC = "synthetic"  # one salt for all hearts that nobody has
+SYNTHETIC = "synthetic"  # in place of a salt: these hearts are nobody's
 
 
 class People(NamedTuple):
-  """train: salt -> hashes of those whose records gave gradients; val: of those by whom training chose its best step
-  (config.stop_after); unknown: weights and runs that do not say whom they learned from. Hashes are uint64 [N], sorted."""
+  """Hashes are uint64 [N], sorted.
+
+  train: salt -> hashes of those whose records gave gradients; val: of those by whom training chose its best step
+  (config.stop_after); unknown: weights and runs that do not say whom they learned from.
+  """
 
   train: dict[str, np.ndarray]
   val: dict[str, np.ndarray]
@@ -76,9 +79,9 @@ def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) ->
   Of the test split, all of `people` count; of val, by which something is chosen anew, those of train do.
 
   Args:
-    part: what they have in common with `people`, such as "had part in the training of W".
-    allowed: goes on where there are some, which is to be told wherever scores are.
-    to_go_on: the flag that says so.
+    part: what `people` did, such as "had part in the training of W".
+    allowed: whether to go on if there are some, which must then be said wherever scores are.
+    to_go_on: the flag that allows it.
 
   Returns:
     test, val: counts; note: a sentence on the two, and on what cannot be told; "" where nobody is among them.
@@ -94,8 +97,8 @@ def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) ->
     if counts[split]:
       parts.append(f"{counts[split]} of {len(mine[split])} {split} people")
   if parts and not allowed:
-    raise UserError(f"{' and '.join(parts)} of {cohort.path} {part}, so scores on them would be too good; take cohorts that were "
-                    f"prepared with the same --private and --split, or {to_go_on} to go on and have it told")
+    raise UserError(f"{' and '.join(parts)} of {cohort.path} {part}, so scores on them would be too good; use cohorts "
+                    f"prepared with the same --private and --split, or {to_go_on} to go on, which every report will say")
   note = ""
   if parts:
     note = f"{' and '.join(parts)} of the cohort had part in training: scores on them are too good, and intervals too narrow. "

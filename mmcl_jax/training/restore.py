@@ -70,7 +70,7 @@ def load_run(workdir: str, step: int | None = None) -> Run:
 
 
 def checksum(workdir: str, step: int) -> str:
-  """Of a checkpoint: 16 hexadecimal digits of that of its manifest, which holds those of its files."""
+  """A checkpoint's: the first 16 hexadecimal digits of that of its manifest, which holds those of its files."""
   return checkpoint.checksum(checkpoint.step_folder(workdir, step) / "meta" / "manifest.json")[:16]
 
 
@@ -112,7 +112,8 @@ def load_encoder(workdir: str, step: int | None = None) -> Encoder:
   embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
   # On one device of this host: every host embeds recordings of its own, at its own pace.
   variables = jax.device_put(jax.device_get(run.state.variables), jax.local_devices()[0])
-  return Encoder(run.config, run.step, checksum(workdir, run.step), lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"]))
+  embed = lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"])
+  return Encoder(run.config, run.step, checksum(workdir, run.step), embed)
 
 
 def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str) -> None:

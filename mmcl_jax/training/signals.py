@@ -1,7 +1,7 @@
 """Signals that ask a program to end: Ctrl-C, and those of schedulers and of a terminal that is closed (processes.ENDS).
 
-They end a program as Ctrl-C does, which cleans up; training saves first (`stops`). Python hears a signal only between two
-of its own instructions, so that one which comes while XLA compiles is not heard for minutes: `watched` answers it.
+They end a program as Ctrl-C does, cleaning up; training saves first (`stops`). Python handles a signal only between two
+of its own instructions, so one that comes while XLA compiles may wait for minutes: `watched` answers it.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import time
 from mmcl_jax.data.processes import ENDS, SIGNALS
 from mmcl_jax.training import distributed
 
-BUSY_S = 1.0  # a signal that is not heard for so long has come amid a computation
+BUSY_S = 1.0  # a signal that Python has not handled for so long came during a computation
 
 heard = -float("inf")  # when Python heard the last one, time.monotonic()
 
 
 @contextlib.contextmanager
 def handled(handler):
-  """Within, `handler(signum, frame)` hears all of them but those that were ignored when the program began (nohup)."""
+  """Within, `handler(signum, frame)` gets all of SIGNALS but those that were ignored when the program began (nohup)."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -68,9 +68,9 @@ def end_at_once():
 
 @contextlib.contextmanager
 def stops():
-  """For training: within, a signal ends nothing, but a second Ctrl-C; yields a function that tells whether one has come.
+  """For training: within, only a second Ctrl-C ends anything; yields a function that tells whether a signal has come.
 
-  So does output that cannot be written (a terminal that is closed, `| head`): the run shall save, not fail.
+  Output that cannot be written (a closed terminal, `| head`) counts as one: the run shall save, not fail.
   """
   came = threading.Event()
 
@@ -90,7 +90,7 @@ def stops():
 
 
 class Output:
-  """A standard stream that outlives its reader: from the first failure on all goes nowhere, and `lost` is called."""
+  """A standard stream that outlives its reader: at the first failure `lost` is called, and all further text goes nowhere."""
 
   def __init__(self, stream, lost):
     self.stream, self.lost = stream, lost
@@ -114,7 +114,7 @@ class Output:
 
 @contextlib.contextmanager
 def watched():
-  """Within, a signal that Python cannot hear for BUSY_S is answered, and a second Ctrl-C then ends the program at once."""
+  """Within, a signal that Python cannot handle for BUSY_S is answered, and a second Ctrl-C then ends the program at once."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return

@@ -2,8 +2,8 @@
 
 A profile takes float [12, 5000] in mV at 500 Hz and gives 10 s without unit at its own rate: [12, 2500] at 250 Hz for
 CardioNets', [12, 5000] for the others. `mmcl`, `dual_phase` and `cardionets` are the published ones, for weights that
-were trained on them; `minimal` and the mirrored ones are this project's. All filters run forwards and backwards, so no wave moves in time, and no
-profile turns finite input into NaN.
+were trained on them; `minimal` and the mirrored ones are this project's. All filters run forwards and backwards, so no
+wave moves in time, and no profile turns finite input into NaN.
 """
 
 from collections.abc import Callable

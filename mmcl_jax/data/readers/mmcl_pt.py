@@ -25,7 +25,7 @@ from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.errors import BadRecord
 
 MAX_PICKLE_BYTES = 64 * 2**20
-MAX_STEPS = 8_000_000          # opcodes of a pickle; a tensor takes about 40: 200,000 tensors. They take some 10 s and 700 MB at most
+MAX_STEPS = 8_000_000          # opcodes of a pickle, some 10 s and 700 MB; a tensor takes about 40: 200,000 tensors
 MAX_COPIED = 64                # entries of a list that a call copies: a pickle may ask for copies of one again and again
 MAX_MEMBERS = 300_000
 MAX_DIRECTORY_BYTES = 100 * MAX_MEMBERS  # of the zip; read before members can be counted

@@ -32,7 +32,8 @@ MAX_VISIT = 65_535  # what a record holds
 UNREAD = "cannot be parsed"
 COVARIATE = {"sex": 0, "gender": 0, "age": 1, "height": 2, "weight": 3}  # column of a table -> place in schema.COVARIATES
 EXPECTED = {"sex": "0 for male, 1 for female", "gender": "M or F", "age": "years, such as 56", "height": "cm, such as 170",
-            "weight": "kg, such as 70.5", "scp_codes": "a dict such as {'NORM': 100.0}", "all_diag_hosp": "a list such as ['I4891']"}
+            "weight": "kg, such as 70.5", "scp_codes": "a dict such as {'NORM': 100.0}",
+            "all_diag_hosp": "a list such as ['I4891']"}
 KNOWN_TABLES = {"ptbxl_database.csv", "record_list.csv"}  # files that the databases come with
 
 
@@ -201,7 +202,10 @@ def _rows(path, codes):
       found = row(cells, codes)
       for name in filter(cells.get, kept):  # what stands there
         covariate = COVARIATE.get(name)
-        understood = not any(UNREAD in flag for flag in found.flags) if covariate is None else np.isfinite(found.covariates[covariate])
+        if covariate is None:
+          understood = not any(UNREAD in flag for flag in found.flags)
+        else:
+          understood = np.isfinite(found.covariates[covariate])
         kept[name].add(understood, not understood, [cells[name]])
       yield found
   columns.check_kept(f"--tables {path}", {f"the column {name!r}": one for name, one in kept.items()})
