@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import types
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from mmcl_jax.data import schema, ukb_fields as ukb, units
+from mmcl_jax.data.preprocess import cmr as preprocess_cmr
 from mmcl_jax.data.readers import columns, tables
 from mmcl_jax.data.sources import ukb as source
 from mmcl_jax.errors import UserError
@@ -764,3 +766,21 @@ def test_lists_that_would_withdraw_others_are_refused_and_not_quoted(tmp_path, t
   with pytest.raises(UserError, match=match) as caught:
     tables.withdrawn(tmp_path / "w.csv")
   assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.reported("tables of another visit than the files' gave a cohort without a label, with exit status 0")
+@pytest.mark.parametrize("columns_given, known", [
+    ({"phenotype:LVEDV:ml": ["150", "160"]}, "0"), ({"visit": ["0", "1"], "age": ["60", "61"]}, "0, 1"),
+    ({"visit": ["2", "2"], "disease:AF": ["", ""]}, "none"), ({"visit": ["2", "2"], "age": ["60", "61"]}, None),
+    ({"sex": ["1", "0"]}, None)])
+def test_tables_without_a_value_for_any_visit_stop(tmp_path, columns_given, known):
+  for name in "AB":
+    (tmp_path / f"{name}_20205_2_0.xml").touch()
+  file = write(tmp_path / "x.csv", {"participant": ["A", "B"], **columns_given})
+  options = types.SimpleNamespace(input=[str(tmp_path)], tables=[str(file)], segmentations=None, withdrawn=None, diseases="any",
+                                  codes=None, censored=None, shape=preprocess_cmr.Shape())
+  if known is None:
+    assert len(source.plan(options, lambda name: schema.subject_hash(name, b"salt")).items) == 2
+    return
+  with pytest.raises(UserError, match=f"no value for any visit under --input, such as visit 2; the visits with values are: {known}"):
+    source.plan(options, lambda name: schema.subject_hash(name, b"salt"))

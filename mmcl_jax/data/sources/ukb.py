@@ -95,6 +95,11 @@ def plan(options, identify, folders: bool = False) -> Plan:
       items.append(item._replace(key=Visit(*found, segmented[0] if segmented else None, values, remarks, labels)))
   items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))
 
+  in_tables = sum((item.private[0], item.visit) in table.rows for item in items) if table else 0
+  if items and not in_tables and table and (table.rows or table.phenotypes or table.given):
+    known = ", ".join(map(str, sorted({visit for _, visit in table.rows}))) or "none"
+    raise UserError(f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit {items[0].visit}; "
+                    f"the visits with values are: {known}. Tables of your own give them in a column visit")
   measured = not (table and table.phenotypes)
   info = {"source": "UK Biobank", "phenotypes": schema.PHENOTYPES if measured else table.phenotypes,
           "phenotypes_from": "segmentation" if measured else "tables", "diseases": list(codes),
@@ -106,7 +111,7 @@ def plan(options, identify, folders: bool = False) -> Plan:
   if others:
     steps[f"files of other names, passed over: {readers.listing(others)}"] = others.total()
   if table:
-    steps |= {"visits in the tables": sum((i.private[0], i.visit) in table.rows for i in items)}
+    steps |= {"visits in the tables": in_tables}
     steps |= {f"in the tables: {what}": count for what, count in table.problems.items()}
   return Plan(items, functools.partial(read, options.shape, list(info["phenotypes"])), info, steps, rejected)
 
