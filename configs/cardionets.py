@@ -29,7 +29,7 @@ SIZES = {
              256, 11_600, 1e-3),  # 100 epochs x 29,700 / 256
 }
 STAGES = ("cmr", "ecg", "align")
-ENCODERS = ("vit", "st_mem")  # of align: what stage=ecg trains, or ST-MEM's, whose published weights `mmcl convert` reads
+ENCODERS = ("vit", "st_mem")  # of align: that of stage=ecg, or ST-MEM's, whose published weights `mmcl convert` reads
 
 
 def get_config(arg=None):

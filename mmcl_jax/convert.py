@@ -20,7 +20,8 @@ from mmcl_jax.errors import UserError, writing
 from mmcl_jax.paths import local
 
 FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")  # options of torch_weights.load
-PROFILES = {"tiny": "mmcl", "medium": "dual_phase", "st_mem": "cardionets"}  # ECG encoder -> how its authors normalised ECGs
+# ECG encoder -> how its authors normalised ECGs
+PROFILES = {"tiny": "mmcl", "medium": "dual_phase", "st_mem": "cardionets"}
 
 
 def main(argv=None):

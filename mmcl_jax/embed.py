@@ -139,7 +139,7 @@ def evaluation(workdir, step, given: str | None) -> Path:
     raise UserError(f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the "
                     f"folder of an evaluation of {workdir}") from None
   if of != restore.checksum(workdir, step):
-    raise UserError(f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected one of the same")
+    raise UserError(f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected the same")
   return Path(given)
 
 

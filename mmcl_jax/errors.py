@@ -31,7 +31,7 @@ def is_environment(error: BaseException) -> bool:
 
 
 def printable(text) -> str:
-  """Text with a blank for each unprintable character: terminal escapes, direction marks, lone surrogates; line ends stay.
+  """Text with a blank for each unprintable character (terminal escapes, direction marks, surrogates) but line ends.
 
   Names come from tables, cohorts and workdirs that a stranger may have made.
   """

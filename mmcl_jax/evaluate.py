@@ -36,7 +36,7 @@ def main(argv):
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--cohort", type=local, help="another cohort than the one it was trained on")
   parser.add_argument("--out", type=local,
-                      help="folder for the report, for instance if you may not write to the workdir (default: W/evaluation/STEP)")
+                      help="folder for the report, as when you may not write to the workdir (default: W/evaluation/STEP)")
   parser.add_argument("--allow_seen", action="store_true",
                       help="continue though people used in training are held out in the cohort; every report says so")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
@@ -80,8 +80,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
     raise UserError(f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
                     "phenotypes and diseases on test: name another one with --cohort")
   if model.ecg.film and not run.scales.covariates:
-    raise UserError(f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not tell; "
-                    "start a stage from it with config.init_from.ecg, and evaluate that")
+    raise UserError(f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not "
+                    "tell; start a stage from it with config.init_from.ecg, and evaluate that")
   if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
     raise UserError(f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
                     f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones")
@@ -93,7 +93,8 @@ def evaluate(workdir: str, step: int | None = None, cohort_path: str | None = No
   out = pathlib.Path(out) if out else place(pathlib.Path(workdir) / "evaluation", run, cohort)
   if first_process:
     report.check_place(out)
-    earlier, curves = scored_before(pathlib.Path(workdir), cohort), metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+    earlier = scored_before(pathlib.Path(workdir), cohort)
+    curves = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
   read = prepared(cohort)
   if first_process and seen["note"]:
     print(seen["note"], flush=True)
@@ -199,14 +200,14 @@ def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
     if cohort.fingerprint == manifest["cohort"]:
       return cohort
   if found:
-    raise UserError(f"{found[0].path} is no longer the cohort that step {step} was trained on; name the one to evaluate "
-                    "on with --cohort=DIR")
-  raise UserError(f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; name the "
-                  "folder in which it is now with --cohort=DIR")
+    raise UserError(f"{found[0].path} is no longer the cohort that step {step} was trained on; name the one to "
+                    "evaluate on with --cohort=DIR")
+  raise UserError(f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; name "
+                  "the folder in which it is now with --cohort=DIR")
 
 
 def place(root: pathlib.Path, run, cohort) -> pathlib.Path:
-  """ROOT/STEP for the run's own cohort, else ROOT/STEP-NAME; if another cohort has that, a part of the fingerprint follows.
+  """ROOT/STEP for the run's own cohort, else ROOT/STEP-NAME; part of the fingerprint follows if another cohort has that.
 
   Weights from elsewhere have no cohort: the first that they are evaluated on counts as theirs.
   """
@@ -231,7 +232,7 @@ def data_card(cohort, features) -> dict:
 
 
 def prepared(cohort) -> dict:
-  """{steps, rejected}: what `mmcl prepare` read, kept and rejected; empty if quality.json is absent, or damaged (said)."""
+  """{steps, rejected} of `mmcl prepare`; empty where quality.json is absent, or damaged, which a line then says."""
   file = pathlib.Path(cohort.path) / "quality.json"
   try:
     found = json.loads(file.read_bytes()) if file.exists() else {"steps": {}, "reasons": []}
@@ -239,7 +240,8 @@ def prepared(cohort) -> dict:
             "rejected": {str(reason["text"]): int(reason["records"]) for reason in found["reasons"]}}
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     if jax.process_index() == 0:
-      print(f"{file} cannot be read ({type(error).__name__}): the report will not say what was read and rejected", flush=True)
+      print(f"{file} cannot be read ({type(error).__name__}): the report will not say what was read "
+            "and rejected", flush=True)
     return {"steps": {}, "rejected": {}}
 
 

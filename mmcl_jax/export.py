@@ -49,7 +49,8 @@ def main(argv):
   folder = evaluation(args.workdir, run.step, args.evaluation)
   probes, results = load_probes(args.workdir, run.step, folder), load_results(args.workdir, folder)
   if (probes.checksum is None) != (results is None):
-    raise UserError(f"{folder} has only one of probes.npz and results.json; mmcl evaluate --workdir={args.workdir} makes both")
+    raise UserError(f"{folder} has only one of probes.npz and results.json; mmcl evaluate --workdir={args.workdir} "
+                    "makes both")
   try:
     card = model_card.model_card(run.config, run.manifest, results)
   except (KeyError, TypeError, ValueError, AttributeError) as error:

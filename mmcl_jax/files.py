@@ -18,7 +18,8 @@ from mmcl_jax.errors import UserError
 
 ENOTSUPP = 524  # the kernel's own, which autofs and NFS let through; errno has no name for it
 MOST_BYTES = 2**30  # of the arrays of an archive: predictions of a million people for a hundred phenotypes take 0.8 GB
-UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, ENOTSUPP}  # what file systems without locks say
+# What file systems without locks say.
+UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, ENOTSUPP}
 
 
 def opened(path, flags: int) -> int:
@@ -27,7 +28,8 @@ def opened(path, flags: int) -> int:
     about = os.lstat(path)
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
       what = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "no file of its own"
-      raise UserError(f"{path} is {what}, and what is written to it would go elsewhere; expected a plain file: remove it")
+      raise UserError(f"{path} is {what}, and what is written to it would go elsewhere; expected a plain file: "
+                      "remove it")
   # O_NOFOLLOW, O_NONBLOCK: should it become a link or a pipe just now.
   return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
@@ -59,8 +61,8 @@ def no_links(*folders) -> None:
     for parent, inner, names in os.walk(folder):
       found += [os.path.join(parent, name) for name in (*inner, *names)]
     if link := next(filter(os.path.islink, found), None):
-      raise UserError(f"{link} is a symbolic link, and what is written there would go elsewhere; expected a file or folder of "
-                      "its own: put what it leads to in its place, or remove it")
+      raise UserError(f"{link} is a symbolic link, and what is written there would go elsewhere; expected a file or "
+                      "folder of its own: put what it leads to in its place, or remove it")
 
 
 def locked(file: int, where: str) -> bool:
@@ -81,9 +83,10 @@ def locked(file: int, where: str) -> bool:
 
 
 def arrays(path) -> dict[str, np.ndarray]:
-  """The arrays of an .npz by name. A damaged one raises errors of zlib, zipfile and NumPy alike, one too large ValueError.
+  """The arrays of an .npz by name.
 
-  A small file may unfold to any size, and a pickle may run anything: none is read.
+  A damaged one raises errors of zlib, zipfile and NumPy alike, one too large ValueError. A small file may unfold to any
+  size, and a pickle may run anything: none is read.
   """
   if not zipfile.is_zipfile(path):
     raise ValueError("it is no archive of arrays")

@@ -53,13 +53,13 @@ def main(argv):
   parser.add_argument("--step", type=int, help="checkpoint (default: the last, or the best of a run that stops early)")
   args = parser.parse_args(argv)
   if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
-    raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at least "
-                    "1, a number of at least 0, and a whole number from 0 to 4294967295")
+    raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at "
+                    "least 1, a number of at least 0, and a whole number from 0 to 4294967295")
   check_writable(args.out)
   paths = find_recordings(args.input)
   run = load_generator(args.workdir, args.step, args.guidance)
-  about = {"mark": MARK, "checkpoint": restore.checksum(args.workdir, run.step), "step": run.step, "samples": args.samples,
-           "guidance": args.guidance, "seed": args.seed}
+  about = {"mark": MARK, "checkpoint": restore.checksum(args.workdir, run.step), "step": run.step,
+           "samples": args.samples, "guidance": args.guidance, "seed": args.seed}
   out = pathlib.Path(args.out)
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def load_generator(workdir: str, step: int | None, guidance: float) -> restore.R
 
 
 def named(paths: list[str]) -> dict[str, str]:
-  """{name of its folder: path}: the file's name without the suffix of its format, with a number where several have it."""
+  """{name of its folder: path}: the file's name without its format's suffix, with a number where several have it."""
   found = {}
   for path in paths:
     stem = re.sub(r"[^\w.-]", "_", readers.stem(path)).lstrip(".") or "ecg"

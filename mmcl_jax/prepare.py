@@ -90,7 +90,8 @@ def parse(argv):
                       help="CSV, TSV or Parquet tables of phenotypes, covariates and outcomes")
   parser.add_argument("--segmentations", type=local, metavar="DIR",
                       help="ukb: folders {id}_{visit} with ukbb_cardiac's seg_sa.nii.gz")
-  parser.add_argument("--withdrawn", type=local, metavar="FILE", help="ids of participants who have withdrawn, one a line")
+  parser.add_argument("--withdrawn", type=local, metavar="FILE",
+                      help="ids of participants who have withdrawn, one a line")
   parser.add_argument("--diseases", default="any", choices=("any", "prevalent", "incident"),
                       help="which diagnoses count, by their date against the visit (default %(default)s)")
   parser.add_argument("--censored", metavar="YYYY-MM-DD", help="end of follow-up (default: the last diagnosis or death in the "

@@ -3,9 +3,9 @@
     mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
 
 Running the same command again goes on from the last checkpoint, and ends in the same state bit for bit as if it had
-never stopped (same devices; to float tolerance on others). SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any host, or Ctrl-C, saves a
-checkpoint on all and exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once. On several
-hosts, see training/distributed.py and docs/multi_host.md.
+never stopped (same devices; to float tolerance on others). SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any host, or Ctrl-C,
+saves a checkpoint on all and exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once. On
+several hosts, see training/distributed.py and docs/multi_host.md.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import (checkpoint, distributed, faults, frozen, initialise, lock, metrics, parallel, people, restore,
-                               signals, state as state_room, steps as step_room, stopping)
+from mmcl_jax.training import (checkpoint, distributed, faults, frozen, initialise, lock, metrics, parallel, people,
+                               restore, signals, state as state_room, steps as step_room, stopping)
 
 ALLOW = "--config.data.allow_seen=True"
 USAGE = "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
@@ -122,7 +122,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     step_and_metrics = step_room.make_train_step(model, objectives, tx, config, scales)
 
     def step_on_hosts(state, batch):
-      """`asked` goes with the batch and comes back with the metrics: all hosts learn at the same step what one asks for."""
+      """`asked` goes with the batch and comes back with the metrics: all hosts learn of a wish at the same step."""
       asked = batch.pop("asked").max()
       state, values = step_and_metrics(state, batch)
       return state, values | {"asked": asked}
@@ -329,14 +329,15 @@ def check_splits(cohort, others, config):
 
 
 def stages_of(config, workdir: str, start: int) -> dict[str, str]:
-  """{module: name of the run that it starts from, or, at step `start`, started from}; UserError if that is another run."""
+  """{module: name of the run that it starts from, or, at step `start`, started from}; UserError if that changed."""
   found = {module: checkpoint.run_name(stage) for module, stage in config.init_from.items() if stage}
   if not start:
     return found
   kept = checkpoint.manifest(workdir, start).get("stages", {})
-  if other := [module for module, run in found.items() if run and run != kept.get(module, run)]:  # no run: it is gone by now
-    raise UserError(f"config.init_from.{other[0]} is {config.init_from[other[0]]}, and {workdir} started from another run; "
-                    "give that one, wherever it lies, or take another --workdir")
+  # No run: it is gone by now.
+  if other := [module for module, run in found.items() if run and run != kept.get(module, run)]:
+    raise UserError(f"config.init_from.{other[0]} is {config.init_from[other[0]]}, and {workdir} started from another "
+                    "run; give that one, wherever it lies, or take another --workdir")
   return kept
 
 

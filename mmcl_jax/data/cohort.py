@@ -131,10 +131,11 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
       layout[name] = entry["tensor"]["dtype"], [int(n) for n in entry["tensor"]["shape"].get("dimensions", [])]
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     if not wrong:
-      raise UserError(f"{file} is not readable ({type(error).__name__}); copy it again or prepare the cohort again") from None
+      raise UserError(f"{file} is not readable ({type(error).__name__}); copy it again or prepare the cohort "
+                      "again") from None
   if wrong:
-    raise UserError(f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not loaded; "
-                    "expected tensors: copy it again, and use no cohort from a source that you do not trust")
+    raise UserError(f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not "
+                    "loaded; expected tensors: copy it again, and use no cohort from a source that you do not trust")
   known = all(isinstance(dtype, str) and dtype in DTYPES for dtype, _ in layout.values())
   if not known or {name: shape for name, (_, shape) in layout.items()} != info["shapes"]:
     raise UserError(f"{file} and cohort.json list different fields; copy them again or prepare the cohort again")
@@ -190,9 +191,10 @@ def whole(file: pathlib.Path) -> str:
 
 
 def check(cohort: Cohort) -> int:
-  """Compares every file, read whole, with its checksum; returns their number. A UserError names the first that differs."""
+  """Compares every file with its checksum and returns their number; a UserError names the first that differs."""
   if "checksums" not in cohort.info:
-    raise UserError(f"{cohort.path}/cohort.json has no checksums, so an earlier version made it; prepare the cohort again")
+    raise UserError(f"{cohort.path}/cohort.json has no checksums, so an earlier version made it; prepare the cohort "
+                    "again")
   for name, (_, written) in cohort.info["checksums"].items():
     if whole(pathlib.Path(cohort.path, name)) != written:
       raise UserError(f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum differs; "

@@ -210,7 +210,7 @@ def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[st
 
 
 def begin_reading(*_) -> None:
-  """Signals that stop training must not end its readers, which it needs until it has saved; grain ends them by an event."""
+  """Signals that stop training must not end its readers: it needs them until it has saved; grain ends them by an event."""
   for signum in processes.SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
   processes.end_with_parent()
@@ -224,8 +224,8 @@ def check_shared_memory(workers: int, buffer: int, size: int) -> None:
     return
   needed, free = workers * (buffer + 1) * size, found.f_bavail * found.f_frsize
   if needed > free:
-    raise UserError(f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} MiB "
-                    f"do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}")
+    raise UserError(f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} "
+                    f"MiB do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}")
 
 
 def arrays(example: dict) -> Iterator[np.ndarray]:
@@ -245,8 +245,8 @@ def iterate(batches: grain.MapDataset, threads: int, buffer: int, workers: int) 
     return iter(stream)
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags, which our programs do not use
-  return read_by_processes(stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
-                                              worker_init_fn=begin_reading))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+  return read_by_processes(stream.mp_prefetch(options, worker_init_fn=begin_reading))
 
 
 def read_by_processes(stream) -> Iterator[dict]:
@@ -255,5 +255,5 @@ def read_by_processes(stream) -> Iterator[dict]:
   except RuntimeError as error:
     if "terminated unexpectedly" not in str(error):
       raise
-    raise UserError(f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or /dev/shm "
-                    f"runs out; {MORE_SHARED}; the same command goes on from the last checkpoint") from None
+    raise UserError(f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or "
+                    f"/dev/shm runs out; {MORE_SHARED}; the same command goes on from the last checkpoint") from None

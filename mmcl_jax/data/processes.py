@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, *ENDS)
 
 @contextlib.contextmanager
 def unheard():
-  """Processes started within never get SIGNALS, except SIGTERM, by which pools end them; this thread gets them afterwards."""
+  """Processes started within never get SIGNALS but SIGTERM, by which pools end them; this thread gets them afterwards."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})  # which a process inherits
   try:
     yield
@@ -22,6 +22,6 @@ def unheard():
 
 
 def end_with_parent() -> None:
-  """First call of a reading process, which waits on pipes that it also holds open and so would outlive a killed parent."""
+  """First call of a reading process: it waits on pipes that it also holds open, and would outlive a killed parent."""
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

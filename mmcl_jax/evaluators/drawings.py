@@ -170,7 +170,8 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
     planes = np.unique(np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int))
     near, size = tower["cosine"], np.abs(tower["gradients"])
     full = np.percentile(size, 99.5) or 1.0
-    words = (f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}", f"{plain(name)}: integrated\ngradients, size")
+    words = (f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}",
+             f"{plain(name)}: integrated\ngradients, size")
     for i, text in enumerate(words):
       figure.text(2 / WIDTH, 1 - (HEAD + (2 * row + i + 0.5) * side) / height, text, va="center", fontsize=8, color=INK)
     for column, plane in enumerate(planes):

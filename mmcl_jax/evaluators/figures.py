@@ -311,7 +311,7 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
 
 
 def plain(text) -> str:
-  """A user's text for matplotlib: $ begins no formula, and more than LONGEST letters, which fill the figure, are cut off."""
+  """A user's text for matplotlib: $ begins no formula; what is longer than LONGEST would fill the figure and is cut."""
   text = one_line(text)
   return (text if len(text) <= LONGEST else f"{text[:LONGEST]}\u2026").replace("$", r"\$")
 

@@ -80,8 +80,8 @@ def _phenotypes(phenotypes):
   heads = ["phenotype", "n", "median [5, 95 %]", "outside 4 SD", "all", "women", "men"]
   return [_table(heads, rows),
           '<p class="small">All, women, men: mean \u00b1 SD, and under it what is published for UK Biobank '
-          f"({as_html('; '.join(sources) or 'nothing on these')}). Far off: the mean is more than one published SD away "
-          "from the published one: another population or method, or a wrong unit or column.</p>"]
+          f"({as_html('; '.join(sources) or 'nothing on these')}). Far off: the mean is more than one published SD "
+          "away from the published one: another population or method, or a wrong unit or column.</p>"]
 
 
 def _groups(groups, what, none):

@@ -44,7 +44,8 @@ LAYOUTS = {  # kind -> what it is called, and keys that tell of it
     "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
 }
 OF_ECG = ("vit", "st_mem")
-DEFAULT = {"vit": "ecg", "st_mem": "ecg", "slow_resnet": "ed", "resnet": "image"}  # what an encoder without a name is called
+# What an encoder without a name is called.
+DEFAULT = {"vit": "ecg", "st_mem": "ecg", "slow_resnet": "ed", "resnet": "image"}
 RENAMED = {  # the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a Linear
     "vit": (),
     "st_mem": (),

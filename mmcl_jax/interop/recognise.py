@@ -136,8 +136,8 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
     published = "; ".join(f"{width} wide, {depth} blocks: {heads}" for (width, depth), heads in sorted(known.items()))
     raise UserError(
         f"the weights do not tell how many attention heads {depth} blocks of a width of {width} have, and no published "
-        f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in Python "
-        f"{flag}=")
+        f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in "
+        f"Python {flag}=")
   if heads < 1 or width % heads:
     raise UserError(f"{flag} is {heads}, which does not divide the width of {width}")
   return width, depth, heads
@@ -152,20 +152,21 @@ def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   told = metadata.get("heads", "")
   heads = options.heads or (int(told) if re.fullmatch(r"\d{1,4}", told) else width // 64)
   if not 0 < width <= MAX_WIDTH or not heads or width % heads:
-    raise UserError(f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of at most "
-                    f"{MAX_WIDTH}, give them with --heads=")
+    raise UserError(f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of at "
+                    f"most {MAX_WIDTH}, give them with --heads=")
   depth, patch = count(keys, r"^block(\d+)\."), last_axis(keys, r"^to_patch_embedding\.2\.weight$")
   columns = keys["pos_embedding"].shape[1] - 2 if getattr(keys.get("pos_embedding"), "ndim", 0) == 3 else 0
   if columns < 1 or not patch:
-    raise UserError("ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or to_patch_embedding.2.weight is "
-                    "missing; was the file cut off?")
+    raise UserError("ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or to_patch_embedding.2.weight "
+                    "is missing; was the file cut off?")
   samples = columns * patch
   if options.samples not in (None, samples):
     raise UserError(f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are others")
   size = (width, depth, heads)
   named = next((name for name, numbers in vit.SIZES.items() if numbers[:3] == size), None)
   head = len(keys["head.weight"]) if "head.weight" in keys else 0
-  found.notes.append(f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads (size {named or 'of its own'}), "
+  found.notes.append(f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads "
+                     f"(size {named or 'of its own'}), "
                      f"patches of {patch} samples, {samples} samples" + f", head {head}" * bool(head))
   spec = {"kind": "st_mem", "size": named or size, "patch": patch, "positions": "learned", "pool": "mean", "head": head}
   return spec, samples, head or width
@@ -333,8 +334,8 @@ def projection(found: Found, widths: dict[str, int], path) -> dict:
     shown = ", ".join(f"{name} {one['hidden']}, {one['width']}{', batch norm' * one['norm']}"
                       for name, one in sizes.items())
     raise UserError(
-        f"{path} has projection heads of different sizes ({shown}), and one run has them alike, but for the hidden width of "
-        "the ECG's; convert one tower at a time with --tower=NAME")
+        f"{path} has projection heads of different sizes ({shown}), and one run has them alike, but for the hidden "
+        "width of the ECG's; convert one tower at a time with --tower=NAME")
   shown = "; ".join(f"{name} {one['hidden']} to {one['width']}" for name, one in sizes.items())
   found.notes.append(f"projection heads: {shown}{', with batch norm' * size['norm']}")
   return size | {"ecg_hidden": own["hidden"] if own and own != size else 0}

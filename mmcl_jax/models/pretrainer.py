@@ -78,7 +78,8 @@ class Pretrainer(nn.Module):
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     depth = c.get("remat", "none"), c.get("scan", False)  # absent from the configs of older runs
-    hidden = dict.fromkeys(c.cmr, c.projection.hidden) | {"ecg": c.projection.get("ecg_hidden", 0) or c.projection.hidden}
+    hidden = dict.fromkeys(c.cmr, c.projection.hidden)
+    hidden["ecg"] = c.projection.get("ecg_hidden", 0) or c.projection.hidden
     names = list(c.cmr)
     if c.ecg.size:
       if is_st_mem(c):
@@ -351,8 +352,8 @@ def check_ecg(c: ConfigDict, samples: int):
   if c.get("kind", "vit") not in ecg.KINDS:
     raise UserError(f"config.model.ecg.kind is {c.kind!r}; expected one of {', '.join(ecg.KINDS)}")
   if c.get("kind", "vit") == "st_mem":
-    others = {"pool": "mean", "positions": "learned", "mask_ratio": 0.0, "film": False, "siamese": False, "masked_view": False,
-              "dropout": 0.0}
+    others = {"pool": "mean", "positions": "learned", "mask_ratio": 0.0, "film": False, "siamese": False,
+              "masked_view": False, "dropout": 0.0}
     if wrong := [f"{name}={c[name]!r}" for name, value in others.items() if c[name] != value]:
       raise UserError(f"config.model.ecg has kind='st_mem' and {', '.join(wrong)}; ST-MEM's encoder has "
                       f"{', '.join(f'{name}={value!r}' for name, value in others.items())}: set them, or kind='vit'")

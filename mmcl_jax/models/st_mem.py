@@ -1,4 +1,4 @@
-"""ST-MEM's encoder of an ECG (Na et al., ICLR 2024; code: github.com/bakqui/ST-MEM), whose weights CardioNets start from.
+"""ST-MEM's encoder of an ECG (Na et al., ICLR 2024; github.com/bakqui/ST-MEM), whose weights CardioNets starts from.
 
 A transformer over patches of one lead like `models.ecg.EcgTower`, and used in its place, but: a LayerNorm before and
 after the patches' Linear; positions of the time alone, an embedding of the lead, and a separator at both ends of every
@@ -44,7 +44,7 @@ class StMem(nn.Module):
       self.head = nn.Dense(c.head)
 
   def tokens(self, ecg, keys=None):
-    """ecg [B, L, T], keys [B] for drop-path (None: evaluation) -> tokens of the patches [B, N, D] before the last norm."""
+    """ecg [B, L, T], keys [B] for drop-path (None: evaluation) -> patch tokens [B, N, D] before the last norm."""
     B, L, _ = ecg.shape
     x = self.patch_norm(ecg.reshape(B, L, -1, self.config.patch))
     x = self.embed_norm(self.patch_embed(x)) + self.pos_embed[:, None, 1:-1]

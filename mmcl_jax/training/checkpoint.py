@@ -210,12 +210,12 @@ def manifest(workdir: str, step: int) -> dict[str, Any]:
     if (found["format"] == FORMAT or "sha256" in found) and checksum_of(found) != found["sha256"]:
       raise UserError(f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}")
     if found.get("step", step) != step:
-      raise UserError(f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give every "
-                      f"step its own name again, or {way_out(workdir, step)}")
+      raise UserError(f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give "
+                      f"every step its own name again, or {way_out(workdir, step)}")
     run, other = run_name(workdir), found.get("run", "")  # neither in those of earlier versions
     if run and other and run != other:
-      raise UserError(f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another run, "
-                      f"or that file changed; put back what was there, or {way_out(workdir, step)}")
+      raise UserError(f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another "
+                      f"run, or that file changed; put back what was there, or {way_out(workdir, step)}")
     return found
   except (ValueError, KeyError, TypeError, OSError, RecursionError):
     raise UserError(f"{file} is not readable; {way_out(workdir, step)}") from None

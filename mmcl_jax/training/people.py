@@ -35,7 +35,8 @@ def salt_of(cohort) -> str:
 
 def hashes(cohort) -> dict[str, np.ndarray]:
   """{split: uint64 [N]}, every person once."""
-  return {split: np.unique(np.ascontiguousarray(rows).view(np.uint64)) for split, rows in cohort_room.subjects(cohort).items()}
+  return {split: np.unique(np.ascontiguousarray(rows).view(np.uint64))
+          for split, rows in cohort_room.subjects(cohort).items()}
 
 
 def of_cohort(cohort, chooses: bool = False) -> People:
@@ -61,9 +62,9 @@ def of_run(workdir: str, step: int) -> People:
 
 def together(*all_of_them: People) -> People:
   def merged(role):
-    salts = sorted({salt for one in all_of_them for salt in getattr(one, role)})
-    return {salt: np.unique(np.concatenate([getattr(one, role).get(salt, np.zeros(0, np.uint64)) for one in all_of_them]))
-            for salt in salts}
+    kept = [getattr(one, role) for one in all_of_them]
+    salts = sorted(set().union(*kept))
+    return {salt: np.unique(np.concatenate([one[salt] for one in kept if salt in one])) for salt in salts}
   return People(merged("train"), merged("val"), tuple(sorted({name for one in all_of_them for name in one.unknown})))
 
 
@@ -98,13 +99,14 @@ def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) ->
       parts.append(f"{counts[split]} of {len(mine[split])} {split} people")
   if parts and not allowed:
     raise UserError(f"{' and '.join(parts)} of {cohort.path} {part}, so scores on them would be too good; use cohorts "
-                    f"prepared with the same --private and --split, or {to_go_on} to go on, which every report will say")
+                    f"prepared with the same --private and --split, or {to_go_on} to go on, which every "
+                    "report will say")
   note = ""
   if parts:
     note = f"{' and '.join(parts)} of the cohort had part in training: scores on them are too good, and intervals too narrow. "
   if salt != SYNTHETIC and people.train.keys() - {salt, SYNTHETIC}:
-    note += ("Whether people of the cohort had part in training cannot be told of all: cohorts prepared with different salts "
-             "(--private) cannot be compared. ")
+    note += ("Whether people of the cohort had part in training cannot be told of all: cohorts prepared with different "
+             "salts (--private) cannot be compared. ")
   if people.unknown:
     note += f"It is not known whom {' and '.join(people.unknown)} learned from. "
   return counts | {"note": note.strip()}

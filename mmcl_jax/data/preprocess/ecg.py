@@ -131,7 +131,7 @@ def _cardionets(ecg):
 
 
 def _cardionets_mirrored(ecg):
-  """`cardionets` with mirrored ends, resampled by a polyphase filter, which does not wrap the end onto the beginning."""
+  """`cardionets` with mirrored ends, resampled by a polyphase filter, which does not wrap the end to the beginning."""
   ecg = signal.resample_poly(ecg, 1, 2, axis=1, padtype="edge")
   ecg = filtered(ecg, 5, 0.67, "highpass", 250, edge_s=4)  # a filter of higher order rings for longer
   return _z_score(filtered(ecg, 5, 40, "lowpass", 250), 1e-12)
@@ -227,8 +227,8 @@ def _second_difference_gram(n):
 def filtered(ecg, order, cut_hz, kind, rate=ECG_RATE_HZ, edge_s=EDGE_S):
   """ecg [L, T] at `rate` Hz through a Butterworth filter, forwards and backwards; as ecg.
 
-  edge_s: seconds by which the ends are mirrored; None: scipy's default, which turns the signal over about its last sample,
-  so that a recording that ends within a QRS complex gets a slope of 1 mV.
+  edge_s: seconds by which the ends are mirrored; None: scipy's default, which turns the signal over about its last
+  sample, so that a recording that ends within a QRS complex gets a slope of 1 mV.
   """
   sos = signal.butter(order, cut_hz, kind, fs=rate, output="sos")
   ends = {} if edge_s is None else {"padtype": "even", "padlen": edge_s * rate}

@@ -83,7 +83,8 @@ def _read_csv(path, leads):
   content = text(_unpacked(read_bytes(path, MAX_BYTES, KIND, GZIP, UTF_16)))
   lines = (content.split("\n", 2) + ["", ""])[:2]
   if max(map(len, lines)) > MAX_LINE:
-    raise BadRecord(f"a line of more than {MAX_LINE} characters; expected a header row of lead names, then a row a sample")
+    raise BadRecord(f"a line of more than {MAX_LINE} characters; expected a header row of lead names, then a row a "
+                    "sample")
   delimiter = next((mark for mark in ";\t" if mark in lines[0]), ",")
   first, second = (next(csv.reader([line], delimiter=delimiter, strict=True), []) for line in lines)
   if len(first) != len(second):  # names of rows without a heading, as R writes them, would shift every lead
@@ -109,7 +110,8 @@ def _columns(names, count, leads):
   found = lead_names(names or ())
   if leads is None:
     if names is None:
-      raise BadRecord("its first row names no lead; expected a header row such as I,II,V1,...,V6, or leads in its .json")
+      raise BadRecord("its first row names no lead; expected a header row such as I,II,V1,...,V6, or leads in its "
+                      ".json")
     return needed_leads(names)
   declared = needed_leads(leads)
   if len(leads) == count:
@@ -119,8 +121,8 @@ def _columns(names, count, leads):
   else:
     raise BadRecord(f"its declared leads are {len(leads)} and its columns {count}; expected one name a column")
   if not agree:
-    raise BadRecord(f"its header row and its declared leads differ ({told(names)} against {told(leads)}); expected the same "
-                    "order, or no leads in the .json")
+    raise BadRecord(f"its header row and its declared leads differ ({told(names)} against {told(leads)}); expected the "
+                    "same order, or no leads in the .json")
   return declared if len(leads) == count else found
 
 

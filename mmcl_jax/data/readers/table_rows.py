@@ -22,7 +22,8 @@ _MONTHS = dict(zip("january february march april may june july august september 
 
 
 EXPECTED = {  # kind of slot -> what its cells are
-    "phenotype": "numbers such as 140.5", "number": "numbers such as 140.5", "disease": "1 or 0, yes or no, true or false",
+    "phenotype": "numbers such as 140.5", "number": "numbers such as 140.5", "disease": "1 or 0, yes or no, true or "
+                                                                                        "false",
     "sex": "1 or 0, male or female", "birth month": "1 to 12, or its English name", "date": "dates such as 2019-05-31"}
 
 
@@ -107,7 +108,8 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
   for what, when in DATED:
     for i, text in arrays.get(what, {}).items():
       filled = np.flatnonzero(text != "")
-      codes = read(f"field {what}", text[filled], lambda cells: _codes(cells, what, problems), "ICD-10 codes such as I48.0 or I480")
+      codes = read(f"field {what}", text[filled], lambda cells: _codes(cells, what, problems), "ICD-10 codes such as "
+                                                                                               "I48.0 or I480")
       date = dates[when].get(i, np.full(len(text), np.datetime64("NaT", "D")))
       filled, codes = filled[codes != ""], codes[codes != ""]
       so_far.diagnoses.append((at[filled].astype(np.int32), codes, date[filled]))

@@ -102,8 +102,8 @@ def _headers(inputs, listed):
   def watched(start):
     for path in files.walk([start]):
       if not listed and os.path.basename(path) in KNOWN_TABLES:
-        raise UserError(f"{path} says who was recorded; give it with --tables, or one person's recordings fall into both "
-                        "train and test")
+        raise UserError(f"{path} says who was recorded; give it with --tables, or one person's recordings fall into "
+                        "both train and test")
       if path not in tables_given:
         yield path
 
