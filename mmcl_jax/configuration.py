@@ -14,7 +14,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.paths import local
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float rounding. (every.evaluate does
-# where training stops early, and may not change there.) Where cohorts and earlier stages lie is free too: see `differences`.
+# where training stops early, and may not change there.) So are the places of cohorts and earlier stages: see `differences`.
 FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
 
 
@@ -57,7 +57,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.data = ConfigDict()
   c.data.cohort = ""              # folder made by `mmcl prepare`
   c.data.mix = ()                 # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
-  c.data.allow_seen = False       # continue though people held out here trained an earlier stage (init_from) or are in c.data.mix
+  c.data.allow_seen = False       # continue though people held out here train in data.mix or trained an earlier stage
   c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
   c.data.samples = 5000           # samples the model sees at a time; longer recordings: the mean over windows
   c.data.targets = ()             # phenotypes that objectives may learn from; (): all of the cohort
@@ -71,9 +71,11 @@ def defaults(batch: int, steps: int) -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.ecg = dict(kind="vit",  # or "st_mem", ST-MEM's encoder, which cannot be masked
-                     size="", patch=100, mask_ratio=0.0,  # size "": no ECG tower; patch: samples of one lead; 0: no decoder
+                     size="",            # "": no ECG tower
+                     patch=100,          # samples of one lead
+                     mask_ratio=0.0,     # 0: no decoder
                      drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
-                     head_norm=False,    # the head sees the embedding through fc_norm once more, as MMCL's fine-tuned encoders
+                     head_norm=False,    # fc_norm once more before the head, as in MMCL's fine-tuned encoders
                      decoder=(),         # width, blocks, heads of the MAE's; (): of the size's
                      timm_start=False,   # weights, learned positions: N(0, 0.02); else as MAE
                      film_after=False,   # FiLM after the blocks, with ReLU, as CardiacNets has it
@@ -86,8 +88,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.model.segmenter = {}          # of ed_es_volumes: dict(size); {}: none
   c.model.regression = ()         # towers with a linear read-out of the targets, e.g. ("ecg",)
   c.model.classification = ()     # towers with a linear read-out of the cohort's diseases
-  c.model.projection = dict(hidden=512, ecg_hidden=0, width=128, norm=False)  # of every tower's head; ecg_hidden: of the
-  # ECG's where it is not that of the others (0: it is); norm: with batch norm; hidden 0: one Linear
+  # Of every tower's head. hidden 0: one Linear; ecg_hidden: of the ECG's, 0: that of the others; norm: with batch norm
+  c.model.projection = dict(hidden=512, ecg_hidden=0, width=128, norm=False)
   c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: the objective's fixed one
   c.model.learned_bias = 0.0      # where a learned bias of the logits starts (siglip); 0: none
   c.model.max_scale = 100.0       # cap of a learned 1 / temperature
@@ -197,14 +199,15 @@ def longer(config: ConfigDict, workdir: str) -> str:
   if not towers:  # of a recipe whose parts no later stage takes over
     return "to train longer: another --workdir with more --config.steps, from the start"
   flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)
-  return f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin anew"
+  return (f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin "
+          "anew")
 
 
 def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
   """What a later run may not change (all but FREE), in words: `optimizer.b1 was 0.9, now 0.8`.
 
-  Paths are free: a cohort is known by the fingerprint that a checkpoint holds, and an earlier stage (init_from) is read at the
-  first step alone.
+  Paths are free: a cohort is known by the fingerprint that a checkpoint holds, and an earlier stage (init_from) is read
+  at the first step alone.
   """
   kept, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
   return [f"{key} was {kept.get(key)!r}, now {now.get(key)!r}" for key in sorted(kept.keys() | now.keys())

@@ -374,11 +374,13 @@ def test_scaled_labels_are_whole_numbers(tmp_path):
   path = save(tmp_path / "a.nii.gz", LABELS.astype(np.int16) * 10_000)
   labels = nifti.read_labels(edited(path, field(112, "2f", 1.0000123e-4, 2e-6)), ukbb_cardiac.NUMBERS)
   np.testing.assert_array_equal(labels, LABELS)
-  rejects(lambda path: nifti.read_labels(path, ukbb_cardiac.NUMBERS), edited(path, field(112, "2f", 1.01e-4, 0)), "whole numbers")
+  rejects(lambda path: nifti.read_labels(path, ukbb_cardiac.NUMBERS), edited(path, field(112, "2f", 1.01e-4, 0)),
+          "whole numbers")
 
 
 @pytest.mark.reported("NIfTI-2, a fifth axis of 1 and negative pixel sizes were refused")
-@pytest.mark.parametrize("kind,order", [(nibabel.Nifti1Image, "<"), (nibabel.Nifti1Image, ">"), (nibabel.Nifti2Image, "<"),
+@pytest.mark.parametrize("kind,order",
+                         [(nibabel.Nifti1Image, "<"), (nibabel.Nifti1Image, ">"), (nibabel.Nifti2Image, "<"),
                                         (nibabel.Nifti2Image, ">")])
 def test_nifti_of_other_writers(tmp_path, kind, order):
   header = kind.header_class(endianness=order)
@@ -394,7 +396,8 @@ def test_nifti_of_other_writers(tmp_path, kind, order):
 
 
 @pytest.mark.reported("a stack without labels that runs from apex to base stayed upside down")
-@pytest.mark.parametrize("apex,expected", [([-0.7, 0.5, -0.5], True), ([0.7, -0.5, 0.5], False), ([0, 0, -1], None), ([0, 0, 1], None),
+@pytest.mark.parametrize("apex,expected",
+                         [([-0.7, 0.5, -0.5], True), ([0.7, -0.5, 0.5], False), ([0, 0, -1], None), ([0, 0, 1], None),
                                            ([-0.1, 0.95, 0], None)])
 def test_the_affine_tells_base_and_apex(tmp_path, apex, expected):
   """Third columns of NIfTI affines, to the right, front and head; (0, 0, z) is what writers leave that know nothing."""

@@ -65,7 +65,8 @@ def test_scores_are_sklearn_s_and_only_what_differs_stands(runs):
 def test_people_seen_in_training_are_told_of_each_run(runs):
   stored = dict(np.load(runs / "poor/evaluation/10/predictions.npz"))
   arrays = [stored[name] for name in ("y_true", "disease_y_true", "embedding", "disease_embedding")]
-  for name, seen in (("leak", {"test": 2, "note": "2 of 4 test people"}), ("clean", {"test": 0, "note": ""}), ("odd", {"note": 3})):
+  for name, seen in (("leak", {"test": 2, "note": "2 of 4 test people"}), ("clean", {"test": 0, "note": ""}),
+                     ("odd", {"note": 3})):
     write(runs / name / "evaluation/10", *arrays, seen_people=seen)
   text = compare.compare([str(runs / name) for name in ("clean", "leak", "good")], str(runs / "out"))
   assert "leak: 2 of 4 test people" in text and "clean: " not in text

@@ -114,7 +114,8 @@ def test_another_run_s_hearts_are_left_alone(stages, recordings, hearts):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--samples=0"], "--samples is 0"), (["--seed=-1"], "--seed -1"), (["--guidance=-1"], "--guidance -1"), (["--guidance=nan"], "--guidance nan"),
+    (["--samples=0"], "--samples is 0"), (["--seed=-1"], "--seed -1"), (["--guidance=-1"], "--guidance -1"),
+    (["--guidance=nan"], "--guidance nan"),
     (["--workdir={stages}/ecg_mae"], "ecg_mae has no tokenizer and no segmenter and no generator; expected a run of configs/ecg_to_cmr"),
     (["--workdir={stages}/cmr_autoencoder"], "has no ECG encoder"),
     (["--input={nowhere}"], "none of the 1 recordings could be read"),

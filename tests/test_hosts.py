@@ -253,7 +253,8 @@ def test_a_host_that_is_too_slow_is_named():
     assert status == 2 and "host 0 of 2: host 1 of 2 was not as far as host 0 within 3 s" in err, err[-2000:]
 
 
-@pytest.mark.reported("http_proxy made several hosts hang for 300 s")  # every test of several hosts here has one, see launch
+# every test of several hosts here has one, see launch
+@pytest.mark.reported("http_proxy made several hosts hang for 300 s")
 @pytest.mark.parametrize("address, environ, added", [
     ("h0:1234", {}, {}),
     ("h0:1234", {"http_proxy": "http://p:1"}, {"no_grpc_proxy": "h0"}),
@@ -354,7 +355,8 @@ cli.run(lambda argv: collections.deque(map(operator.call, steps), maxlen=0), [])
 
 @pytest.mark.reported("Ctrl-C during compilation was not answered for minutes")
 def test_a_signal_amid_a_computation_is_answered_and_a_second_interrupt_ends_it():
-  running = subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  running = subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
   try:
     lines = iter(running.stderr.readline, "")
     words = "waits for what is computed or compiled now; Ctrl-C again ends at once"

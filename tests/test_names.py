@@ -14,8 +14,10 @@ from mmcl_jax import cli, compare, embed, generate
 from mmcl_jax.errors import UserError, one_line
 from mmcl_jax.evaluators import diseases, drawings, figures, low_data, model_card, phenotypes, quality_page, report
 
-HOSTILE = (r"$\frac{", "$x$ and $y$", r"\$\frac{", "<script>alert(1)</script>", "a|b", "*bold* _slanted_ `code`", "[x](http://evil.example)",
-           "=1+1", "+1", "-1+1", "@SUM(A1)", " =2+2", "\x1b[31mred\x1b[0m\x07", "two\nlines\r\n# heading", "\u202egnp.exe", "\ud800", "&lt;b>",
+HOSTILE = (r"$\frac{", "$x$ and $y$", r"\$\frac{", "<script>alert(1)</script>", "a|b", "*bold* _slanted_ `code`",
+           "[x](http://evil.example)",
+           "=1+1", "+1", "-1+1", "@SUM(A1)", " =2+2", "\x1b[31mred\x1b[0m\x07", "two\nlines\r\n# heading",
+           "\u202egnp.exe", "\ud800", "&lt;b>",
            "x" * 5000, "_hidden", "%s {0} {name}", "")
 COMMANDS = re.compile("[\x00-\x09\x0b-\x1f\x7f\u202e\ud800-\udfff]")
 
@@ -23,15 +25,18 @@ COMMANDS = re.compile("[\x00-\x09\x0b-\x1f\x7f\u202e\ud800-\udfff]")
 def split_of(rows, seed):
   rng, count = np.random.default_rng(seed), len(HOSTILE)
   x = rng.normal(size=(rows, 6)).astype(np.float32)
-  return {"subject": np.stack([np.arange(rows), np.full(rows, seed)], 1).astype(np.uint32), "embedding": x, "random_embedding": x[:, ::-1],
-          "covariates": x[:, :1], "phenotypes": x[:, rng.integers(6, size=count)] + rng.normal(size=(rows, count)).astype(np.float32),
+  return {"subject": np.stack([np.arange(rows), np.full(rows, seed)], 1).astype(np.uint32), "embedding": x,
+          "random_embedding": x[:, ::-1],
+          "covariates": x[:, :1],
+          "phenotypes": x[:, rng.integers(6, size=count)] + rng.normal(size=(rows, count)).astype(np.float32),
           "diseases": (x[:, rng.integers(6, size=count)] > 0).astype(np.float32)}
 
 
 @pytest.fixture(scope="module")
 def evaluated():
   """(results, predictions, probe, ill) of an evaluation whose phenotypes, units and diseases have hostile names."""
-  features = {split: split_of(rows, seed) for seed, (split, rows) in enumerate((("train", 80), ("val", 40), ("test", 80)))}
+  features = {split: split_of(rows, seed)
+              for seed, (split, rows) in enumerate((("train", 80), ("val", 40), ("test", 80)))}
   names, units = list(HOSTILE), list(HOSTILE[::-1])
   results, predictions, probe = phenotypes.evaluate(features, names, units, draws=20)
   with pytest.MonkeyPatch.context() as patch:
@@ -42,8 +47,10 @@ def evaluated():
   results["low_data"] = low_data.evaluate(features, groups, [], whole)
   counts = dict.fromkeys(features, 80)
   data = {"source": HOSTILE[3], "with_ecg": counts, "with_cmr": counts, "labels": {name: counts for name in names},
-          "cases": {name: counts for name in names}, "steps": {name: 3 for name in names}, "rejected": {name: 3 for name in names}}
-  results |= {"note": HOSTILE[0], "workdir": HOSTILE[12], "cohort": HOSTILE[15], "cohort_fingerprint": HOSTILE[5], "counts": counts,
+          "cases": {name: counts for name in names}, "steps": {name: 3 for name in names},
+          "rejected": {name: 3 for name in names}}
+  results |= {"note": HOSTILE[0], "workdir": HOSTILE[12], "cohort": HOSTILE[15], "cohort_fingerprint": HOSTILE[5],
+              "counts": counts,
               "data": data, "config": {name: name for name in names}, "step": 3, "test_scored": 1}
   return results, predictions, probe, ill
 
@@ -73,7 +80,8 @@ def test_no_name_is_a_formula_in_a_figure(evaluated):
   drawn(figures.forest(scores, HOSTILE, HOSTILE[:-1], HOSTILE[-1:], "R2", note))
   for name in HOSTILE:
     drawn(quality_page.histogram(name, name, {"all": np.arange(20.0)}, {}))
-  tower = {"seen": np.zeros((1, 8, 8)), "labels": np.zeros((1, 8, 8), int), "cosine": np.zeros((1, 8, 8)), "top": np.zeros((1, 8, 8), bool),
+  tower = {"seen": np.zeros((1, 8, 8)), "labels": np.zeros((1, 8, 8), int), "cosine": np.zeros((1, 8, 8)),
+           "top": np.zeros((1, 8, 8), bool),
            "gradients": np.zeros((1, 8, 8))}
   drawn(drawings.heart_relevance({name: tower for name in HOSTILE[:3]}, HOSTILE[1], note))
 
@@ -107,7 +115,8 @@ def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_termi
 def test_no_name_is_markdown_in_a_model_card(evaluated):
   results = evaluated[0]
   manifest = {"cohort": "f", "scales": {"covariates": list(HOSTILE)}}
-  text = "\n\n".join([model_card.scores(results), model_card.data_tables(results), model_card.training_data(manifest, results),
+  text = "\n\n".join([model_card.scores(results), model_card.data_tables(results),
+                      model_card.training_data(manifest, results),
                       model_card.evaluation_data(manifest, results), model_card.factors(manifest, results)])
   assert not COMMANDS.search(text) and "<script" not in text
   for line in text.splitlines():

@@ -14,7 +14,8 @@ from mmcl_jax.paths import local
 
 # Flags that are text and no path. A new flag belongs here or is read by `local`.
 WORDS = {"prepare": {"source", "diseases", "censored", "split", "profile", "beam"}, "inspect": {"split"},
-         "convert": {"tower", "ecg_profile", "pool", "view", "ignore"}, "export": {"platforms"}, "compile": {"topology"}}
+         "convert": {"tower", "ecg_profile", "pool", "view", "ignore"}, "export": {"platforms"},
+         "compile": {"topology"}}
 RECIPE = f"--config={ROOT}/configs/joint.py:test"
 
 
@@ -28,7 +29,8 @@ def flags_of(monkeypatch):
   seen = []
 
   def parse(parser, *_):
-    seen.append({action.dest: action for action in parser._actions if action.nargs != 0 and action.type in (None, local)})
+    seen.append({action.dest: action
+                 for action in parser._actions if action.nargs != 0 and action.type in (None, local)})
     raise Read
 
   class Values(flags.FlagValues):
@@ -60,7 +62,8 @@ def test_every_flag_is_a_path_that_is_read_once_or_a_word(verb, flags_of):
   assert any(readers.values())
 
 
-ADDRESSES = ("gs://bucket/x", "gs:/bucket/x", "s3://bucket/x", "https://host/x", "hdfs://name/x", "file:///x", "GS://bucket/x",
+ADDRESSES = ("gs://bucket/x", "gs:/bucket/x", "s3://bucket/x", "https://host/x", "hdfs://name/x", "file:///x",
+             "GS://bucket/x",
              "host:/x", "me@host:/x", " gs://bucket/x")
 
 
@@ -75,17 +78,22 @@ def test_what_is_no_path_is_refused_in_one_line(path, words):
 def test_homes_are_expanded_and_all_else_stays(monkeypatch):
   monkeypatch.setenv("HOME", "/home/of/me")
   assert local("~/x") == "/home/of/me/x" and local("~") == "/home/of/me"
-  for path in ("x", "x/", "./x", "../x", "/x", "./~x", "x~", "a/~/b", "./gs:/x", "configs/joint.py:demo,arm=mae", "v1:2", "C:x"):
+  for path in ("x", "x/", "./x", "../x", "/x", "./~x", "x~", "a/~/b", "./gs:/x", "configs/joint.py:demo,arm=mae",
+               "v1:2", "C:x"):
     assert local(path) == path
 
 
 COMMANDS = [
-    ("prepare", "synthetic --subjects=9 --out={}"), ("prepare", "wfdb --input={} --out=c"), ("prepare", "wfdb --out=c {}"),
+    ("prepare", "synthetic --subjects=9 --out={}"), ("prepare", "wfdb --input={} --out=c"),
+    ("prepare", "wfdb --out=c {}"),
     ("prepare", "ukb --tables x {} --out=c"), ("prepare", "ukb --private={} --out=c"), ("inspect", "{}"),
     ("train", RECIPE + " --workdir={}"), ("train", RECIPE + " --workdir {}"), ("train", "--config={} --workdir=w"),
-    ("train", RECIPE + " --workdir=w --config.data.cohort={}"), ("train", RECIPE + " --workdir=w --config.init_from.ecg={}"),
-    ("train", RECIPE + " --workdir=w --config.data.mix=(('c',.1),('{}',.3))"), ("compile", RECIPE + " --topology=cpu:1 --config.data.cohort={}"),
-    ("evaluate", "--workdir={}"), ("evaluate", "--workdir=w --cohort={}"), ("compare", "w {} --out=o"), ("compare", "w v --out={}"),
+    ("train", RECIPE + " --workdir=w --config.data.cohort={}"),
+    ("train", RECIPE + " --workdir=w --config.init_from.ecg={}"),
+    ("train", RECIPE + " --workdir=w --config.data.mix=(('c',.1),('{}',.3))"),
+    ("compile", RECIPE + " --topology=cpu:1 --config.data.cohort={}"),
+    ("evaluate", "--workdir={}"), ("evaluate", "--workdir=w --cohort={}"), ("compare", "w {} --out=o"),
+    ("compare", "w v --out={}"),
     ("convert", "--input={} --out=w"), ("convert", "--workdir=w --out={}"), ("export", "--workdir=w --out={}"),
     ("embed", "--workdir=w --input x {} --out=o"), ("embed", "--workdir=w --input=x --out={}"),
     ("generate", "--workdir=w --input=x --out={}")]
@@ -106,6 +114,8 @@ def test_an_address_ends_a_program_before_it_makes_anything(verb, command, addre
 def test_a_config_s_paths_are_expanded(monkeypatch):
   monkeypatch.setenv("HOME", "/home/of/me")
   config, _ = configuration.from_flags("mmcl train", train.USAGE, [
-      RECIPE, "--workdir=~/w", "--config.data.cohort=~/c", "--config.init_from.ecg=~/e", "--config.data.mix=(('~/m',0.3),)"],
+      RECIPE, "--workdir=~/w", "--config.data.cohort=~/c", "--config.init_from.ecg=~/e",
+      "--config.data.mix=(('~/m',0.3),)"],
       {"workdir": ""})
-  assert (config.data.cohort, config.init_from.ecg, config.data.mix) == ("/home/of/me/c", "/home/of/me/e", (("/home/of/me/m", 0.3),))
+  assert (config.data.cohort, config.init_from.ecg, config.data.mix) == ("/home/of/me/c", "/home/of/me/e",
+                                                                         (("/home/of/me/m", 0.3),))

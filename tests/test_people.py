@@ -14,7 +14,8 @@ def a_cohort(tmp_path, name="c", train=(), val=(), test=(), **info):
   """A cohort of people who are numbers, as far as its subjects go."""
   folder = tmp_path / name
   folder.mkdir()
-  rows = {split: np.array([[n, 0] for n in who], np.uint32).reshape(-1, 2) for split, who in zip(schema.SPLITS, (train, val, test))}
+  rows = {split: np.array([[n, 0] for n in who], np.uint32).reshape(-1, 2)
+          for split, who in zip(schema.SPLITS, (train, val, test))}
   np.savez(folder / "subjects.npz", **rows)
   info = {"source": "UK Biobank", "counts": {split: len(x) for split, x in rows.items()}} | info
   return types.SimpleNamespace(path=str(folder), info=info)
@@ -31,7 +32,8 @@ def test_people_are_counted_once_and_by_what_they_were_for(tmp_path):
   assert {split: seen(second, learned)[split] for split in ("test", "val")} == {"test": 1, "val": 1}
   assert {split: seen(second, chose)[split] for split in ("test", "val")} == {"test": 2, "val": 1}
   assert seen(first, chose) == {"test": 0, "val": 0, "note": ""}  # another stage on the same cohort
-  with pytest.raises(UserError, match="^2 of 4 test people and 1 of 3 val people of .*second had part in the training of W, .*--go_on"):
+  with pytest.raises(UserError,
+                     match="^2 of 4 test people and 1 of 3 val people of .*second had part in the training of W, .*--go_on"):
     seen(second, chose, allowed=False)
   assert "2 of 4 test people and 1 of 3 val people of the cohort had part in training" in seen(second, chose)["note"]
 

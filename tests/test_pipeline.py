@@ -61,12 +61,14 @@ def test_order_does_not_depend_on_threads_or_workers(how):
 
 @pytest.mark.reported("a small /dev/shm ended in a traceback")
 def test_a_shared_memory_that_is_too_small_is_told_before_any_process_starts(monkeypatch):
-  size = 4 * (12 * 4 * 2 + 2 * 3 * 3 + 3 * 4 + 8 + 4 + 4 + 1 + 1 + 1)  # of a batch: ECG, image, labels, subject, scale, index, flags
+  # of a batch: ECG, image, labels, subject, scale, index, flags
+  size = 4 * (12 * 4 * 2 + 2 * 3 * 3 + 3 * 4 + 8 + 4 + 4 + 1 + 1 + 1)
   for missing in (0, 1):
     free = types.SimpleNamespace(f_bavail=2 * 4 * size - missing, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda path: free)
     if missing:
-      with pytest.raises(UserError, match="config.loader.workers is 2, and 2 x 4 batches of .* --shm-size.* --config.loader.workers=0"):
+      with pytest.raises(UserError,
+                         match="config.loader.workers is 2, and 2 x 4 batches of .* --shm-size.* --config.loader.workers=0"):
         take(1, workers=2, buffer=3)
     else:
       pipeline.check_shared_memory(2, 3, size)
@@ -94,11 +96,13 @@ while True:
 def read_in_a_process(whom):
   """READER, which kills itself or its reading process, and the number of the latter."""
   env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-  done = subprocess.run([sys.executable, "-c", READER.replace("{whom}", whom)], capture_output=True, text=True, env=env, timeout=600)
+  done = subprocess.run([sys.executable, "-c", READER.replace("{whom}", whom)], capture_output=True, text=True,
+                        env=env, timeout=600)
   return done, int(done.stdout)
 
 
-@pytest.mark.reported("a reading process that was killed ended training in a traceback", "SIGTERM to the whole job ended the readers")
+@pytest.mark.reported("a reading process that was killed ended training in a traceback",
+                      "SIGTERM to the whole job ended the readers")
 def test_readers_hear_no_signal_and_one_that_is_killed_is_told():
   done, _ = read_in_a_process("reader.pid")
   assert "UserError: a reading process died (Worker process was terminated unexpectedly with exit code -9)" in done.stderr, done.stderr

@@ -129,7 +129,8 @@ def test_the_own_cohort_is_found_where_the_config_has_it_or_where_it_lay(cohort,
 
 
 @pytest.mark.reported("the evaluation on a cohort was overwritten by that on another of the same name")
-@pytest.mark.parametrize("own, steps", [("f", ("6", "6-c", "6-c-h")), ("", ("6", "6-c", "6-c-h")), ("x", ("6-c", "6-c-g", "6-c-h"))])
+@pytest.mark.parametrize("own, steps",
+                         [("f", ("6", "6-c", "6-c-h")), ("", ("6", "6-c", "6-c-h")), ("x", ("6-c", "6-c-g", "6-c-h"))])
 def test_evaluations_on_cohorts_of_one_name_lie_side_by_side(tmp_path, own, steps):
   run = types.SimpleNamespace(step=6, manifest={"cohort": own})
   for _ in range(2):  # a second time each is where it was
@@ -154,8 +155,8 @@ def dated(item, seed=8):
 
 
 @pytest.mark.reported("people that a run had trained on came back as test people of another cohort")
-def test_a_cohort_with_dates_is_scored_for_incident_disease_and_people_seen_in_training_are_told(workdir, cohort, tmp_path, monkeypatch,
-                                                                                                   capsys):
+def test_a_cohort_with_dates_is_scored_for_incident_disease_and_people_seen_in_training_are_told(
+    workdir, cohort, tmp_path, monkeypatch, capsys):
   metrics = pytest.importorskip("sksurv.metrics")
   plan = source.plan(argparse.Namespace(subjects=SUBJECTS, seed=7))  # the people of training, split otherwise
   plan = plan._replace(read=functools.partial(dated, seed=7))
@@ -164,7 +165,8 @@ def test_a_cohort_with_dates_is_scored_for_incident_disease_and_people_seen_in_t
   monkeypatch.setattr(survival, "FEWEST_EVENTS", 5)  # of half of them in test
   flags = [f"--workdir={workdir}", f"--cohort={cohort.path}", "--step=3"]
   seen = {split: np.isin(found, trained).sum() for split, found in people.hashes(cohort).items()}
-  told = " and ".join(f"{seen[split]} of {cohort.info['counts'][split]} {split} people" for split in ("test", "val") if seen[split])
+  told = " and ".join(f"{seen[split]} of {cohort.info['counts'][split]} {split} people"
+                      for split in ("test", "val") if seen[split])
   with pytest.raises(UserError, match=f"^{told} of .*dated had part in the training of .* or --allow_seen to go on"):
     evaluate.main(flags)
   out = workdir / "evaluation/3-dated"
@@ -202,7 +204,8 @@ def diagnosed(item):
 def ptb(tmp_path_factory):
   plan = source.plan(argparse.Namespace(subjects=SUBJECTS, seed=9))
   plan = plan._replace(read=diagnosed, info=plan.info | {"phenotypes": {}})
-  return builder.build(str(tmp_path_factory.mktemp("data") / "ptb"), plan, shares=SHARES, profile="minimal", processes=1)
+  return builder.build(str(tmp_path_factory.mktemp("data") / "ptb"), plan, shares=SHARES, profile="minimal",
+                       processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +214,8 @@ def ptb_run(ptb, tmp_path_factory):
   out = tmp_path_factory.mktemp("ptb") / "w"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(diseases, "FEWEST_TEST_CASES", 3)
-    train.main([f"--config={ROOT}/configs/supervised.py:test,task=diseases", f"--workdir={out}", f"--config.data.cohort={ptb.path}",
+    train.main([f"--config={ROOT}/configs/supervised.py:test,task=diseases", f"--workdir={out}",
+                f"--config.data.cohort={ptb.path}",
                 "--config.evaluators=('losses','phenotypes')"])
     evaluate.main([f"--workdir={out}", f"--out={out}-report"])
   return out
@@ -238,7 +242,8 @@ def test_without_phenotypes_the_other_programs_say_what_is_true(ptb_run, tmp_pat
   report = f"{ptb_run}-report"
   (tmp_path / "in").mkdir()
   write_wfdb(tmp_path / "in", "one", synthetic.subject(9, 0)["ecg"])
-  embed.main([f"--workdir={ptb_run}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'emb'}", f"--evaluation={report}"])
+  embed.main([f"--workdir={ptb_run}", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'emb'}",
+              f"--evaluation={report}"])
   assert "no phenotypes will be predicted" in capsys.readouterr().out
   assert list(pd.read_parquet(tmp_path / "emb").columns) == ["path", "status", "reason", "flags", "embedding"]
   export.main([f"--workdir={ptb_run}", f"--out={tmp_path / 'exported'}", f"--evaluation={report}", "--platforms=cpu"])
@@ -280,9 +285,12 @@ def no_work(monkeypatch):
 
 
 @pytest.mark.reported("evaluate found out after all its work that it might not write")
-@pytest.mark.parametrize("out, words", [("/proc/no/report", "cannot write to /proc/no"), ("file/report", "cannot write to .*Not a dir")])
+@pytest.mark.parametrize("out, words",
+                         [("/proc/no/report", "cannot write to /proc/no"),
+                          ("file/report", "cannot write to .*Not a dir")])
 @pytest.mark.parametrize("program, flags", [
-    (evaluate, ["--workdir={w}", "--step=6"]), (export, ["--workdir={w}", "--step=6"]), (embed, ["--workdir={w}", "--input=x"]),
+    (evaluate, ["--workdir={w}", "--step=6"]), (export, ["--workdir={w}", "--step=6"]),
+    (embed, ["--workdir={w}", "--input=x"]),
     (generate, ["--workdir={w}", "--input=x"]), (compare, ["{w}", "{w}"]), (prepare, ["synthetic", "--subjects=9"])])
 def test_where_nothing_can_be_written_the_work_does_not_begin(workdir, tmp_path, no_work, program, flags, out, words):
   (tmp_path / "file").touch()
@@ -428,7 +436,8 @@ def test_no_subject_stands_in_two_splits(cohort):
 
 
 @pytest.mark.reported("a platform without its plugin ended in a traceback", "no program said on which devices it runs")
-def test_devices_are_said_once_and_a_platform_that_cannot_start_is_one_line(workdir, cohort, tmp_path, monkeypatch, capsys):
+def test_devices_are_said_once_and_a_platform_that_cannot_start_is_one_line(workdir, cohort, tmp_path, monkeypatch,
+                                                                            capsys):
   backend.say.cache_clear()
   count = len(backend.devices() and backend.devices())
   assert capsys.readouterr().out == f"running on {count} device{'s' * (count > 1)}: cpu\n"
@@ -445,14 +454,16 @@ def test_devices_are_said_once_and_a_platform_that_cannot_start_is_one_line(work
                         (generate, [f"--workdir={workdir}", f"--input={tmp_path}", f"--out={tmp_path / 'w'}"]),
                         (export, [f"--workdir={workdir}", f"--out={tmp_path / 'w'}"]),
                         (convert, [f"--workdir={workdir}", f"--out={tmp_path / 'w.safetensors'}"])):
-    with pytest.raises(UserError, match="JAX_PLATFORMS is cuda, which cannot be started: its plugin is not installed; set"):
+    with pytest.raises(UserError,
+                       match="JAX_PLATFORMS is cuda, which cannot be started: its plugin is not installed; set"):
       program.main(argv)
     assert os.listdir(tmp_path) == ["ecg.hea"], program
 
 
 @pytest.mark.reported("JAX_DEFAULT_PRNG_IMPL=rbg gave other numbers for another number of devices")
 def test_settings_of_the_environment_that_change_numbers_are_put_right():
-  for name, other in (("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True), ("jax_threefry_partitionable", False)):
+  for name, other in (("jax_default_prng_impl", "rbg"), ("jax_enable_x64", True),
+                      ("jax_threefry_partitionable", False)):
     jax.config.update(name, other)
   backend.devices()
   assert jax.random.key_data(jax.random.key(2**32 - 1)).tolist() == [0, 2**32 - 1]  # threefry's two words

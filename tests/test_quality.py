@@ -109,7 +109,8 @@ def test_statistics_are_those_of_numpy():
 
 @pytest.mark.reported("codes for a missing value, 9999 or -9, went into means and scores without a word")
 @pytest.mark.parametrize("code, times, told", [
-    (9999, 1, True), (-9, 2, True), (-9, 1, False), (-99, 1, True), (999, 3, True), (0, 2, False), (30, 3, False), (52.5, 3, False)])
+    (9999, 1, True), (-9, 2, True), (-9, 1, False), (-99, 1, True), (999, 3, True), (0, 2, False), (30, 3, False),
+    (52.5, 3, False)])
 def test_codes_of_missing_values_are_found_whatever_the_name(code, times, told):
   values = np.random.default_rng(0).normal(20, 5, 200)
   values[::7] = np.nan

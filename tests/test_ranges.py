@@ -40,7 +40,8 @@ def values_of(module, choice):
 
 
 def numbers(config):
-  return {path: value for path, value in ranges.leaves(config.to_dict()) if isinstance(value, (int, float)) and not isinstance(value, bool)}
+  return {path: value for path, value in ranges.leaves(config.to_dict())
+          if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,8 @@ def changed(config, path, value):
   return type(config)(put(tree, keys))
 
 
-@pytest.mark.reported("optimizer.learning_rate=-1 trained uphill without a word", "seed=-1 and workers=-1 ended in tracebacks")
+@pytest.mark.reported("optimizer.learning_rate=-1 trained uphill without a word",
+                      "seed=-1 and workers=-1 ended in tracebacks")
 def test_every_number_outside_its_range_is_one_line(configs):
   """Every path of every recipe once, with every value that no rule allows there."""
   seen = set()
@@ -139,7 +141,8 @@ def test_entries_of_lists_and_schedules_are_looked_at(configs):
     ranges.check(config)
   config.optimizer.rates = ()
   with config.unlocked():
-    config.objectives.dual_phase = dict(fn="my_module:my_loss", weight=dict(steps=(0, 10), values=(0.0, float("inf"))), temperature=-1.0)
+    config.objectives.dual_phase = dict(fn="my_module:my_loss",
+                                        weight=dict(steps=(0, 10), values=(0.0, float("inf"))), temperature=-1.0)
   with pytest.raises(UserError, match=re.escape("config.objectives.dual_phase.weight.values[1] is inf; expected")):
     ranges.check(config)
   config.objectives.dual_phase.weight.values = (0.0, 1.0)

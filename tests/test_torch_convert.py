@@ -82,7 +82,8 @@ def test_a_stage_starts_from_st_mem(cohort, tmp_path, capsys):
   assert "ECG encoder: ST-MEM, 16 wide, 1 blocks, 2 heads" in capsys.readouterr().out
   recipe = f"{ROOT}/configs/cardionets.py:test,stage=align,encoder=st_mem,steps=1"
   train.main([f"--config={recipe}", f"--workdir={tmp_path / 'later'}", f"--config.data.cohort={cohort.path}",
-              f"--config.init_from.ecg={tmp_path / 'w'}", "--config.model.cmr.cine.frozen=False", "--config.init_except=()",
+              f"--config.init_from.ecg={tmp_path / 'w'}", "--config.model.cmr.cine.frozen=False",
+              "--config.init_except=()",
               "--config.optimizer.learning_rate=0.0", "--config.evaluators=('losses',)"])
   run = restore.load_run(str(tmp_path / "later"))
   state = torch_weights.state_dict(run.model, run.state.variables, "ecg")

@@ -192,17 +192,22 @@ def test_safetensors_with_a_lying_header(tmp_path):
 
 
 @pytest.mark.reported("safetensors of float8 or float4 ended in an AttributeError")
-@pytest.mark.parametrize("dtype, bits", [("F8_E4M3", 8), ("F8_E5M2", 8), ("F8_E8M0", 8), ("F4", 4), ("F6_E2M3", 6), ("C64", 64)])
+@pytest.mark.parametrize("dtype, bits",
+                         [("F8_E4M3", 8), ("F8_E5M2", 8), ("F8_E8M0", 8), ("F4", 4), ("F6_E2M3", 6), ("C64", 64)])
 def test_types_that_numpy_lacks_are_named(tmp_path, dtype, bits):
   header = {"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, bits // 2]}}
-  refused(safetensors(tmp_path / "x.safetensors", header, data=bytes(bits // 2)), f"'a' is of the type '{dtype}'.*save it as float32")
+  refused(safetensors(tmp_path / "x.safetensors", header, data=bytes(bits // 2)),
+          f"'a' is of the type '{dtype}'.*save it as float32")
 
 
 ANNOUNCED = {
-    "more than the file holds": ({"dtype": "F32", "shape": [2**41], "data_offsets": [0, 2**43]}, "no safetensors file, or a damaged one"),
+    "more than the file holds": ({"dtype": "F32", "shape": [2**41], "data_offsets": [0, 2**43]},
+                                 "no safetensors file, or a damaged one"),
     "no value at all": ({"dtype": "F32", "shape": [2**41, 0], "data_offsets": [0, 0]}, "no tensor in it has a value"),
-    "axes without end": ({"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}, "shape of 'a' is not in form"),
-    "text for a length": ({"dtype": "F32", "shape": ["x" * 2**20, 2**20], "data_offsets": [0, 4]}, "shape of 'a' is not in form"),
+    "axes without end": ({"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]},
+                         "shape of 'a' is not in form"),
+    "text for a length": ({"dtype": "F32", "shape": ["x" * 2**20, 2**20], "data_offsets": [0, 4]},
+                          "shape of 'a' is not in form"),
 }
 
 
@@ -216,7 +221,8 @@ def test_what_a_header_announces_takes_no_memory(tmp_path, name):
 @pytest.mark.reported("shapes that announce 7 TiB ended in a MemoryError")
 def test_a_file_too_large_for_weights_is_not_mapped(tmp_path):
   """7 TiB that take no room on the disk, as holes do."""
-  file = safetensors(tmp_path / "x.safetensors", {"a": {"dtype": "F32", "shape": [7 * 2**38], "data_offsets": [0, 7 * 2**40]}})
+  file = safetensors(tmp_path / "x.safetensors",
+                     {"a": {"dtype": "F32", "shape": [7 * 2**38], "data_offsets": [0, 7 * 2**40]}})
   with open(file, "r+b") as f:
     f.truncate(7 * 2**40)
   refused(file, "7,168 GiB; at most 16 GiB are read")

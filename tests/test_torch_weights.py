@@ -183,7 +183,8 @@ def lightning(**changes):
 def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
   parts, tree = lightning()
   model, variables, report = torch_weights.read(saved(tmp_path, tree, "last.ckpt"))
-  assert model.config.projection.to_dict() == dict(hidden=10, ecg_hidden=0, width=6, norm=False) and model.config.ecg.head == 0
+  assert model.config.projection.to_dict() == dict(hidden=10, ecg_hidden=0, width=6, norm=False)
+  assert model.config.ecg.head == 0
   found = encode_ecg(model, variables)
   close(found["ecg_projection"], parts["head_ecg"](parts["ecg"](torch.tensor(ECG))))
   embedding, projection = encode_cmr(model, variables, "image", IMAGE)
@@ -209,7 +210,8 @@ def test_heads_of_different_sizes_are_converted_one_at_a_time(tmp_path):
 @functools.cache
 def three_pairs():
   """The dual-phase system's modules by its names for them: heads of two hidden widths, and what it leaves unused."""
-  parts = {"ecg_encoder": vit(("norm", "fc_norm"), head=9), "projection_head_ecg": head(9, hidden=12, norm=True, seed=1)}
+  parts = {"ecg_encoder": vit(("norm", "fc_norm"), head=9),
+           "projection_head_ecg": head(9, hidden=12, norm=True, seed=1)}
   for i, phase in enumerate(("diastole", "systole"), start=2):
     parts[f"cmr_encoder_{phase}"] = published.randomise(published.SlowResNet(*SLOW, slices=5, fc=4), i).eval()
     parts[f"projection_head_{phase}"] = head(4, norm=True, seed=i)
@@ -321,7 +323,8 @@ def test_st_mem(tmp_path, head_width):
   torch_weights.save(model, variables, tmp_path / "x.safetensors", "ecg")
   again, loaded = torch_weights.load(tmp_path / "x.safetensors")  # our own files tell the heads
   assert again.config == model.config
-  np.testing.assert_array_equal(loaded["params"]["ecg"]["block0"]["qkv"]["kernel"], variables["params"]["ecg"]["block0"]["qkv"]["kernel"])
+  np.testing.assert_array_equal(loaded["params"]["ecg"]["block0"]["qkv"]["kernel"],
+                                variables["params"]["ecg"]["block0"]["qkv"]["kernel"])
   with pytest.raises(UserError, match="16 wide with 0 heads"):
     torch_weights.load(path)
 

@@ -130,7 +130,8 @@ def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg
 def all_in_train(tmp_path_factory):
   """A cohort of the same people as `cohort`, all of them in train."""
   plan = synthetic_source.plan(types.SimpleNamespace(subjects=64, seed=7))
-  return builder.build(str(tmp_path_factory.mktemp("all") / "c"), plan, shares=(1, 0, 0), profile="minimal", processes=1)
+  return builder.build(str(tmp_path_factory.mktemp("all") / "c"), plan, shares=(1, 0, 0), profile="minimal",
+                       processes=1)
 
 
 def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, all_in_train, tmp_path):
@@ -138,7 +139,8 @@ def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, all_in_
   config = tiny_config(cohort.path)
   config.data.mix = ((str(again), 0.5),)
   test, val = (cohort.info["counts"][split] for split in ("test", "val"))
-  with pytest.raises(UserError, match=f"^{test} of {test} test people and {val} of {val} val people .* are in the train split of {again}"):
+  with pytest.raises(UserError,
+                     match=f"^{test} of {test} test people and {val} of {val} val people .* are in the train split of {again}"):
     train.train(config, str(tmp_path / "w"))
   description = tmp_path / "c/cohort.json"
   description.write_text(json.dumps(json.loads(description.read_text()) | {"salt_tag": "another"}))
@@ -158,7 +160,8 @@ def test_people_of_an_earlier_stage_are_not_held_out_in_a_later_one(finished, co
   np.savez(earlier / "checkpoints/6/people.npz", **people.as_arrays(people.of_cohort(all_in_train)))
   config.init_from.ecg = str(earlier)
   test = cohort.info["counts"]["test"]
-  with pytest.raises(UserError, match=f"^{test} of {test} test people .* of {earlier} .* or --config.data.allow_seen=True"):
+  with pytest.raises(UserError,
+                     match=f"^{test} of {test} test people .* of {earlier} .* or --config.data.allow_seen=True"):
     train.train(config, str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
   config.data.allow_seen = True
@@ -263,10 +266,12 @@ def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(tmp_
   monkeypatch.chdir(tmp_path)
   (tmp_path / "w/checkpoints/3").mkdir(parents=True) if begun else (tmp_path / "w").mkdir()
   configuration.save(config_of(), "w")
-  for free in (dict(cohort="c/"), dict(cohort="./c"), dict(cohort=str(tmp_path / "c")), dict(mix=(("/elsewhere/m", 0.3),)),
+  for free in (dict(cohort="c/"), dict(cohort="./c"), dict(cohort=str(tmp_path / "c")),
+               dict(mix=(("/elsewhere/m", 0.3),)),
                dict(ecg="e/"), dict(ecg=f"{tmp_path}/e")):
     configuration.check_workdir(config_of(**free), "w")
-  for other, words in ((dict(mix=(("m", 0.4),)), "data.mix was"), (dict(mix=()), "data.mix was"), (dict(ecg=""), "init_from.ecg was 'e'")):
+  for other, words in ((dict(mix=(("m", 0.4),)), "data.mix was"), (dict(mix=()), "data.mix was"),
+                       (dict(ecg=""), "init_from.ecg was 'e'")):
     with pytest.raises(UserError, match=words):
       configuration.check_workdir(config_of(**other), "w")
   if begun:  # by its path; see the next test
@@ -284,7 +289,8 @@ def test_an_earlier_stage_is_known_by_the_name_of_its_run(finished, copy, tmp_pa
   for kept, start in ((stages, 6), ({"ecg": "another"}, 3), ({}, 3)):
     checkpoint.sign(copy / f"checkpoints/{start}", checkpoint.manifest(str(copy), start) | {"stages": kept})
     if kept.get("ecg") == "another":
-      with pytest.raises(UserError, match=f"config.init_from.ecg is {finished[0]}, and {copy} started from another run"):
+      with pytest.raises(UserError,
+                         match=f"config.init_from.ecg is {finished[0]}, and {copy} started from another run"):
         train.stages_of(config, str(copy), start)
     else:
       assert train.stages_of(config, str(copy), start) == kept
@@ -419,7 +425,8 @@ def test_more_steps_are_refused_with_the_way_to_train_longer(tmp_path):
   flags = [f"--config={ROOT}/configs/joint.py:test", f"--workdir={tmp_path / 'w'}"]
   configuration.save(configuration.from_flags("mmcl train", "", flags, {"workdir": ""})[0], tmp_path / "w")
   with pytest.raises(UserError, match="steps was 6, now 9.* to train longer: another --workdir with ") as refused:
-    configuration.check_workdir(configuration.from_flags("mmcl train", "", [*flags, "--config.steps=9"], {"workdir": ""})[0], str(tmp_path / "w"))
+    longer, _ = configuration.from_flags("mmcl train", "", [*flags, "--config.steps=9"], {"workdir": ""})
+    configuration.check_workdir(longer, str(tmp_path / "w"))
   said = re.findall(r"--config\.init_from\.\w+=\S+", str(refused.value))
   config, _ = configuration.from_flags("mmcl train", "", [*flags, *said], {"workdir": ""})  # the flags are there
   assert dict(config.init_from) == dict.fromkeys(("ecg", "cmr_ed", "cmr_es"), str(tmp_path / "w"))

@@ -80,7 +80,8 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
   """pool: mean | attention | cls. norms: which of `norm` and `fc_norm` it has; what pooling does not use is idle."""
 
-  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, trained=False, covariates=0):
+  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, trained=False,
+               covariates=0):
     super().__init__()
     self.pool = pool
     if covariates:  # CardiacNets' modulation
@@ -187,7 +188,8 @@ class StMem(nn.Module):
   def __init__(self, width, depth, heads, patch, samples, head=0):
     super().__init__()
     self.depth, self.patch = depth, patch
-    self.to_patch_embedding = nn.Sequential(nn.Identity(), nn.LayerNorm(patch), nn.Linear(patch, width), nn.LayerNorm(width))
+    self.to_patch_embedding = nn.Sequential(nn.Identity(), nn.LayerNorm(patch), nn.Linear(patch, width),
+                                            nn.LayerNorm(width))
     self.pos_embedding = nn.Parameter(torch.zeros(1, samples // patch + 2, width))
     self.sep_embedding = nn.Parameter(torch.zeros(width))
     self.lead_embeddings = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(LEADS))

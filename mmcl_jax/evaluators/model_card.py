@@ -94,7 +94,8 @@ def trained(config, manifest):
   """How the weights came about: updates, objectives, the towers beside the encoder, and what it started from."""
   weight = lambda w: f"weight {w:g}" if isinstance(w, (int, float)) else "weight by a schedule"
   objectives = [f"{code(name)} ({one.fn}, {weight(one.get('weight', 1.0))})" for name, one in config.objectives.items()]
-  towers = [f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})" for name, one in config.model.cmr.items()]
+  towers = [f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})"
+            for name, one in config.model.cmr.items()]
   chose = (manifest.get("best") or {}).get("step") is not None
   best = f", the best of them on validation by {code(config.stop_on)}" if chose else ""
   stages = ", ".join(name for name, workdir in config.init_from.items() if workdir)

@@ -55,7 +55,8 @@ def summarise(cohort: Cohort, outcome: Outcome) -> dict:
     phenotypes[name] = {
         "unit": unit, **whole, "missing": len(values) - whole["n"], **by_sex,
         "splits": {split: int(np.isfinite(values[splits == split]).sum()) for split in info["counts"]},
-        "published": known, "far_from_published": _far({"all": whole} | by_sex, known), "codes": codes_of_missing(values)}
+        "published": known, "far_from_published": _far({"all": whole} | by_sex, known),
+        "codes": codes_of_missing(values)}
   return {
       "note": SYNTHETIC_NOTE if info.get("synthetic") else "",
       "cohort": {name: value for name, value in info.items() if type(value) in (str, int, float)},

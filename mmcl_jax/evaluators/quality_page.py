@@ -40,7 +40,8 @@ def page(summary: dict, images: dict[str, bytes], sheet: list[tuple[str, bytes]]
             "<h2>From files to records</h2>", _table(["t:step", "count", ""], funnel),
             "<h2>Left out, and why</h2>", _groups(summary["reasons"], "reason", "Nothing was left out.")]
   if rejected:
-    rows = [[f"<code>{as_html(entry['id'])}</code>", as_html(entry["reason"])] for entry in summary["rejected"][:LISTED]]
+    rows = [[f"<code>{as_html(entry['id'])}</code>", as_html(entry["reason"])]
+            for entry in summary["rejected"][:LISTED]]
     more = f"<p>The other {rejected - LISTED:,} are in quality.json.</p>" if rejected > LISTED else ""
     parts.append(f"<details><summary>All that was left out ({rejected:,})</summary>"
                  f"{_table(['t:record', 't:reason'], rows)}{more}</details>")

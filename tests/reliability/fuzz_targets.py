@@ -377,7 +377,8 @@ def make_cohort(folder):
   for seed in ("0", "1"):
     plan = prepare.synthetic.plan(types.SimpleNamespace(subjects=16, seed=int(seed), lax=False))
     builder.build(str(folder / seed / "c"), plan, shares=(0.4, 0.3, 0.3), profile="minimal", processes=1)
-    description = folder / seed / "c/cohort.json"  # without checksums, as of an earlier version: damage must get further than them
+    # without checksums, as of an earlier version: damage must get further than them
+    description = folder / seed / "c/cohort.json"
     info = json.loads(description.read_text())
     info.pop("checksums")
     description.write_text(json.dumps(info, indent=1) + "\n")

@@ -57,8 +57,10 @@ def test_a_program_that_leaves_a_process_behind_is_found(tmp_path, monkeypatch):
     kill.run(program, tmp_path / "x", 3, random.Random(0))
 
 
-@pytest.mark.reported("SIGHUP, SIGUSR1 and SIGUSR2 ended programs with workers left behind", "Ctrl-C twice in prepare printed tracebacks")
-@pytest.mark.parametrize("sent, status", [((signal.SIGTERM, signal.SIGHUP), os.EX_TEMPFAIL), ((signal.SIGINT, signal.SIGINT), 130)])
+@pytest.mark.reported("SIGHUP, SIGUSR1 and SIGUSR2 ended programs with workers left behind",
+                      "Ctrl-C twice in prepare printed tracebacks")
+@pytest.mark.parametrize("sent, status",
+                         [((signal.SIGTERM, signal.SIGHUP), os.EX_TEMPFAIL), ((signal.SIGINT, signal.SIGINT), 130)])
 def test_signals_end_prepare_and_its_workers(tmp_path, sent, status):
   """To all of its processes, as a terminal and schedulers send them; what comes after the first finds it ending."""
   command = [sys.executable, "-m", "mmcl_jax.prepare", "synthetic", "--subjects=400", "--processes=2", f"--out={tmp_path / 'c'}"]

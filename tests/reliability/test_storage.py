@@ -205,8 +205,10 @@ def copy_in(folder, other):
 
 @pytest.mark.reported("two steps of a run that were exchanged were restored without a word",
                       "a step that was copied from another run was restored without a word")
-@pytest.mark.parametrize("change, words", [(exchange, "6/meta/manifest.json is of step 3: its folder was renamed or exchanged"),
-                                           (rename, "9/meta/manifest.json is of step 6"), (copy_in, "copied from another run")])
+@pytest.mark.parametrize("change, words",
+                         [(exchange, "6/meta/manifest.json is of step 3: its folder was renamed or exchanged"),
+                          (rename, "9/meta/manifest.json is of step 6"),
+                          (copy_in, "copied from another run")])
 def test_a_step_stays_in_its_place_and_run(cohort, config, whole, tmp_path, change, words):
   """Every program that takes the newest step, before any work; a whole workdir may be copied and moved."""
   shutil.copytree(whole[0], tmp_path / "w")
@@ -215,7 +217,8 @@ def test_a_step_stays_in_its_place_and_run(cohort, config, whole, tmp_path, chan
   (other / "run").unlink()
   for step in checkpoint.steps(str(other)):  # as another run would have signed them
     about = checkpoint.manifest(str(other), step)
-    checkpoint.sign(other / "checkpoints" / str(step), {name: x for name, x in about.items() if name != "sha256"} | {"run": "another"})
+    checkpoint.sign(other / "checkpoints" / str(step),
+                    {name: x for name, x in about.items() if name != "sha256"} | {"run": "another"})
   checkpoint.check_files(str(other), 6)
   change(tmp_path / "w/checkpoints", other)
   for run in (lambda: restore.choose(str(tmp_path / "w")), lambda: restore.load_run(str(tmp_path / "w")),
@@ -234,7 +237,8 @@ def test_a_stranger_s_workdir_runs_no_code(whole, tmp_path, monkeypatch):
   config["objectives"] = {"x": {"fn": "hostile:loss", "weight": 1.0}}
   (tmp_path / "w/config.json").write_text(json.dumps(config))
   about, step = checkpoint.manifest(str(tmp_path / "w"), 6), tmp_path / "w/checkpoints/6"
-  for file, known in ((step / "_CHECKPOINT_METADATA", "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"),
+  for file, known in ((step / "_CHECKPOINT_METADATA",
+                       "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"),
                       (step / "state/_METADATA", "jax.Array")):
     assert known in (text := file.read_text())
     file.write_text(text.replace(known, "hostile.loss", 1))

@@ -50,7 +50,8 @@ def make_pipe(path, victim):
 def test_a_lock_that_leads_elsewhere_is_refused(tmp_path, victim, make):
   (tmp_path / "w").mkdir()
   make(tmp_path / "w/lock", victim)
-  with pytest.raises(UserError, match="lock is (a symbolic link|no file of its own).*remove it"), lock.held(str(tmp_path / "w")):
+  words = "lock is (a symbolic link|no file of its own).*remove it"
+  with pytest.raises(UserError, match=words), lock.held(str(tmp_path / "w")):
     pass
   assert sorted(os.listdir(tmp_path)) == ["mine", "w"]
 
@@ -178,7 +179,8 @@ CHANGES = {  # of the shard of val
 def test_other_records_under_the_same_description_are_refused(copied, change):
   file = shard(copied, "val")
   rewritten(file, CHANGES[change])
-  edited(copied / "cohort.json", lambda info: info["files"].update({str(file.relative_to(copied)): file.stat().st_size}))
+  edited(copied / "cohort.json",
+         lambda info: info["files"].update({str(file.relative_to(copied)): file.stat().st_size}))
   with pytest.raises(UserError, match="val.*is not the file that was written with this cohort"):
     cohort_room.load(str(copied))
   edited(copied / "cohort.json", lambda info: info.pop("checksums"))  # as of an earlier version
@@ -188,7 +190,8 @@ def test_other_records_under_the_same_description_are_refused(copied, change):
 
 
 @pytest.mark.reported("hosts with unlike files under one path did not find out")
-def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(cohort, copied, config, tmp_path, monkeypatch):
+def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(cohort, copied, config, tmp_path,
+                                                                          monkeypatch):
   class Agreed(Exception):
     pass
 
@@ -222,7 +225,8 @@ def test_a_cohort_is_read_whole_on_request(copied, capsys):
     inspect.main([str(copied), "--check"])
 
 
-@pytest.mark.parametrize("name", ["../mine", "/etc/hostname", "ecg_cmr/1.0.0/ecg_cmr-train.array_record-00000-of-00001[0:1]"])
+@pytest.mark.parametrize("name",
+                         ["../mine", "/etc/hostname", "ecg_cmr/1.0.0/ecg_cmr-train.array_record-00000-of-00001[0:1]"])
 def test_a_description_names_no_file_outside_its_cohort(copied, name):
   edited(copied / "cohort.json", lambda info: info["files"].update({name: 1}))
   with pytest.raises(UserError, match="files is missing or not in the form"):
@@ -249,4 +253,5 @@ def test_a_settings_file_in_the_current_folder_changes_no_figure(monkeypatch):
   """matplotlib reads ./matplotlibrc when it is imported; text.usetex starts LaTeX."""
   monkeypatch.setattr(signal, "signal", lambda *args: None)
   with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 7}):
-    assert cli.run(lambda argv: (matplotlib.rcParams["text.usetex"], matplotlib.rcParams["savefig.dpi"]), []) == (False, "figure")
+    assert cli.run(lambda argv: (matplotlib.rcParams["text.usetex"], matplotlib.rcParams["savefig.dpi"]),
+                   []) == (False, "figure")
