@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SLURM. Once, on a shared file system: bash launch/install.sh cuda. Then set the lines below and, with a task per GPU,
 #   sbatch launch/slurm.sh train --config=configs/joint.py:base --workdir=W --config.data.cohort=DIR
-# or, with a task per node, which has all of its GPUs (config.mesh.model needs that) and feeds them from one process,
+# or, with a task per node that feeds all of its GPUs from one process (config.mesh.model above 1 needs that),
 #   sbatch --ntasks-per-node=1 --cpus-per-task=32 launch/slurm.sh train ... --config.loader.threads=8
 # The tasks of a node see all of its GPUs and share them; --gpus-per-task would hide the others from NCCL.
 # Five minutes before the time limit all hosts save a checkpoint, exit with 75, and the job is queued again.

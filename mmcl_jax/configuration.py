@@ -14,7 +14,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.paths import local
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float rounding. (every.evaluate does
-# where training stops early, and may not change there.) So are the places of cohorts and earlier stages: see `differences`.
+# where training stops early, and may not change there.) Paths of cohorts and earlier stages may, too: see `differences`.
 FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
 
 

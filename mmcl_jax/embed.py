@@ -112,8 +112,8 @@ def parse(argv):
 def find_recordings(inputs) -> list[str]:
   """The recordings that files, stems and folders name, in that order, each once; folders sorted.
 
-  A record's header and samples (`folder/*`) are one recording. Paths that do not exist and folders without an ECG stay in,
-  to be rejected by name. Other files in folders are counted in one line of output.
+  A record's header and samples (`folder/*`) are one recording. Paths that do not exist and folders without an ECG stay
+  in, to be rejected by name. Other files in folders are counted in one line of output.
   """
   found, others = {}, Counter()
   for path in map(Path, inputs):
@@ -129,7 +129,7 @@ def find_recordings(inputs) -> list[str]:
 
 
 def evaluation(workdir, step, given: str | None) -> Path:
-  """The folder with a step's evaluation: `given` (--evaluation), which must be of this checkpoint, or the workdir's own."""
+  """The folder of a step's evaluation: `given` (--evaluation), which must be of this checkpoint, or the workdir's own."""
   if not given:
     return Path(workdir) / "evaluation" / str(step)
   from mmcl_jax.training import restore

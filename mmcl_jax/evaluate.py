@@ -2,7 +2,7 @@
 
     mmcl evaluate --workdir=W [--step=N] [--cohort=DIR] [--out=DIR]
 
-Probes are fitted on train, their strength chosen on validation, scores taken on test. Writes W/evaluation/STEP/, or DIR.
+Probes are fitted on train, their strength chosen on validation, scores taken on test. Writes W/evaluation/STEP/ or DIR.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv):
   parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
   parser.add_argument("--cohort", type=local, help="another cohort than the one it was trained on")
   parser.add_argument("--out", type=local,
-                      help="folder for the report, as when you may not write to the workdir (default: W/evaluation/STEP)")
+                      help="folder for the report, if not in the workdir (default: W/evaluation/STEP)")
   parser.add_argument("--allow_seen", action="store_true",
                       help="continue though people used in training are held out in the cohort; every report says so")
   parser.add_argument("--batch", type=int, default=64, help="recordings at a time (default %(default)s)")
@@ -207,7 +207,7 @@ def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
 
 
 def place(root: pathlib.Path, run, cohort) -> pathlib.Path:
-  """ROOT/STEP for the run's own cohort, else ROOT/STEP-NAME; part of the fingerprint follows if another cohort has that.
+  """ROOT/STEP for the run's own cohort, else ROOT/STEP-NAME, with part of the fingerprint if another cohort has that.
 
   Weights from elsewhere have no cohort: the first that they are evaluated on counts as theirs.
   """
@@ -248,8 +248,8 @@ def prepared(cohort) -> dict:
 def scored_before(workdir: pathlib.Path, cohort) -> int:
   """How often the test split of this cohort was scored from this workdir so far, by evaluation/scored.jsonl.
 
-  A test split that is looked at again and again, to choose by it, is a validation split. If this time cannot be counted, a
-  line says so.
+  A test split that is looked at again and again, to choose by it, is a validation split. If this time cannot be counted,
+  a line says so.
   """
   file, lines, times, damaged = workdir / "evaluation" / "scored.jsonl", [], 0, 0
   try:

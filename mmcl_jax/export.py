@@ -1,6 +1,6 @@
 """`mmcl export`: the ECG encoder of a checkpoint as one file that runs without this package, and its model card.
 
-    mmcl export --workdir=W --out=DIR [--step=N] [--platforms=cpu,cuda,tpu]
+    mmcl export --workdir=W --out=DIR [--step=N] [--evaluation=DIR] [--platforms=cpu,cuda,tpu]
 
 Writes DIR/encoder.stablehlo (jax.export: the program with its weights, for any number of recordings at a time), with
 the phenotypes where mmcl evaluate has left probes; export.json, what goes in and what comes out; MODEL_CARD.md.

@@ -4,8 +4,8 @@
 
 Running the same command again goes on from the last checkpoint, and ends in the same state bit for bit as if it had
 never stopped (same devices; to float tolerance on others). SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 to any host, or Ctrl-C,
-saves a checkpoint on all and exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once. On
-several hosts, see training/distributed.py and docs/multi_host.md.
+saves a checkpoint on all and exits with status 75 (EX_TEMPFAIL: run the command again); a second Ctrl-C ends at once.
+On several hosts, see training/distributed.py and docs/multi_host.md.
 """
 
 import contextlib

@@ -210,7 +210,7 @@ def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[st
 
 
 def begin_reading(*_) -> None:
-  """Signals that stop training must not end its readers: it needs them until it has saved; grain ends them by an event."""
+  """Signals that stop training must not end its readers, needed until it has saved; grain ends them by an event."""
   for signum in processes.SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
   processes.end_with_parent()

@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, *ENDS)
 
 @contextlib.contextmanager
 def unheard():
-  """Processes started within never get SIGNALS but SIGTERM, by which pools end them; this thread gets them afterwards."""
+  """Processes started within never get SIGNALS but SIGTERM, by which pools end them; this thread gets them later."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})  # which a process inherits
   try:
     yield

@@ -106,8 +106,8 @@ def statistics(values: np.ndarray) -> dict:
 def codes_of_missing(values: np.ndarray) -> dict[str, int]:
   """{value: times} of those of `values` [N] that look like codes for a missing one, the most frequent first.
 
-  They lie more than FAR_SD robust SDs (1.4826 times the median absolute deviation) from the median; where they are usual
-  CODES and occur twice or more, FAR_CODE_SD is enough. Nothing is dropped for it: a rare measurement may be true.
+  They lie more than FAR_SD robust SDs (1.4826 times the median absolute deviation) from the median; for usual CODES that
+  occur at least twice, FAR_CODE_SD is enough. Nothing is dropped for it: a rare measurement may be true.
   """
   found, times = np.unique(values[np.isfinite(values)].astype(np.float32), return_counts=True)
   if not len(found):

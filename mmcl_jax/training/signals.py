@@ -90,7 +90,7 @@ def stops():
 
 
 class Output:
-  """A standard stream that outlives its reader: at the first failure `lost` is called, and all later text is dropped."""
+  """A standard stream that outlives its reader: the first failure calls `lost`, and all later text is dropped."""
 
   def __init__(self, stream, lost):
     self.stream, self.lost = stream, lost
@@ -114,7 +114,7 @@ class Output:
 
 @contextlib.contextmanager
 def watched():
-  """Within, a signal that Python cannot handle for BUSY_S is answered; a second Ctrl-C then ends the program at once."""
+  """Within, a signal that Python cannot handle for BUSY_S is answered; a second Ctrl-C then ends all at once."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return

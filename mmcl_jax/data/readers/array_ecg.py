@@ -1,11 +1,12 @@
 """ECGs as plain arrays (.csv, .npy) to twelve leads in mV; rate, leads and unit are declared: in a call or a sidecar.
 
-    NAME.csv     a row a sample, under a header row of lead names or with the leads declared; a CSV may have columns of other
-                 names (time, index), commas, semicolons or tabs between cells, decimal commas, UTF-16; or be NAME.csv.gz
+    NAME.csv     a row a sample, under a header row of lead names or with the leads declared; it may have columns of
+                 other names (time, index), commas, semicolons or tabs between cells, decimal commas, UTF-16; or be
+                 NAME.csv.gz
     NAME.npy     integers or floats [L, T] or [T, L]
     NAME.json    {"rate_hz": 500, "leads": ["I", "II", ...], "unit": "mV"} for NAME, or ecg.json for a folder
 
-`leads` may be left out where a CSV has a header row; where both name leads they must agree. `unit` is mV unless declared.
+`leads` may be left out if a CSV has a header row; if both name leads, they must agree. `unit` is mV unless declared.
 """
 
 import csv
@@ -106,7 +107,7 @@ def _read_csv(path, leads):
 
 
 def _columns(names, count, leads):
-  """{lead: column} of a CSV of `count` columns by its header row, `names`, and its declared `leads`; None: there are none."""
+  """{lead: column} of a CSV of `count` columns by its header row `names` and its declared `leads`, each None if absent."""
   found = lead_names(names or ())
   if leads is None:
     if names is None:

@@ -49,8 +49,8 @@ def plain(name: str) -> str:
 def check_file(path, kind: str):
   """BadRecord unless `path` is a regular file; `kind` says what was expected, such as "a DICOM ECG (.dcm)".
 
-  A link is the file that it leads to: DataLad, Snakemake and Nextflow stage data by links. What Git LFS and git-annex leave in
-  a file's place is refused.
+  A link stands for the file that it leads to: DataLad, Snakemake and Nextflow stage data as links. The pointers that Git
+  LFS and git-annex leave in a file's place are refused.
   """
   if not present(path):
     raise BadRecord(f"no such file; expected {kind}")

@@ -10,7 +10,7 @@ BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
 
 
 class Kind(NamedTuple):
-  """`name` with its article; the module beside this one that reads it, "" where none does; what to say of it besides."""
+  """`name`: with its article; `reader`: the module beside this one that reads it, "": none; `advice`: added to a refusal."""
   name: str
   reader: str = ""
   advice: str = "which is not read"

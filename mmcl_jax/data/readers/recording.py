@@ -27,8 +27,8 @@ class Recording(NamedTuple):
 def lead_names(names) -> dict[str, int]:
   """{lead: its place in `names`} of the twelve leads, in any case and order; other names are left out.
 
-  Taken are the names of LEADS and their common spellings: "Lead I", "ECG II", "MDC_ECG_LEAD_V1", and DI to DIII. What might
-  be something else is not: "ECG1", "Lead 1", "-aVR". Raises BadRecord where a lead occurs twice.
+  Accepted are the names of LEADS and their common spellings: "Lead I", "ECG II", "MDC_ECG_LEAD_V1", and DI to DIII; not
+  what might be something else: "ECG1", "Lead 1", "-aVR". Raises BadRecord where a lead occurs twice.
   """
   places = {}
   for place, name in enumerate(names):

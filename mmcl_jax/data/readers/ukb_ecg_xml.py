@@ -1,8 +1,8 @@
 """UK Biobank's 12-lead resting ECG (field 20205), GE CardioSoft's "CardiologyXML", to twelve leads in mV.
 
-A file holds the strip (in UK Biobank 10 s at 500 Hz; any rate and length are read), a median beat, the full disclosure (about
-27 s) and the device's measurements, and also who the patient is: nothing of `PatientInfo` is looked at. Samples are decimal
-text in units of `Resolution`.
+A file holds the strip (in UK Biobank 10 s at 500 Hz; any rate and length are read), a median beat, the full disclosure
+(about 27 s) and the device's measurements, and also who the patient is: nothing of `PatientInfo` is looked at. Samples
+are decimal text in units of `Resolution`.
 """
 
 import numpy as np

@@ -124,11 +124,11 @@ def _header(path):
 
 
 def _stage(header, lines, folder):
-  """Makes of a record one that wfdb can read, in an empty folder: (its signal lines, flags).
+  """Turns a record into one that wfdb can read, in an empty folder: (its signal lines, flags).
 
-  The name of a record and its date are nothing that samples need, yet wfdb stumbles over names that are a path or a file, or
-  hold a blank or an umlaut, over the same in file names, and over dates that are a year alone. The new header has neither,
-  and links with plain names lead to the samples.
+  Samples need neither the record's name nor its date, but wfdb stumbles over names that are a path or a file, or contain
+  a blank or an umlaut, over the same in file names, and over dates that are only a year. The new header has neither, and
+  links with plain names lead to the samples.
   """
   record, *signals = lines
   named, about = _cut(record, header.stem)
@@ -159,7 +159,7 @@ def _write_header(folder, record, signals):
 
 
 def _cut(line, stem):
-  """(the name with which a line begins, the rest): up to its first blank, or the name of the header where that has blanks."""
+  """(the name with which a line begins, the rest): up to its first blank, or the header's name if that has blanks."""
   ends = [blank.start() for blank in re.finditer("[ \t]+", line)]
   for end in ends:
     name = Path(line[:end].replace("\\", "/"))

@@ -30,10 +30,11 @@ TAKES = ("input", "tables", "withdrawn", "codes", "profile", "split")
 AGE_ABOVE_89 = 300  # PTB-XL's code, which hides the oldest; 90 is taken, its lower bound
 MAX_VISIT = 65_535  # what a record holds
 UNREAD = "cannot be parsed"
-COVARIATE = {"sex": 0, "gender": 0, "age": 1, "height": 2, "weight": 3}  # column of a table -> place in schema.COVARIATES
-EXPECTED = {"sex": "0 for male, 1 for female", "gender": "M or F", "age": "years, such as 56", "height": "cm, such as 170",
-            "weight": "kg, such as 70.5", "scp_codes": "a dict such as {'NORM': 100.0}",
-            "all_diag_hosp": "a list such as ['I4891']"}
+# Column of a table -> place in schema.COVARIATES.
+COVARIATE = {"sex": 0, "gender": 0, "age": 1, "height": 2, "weight": 3}
+EXPECTED = {"sex": "0 for male, 1 for female", "gender": "M or F", "age": "years, such as 56",
+            "height": "cm, such as 170", "weight": "kg, such as 70.5",
+            "scp_codes": "a dict such as {'NORM': 100.0}", "all_diag_hosp": "a list such as ['I4891']"}
 KNOWN_TABLES = {"ptbxl_database.csv", "record_list.csv"}  # files that the databases come with
 
 
