@@ -188,7 +188,8 @@ def flat(start, end):
 
 
 @pytest.mark.reported("a flat first ten seconds got an LV mass", "three flat leads got an LV mass",
-                      "one spike saved a flat lead", "a recording that was flat for half of its time got an LV mass")
+                      "one spike saved a flat lead", "a step of 5 uV to both sides saved a flat lead",
+                      "a recording that was flat for half of its time got an LV mass")
 @pytest.mark.parametrize("seconds,change,names,word", [
     (30, flat(0, 12), ("V4", "V5", "V6"), "flat lead V4, V5, V6"),
     (30, flat(1, 7), LEADS, "flat lead I, II, III"),
@@ -196,6 +197,7 @@ def flat(start, end):
     (10, flat(2.5, 7.5), LEADS, "flat lead I, II, III"),
     (10, flat(3.33, 6.4), ("V2",), "flat lead V2"),
     (10, lambda t, lead: np.where(t == 4, 0.02, 0), LEADS, "flat lead I, II"),
+    (30, lambda t, lead: np.where(t < 12, 0.005 * (np.arange(len(t)) * 7 % 3 - 1), lead), LEADS, "flat lead I, II"),
     (10, lambda t, lead: np.where(t % 1 == 0, 5, 0.004 * (t * 500 % 2)), ("V3",), "flat lead V3")])
 def test_flat_in_the_first_ten_seconds(tmp_path, seconds, change, names, word):
   rejects(record(tmp_path, where(heart(seconds), change, names)), word)

@@ -41,7 +41,7 @@ def written(cohort, tmp_path_factory):
   name = lambda i: f"{i:016x}/2"
   many = range(quality_page.LISTED)
   rejected = [{"id": name(i), "reason": f"{4000 + i} samples; expected 5000 {EVIL}"} for i in many]
-  rejected += [{"id": name(10**4 + i), "reason": f"flat lead V{i}: moves less than 0.01 mV"} for i in (3, 3, 5)]
+  rejected += [{"id": name(10**4 + i), "reason": f"flat lead V{i}: moves less than 0.015 mV"} for i in (3, 3, 5)]
   flags = [{"id": name(i), "flags": [f"ES at frame {i} {EVIL}", "ED at frame 0"]} for i in range(7)]
   outcome = outcome_of(cohort, rejected=rejected, flags=flags, steps={f"files {EVIL}": 2000, "kept": 64})
   outcome.phenotypes[:, 3] = np.nan

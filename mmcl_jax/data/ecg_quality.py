@@ -14,7 +14,8 @@ DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5
 RATES_HZ = 50, 20_000
 LOW_RATE_HZ = 200          # below it a recording lacks part of what `minimal` keeps, up to 100 Hz
 PADDING_S = 0.5            # of all leads constant together; in 548 real recordings at most 0.12 s
-FLAT_MV = 0.01             # moved in a second, less is flat; real leads move by 0.035 or more
+FLAT_MV = 0.015            # moved in a second, less is flat: 5 uV, a usual step, to both sides is
+                           # nothing; real leads move by 0.035 or more, those of synthetic by 0.02
 SPIKES = 2, 98             # percentiles of a second that count: single samples save no flat lead
 MAX_FLAT = 0.25            # of 10 s on end: half of one of the two windows of 5 s that a recipe may
                            # look at, and longer than from beat to beat in any bradycardia
