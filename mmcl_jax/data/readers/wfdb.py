@@ -238,5 +238,5 @@ def _check_matlab(path, fmt, offset, signals):
     if kind in MATLAB_4_TYPES and not imaginary and 0 < name <= MATLAB_4_NAME and (
         (kind, rows, begin) != (MATLAB_4_INT16, signals, offset)):
       elsewhere = f", from byte {begin} on" if begin != offset else ""
-      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} rows, one a "
-                      f"signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on")
+      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} rows, "
+                      f"one a signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on")

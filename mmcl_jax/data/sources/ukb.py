@@ -98,8 +98,8 @@ def plan(options, identify, folders: bool = False) -> Plan:
   in_tables = sum((item.private[0], item.visit) in table.rows for item in items) if table else 0
   if items and not in_tables and table and (table.rows or table.phenotypes or table.given):
     known = ", ".join(map(str, sorted({visit for _, visit in table.rows}))) or "none"
-    raise UserError(f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit {items[0].visit}; "
-                    f"the visits with values are: {known}. Tables of your own give them in a column visit")
+    raise UserError(f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit "
+                    f"{items[0].visit}; the visits with values are: {known}. Tables of your own give them in a column visit")
   measured = not (table and table.phenotypes)
   info = {"source": "UK Biobank", "phenotypes": schema.PHENOTYPES if measured else table.phenotypes,
           "phenotypes_from": "segmentation" if measured else "tables", "diseases": list(codes),
