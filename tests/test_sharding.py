@@ -124,7 +124,7 @@ def test_table_says_what_a_device_holds():
 
 
 COMPARE = r"""
-import json, math, sys
+import json, math, os, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from conftest import tiny_step
@@ -174,6 +174,7 @@ for name in CASES:
 # Written as one lies, read as the other: on another mesh, split or whole.
 for source, target in (("fsdp", "one"), ("one", "fsdp"), ("both", "zero1")):
   workdir = f"{sys.argv[2]}/{source}"
+  os.makedirs(workdir)
   checkpoints = checkpoint.Checkpoints(workdir, keep=1)
   checkpoints.save(1, states[source][0], data={}, meta={})
   checkpoints.close()
