@@ -103,6 +103,8 @@ def make_xml(folder):
   rng = np.random.default_rng(0)
   made_ecg("a.xml")(folder)
   samples = rng.integers(-200, 200, (12, 5000))
+  first, second = samples[:2]
+  samples[2:6] = second - first, -(first + second) // 2, first - second // 2, second - first // 2
   raw_ukb.write_xml(folder / "2" / "a.xml", samples, raw_ukb.eid(0), 60)
 
 

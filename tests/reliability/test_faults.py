@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import sys
+import types
 
 import jax
 import numpy as np
@@ -101,7 +102,8 @@ def test_a_damaged_record_of_test_stops_an_evaluation_with_its_name(cohort, tmp_
   train.train(config, str(tmp_path / "w"))
   with pytest.raises(UserError, match="record 2 of test in .* cannot be read"):
     evaluate.evaluate(str(tmp_path / "w"), cohort_path=bad.path)
-  assert not (tmp_path / "w/evaluation").exists()
+  assert [file.name for file in (tmp_path / "w/evaluation").iterdir()] == ["scored.jsonl"]  # tried before the work
+  assert not (tmp_path / "w/evaluation/scored.jsonl").read_bytes()
 
 
 GOOD = dict(has_ecg=1, ecg_scale=np.float32(1e-3), ecg=np.arange(24).reshape(2, 12), has_cmr=1,
@@ -133,7 +135,9 @@ def test_what_is_not_read_is_not_looked_at_and_a_lost_disk_is_no_bad_record():
     def __getitem__(self, i):
       raise RuntimeError(["chunk data hash mismatch", "read() failed: Input/output error; reading /a"][i])
 
-  records = cohort_room.Records(Source(), "train in c")
+  records = cohort_room.Records.__new__(cohort_room.Records)
+  records.source, records.name = Source(), "train in c"
+  records.described = types.SimpleNamespace(deserialize_example_np=dict)
   with pytest.raises(DamagedRecord, match="record 0 of train in c"):
     records[0]
   with pytest.raises(UserError, match="cannot be read now .*Input/output error") as lost:
