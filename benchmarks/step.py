@@ -168,8 +168,8 @@ def case(name: str, batch: int, steps: int, overrides: list[str]):
   config, _ = configuration.from_flags("step", "usage: step.py", [f"--config={ROOT}/configs/{recipe}"], {})
   with config.unlocked():
     config.batch, config.steps, config.init_except = batch, steps, ()
-    config.augment.ecg.update({key: 0.0 for key in config.augment.ecg})
-    config.augment.cmr.update({key: 0.0 for key in config.augment.cmr})
+    for kind in (config.augment.ecg, config.augment.cmr):
+      kind.update({key: type(value)() for key, value in kind.items()})  # 0.0 and False
     # The decoder's parameters are there in every case, whether or not its output is asked for.
     config.model.ecg.update(size=size, mask_ratio=0.8 if size == "tiny" else 0.7, drop_path=0.0)
     for tower in config.model.cmr.values():
