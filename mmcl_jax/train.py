@@ -308,8 +308,8 @@ def check_cohorts(cohort, others, config):
                     "follow; set all of it to 0")
   check_splits(cohort, others, config)
   shares = [share for _, share in others]
-  if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
-    raise UserError(f"config.data.mix has the shares {shares}; expected each in (0, 1), and less than 1 together")
+  if sum(shares) >= 1:
+    raise UserError(f"config.data.mix has the shares {shares}; expected less than 1 together")
   if config.evaluators and not cohort.splits["val"]:
     raise UserError(f"the cohort {cohort.path} has no val split; prepare it with one or set config.evaluators=()")
   length = cohort.info["shapes"]["ecg"][1]

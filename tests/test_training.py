@@ -112,7 +112,8 @@ def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(finished,
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda c, p: c.data.update(mix=((p, 1.0),)), "shares"),
+    (lambda c, p: c.data.update(mix=((p, 1.0),)), r"mix\[0\]\[1\] is 1.0; expected a number above 0 and below 1"),
+    (lambda c, p: c.data.update(mix=((p, 0.5), (p, 0.5))), "shares"),
     (lambda c, p: c.data.update(mix=(("/nowhere", 0.5),)), "no cohort at '/nowhere'"),
     (lambda c, p: c.data.update(mix=("ptbxl", 0.5)), "expected pairs of a cohort and its share"),
     (lambda c, p: setattr(c.model, "cmr", {}) or c.data.update(cohort=p), "no val split"),
