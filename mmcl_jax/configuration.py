@@ -185,7 +185,7 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
                   if key.startswith("init_from.") and before[key] and now[key]
                   and os.path.realpath(str(before[key])) != os.path.realpath(str(now[key]))]
   if differing:
-    more_steps = f"; {longer(kept, workdir)}" if any(text.startswith("steps was") for text in differing) else ""
+    more_steps = f"; {longer(config, workdir)}" if any(text.startswith("steps was") for text in differing) else ""
     raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
                     f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
                     f"{', '.join(name + '.*' for name in FREE)}{more_steps}")

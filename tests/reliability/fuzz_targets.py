@@ -226,8 +226,12 @@ def read_mnms(folder):
 # Tables and lists
 
 
+PHENOTYPES = {"LVEDV": 150.0, "LVESV": 60.0, "LVSV": 90.0, "LVEF": 60.0, "LVCO": 5.5, "LVM": 95.0, "RVEDV": 160.0,
+              "RVESV": 70.0, "RVSV": 90.0, "RVEF": 56.0, "WT": 6.0, "Ecc": -18.0}  # of a healthy adult
+
+
 def visits() -> list[raw_ukb.Visit]:
-  return [raw_ukb.Visit(raw_ukb.eid(i), 2, i, 3, {name: 50.0 + i for name in raw_ukb.FIELDS},
+  return [raw_ukb.Visit(raw_ukb.eid(i), 2, i, 3, {name: PHENOTYPES[name] + i / 10 for name in raw_ukb.FIELDS},
                         {"sex": i % 2, "age": 60, "height": 170.5, "weight": 70.0}, {"HF": 1.0, "AF": float(i % 2)})
           for i in range(8)]
 
