@@ -126,6 +126,8 @@ def read(path: pathlib.Path) -> Evaluation:
     predictions = files.arrays(folder / "predictions.npz")  # bytes, where a member is no array
   except Exception as error:  # see `arrays`
     raise UserError(f"cannot read the evaluation in {folder} ({error}); mmcl evaluate makes it anew") from error
+  if not isinstance(results, dict):
+    raise UserError(f"{folder}/results.json is not in the form that mmcl evaluate writes; evaluate the run anew")
   lacking = [f"{name} in results.json" for name in ("phenotypes", "diseases", "cohort", "cohort_fingerprint") if name not in results]
   lacking += [f"{name} in predictions.npz" for name in ("subject", "y_true", "embedding", "disease_y_true", "disease_embedding")
               if name not in predictions]

@@ -1,6 +1,7 @@
 """`mmcl compare` on made-up evaluations, against scikit-learn and what can be told by hand."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -74,6 +75,13 @@ def test_people_seen_in_training_are_told_of_each_run(runs):
   assert json.loads((runs / "out/results.json").read_text())["seen_people"].keys() == {"clean", "leak"}
   with pytest.raises(UserError, match="seen_people not in the form"):
     compare.compare([str(runs / "good"), str(runs / "odd")], str(runs / "out"))
+
+
+def test_an_evaluation_that_is_no_table_is_refused_in_one_line(runs):
+  shutil.copytree(runs / "good", runs / "number")
+  (runs / "number/evaluation/10/results.json").write_text("7")
+  with pytest.raises(UserError, match="results.json is not in the form"):
+    compare.compare([str(runs / "good"), str(runs / "number")], str(runs / "out"))
 
 
 def test_a_run_against_itself_differs_by_nothing(runs):

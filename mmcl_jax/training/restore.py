@@ -46,9 +46,11 @@ def choose(workdir: str, step: int | None = None) -> int:
   step, last = checkpoint.chosen(workdir), checkpoint.latest(workdir)
   if step is None:
     raise UserError(f"{workdir} has no checkpoint yet; train it with `mmcl train`")
-  if distributed.here.index == 0 and (best := checkpoint.best_step(checkpoint.manifest(workdir, last))) is not None:
+  about = checkpoint.manifest(workdir, last)
+  best = checkpoint.best_step(about)
+  if distributed.here.index == 0 and best is not None:
     what = "the best" if step == best else f"the last, for the best, {best}, is not there any more"
-    print(f"{workdir}: step {step}, {what} by {configuration.load(workdir).stop_on}", flush=True)
+    print(f"{workdir}: step {step}, {what} by {about['config']['stop_on']}", flush=True)
   return step
 
 

@@ -431,10 +431,13 @@ def make_checkpoint(folder):
     pair = np.zeros(1, np.float32), np.ones(1, np.float32)
     scales = steps.Scales(("LVM",), ("sex",), (0,), pair, pair, ("HF",))
     (folder / seed).mkdir()
-    configuration.save(joint.get_config("test"), str(folder / seed))
+    config = joint.get_config("test")
+    configuration.save(config, str(folder / seed))
     saved = checkpoint.Checkpoints(str(folder / seed), keep=2)
     for step in (3, 6):
-      more = {"best": {"step": 3, "value": 0.5}} if seed == "1" else {}
+      more = {"config": json.loads(config.to_json())}
+      if seed == "1":
+        more["best"] = {"step": 3, "value": 0.5}
       meta = restore.meta(step, "f" * 32, {"ecg": [12, 5000], "phenotypes": [1]}, scales, **more)
       saved.save(step, {"w": jnp.arange(8.0) + step}, data={"next_step": step}, meta=meta)
     saved.close()
