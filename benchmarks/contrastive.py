@@ -2,9 +2,10 @@
 
     python benchmarks/contrastive.py
 
-Compiles value and gradient for 8 simulated devices; nothing is executed, and a minute on 2 CPU cores is enough. Prints a
-JSON line a case, then a Markdown table. Bytes are per device: temporary memory as XLA's CPU compiler plans it (other
-compilers fuse otherwise: compare rows with each other), and the arrays exchanged, in loops as often as they run.
+Compiles value and gradient for 8 simulated devices; nothing is executed, and a minute on 2 CPU
+cores is enough. Prints a JSON line a case, then a Markdown table. Bytes are per device: temporary
+memory as XLA's CPU compiler plans it (other compilers fuse otherwise: compare rows with each
+other), and the arrays exchanged, in loops as often as they run.
 """
 
 import json
@@ -22,10 +23,15 @@ TOWERS = {"dual_phase": ("ed", "es"), "clip": ("ed",)}
 def main():
   if sys.argv[1:] == ["compile"]:
     return compile_all()
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}", "JAX_PLATFORMS": "cpu",
-                              "PYTHONPATH": str(ROOT)}
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+  }
   cases = []
-  with subprocess.Popen([sys.executable, __file__, "compile"], env=environment, stdout=subprocess.PIPE, text=True) as child:
+  with subprocess.Popen(
+    [sys.executable, __file__, "compile"], env=environment, stdout=subprocess.PIPE, text=True
+  ) as child:
     for line in child.stdout:
       print(line, end="", flush=True)
       cases.append(json.loads(line))
@@ -33,10 +39,14 @@ def main():
     sys.exit(child.returncode)
   print("\n| objective | batch | | temporary MiB | collectives MiB |\n|---|---|---|---|---|")
   for one in cases:
-    traffic = ", ".join(f"{kind} {mib(total['bytes']):.4g} ({total['count']} times)"
-                        for kind, total in one["collectives"].items())
+    traffic = ", ".join(
+      f"{kind} {mib(total['bytes']):.4g} ({total['count']} times)"
+      for kind, total in one["collectives"].items()
+    )
     form = "ring" if one["ring"] else "plain"
-    print(f"| {one['objective']} | {one['batch']} | {form} | {mib(one['temporary']):.4g} | {traffic} |")
+    print(
+      f"| {one['objective']} | {one['batch']} | {form} | {mib(one['temporary']):.4g} | {traffic} |"
+    )
 
 
 def mib(size: int) -> float:
@@ -54,18 +64,39 @@ def compile_all():
   mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
   for batch in BATCHES:
     for name, towers in TOWERS.items():
-      array = lambda *shape, dtype=np.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
-      projections = {"ecg_projection": array(batch, WIDTH),
-                     "cmr": {tower: {"projection": array(batch, WIDTH)} for tower in towers}}
-      rows = {field: array(batch) for field in ("mask", "has_ecg", "has_cmr")} | {"subject": array(batch, 2, dtype=np.uint32)}
+
+      def array(*shape, dtype=np.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
+
+      projections = {
+        "ecg_projection": array(batch, WIDTH),
+        "cmr": {tower: {"projection": array(batch, WIDTH)} for tower in towers},
+      }
+      rows = {field: array(batch) for field in ("mask", "has_ecg", "has_cmr")} | {
+        "subject": array(batch, 2, dtype=np.uint32)
+      }
       for ring in (False, True):
-        loss = lambda outputs, rows: objectives.mean(objectives.find(name, "")(outputs, rows, ring=ring))
+
+        def loss(outputs, rows):
+          return objectives.mean(objectives.find(name, "")(outputs, rows, ring=ring))
+
         with jax.set_mesh(mesh):
           compiled = jax.jit(jax.value_and_grad(loss)).lower(projections, rows).compile()
         found, _ = compiled_room.read(compiled.as_text())
-        print(json.dumps({"objective": name, "batch": batch, "width": WIDTH, "devices": DEVICES, "ring": ring,
-                          "temporary": compiled_room.memory(compiled)["temporaries"],
-                          "collectives": compiled_room.by_kind(found)}), flush=True)
+        print(
+          json.dumps(
+            {
+              "objective": name,
+              "batch": batch,
+              "width": WIDTH,
+              "devices": DEVICES,
+              "ring": ring,
+              "temporary": compiled_room.memory(compiled)["temporaries"],
+              "collectives": compiled_room.by_kind(found),
+            }
+          ),
+          flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-r"""The five arms of Bujalance Gomez et al. 2026: what part of the CMR an ECG encoder learns from, all else being equal.
+r"""The five arms of Bujalance Gomez et al. 2026: what part of the CMR an ECG encoder learns from,
+all else being equal.
 
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
     mmcl train --config=configs/cmr_phenotype.py:demo,view=cine_slice --workdir=demo/cine \
@@ -18,57 +19,107 @@ Expected time: an arm of `:demo` 3 to 6 minutes on 2 CPU cores, two at a time.
 Expected scores, test R2 of LVM, LVEDV, LVEF: ecg_only 0.35, 0.24, 0.05;
 ed_slice 0.41, 0.29, 0.07; cine_slice 0.41, 0.29, 0.07;
 ed_volume 0.41, 0.28, 0.07; dual_phase 0.40, 0.28, 0.07 (docs/results.md).
-`:medium`, the published size, was not trained here. arm=dual_phase is configs/dual_phase.py. What differs:
-docs/recipes.md.
+`:medium`, the published size, was not trained here. arm=dual_phase is configs/dual_phase.py. What
+differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, ECG profile of the cohort, samples it sees, mask ratio and weight of SimSiam of its MAE, width of
-#         its head, 3-D ResNet, frames of a cine, width of its embedding, hidden width of the projections, batch, steps,
-#         learning rate
+# size -> ECG encoder, ECG profile of the cohort, samples it sees, mask ratio and weight of SimSiam
+# of its MAE, width of         its head, 3-D ResNet, frames of a cine, width of its embedding,
+# hidden width of the projections, batch, steps,         learning rate
 SIZES = {
-    "test": ("test", "minimal", 500, 0.8, 0.1, 16, "test", 3, 16, 32, 8, 6, 1e-3),
-    "demo": ("demo", "minimal", 1000, 0.8, 0.0, 256, "demo", 5, 256, 256, 32, 600, 1e-3),
-    "medium": ("medium", "dual_phase", 5000, 0.7, 0.1, 1000, "r50", 50, 768, 768, 64, 74_800, 1e-5),  # as dual_phase.py
+  "test": ("test", "minimal", 500, 0.8, 0.1, 16, "test", 3, 16, 32, 8, 6, 1e-3),
+  "demo": ("demo", "minimal", 1000, 0.8, 0.0, 256, "demo", 5, 256, 256, 32, 600, 1e-3),
+  # as dual_phase.py
+  "medium": ("medium", "dual_phase", 5000, 0.7, 0.1, 1000, "r50", 50, 768, 768, 64, 74_800, 1e-5),
 }
 # tower -> view, slices; 0: the frames of a cine
-TOWERS = {"slice": ("ed_slice", 1), "cine": ("cine_slice", 0), "ed": ("ed_volume", 6), "es": ("es_volume", 6)}
-ARMS = {"ecg_only": (), "ed_slice": ("slice",), "cine_slice": ("cine",), "ed_volume": ("ed",),
-        "dual_phase": ("ed", "es")}
+TOWERS = {
+  "slice": ("ed_slice", 1),
+  "cine": ("cine_slice", 0),
+  "ed": ("ed_volume", 6),
+  "es": ("es_volume", 6),
+}
+ARMS = {
+  "ecg_only": (),
+  "ed_slice": ("slice",),
+  "cine_slice": ("cine",),
+  "ed_volume": ("ed",),
+  "dual_phase": ("ed", "es"),
+}
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="dual_phase")
   for name, known in (("size", SIZES), ("arm", ARMS)):
     if arg[name] not in known:
-      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
-  ecg, profile, samples, mask_ratio, siamese, head, cmr, frames, width, hidden, batch, steps, rate = SIZES[arg.size]
+      raise UserError(
+        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
+      )
+  (
+    ecg,
+    profile,
+    samples,
+    mask_ratio,
+    siamese,
+    head,
+    cmr,
+    frames,
+    width,
+    hidden,
+    batch,
+    steps,
+    rate,
+  ) = SIZES[arg.size]
   towers = ARMS[arg.arm]
   c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
-  c.init_from = dict(ecg="") | {f"cmr_{name}": "" for name in towers}  # workdirs of ecg_mae.py and cmr_phenotype.py
+  # workdirs of ecg_mae.py and cmr_phenotype.py
+  c.init_from = dict(ecg="") | {f"cmr_{name}": "" for name in towers}
   c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples      # at 500 Hz; the published size sees all 10 s
-  c.optimizer.update(learning_rate=rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5)
+  c.data.samples = samples  # at 500 Hz; the published size sees all 10 s
+  c.optimizer.update(
+    learning_rate=rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5
+  )
 
   if not towers:  # goes on as ecg_mae.py does, decoder and all
-    c.model.ecg.update(size=ecg, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)  # patch: samples of one lead
+    # patch: samples of one lead
+    c.model.ecg.update(size=ecg, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=0.1)
     if siamese:
       c.objectives.siamese = dict(fn="simsiam", weight=siamese)
     return c
 
-  c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)  # left behind there: the autoencoder's; fresh here: the head
-  c.model.ecg.update(size=ecg, patch=100, pool="mean", head=head,
-                     drop_path=0.0 if arg.size == "demo" else 0.1)  # the demo's scores: without
-  c.model.cmr = {name: dict(kind="slow_resnet", size=cmr, view=TOWERS[name][0], planes=TOWERS[name][1] or frames,
-                            width=width, patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=True)  # all but `fc`
-                 for name in towers}
-  c.model.projection.update(hidden=hidden, ecg_hidden=432 if arg.size == "medium" else 0, width=128,
-                            norm=True)
+  # left behind there: the autoencoder's; fresh here: the head
+  c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)
+  c.model.ecg.update(
+    size=ecg, patch=100, pool="mean", head=head, drop_path=0.0 if arg.size == "demo" else 0.1
+  )  # the demo's scores: without
+  c.model.cmr = {
+    name: dict(
+      kind="slow_resnet",
+      size=cmr,
+      view=TOWERS[name][0],
+      planes=TOWERS[name][1] or frames,
+      # all but `fc`
+      width=width,
+      patch=(1, 16, 16),
+      mask_ratio=0.0,
+      drop_path=0.0,
+      frozen=True,
+    )
+    for name in towers
+  }
+  c.model.projection.update(
+    hidden=hidden, ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
+  )
   if arg.arm == "dual_phase":
-    c.objectives.dual_phase = dict(fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07)
+    c.objectives.dual_phase = dict(
+      fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07
+    )
   else:
-    c.objectives.contrastive = dict(fn="clip", weight=1.0, a="ecg", b=towers[0], b_to_a=0.5, temperature=0.07)
+    c.objectives.contrastive = dict(
+      fn="clip", weight=1.0, a="ecg", b=towers[0], b_to_a=0.5, temperature=0.07
+    )
   return c

@@ -1,4 +1,5 @@
-r"""CardiacNets: an ECG encoder that knows age, sex and body size, tied to short-axis and long-axis CMR encoders.
+r"""CardiacNets: an ECG encoder that knows age, sex and body size, tied to short-axis and long-axis
+CMR encoders.
 
     mmcl prepare synthetic --lax --subjects=1600 --out=demo/lax
     mmcl train --config=configs/cardiacnets.py:demo,stage=cmr --workdir=demo/cn_cmr --config.data.cohort=demo/lax
@@ -7,27 +8,41 @@ r"""CardiacNets: an ECG encoder that knows age, sex and body size, tied to short
       --config.init_from.ecg=demo/cn_ecg --config.init_from.cmr_sax=demo/cn_cmr --config.init_from.cmr_lax=demo/cn_cmr
     mmcl evaluate --workdir=demo/cn
 
-Expected time and score: `:demo` takes about 20 minutes on one of 2 CPU cores (2 to prepare; 10, 3 and 4 the stages; 1 to evaluate).
-Test R2, seed 0: LVM 0.66, LVEDV 0.53, LVEF 0.06, of an encoder that is given age, sex and body size; the covariates alone
-have 0.58, 0.47, 0.06 and an untrained encoder 0.34, 0.21, -0.01. Retrieval R@10 0.08, chance 0.03 (synthetic cohort).
-In the demo covariates act before the blocks, the embedding is the mean token, and CMR heads learn.
-`:large`, the published size, has the published forms and was not trained here.
+Expected time and score: `:demo` takes about 20 minutes on one of 2 CPU cores (2 to prepare; 10, 3
+and 4 the stages; 1 to evaluate). Test R2, seed 0: LVM 0.66, LVEDV 0.53, LVEF 0.06, of an encoder
+that is given age, sex and body size; the covariates alone have 0.58, 0.47, 0.06 and an untrained
+encoder 0.34, 0.21, -0.01. Retrieval R@10 0.08, chance 0.03 (synthetic cohort). In the demo
+covariates act before the blocks, the embedding is the mean token, and CMR heads learn. `:large`,
+the published size, has the published forms and was not trained here.
 
-Source: Ding et al. 2024 (arXiv 2411.13602 v1). Its CMR encoders are Swin-B; here they are ViT-B, with all frames in one
-patch as they are channels there. What else differs: docs/recipes.md.
+Source: Ding et al. 2024 (arXiv 2411.13602 v1). Its CMR encoders are Swin-B; here they are ViT-B,
+with all frames in one patch as they are channels there. What else differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, samples it sees, video transformer, frames, its patch (frames, rows, columns), width of the
-#         shared space, batch and steps of cmr and align, batch and steps of ecg, learning rates of cmr, ecg, align
+# size -> ECG encoder, samples it sees, video transformer, frames, its patch (frames, rows,
+# columns), width of the         shared space, batch and steps of cmr and align, batch and steps of
+# ecg, learning rates of cmr, ecg, align
 SIZES = {
-    "test": ("test", 500, "test", 5, (5, 16, 16), 16, 8, 6, 8, 6, 1e-3, 1e-3, 1e-3),
-    "demo": ("demo", 1000, "demo", 25, (25, 8, 8), 128, 32, 600, 32, 600, 1e-3, 2e-3, 1e-3),
-    "large": ("large", 5000, "base", 50, (50, 16, 16), 256,
-              64, 181_250, 32, 362_500,   # 400 epochs x 29,000 / 64 and / 32
-              1e-4, 5e-5, 2.5e-5),        # the last: 1e-4 x 64 / 256
+  "test": ("test", 500, "test", 5, (5, 16, 16), 16, 8, 6, 8, 6, 1e-3, 1e-3, 1e-3),
+  "demo": ("demo", 1000, "demo", 25, (25, 8, 8), 128, 32, 600, 32, 600, 1e-3, 2e-3, 1e-3),
+  "large": (
+    "large",
+    5000,
+    "base",
+    50,
+    (50, 16, 16),
+    256,
+    64,
+    181_250,
+    32,
+    362_500,  # 400 epochs x 29,000 / 64 and / 32
+    1e-4,
+    5e-5,
+    2.5e-5,
+  ),  # the last: 1e-4 x 64 / 256
 }
 STAGES = ("cmr", "ecg", "align")
 
@@ -36,35 +51,64 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align")
   for name, known in (("size", SIZES), ("stage", STAGES)):
     if arg[name] not in known:
-      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
-  ecg, samples, cmr, frames, patch, width, batch, steps, ecg_batch, ecg_steps, *rates = SIZES[arg.size]
+      raise UserError(
+        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
+      )
+  ecg, samples, cmr, frames, patch, width, batch, steps, ecg_batch, ecg_steps, *rates = SIZES[
+    arg.size
+  ]
   batch, steps = (ecg_batch, ecg_steps) if arg.stage == "ecg" else (batch, steps)
   aligns = arg.stage == "align"
   published = arg.size != "demo"  # the demo's scores were taken with forms of this project's own
   c = defaults(arg.batch or batch, arg.steps or steps)  # rows, updates
-  c.init_from = dict(ecg="", cmr_sax="", cmr_lax="")    # of align: workdirs of ecg, and twice of cmr
-  c.data.samples = samples                              # at 500 Hz
+  # of align: workdirs of ecg, and twice of cmr
+  c.init_from = dict(ecg="", cmr_sax="", cmr_lax="")
+  c.data.samples = samples  # at 500 Hz
   c.model.projection.update(hidden=0 if published else width, width=width)  # 0: one Linear
-  c.optimizer.update(learning_rate=rates[STAGES.index(arg.stage)], warmup=max(c.steps // 10, 1), b1=0.9, b2=0.95,
-                     weight_decay=0.05)
+  c.optimizer.update(
+    learning_rate=rates[STAGES.index(arg.stage)],
+    warmup=max(c.steps // 10, 1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.05,
+  )
 
   if arg.stage in ("ecg", "align"):
     c.augment.ecg.update(time_flip=0.33, sign_flip=0.33)  # probabilities
-    c.model.ecg.update(size=ecg, patch=100, mask_ratio=0.0 if aligns else 0.8,
-                       film=aligns,  # by the covariates
-                       film_after=aligns and published, pool="cls" if published else "mean",
-                       dropout=0.05 if aligns and published else 0.0)
+    c.model.ecg.update(
+      size=ecg,
+      patch=100,
+      mask_ratio=0.0 if aligns else 0.8,
+      film=aligns,  # by the covariates
+      film_after=aligns and published,
+      pool="cls" if published else "mean",
+      dropout=0.05 if aligns and published else 0.0,
+    )
   if arg.stage in ("cmr", "align"):
     views = dict(sax="cine_slice", lax="lax")
-    c.model.cmr = {name: dict(kind="vit", size=cmr, view=view, planes=frames, width=0, patch=patch, drop_path=0.0,
-                              mask_ratio=0.0 if aligns else 0.5, frozen=aligns) for name, view in views.items()}
+    c.model.cmr = {
+      name: dict(
+        kind="vit",
+        size=cmr,
+        view=view,
+        planes=frames,
+        width=0,
+        patch=patch,
+        drop_path=0.0,
+        mask_ratio=0.0 if aligns else 0.5,
+        frozen=aligns,
+      )
+      for name, view in views.items()
+    }
 
   if arg.stage == "cmr":
     # Crops of 80 to 100 % of the area. No flips: left to right swaps the ventricles.
     c.augment.cmr.update(rotation_deg=30.0, scale=0.06, shift=0.05)
     c.objectives.sax_mim = dict(fn="cmr_mae", weight=1.0, of="sax", norm_pix=False)
     c.objectives.lax_mim = dict(fn="cmr_mae", weight=1.0, of="lax", norm_pix=False)
-    c.objectives.sax_lax = dict(fn="clip", weight=1.0, a="sax", b="lax", b_to_a=0.5, temperature=0.1)
+    c.objectives.sax_lax = dict(
+      fn="clip", weight=1.0, a="sax", b="lax", b_to_a=0.5, temperature=0.1
+    )
   if arg.stage == "ecg":
     # As in MMCL's code, which the name of CardiacNets' checkpoint points to.
     region, ncc = ("all", 0.1) if published else ("masked", 0.0)
@@ -74,6 +118,10 @@ def get_config(arg=None):
     c.init_except = (f"^ecg/(decoder|{unread}|film)/", "^cmr_(sax|lax)/backbone/decoder/")
     if published:  # random projections of the CMR; with freeze=() they learn
       c.freeze = ("^head_(sax|lax)/",)
-    c.objectives.ecg_sax = dict(fn="clip", weight=1.0, a="ecg", b="sax", b_to_a=0.5, temperature=0.1)
-    c.objectives.ecg_lax = dict(fn="clip", weight=1.0, a="ecg", b="lax", b_to_a=0.5, temperature=0.1)
+    c.objectives.ecg_sax = dict(
+      fn="clip", weight=1.0, a="ecg", b="sax", b_to_a=0.5, temperature=0.1
+    )
+    c.objectives.ecg_lax = dict(
+      fn="clip", weight=1.0, a="ecg", b="lax", b_to_a=0.5, temperature=0.1
+    )
   return c

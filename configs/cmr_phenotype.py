@@ -1,13 +1,14 @@
-"""Supervised CMR encoders: the teachers of dual_phase.py and arms.py, one a view, trained to measure what they see.
+"""Supervised CMR encoders: the teachers of dual_phase.py and arms.py, one a view, trained to
+measure what they see.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
     mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed --config.data.cohort=demo/cohort
     mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es --config.data.cohort=demo/cohort
     mmcl evaluate --workdir=demo/ed
 
-`view` is ed_volume, es_volume, ed_slice or cine_slice. `targets` is 3 (LVEDV, LVM, RVEDV), 5 (LVEDV,
-LVESV, LVEF, RVEDV, RVESV), 13, or all of the cohort; as published es_volume has 5 and the others 3,
-in the demo all have 13.
+`view` is ed_volume, es_volume, ed_slice or cine_slice. `targets` is 3 (LVEDV, LVM, RVEDV), 5
+(LVEDV, LVESV, LVEF, RVEDV, RVESV), 13, or all of the cohort; as published es_volume has 5 and the
+others 3, in the demo all have 13.
 Expected time: `:demo` 7 to 9 minutes on 2 CPU cores, two at a time.
 Expected score, read from the ED volume: test R2 of LVM 0.96, LVEDV 0.94, LVEF 0.05 (1 seed).
 `:r50`, the published size, was not trained here.
@@ -20,44 +21,70 @@ from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 
-# size -> 3-D ResNet, ECG profile of the cohort, width of the embedding, frames of a cine, batch, steps, learning rate
+# size -> 3-D ResNet, ECG profile of the cohort, width of the embedding, frames of a cine, batch,
+# steps, learning rate
 SIZES = {
-    "test": ("test", "minimal", 16, 3, 8, 6, 1e-3),
-    "demo": ("demo", "minimal", 256, 5, 32, 600, 2e-3),
-    "r50": ("r50", "dual_phase", 768, 50, 96, 49_800, 1e-4),  # 200 epochs x 23,900 / 96
+  "test": ("test", "minimal", 16, 3, 8, 6, 1e-3),
+  "demo": ("demo", "minimal", 256, 5, 32, 600, 2e-3),
+  "r50": ("r50", "dual_phase", 768, 50, 96, 49_800, 1e-4),  # 200 epochs x 23,900 / 96
 }
 # view -> tower, slices (0: the frames of a cine), targets as published
-VIEWS = {"ed_volume": ("ed", 6, "3"), "es_volume": ("es", 6, "5"), "ed_slice": ("slice", 1, "3"),
-         "cine_slice": ("cine", 0, "3")}
-TARGETS = {"3": ("LVEDV", "LVM", "RVEDV"),
-           "5": ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV"),
-           "13": tuple(schema.PHENOTYPES),  # but for radial strain (Err), which is not among schema.PHENOTYPES
-           "all": ()}
+VIEWS = {
+  "ed_volume": ("ed", 6, "3"),
+  "es_volume": ("es", 6, "5"),
+  "ed_slice": ("slice", 1, "3"),
+  "cine_slice": ("cine", 0, "3"),
+}
+TARGETS = {
+  "3": ("LVEDV", "LVM", "RVEDV"),
+  "5": ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV"),
+  # but for radial strain (Err), which is not among schema.PHENOTYPES
+  "13": tuple(schema.PHENOTYPES),
+  "all": (),
+}
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, view="ed_volume", targets="")
   for name, known in (("size", SIZES), ("view", VIEWS), ("targets", TARGETS)):
     if arg[name] not in known and (arg[name] or name != "targets"):
-      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(
+        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
+      )
   size, profile, width, frames, batch, steps, learning_rate = SIZES[arg.size]
   tower, slices, published = VIEWS[arg.view]
   targets = arg.targets or ("13" if arg.size == "demo" else published)
   long = arg.size == "r50" and targets == "13"  # 400 epochs, not 200
   c = defaults(arg.batch or batch, arg.steps or steps * (2 if long else 1))  # hearts, updates
-  c.init_from = {f"cmr_{tower}": ""}  # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
+  # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
+  c.init_from = {f"cmr_{tower}": ""}
   c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
   c.data.targets = TARGETS[targets]
 
-  # In place of the published left-right flip, which swaps the ventricles. No zoom: size is what is measured.
+  # In place of the published left-right flip, which swaps the ventricles. No zoom: size is what is
+  # measured.
   c.augment.cmr.update(rotation_deg=15.0, shift=0.05)
 
-  c.model.cmr = {tower: dict(kind="slow_resnet", size=size, view=arg.view, planes=slices or frames, width=width,
-                             patch=(1, 16, 16), mask_ratio=0.0, drop_path=0.0, frozen=False)}
+  c.model.cmr = {
+    tower: dict(
+      kind="slow_resnet",
+      size=size,
+      view=arg.view,
+      planes=slices or frames,
+      width=width,
+      patch=(1, 16, 16),
+      mask_ratio=0.0,
+      drop_path=0.0,
+      frozen=False,
+    )
+  }
   c.model.regression = (tower,)
-  c.model.projection.update(hidden=16, width=16)  # built and left alone: the next stage brings its own
-  c.objectives.phenotypes = dict(fn="phenotype_regression", weight=1.0, of=tower, delta=0.0)  # squared error in SD
+  # built and left alone: the next stage brings its own
+  c.model.projection.update(hidden=16, width=16)
+  # squared error in SD
+  c.objectives.phenotypes = dict(fn="phenotype_regression", weight=1.0, of=tower, delta=0.0)
   warmup = c.steps // (10 if long else 5)  # 40 epochs
-  c.optimizer.update(learning_rate=learning_rate, warmup=max(warmup, 1), b1=0.9, b2=0.95,
-                     weight_decay=1e-5)
+  c.optimizer.update(
+    learning_rate=learning_rate, warmup=max(warmup, 1), b1=0.9, b2=0.95, weight_decay=1e-5
+  )
   return c

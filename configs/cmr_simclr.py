@@ -6,7 +6,8 @@
 
 Expected time: `:demo` 2 minutes on 2 CPU cores.
 Expected score, read from the image: test R2 of LVM 0.68, LVEDV 0.80, LVEF 0.61 (1 seed).
-`:r50`, the published size, was not trained here. Next: mmcl.py, by `--config.init_from.cmr_image=demo/simclr`.
+`:r50`, the published size, was not trained here. Next: mmcl.py, by
+`--config.init_from.cmr_image=demo/simclr`.
 
 Source: Turgut et al. 2025. What differs: docs/recipes.md.
 """
@@ -14,32 +15,54 @@ Source: Turgut et al. 2025. What differs: docs/recipes.md.
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.errors import UserError
 
-# size -> ResNet, ECG profile of the cohort, hidden width and width of the head, batch, steps, learning rate
+# size -> ResNet, ECG profile of the cohort, hidden width and width of the head, batch, steps,
+# learning rate
 SIZES = {
-    "test": ("test", "minimal", 16, 8, 8, 6, 1e-3),
-    "demo": ("demo", "minimal", 128, 64, 32, 600, 1e-3),
-    "r50": ("r50", "mmcl", 2048, 128, 256, 32_800, 3e-3),  # 300 epochs x 28,000 / 256
+  "test": ("test", "minimal", 16, 8, 8, 6, 1e-3),
+  "demo": ("demo", "minimal", 128, 64, 32, 600, 1e-3),
+  "r50": ("r50", "mmcl", 2048, 128, 256, 32_800, 3e-3),  # 300 epochs x 28,000 / 256
 }
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0)
   if arg.size not in SIZES:
-    raise UserError(f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}")
+    raise UserError(
+      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
+    )
   size, profile, hidden, width, batch, steps, learning_rate = SIZES[arg.size]
   c = defaults(arg.batch or batch, arg.steps or steps)  # images, updates
-  c.init_from = dict(cmr_image="")  # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
+  # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
+  c.init_from = dict(cmr_image="")
   c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
 
   c.augment.twice = True  # two augmentations of every image are what NT-Xent compares
-  # scale, shift: as wide as crops of 60 to 100 % of the area. intensity: brightness, contrast x U(0.5, 1.5), SD 0.29.
-  # No left-right flip, which would swap the ventricles; no saturation: the channels are moments, not colours.
+  # scale, shift: as wide as crops of 60 to 100 % of the area. intensity: brightness, contrast x
+  # U(0.5, 1.5), SD 0.29. No left-right flip, which would swap the ventricles; no saturation: the
+  # channels are moments, not colours.
   c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
 
-  c.model.cmr = dict(image=dict(kind="resnet", size=size, view="three_frames", planes=3, width=0, patch=(1, 16, 16),
-                                mask_ratio=0.0, drop_path=0.0, frozen=False))
+  c.model.cmr = dict(
+    image=dict(
+      kind="resnet",
+      size=size,
+      view="three_frames",
+      planes=3,
+      width=0,
+      patch=(1, 16, 16),
+      mask_ratio=0.0,
+      drop_path=0.0,
+      frozen=False,
+    )
+  )
   c.model.projection.update(hidden=hidden, width=width)
   c.objectives.simclr = dict(fn="nt_xent", weight=1.0, of="image", temperature=0.1)
-  c.optimizer.update(learning_rate=learning_rate, warmup=max(c.steps // 10, 1), b1=0.9, b2=0.999,
-                     weight_decay=1e-4, l2=arg.size != "demo")  # Adam; the demo's scores: AdamW
+  c.optimizer.update(
+    learning_rate=learning_rate,
+    warmup=max(c.steps // 10, 1),
+    b1=0.9,
+    b2=0.999,
+    weight_decay=1e-4,
+    l2=arg.size != "demo",
+  )  # Adam; the demo's scores: AdamW
   return c

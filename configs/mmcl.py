@@ -1,4 +1,5 @@
-r"""MMCL: an ECG encoder and a ResNet over three frames of the CMR, each pre-trained alone, then tied to each other.
+r"""MMCL: an ECG encoder and a ResNet over three frames of the CMR, each pre-trained alone, then
+tied to each other.
 
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
     mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr --config.data.cohort=demo/cohort
@@ -9,8 +10,8 @@ r"""MMCL: an ECG encoder and a ResNet over three frames of the CMR, each pre-tra
 Expected time: the last stage of `:demo` 4 minutes on 2 CPU cores.
 Expected score: test R2 of LVM 0.37, LVEDV 0.26, LVEF 0.06 (3 seeds);
 untrained 0.34, 0.23, 0.06; docs/results.md.
-`:tiny`, the published size, was not trained here. `:demo,arm=wo_mdm` starts the ECG encoder fresh, and is given
-`init_from.cmr_image` alone.
+`:tiny`, the published size, was not trained here. `:demo,arm=wo_mdm` starts the ECG encoder fresh,
+and is given `init_from.cmr_image` alone.
 
 Source: Turgut et al. 2025. What differs: docs/recipes.md.
 """
@@ -18,12 +19,13 @@ Source: Turgut et al. 2025. What differs: docs/recipes.md.
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, ECG profile of the cohort, samples it sees, ResNet, hidden width of the heads, batch, steps,
-#         learning rate from pre-trained encoders, and from a fresh ECG encoder
+# size -> ECG encoder, ECG profile of the cohort, samples it sees, ResNet, hidden width of the
+# heads, batch, steps,         learning rate from pre-trained encoders, and from a fresh ECG encoder
 SIZES = {
-    "test": ("test", "minimal", 500, "test", 16, 8, 6, 1e-3, 1e-3),
-    "demo": ("demo", "minimal", 1000, "demo", 128, 32, 600, 1e-3, 2e-3),
-    "tiny": ("tiny", "mmcl", 2500, "r50", 512, 256, 32_800, 1e-4, 3e-4),  # 300 epochs x 28,000 / 256
+  "test": ("test", "minimal", 500, "test", 16, 8, 6, 1e-3, 1e-3),
+  "demo": ("demo", "minimal", 1000, "demo", 128, 32, 600, 1e-3, 2e-3),
+  # 300 epochs x 28,000 / 256
+  "tiny": ("tiny", "mmcl", 2500, "r50", 512, 256, 32_800, 1e-4, 3e-4),
 }
 
 
@@ -31,32 +33,55 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="mmcl")
   for name, known in (("size", SIZES), ("arm", ("mmcl", "wo_mdm"))):
     if arg[name] not in known:
-      raise UserError(f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}")
+      raise UserError(
+        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
+      )
   ecg, profile, samples, image, hidden, batch, steps, warm_rate, fresh_rate = SIZES[arg.size]
   fresh = arg.arm == "wo_mdm"
   published = arg.size != "demo"  # the demo's scores were taken with forms of this project's own
   c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
   c.init_from = dict(ecg="", cmr_image="")  # workdirs of ecg_mae.py and cmr_simclr.py
-  c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese.*)/",)  # what only the masked autoencoder needs
+  # what only the masked autoencoder needs
+  c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese.*)/",)
   c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples      # at 500 Hz, a random crop of the 10 s
+  c.data.samples = samples  # at 500 Hz, a random crop of the 10 s
 
   if profile == "mmcl":  # noise in proportion to the signal, which MMCL calls jitter
     c.augment.ecg.update(phase_noise_strength=0.1, gain_noise_sigma=0.25, rescale_sigma=0.5)
-  else:                  # profile minimal keeps voltage, which is informative
+  else:  # profile minimal keeps voltage, which is informative
     c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)
   c.augment.ecg.phase_noise_always = published
-  # As in cmr_simclr.py: crops of 60 to 100 % of the area, brightness, contrast; no flip, which swaps the ventricles.
+  # As in cmr_simclr.py: crops of 60 to 100 % of the area, brightness, contrast; no flip, which
+  # swaps the ventricles.
   c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
 
   c.model.ecg.update(size=ecg, patch=100, drop_path=0.1, pool="mean")  # patch: samples of one lead
   if fresh and published:
     c.model.ecg.update(positions="learned", timm_start=True)
-  c.model.cmr = dict(image=dict(kind="resnet", size=image, view="three_frames", planes=3, width=0, patch=(1, 16, 16),
-                                mask_ratio=0.0, drop_path=0.0, frozen=False))
+  c.model.cmr = dict(
+    image=dict(
+      kind="resnet",
+      size=image,
+      view="three_frames",
+      planes=3,
+      width=0,
+      patch=(1, 16, 16),
+      mask_ratio=0.0,
+      drop_path=0.0,
+      frozen=False,
+    )
+  )
   c.model.projection.update(hidden=hidden, width=128, norm=False)
   # b_to_a: MMCL's lambda, the weight of "this image among all ECGs".
-  c.objectives.contrastive = dict(fn="clip", weight=1.0, a="ecg", b="image", b_to_a=0.75, temperature=0.1)
-  c.optimizer.update(learning_rate=fresh_rate if fresh else warm_rate, warmup=max(c.steps // 10, 1), b1=0.9, b2=0.999,
-                     weight_decay=1e-4, l2=published)  # Adam
+  c.objectives.contrastive = dict(
+    fn="clip", weight=1.0, a="ecg", b="image", b_to_a=0.75, temperature=0.1
+  )
+  c.optimizer.update(
+    learning_rate=fresh_rate if fresh else warm_rate,
+    warmup=max(c.steps // 10, 1),
+    b1=0.9,
+    b2=0.999,
+    weight_decay=1e-4,
+    l2=published,
+  )  # Adam
   return c

@@ -9,16 +9,16 @@ from mmcl_jax.errors import UserError, one_line, printable
 from mmcl_jax.training import distributed, signals
 
 PROGRAMS = {
-    "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
-    "inspect": "what a cohort holds, and one of its records as a picture",
-    "train": "a recipe: joint pre-training of an ECG encoder with cardiac MRI, or a stage of it",
-    "compile": "what a recipe's training step needs on a TPU slice, told without a TPU",
-    "evaluate": "phenotypes, diseases, retrieval and localisation from a saved checkpoint",
-    "compare": "evaluated runs side by side, on the same test subjects",
-    "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",
-    "export": "the ECG encoder as one StableHLO file that runs without this package, and its model card",
-    "embed": "embeddings and predicted phenotypes of new ECG recordings",
-    "generate": "hearts drawn from ECG recordings: images, labels and what they measure",
+  "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
+  "inspect": "what a cohort holds, and one of its records as a picture",
+  "train": "a recipe: joint pre-training of an ECG encoder with cardiac MRI, or a stage of it",
+  "compile": "what a recipe's training step needs on a TPU slice, told without a TPU",
+  "evaluate": "phenotypes, diseases, retrieval and localisation from a saved checkpoint",
+  "compare": "evaluated runs side by side, on the same test subjects",
+  "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",
+  "export": "the ECG encoder as one StableHLO file that runs without this package, and its model card",
+  "embed": "embeddings and predicted phenotypes of new ECG recordings",
+  "generate": "hearts drawn from ECG recordings: images, labels and what they measure",
 }
 ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 
@@ -26,8 +26,8 @@ ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 def run(program, argv=None, hosts=False):
   """Runs a program's main(argv); a UserError becomes one line on stderr and exit status 2.
 
-  SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a program as Ctrl-C does, cleaning up, but with status 75 (EX_TEMPFAIL: run
-  the command again); training saves first (training.signals).
+  SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a program as Ctrl-C does, cleaning up, but with status 75
+  (EX_TEMPFAIL: run the command again); training saves first (training.signals).
 
   Args:
     hosts: the program may run on several hosts (training.distributed), which then all end alike.
@@ -37,7 +37,8 @@ def run(program, argv=None, hosts=False):
     on_hosts = distributed.joined(argv) if hosts else contextlib.nullcontext(argv)
     with contextlib.redirect_stdout(Inert(sys.stdout)), on_hosts as rest:
       if matplotlib := sys.modules.get("matplotlib"):
-        matplotlib.rcdefaults()  # a matplotlibrc in the current folder may have every name run through LaTeX
+        # a matplotlibrc in the current folder may have every name run through LaTeX
+        matplotlib.rcdefaults()
       # Not before: nothing of Python runs while the hosts come together.
       with signals.handled(signals.interrupt), signals.watched():
         return program(rest)
@@ -47,7 +48,8 @@ def run(program, argv=None, hosts=False):
   except KeyboardInterrupt as signalled:
     print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
     if (status := distributed.status_of(signalled)) == os.EX_TEMPFAIL:
-      signals.mute(2)  # else multiprocessing may report at length that its resource tracker died of the same signal
+      # else multiprocessing may report at length that its resource tracker died of the same signal
+      signals.mute(2)
     sys.exit(status)
   except BrokenPipeError:  # the reader of our output has gone (`mmcl ... | head`)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,7 +57,8 @@ def run(program, argv=None, hosts=False):
 
 
 class Inert:
-  """A text stream that passes on no control characters: a name in the text cannot command the terminal."""
+  """A text stream that passes on no control characters: a name in the text cannot command the
+  terminal."""
 
   def __init__(self, stream):
     self.stream = stream

@@ -1,26 +1,29 @@
-"""`mmcl compile`: what a recipe's training step will need on a TPU slice, from the TPU's own compiler, without a TPU.
+"""`mmcl compile`: what a recipe's training step will need on a TPU slice, from the TPU's own
+compiler, without a TPU.
 
     mmcl compile --config=configs/joint.py:base --topology=v5e:4x4 --config.model.dtype=bfloat16
 
-The very step of `mmcl train` is compiled ahead of time and read; nothing runs. The compiler comes with libtpu (pip install
-'mmcl-jax[tpu]'). No cohort is needed: records are as `mmcl prepare` makes them by default; with --config.data.cohort=DIR as
-that cohort has them.
+The very step of `mmcl train` is compiled ahead of time and read; nothing runs. The compiler comes
+with libtpu (pip install 'mmcl-jax[tpu]'). No cohort is needed: records are as `mmcl prepare` makes
+them by default; with --config.data.cohort=DIR as that cohort has them.
 
-  --topology  chips of a slice: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB; or cpu:N, simulated devices (no libtpu, no times)
-  --batch     rows of the global batch. Default: config.per_device_batch times the devices of the data axis, where a
-              recipe sets it; else the recipe's batch, taken up to the next one that they and config.accumulation
-              divide
+  --topology  chips of a slice: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB; or cpu:N, simulated devices
+              (no libtpu, no times)
+  --batch     rows of the global batch. Default: config.per_device_batch times the devices of the
+              data axis, where a recipe sets it; else the recipe's batch, taken up to the next one
+              that they and config.accumulation divide
 
-The last line is a JSON object, of one device unless it says otherwise: memory (bytes), flops and bytes_accessed (the
-compiler's count, bodies of loops once; `loops` tells how often each runs, 0: not known), matmul_flops (matrix products of
-the step as written, loops and recomputation included, split evenly over the chips), collectives (kind -> count, bytes of
-the arrays exchanged, bytes sent), and an estimate: the least time for each of compute, memory and network at the published
-peaks, the largest of which bounds the step from below and the MFU from above. Waiting, latency and what cannot overlap
-come on top.
+The last line is a JSON object, of one device unless it says otherwise: memory (bytes), flops and
+bytes_accessed (the compiler's count, bodies of loops once; `loops` tells how often each runs, 0:
+not known), matmul_flops (matrix products of the step as written, loops and recomputation included,
+split evenly over the chips), collectives (kind -> count, bytes of the arrays exchanged, bytes
+sent), and an estimate: the least time for each of compute, memory and network at the published
+peaks, the largest of which bounds the step from below and the MFU from above. Waiting, latency and
+what cannot overlap come on top.
 
-A recipe with ResNet towers takes the TPU's compiler a quarter of an hour and more. JAX_OPTIMIZATION_LEVEL=O0 in the
-environment makes minutes of it, of a program that is a little worse: 300 MiB of buffers instead of 270 for joint:demo.
-`optimization` tells which it was.
+A recipe with ResNet towers takes the TPU's compiler a quarter of an hour and more.
+JAX_OPTIMIZATION_LEVEL=O0 in the environment makes minutes of it, of a program that is a little
+worse: 300 MiB of buffers instead of 270 for joint:demo. `optimization` tells which it was.
 """
 
 import argparse
@@ -47,35 +50,44 @@ USAGE = "usage: mmcl compile --config=configs/joint.py:base --topology=v5e:4x4 [
 
 
 class Chip(NamedTuple):
-  """Published peaks of one chip: bfloat16 FLOP/s, HBM in GiB, its bytes/s, bytes/s sent over all its links to other chips."""
+  """Published peaks of one chip: bfloat16 FLOP/s, HBM in GiB, its bytes/s, bytes/s sent over all
+  its links to other chips."""
 
   flops: float
   hbm_gib: int
   hbm: float
   network: float
   dimensions: int  # of a slice
-  config: str      # of libtpu: whether both cores of a chip are one device
+  config: str  # of libtpu: whether both cores of a chip are one device
 
 
-# Cloud TPU documentation, "System architecture" of each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). It gives
-# the network in both directions, 400 GB/s for v5e and 800 for v6e, or in bits, 4,800 Gbit/s one way for v5p; here it is
-# one way. v4: six links of 50 GB/s (Jouppi et al. 2023).
+# Cloud TPU documentation, "System architecture" of each chip (docs.cloud.google.com/tpu/docs/v4,
+# v5e, v5p, v6e). It gives the network in both directions, 400 GB/s for v5e and 800 for v6e, or in
+# bits, 4,800 Gbit/s one way for v5p; here it is one way. v4: six links of 50 GB/s (Jouppi et al.
+# 2023).
 CHIPS = {
-    "v4": Chip(275e12, 32, 1200e9, 300e9, 3, "megacore"),
-    "v5e": Chip(197e12, 16, 819e9, 200e9, 2, "default"),
-    "v5p": Chip(459e12, 95, 2765e9, 600e9, 3, "megacore"),
-    "v6e": Chip(918e12, 32, 1638e9, 400e9, 2, "default"),
+  "v4": Chip(275e12, 32, 1200e9, 300e9, 3, "megacore"),
+  "v5e": Chip(197e12, 16, 819e9, 200e9, 2, "default"),
+  "v5p": Chip(459e12, 95, 2765e9, 600e9, 3, "megacore"),
+  "v6e": Chip(918e12, 32, 1638e9, 400e9, 2, "default"),
 }
 SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e
 LARGEST = {"v4": 4096, "v5p": 6144}  # chips of one job
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    usage=USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False
+  )
   parser.add_argument("--batch", type=rows)
   given, rest = parser.parse_known_args(argv)
-  config, flags = configuration.from_flags("mmcl compile", USAGE, rest, paths={}, words={
-      "topology": f"TPU slice ({', '.join(CHIPS)}, such as v5e:4x4 or v5p:8x8x8), or cpu:N"})
+  config, flags = configuration.from_flags(
+    "mmcl compile",
+    USAGE,
+    rest,
+    paths={},
+    words={"topology": f"TPU slice ({', '.join(CHIPS)}, such as v5e:4x4 or v5p:8x8x8), or cpu:N"},
+  )
   print(json.dumps(compile_step(config, flags.topology, given.batch)))
 
 
@@ -99,10 +111,14 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   parallel.check_batch(config.batch, mesh)
   record, shapes, scales = records(config)
   objectives = objective_room.build(config.objectives)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
+  model = pretrainer.build(
+    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+  )
   pretrainer.check(config.model, shapes)
-  say(f"{topology}: {len(devices)} devices, data={mesh.shape['data']} x model={mesh.shape['model']}; batch {config.batch} "
-      f"({config.batch // mesh.shape['data']} a device)")
+  say(
+    f"{topology}: {len(devices)} devices, data={mesh.shape['data']} x model={mesh.shape['model']}; batch {config.batch} "
+    f"({config.batch // mesh.shape['data']} a device)"
+  )
 
   with jax.set_mesh(mesh):
     # -- The step and what goes in, as in train.py, but shapes alone --
@@ -112,10 +128,17 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
     step_room.check_outputs(model, objectives, example, state)
     params = reading.arrays(state.params)
     say(parallel.table(state, where, most=8))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
-    batch = global_batch(model, config, record, {"params": state.params, "batch_stats": state.statistics}, mesh)
-    train_step = jax.jit(step_room.make_train_step(model, objectives, tx, config, scales), donate_argnums=0,
-                         out_shardings=(where, None))
+    state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+    )
+    batch = global_batch(
+      model, config, record, {"params": state.params, "batch_stats": state.statistics}, mesh
+    )
+    train_step = jax.jit(
+      step_room.make_train_step(model, objectives, tx, config, scales),
+      donate_argnums=0,
+      out_shardings=(where, None),
+    )
 
     # -- Compile --
     begun = time.perf_counter()
@@ -129,48 +152,82 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   memory, costs = reading.memory(compiled), reading.costs(compiled)
   matmul_flops = reading.matmul_flops(traced.jaxpr) / len(devices)
   sent = sum(one.sent for one in collectives)
-  return {"topology": topology, "chips": len(devices), "mesh": dict(mesh.shape), "batch": config.batch, "params": params,
-          "memory": memory | ({"capacity": chip.hbm_gib * 2**30} if chip else {}), **costs, "matmul_flops": matmul_flops,
-          "collectives": reading.by_kind(collectives), "loops": sorted((loop.trips for loop in loops), reverse=True),
-          "estimate": estimate(chip, costs, matmul_flops, sent) if chip else None,
-          "compile_s": round(time.perf_counter() - begun, 1), "jax": jax.__version__,
-          "optimization": jax.config.jax_optimization_level}
+  return {
+    "topology": topology,
+    "chips": len(devices),
+    "mesh": dict(mesh.shape),
+    "batch": config.batch,
+    "params": params,
+    "memory": memory | ({"capacity": chip.hbm_gib * 2**30} if chip else {}),
+    **costs,
+    "matmul_flops": matmul_flops,
+    "collectives": reading.by_kind(collectives),
+    "loops": sorted((loop.trips for loop in loops), reverse=True),
+    "estimate": estimate(chip, costs, matmul_flops, sent) if chip else None,
+    "compile_s": round(time.perf_counter() - begun, 1),
+    "jax": jax.__version__,
+    "optimization": jax.config.jax_optimization_level,
+  }
 
 
 def say(text: str) -> None:
   print(text, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------------- what to compile
+# ---------------------------------------------------------------------------------------------------------
+# what to compile
+
 
 def find_devices(topology: str) -> tuple[list, Chip | None]:
   """Devices to compile for, none of which need exist, and what their chip can do (None: a CPU)."""
   name, _, size = topology.partition(":")
   if name == "cpu" and re.fullmatch("[1-9][0-9]{0,3}", size):
     jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={size}"
+    os.environ["XLA_FLAGS"] = (
+      f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={size}"
+    )
     if len(jax.devices()) != int(size):
-      raise UserError(f"--topology is {topology}, and this process has {len(jax.devices())} devices already; compile in a "
-                      "process of its own")
+      raise UserError(
+        f"--topology is {topology}, and this process has {len(jax.devices())} devices already; compile in a "
+        "process of its own"
+      )
     return jax.devices(), None
-  sides = tuple(int(side) for side in size.split("x")) if re.fullmatch(r"\d{1,3}(x\d{1,3}){1,2}", size) else ()
+  sides = (
+    tuple(int(side) for side in size.split("x"))
+    if re.fullmatch(r"\d{1,3}(x\d{1,3}){1,2}", size)
+    else ()
+  )
   if name not in CHIPS or not is_slice(name, sides):
     expected = " ".join("x".join(map(str, slice_)) for slice_ in SLICES)
-    raise UserError(f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with three sides of 1, 2 "
-                    f"or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and {LARGEST['v5p']:,} chips), or cpu:N")
+    raise UserError(
+      f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with three sides of 1, 2 "
+      f"or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and {LARGEST['v5p']:,} chips), or cpu:N"
+    )
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError(f"--topology={topology} needs the TPU's compiler, libtpu, which is not installed; pip install 'mmcl-jax[tpu]' "
-                    "(no TPU is needed), or take --topology=cpu:8")
-  # The step is traced with the CPU at hand; libtpu shall look for no TPU, lock none, and write no log.
+    raise UserError(
+      f"--topology={topology} needs the TPU's compiler, libtpu, which is not installed; pip install 'mmcl-jax[tpu]' "
+      "(no TPU is needed), or take --topology=cpu:8"
+    )
+  # The step is traced with the CPU at hand; libtpu shall look for no TPU, lock none, and write no
+  # log.
   jax.config.update("jax_platforms", "cpu")
-  for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
-                          "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_STDERR_LOG_LEVEL": "3",
-                          "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+  for variable, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }.items():
     os.environ.setdefault(variable, value)
   host = tuple(min(side, most) for side, most in zip((*sides, 1)[:3], (2, 2, 1)))
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, chip_config_name=CHIPS[name].config,
-                                         chips_per_host_bounds=host)
+    found = topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=topology,
+      chip_config_name=CHIPS[name].config,
+      chips_per_host_bounds=host,
+    )
     return found.devices, CHIPS[name]
   except Exception as error:  # libtpu has errors of its own for what it does not know
     raise UserError(f"--topology={topology}: libtpu refuses it: {error}") from None
@@ -179,8 +236,11 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
 def is_slice(name: str, sides: tuple[int, ...]) -> bool:
   if CHIPS[name].dimensions == 2:
     return sides in SLICES
-  return (len(sides) == 3 and all(side in (1, 2) or (side and side % 4 == 0) for side in sides)
-          and int(np.prod(sides)) <= LARGEST[name])
+  return (
+    len(sides) == 3
+    and all(side in (1, 2) or (side and side % 4 == 0) for side in sides)
+    and int(np.prod(sides)) <= LARGEST[name]
+  )
 
 
 def batch_of(config, mesh) -> int:
@@ -192,7 +252,8 @@ def batch_of(config, mesh) -> int:
 
 
 def records(config):
-  """A record, the shapes of all, and how labels are standardised: of config.data.cohort, or as `mmcl prepare` makes them."""
+  """A record, the shapes of all, and how labels are standardised: of config.data.cohort, or as
+  `mmcl prepare` makes them."""
   if config.data.cohort:
     cohort = cohort_room.load(config.data.cohort)
     train.check_cohorts(cohort, [], config)
@@ -200,34 +261,64 @@ def records(config):
   size = preprocess_cmr.Shape()
   plane = (size.size, size.size)
   volumes = len(schema.PHASES), size.slices, *plane
-  images = {"ed_es_volumes": volumes, "labels": volumes, "cine_slice": (size.frames, *plane),
-            "three_frames": (3, *plane), "lax": (size.frames, *plane)}
-  labels = {"phenotypes": schema.PHENOTYPES, "diseases": schema.DISEASES, "covariates": schema.COVARIATES}
+  images = {
+    "ed_es_volumes": volumes,
+    "labels": volumes,
+    "cine_slice": (size.frames, *plane),
+    "three_frames": (3, *plane),
+    "lax": (size.frames, *plane),
+  }
+  labels = {
+    "phenotypes": schema.PHENOTYPES,
+    "diseases": schema.DISEASES,
+    "covariates": schema.COVARIATES,
+  }
   record = {"subject": np.zeros(2, np.uint32), "has_ecg": np.True_, "has_cmr": np.True_}
   record |= {name: np.zeros(shape, np.uint8) for name, shape in images.items()}
   record |= {name: np.zeros(len(names), np.float32) for name, names in labels.items()}
-  record["ecg"] = np.zeros((len(schema.LEADS), preprocess_ecg.samples(config.data.ecg_profile)), np.float32)
+  record["ecg"] = np.zeros(
+    (len(schema.LEADS), preprocess_ecg.samples(config.data.ecg_profile)), np.float32
+  )
   record = builder.encode(record, None)
   if unknown := [name for name in config.data.targets if name not in schema.PHENOTYPES]:
-    raise UserError(f"config.data.targets has {', '.join(unknown)}; without a cohort there are {', '.join(schema.PHENOTYPES)}")
+    raise UserError(
+      f"config.data.targets has {', '.join(unknown)}; without a cohort there are {', '.join(schema.PHENOTYPES)}"
+    )
   names = tuple(config.data.targets) or tuple(schema.PHENOTYPES)
-  ones = lambda n: (np.zeros(n, np.float32), np.ones(n, np.float32))
-  scales = step_room.Scales(names, tuple(schema.COVARIATES), tuple(list(schema.PHENOTYPES).index(name) for name in names),
-                            ones(len(names)), ones(len(schema.COVARIATES)), tuple(schema.DISEASES))
+
+  def ones(n):
+    return (np.zeros(n, np.float32), np.ones(n, np.float32))
+
+  scales = step_room.Scales(
+    names,
+    tuple(schema.COVARIATES),
+    tuple(list(schema.PHENOTYPES).index(name) for name in names),
+    ones(len(names)),
+    ones(len(schema.COVARIATES)),
+    tuple(schema.DISEASES),
+  )
   return record, {name: list(x.shape) for name, x in record.items()}, scales
 
 
 def global_batch(model, config, record, variables, mesh):
-  """Shapes of the batch that the pipeline gives, rows split over the data axis; of frozen towers, the kept features."""
-  of = lambda rows, example: jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype), example)
+  """Shapes of the batch that the pipeline gives, rows split over the data axis; of frozen towers,
+  the kept features."""
+
+  def of(rows, example):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype), example
+    )
+
   learning = pretrainer.learning(config.model)
   example = pipeline.to_example(0, record, pretrainer.fields(config.model, only=learning))
   if frozen := [name for name in config.model.cmr if name not in learning]:
     whole = of(1, pipeline.to_example(0, record, pretrainer.fields(config.model)))
     found = jax.eval_shape(step_room.make_features(model, frozen), variables, whole)
     example["features"] = {name: np.zeros(x.shape[1:], np.float32) for name, x in found.items()}
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))),
-                      of(config.batch, example))
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))),
+    of(config.batch, example),
+  )
 
 
 def compile_or_explain(lowered, topology: str, config):
@@ -237,22 +328,38 @@ def compile_or_explain(lowered, topology: str, config):
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     used = re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
-    needs = f"needs {used[1]} of the {used[2]} bytes of a chip's memory" if used else "does not fit a chip's memory"
-    raise UserError(f"a batch of {config.batch} on {topology} {needs}; take a smaller --batch, config.accumulation, "
-                    "config.model.remat=blocks, config.sharding \"(('.*', 'fsdp'),)\" or a larger slice") from None
+    needs = (
+      f"needs {used[1]} of the {used[2]} bytes of a chip's memory"
+      if used
+      else "does not fit a chip's memory"
+    )
+    raise UserError(
+      f"a batch of {config.batch} on {topology} {needs}; take a smaller --batch, config.accumulation, "
+      "config.model.remat=blocks, config.sharding \"(('.*', 'fsdp'),)\" or a larger slice"
+    ) from None
 
 
-# ------------------------------------------------------------------------------------------------------------- estimate
+# -------------------------------------------------------------------------------------------------------------
+# estimate
+
 
 def estimate(chip: Chip, costs: dict[str, float], matmul_flops: float, sent: float) -> dict:
-  """Bounds from the published peaks: no step is faster than the slowest of its three, each by itself."""
-  seconds = {"compute": max(costs["flops"], matmul_flops) / chip.flops, "memory": costs["bytes_accessed"] / chip.hbm,
-             "network": sent / chip.network}
+  """Bounds from the published peaks: no step is faster than the slowest of its three, each by
+  itself."""
+  seconds = {
+    "compute": max(costs["flops"], matmul_flops) / chip.flops,
+    "memory": costs["bytes_accessed"] / chip.hbm,
+    "network": sent / chip.network,
+  }
   slowest = max(seconds, key=seconds.get)
   return {f"{name}_s": value for name, value in seconds.items()} | {
-      "step_s": seconds[slowest], "limited_by": slowest, "mfu_bound": matmul_flops / chip.flops / seconds[slowest]}
+    "step_s": seconds[slowest],
+    "limited_by": slowest,
+    "mfu_bound": matmul_flops / chip.flops / seconds[slowest],
+  }
 
 
 if __name__ == "__main__":
   from mmcl_jax import cli
+
   cli.run(main)

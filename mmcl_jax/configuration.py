@@ -1,4 +1,5 @@
-"""Configs: reading a recipe with its overrides, keeping it beside the run, holding a later run to it."""
+"""Configs: reading a recipe with its overrides, keeping it beside the run, holding a later run to
+it."""
 
 import json
 import os
@@ -13,8 +14,9 @@ from mmcl_jax import files
 from mmcl_jax.errors import UserError
 from mmcl_jax.paths import local
 
-# What a later run in the same workdir may change: none of it alters the numbers beyond float rounding. (every.evaluate does
-# where training stops early, and may not change there.) Paths of cohorts and earlier stages may, too: see `differences`.
+# What a later run in the same workdir may change: none of it alters the numbers beyond float
+# rounding. (every.evaluate does where training stops early, and may not change there.) Paths of
+# cohorts and earlier stages may, too: see `differences`.
 FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
 
 
@@ -32,7 +34,9 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
     try:
       config[name] = type(defaults[name])(value)
     except ValueError:
-      raise UserError(f"the config's argument sets {name}={value!r}; expected {type(defaults[name]).__name__}") from None
+      raise UserError(
+        f"the config's argument sets {name}={value!r}; expected {type(defaults[name]).__name__}"
+      ) from None
   return config
 
 
@@ -46,74 +50,130 @@ def defaults(batch: int, steps: int) -> ConfigDict:
     steps: updates; a tenth of them is warm-up, and a third lies between two checkpoints.
   """
   c = ConfigDict()
-  c.seed = 0                      # of parameters, order of the data, augmentation and masks
+  c.seed = 0  # of parameters, order of the data, augmentation and masks
   c.batch, c.steps = batch, steps
-  c.per_device_batch = 0          # rows a device for which `mmcl compile` compiles; 0: those of c.batch. Training uses c.batch
-  c.accumulation = 1              # parts that a batch is computed in, one after the other; the gradient is that of the whole
-  c.init_from = dict(ecg="")      # module -> workdir of an earlier stage; "": starts fresh
-  c.init_except = ()              # regexes of parameters that are not carried over: left behind there, or fresh here
-  c.freeze = ()                   # regexes of parameters that are not trained (CMR towers: model.cmr.NAME.frozen)
+  # rows a device for which `mmcl compile` compiles; 0: those of c.batch. Training uses c.batch
+  c.per_device_batch = 0
+  # parts that a batch is computed in, one after the other; the gradient is that of the whole
+  c.accumulation = 1
+  c.init_from = dict(ecg="")  # module -> workdir of an earlier stage; "": starts fresh
+  # regexes of parameters that are not carried over: left behind there, or fresh here
+  c.init_except = ()
+  # regexes of parameters that are not trained (CMR towers: model.cmr.NAME.frozen)
+  c.freeze = ()
 
   c.data = ConfigDict()
-  c.data.cohort = ""              # folder made by `mmcl prepare`
-  c.data.mix = ()                 # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
-  c.data.allow_seen = False       # continue though people held out here train in data.mix or trained an earlier stage
-  c.data.ecg_profile = "minimal"  # normalisation the cohort was prepared with; `mmcl embed` applies the same
-  c.data.samples = 5000           # samples the model sees at a time; longer recordings: the mean over windows
-  c.data.targets = ()             # phenotypes that objectives may learn from; (): all of the cohort
+  c.data.cohort = ""  # folder made by `mmcl prepare`
+  # further cohorts and their shares of a batch, e.g. (("ptbxl", 0.3),); may be ECG alone
+  c.data.mix = ()
+  # continue though people held out here train in data.mix or trained an earlier stage
+  c.data.allow_seen = False
+  # normalisation the cohort was prepared with; `mmcl embed` applies the same
+  c.data.ecg_profile = "minimal"
+  # samples the model sees at a time; longer recordings: the mean over windows
+  c.data.samples = 5000
+  c.data.targets = ()  # phenotypes that objectives may learn from; (): all of the cohort
 
   c.augment = ConfigDict()
-  c.augment.ecg = dict(phase_noise_strength=0.0, jitter_sigma=0.0, rescale_sigma=0.0,  # sigmas: units of the normalised ECG
-                       gain_noise_sigma=0.0, time_flip=0.0, sign_flip=0.0,  # flips: probabilities
-                       phase_noise_always=False)  # else to one ECG in two
-  c.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)    # shift: share of the image's side
-  c.augment.twice = False         # a second augmentation of every row, for objectives that compare two (outputs.again)
+  # sigmas: units of the normalised ECG
+  c.augment.ecg = dict(
+    phase_noise_strength=0.0,
+    jitter_sigma=0.0,
+    rescale_sigma=0.0,
+    gain_noise_sigma=0.0,
+    time_flip=0.0,
+    sign_flip=0.0,  # flips: probabilities
+    phase_noise_always=False,
+  )  # else to one ECG in two
+  # shift: share of the image's side
+  c.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)
+  # a second augmentation of every row, for objectives that compare two (outputs.again)
+  c.augment.twice = False
 
   c.model = ConfigDict()
-  c.model.ecg = dict(kind="vit",  # or "st_mem", ST-MEM's encoder, which cannot be masked
-                     size="",            # "": no ECG tower
-                     patch=100,          # samples of one lead
-                     mask_ratio=0.0,     # 0: no decoder
-                     drop_path=0.0, pool="mean", positions="sincos", head=0, film=False, siamese=False,
-                     head_norm=False,    # fc_norm once more before the head, as in MMCL's fine-tuned encoders
-                     decoder=(),         # width, blocks, heads of the MAE's; (): of the size's
-                     timm_start=False,   # weights, learned positions: N(0, 0.02); else as MAE
-                     film_after=False,   # FiLM after the blocks, with ReLU, as CardiacNets has it
-                     dropout=0.0,        # in training, as timm's drop_rate
-                     masked_view=False)  # in training, embed the patches that the MAE left visible (FLIP): one pass less
-  c.model.cmr = {}                # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
-  c.model.tokenizer = {}          # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
-  c.model.generator = {}          # of the tokenizer's latents from an ECG: dict(size, dropout of the ECG in training, masked: a few
-                                  # tokens at a time, covariates: looks at them too); {}: none
-  c.model.segmenter = {}          # of ed_es_volumes: dict(size); {}: none
-  c.model.regression = ()         # towers with a linear read-out of the targets, e.g. ("ecg",)
-  c.model.classification = ()     # towers with a linear read-out of the cohort's diseases
-  # Of every tower's head. hidden 0: one Linear; ecg_hidden: of the ECG's, 0: that of the others; norm: with batch norm
+  c.model.ecg = dict(
+    kind="vit",  # or "st_mem", ST-MEM's encoder, which cannot be masked
+    size="",  # "": no ECG tower
+    patch=100,  # samples of one lead
+    mask_ratio=0.0,  # 0: no decoder
+    drop_path=0.0,
+    pool="mean",
+    positions="sincos",
+    head=0,
+    film=False,
+    siamese=False,
+    # fc_norm once more before the head, as in MMCL's fine-tuned encoders
+    head_norm=False,
+    decoder=(),  # width, blocks, heads of the MAE's; (): of the size's
+    timm_start=False,  # weights, learned positions: N(0, 0.02); else as MAE
+    film_after=False,  # FiLM after the blocks, with ReLU, as CardiacNets has it
+    dropout=0.0,  # in training, as timm's drop_rate
+    # in training, embed the patches that the MAE left visible (FLIP): one pass
+    # less
+    masked_view=False,
+  )
+  # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
+  c.model.cmr = {}
+  # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
+  c.model.tokenizer = {}
+  # of the tokenizer's latents from an ECG: dict(size, dropout of the ECG in training, masked: a few
+  # tokens at a time, covariates: looks at them too); {}: none
+  c.model.generator = {}
+  c.model.segmenter = {}  # of ed_es_volumes: dict(size); {}: none
+  c.model.regression = ()  # towers with a linear read-out of the targets, e.g. ("ecg",)
+  c.model.classification = ()  # towers with a linear read-out of the cohort's diseases
+  # Of every tower's head. hidden 0: one Linear; ecg_hidden: of the ECG's, 0: that of the others;
+  # norm: with batch norm
   c.model.projection = dict(hidden=512, ecg_hidden=0, width=128, norm=False)
-  c.model.learned_temperature = 0.0  # where a learned temperature starts; 0: the objective's fixed one
-  c.model.learned_bias = 0.0      # where a learned bias of the logits starts (siglip); 0: none
-  c.model.max_scale = 100.0       # cap of a learned 1 / temperature
-  c.model.dtype = "float32"       # of matrix products: float32 or bfloat16
-  c.model.remat = "none"          # computed again in the backward pass: none, blocks (all of them), dots (all but products)
-  c.model.scan = False            # loop over a transformer's blocks, not unrolled: compiles faster, same parameters
-  c.objectives = ConfigDict()     # name -> dict(fn, weight, parameters of fn)
+  # where a learned temperature starts; 0: the objective's fixed one
+  c.model.learned_temperature = 0.0
+  c.model.learned_bias = 0.0  # where a learned bias of the logits starts (siglip); 0: none
+  c.model.max_scale = 100.0  # cap of a learned 1 / temperature
+  c.model.dtype = "float32"  # of matrix products: float32 or bfloat16
+  # computed again in the backward pass: none, blocks (all of them), dots (all but products)
+  c.model.remat = "none"
+  # loop over a transformer's blocks, not unrolled: compiles faster, same parameters
+  c.model.scan = False
+  c.objectives = ConfigDict()  # name -> dict(fn, weight, parameters of fn)
 
-  c.optimizer = dict(learning_rate=1e-3, warmup=max(steps // 10, 1), b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0,
-                     rates=(), layer_decay=1.0,  # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG tower
-                     l2=False,  # Adam with L2 on all parameters; else AdamW, on kernels
-                     ema=0.0)  # what a running mean of the parameters keeps of itself a step, to evaluate by; 0: none
+  c.optimizer = dict(
+    learning_rate=1e-3,
+    warmup=max(steps // 10, 1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.05,
+    clip=1.0,
+    # rates: (regex, factor) pairs on the learning rate; layer_decay: of the ECG
+    # tower
+    rates=(),
+    layer_decay=1.0,
+    l2=False,  # Adam with L2 on all parameters; else AdamW, on kernels
+    # what a running mean of the parameters keeps of itself a step, to evaluate by;
+    # 0: none
+    ema=0.0,
+  )
   c.mesh = dict(data=-1, model=1)  # devices along each axis; -1: all that are left
-  c.sharding = ()                 # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis
-                                  # or None a dimension, or "fsdp", "tensor", "tensor+fsdp"; nothing matched: replicated
+  # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis or
+  # None a dimension, or "fsdp", "tensor", "tensor+fsdp"; nothing matched: replicated
+  c.sharding = ()
   c.loader = dict(threads=2, buffer=4, workers=0)
-  c.every = dict(log=10, evaluate=max(steps // 3, 1), save=max(steps // 3, 1),  # steps
-                 save_minutes=30.0)  # saves after so many minutes without a save, too; 0: never
-  c.keep = 2                      # checkpoints kept, the newest; the best on validation stays beside them
-  c.bad_rows = 0                  # rows without a readable record or a signal that may be left out before training stops
-  c.bad_steps = 0                 # steps in a row with a loss or gradient that is not finite that may be skipped before it stops
+  c.every = dict(
+    log=10,
+    evaluate=max(steps // 3, 1),
+    save=max(steps // 3, 1),  # steps
+    save_minutes=30.0,
+  )  # saves after so many minutes without a save, too; 0: never
+  # checkpoints kept, the newest; the best on validation stays beside them
+  c.keep = 2
+  # rows without a readable record or a signal that may be left out before training stops
+  c.bad_rows = 0
+  # steps in a row with a loss or gradient that is not finite that may be skipped before it stops
+  c.bad_steps = 0
   c.evaluators = ("losses", "phenotypes")  # on the validation split, every.evaluate steps
-  c.stop_after = 0                # evaluations in a row without a better c.stop_on after which training ends; 0: never
-  c.stop_on = ""                  # a loss on validation, such as "validation/phenotypes"; the step where it is best is kept
+  # evaluations in a row without a better c.stop_on after which training ends; 0: never
+  c.stop_after = 0
+  # a loss on validation, such as "validation/phenotypes"; the step where it is best is kept
+  c.stop_on = ""
   return c
 
 
@@ -131,17 +191,29 @@ class Recipe(ConfigFileFlagParser):
     return super().parse(local(path))
 
 
-def from_flags(program: str, usage: str, argv: list[str], paths: dict[str, str],
-               words: dict[str, str] = {}) -> tuple[ConfigDict, flags.FlagValues]:
-  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name -> help)."""
+def from_flags(
+  program: str, usage: str, argv: list[str], paths: dict[str, str], words: dict[str, str] = {}
+) -> tuple[ConfigDict, flags.FlagValues]:
+  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name
+  -> help)."""
   values, required = flags.FlagValues(), paths | words
-  config_flags.DEFINE_config_file("config", None, "recipe, FILE.py[:ARGUMENT]; --config.x.y=V overrides",
-                                  lock_config=True, flag_values=values, sys_argv=[program, *argv])
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "recipe, FILE.py[:ARGUMENT]; --config.x.y=V overrides",
+    lock_config=True,
+    flag_values=values,
+    sys_argv=[program, *argv],
+  )
   values["config"].parser = Recipe("config")
   for name, text in required.items():
-    flags.DEFINE(Path() if name in paths else flags.ArgumentParser(), name, None, text, flag_values=values)
+    flags.DEFINE(
+      Path() if name in paths else flags.ArgumentParser(), name, None, text, flag_values=values
+    )
   if "--help" in argv or "-h" in argv:
-    print(f"{usage}\n\nflags:\n  --config=FILE.py[:ARGUMENT]  recipe; --config.x.y=VALUE overrides one of its values")
+    print(
+      f"{usage}\n\nflags:\n  --config=FILE.py[:ARGUMENT]  recipe; --config.x.y=VALUE overrides one of its values"
+    )
     print("\n".join(f"  --{name}=...  {text}" for name, text in required.items()))
     raise SystemExit(0)
   try:
@@ -149,11 +221,22 @@ def from_flags(program: str, usage: str, argv: list[str], paths: dict[str, str],
     config = values.config
   except UserError:
     raise
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OSError,
+    ImportError,
+    SyntaxError,
+  ) as error:
     raise UserError(f"{error} (see {program} --help)") from None
   missing = [name for name in ("config", *required) if getattr(values, name) is None]
   if missing or rest:
-    raise UserError(f"{'missing --' + ', --'.join(missing) if missing else f'unexpected {rest}'}; {usage}")
+    raise UserError(
+      f"{'missing --' + ', --'.join(missing) if missing else f'unexpected {rest}'}; {usage}"
+    )
   read_paths(config)
   return config, values
 
@@ -164,9 +247,13 @@ def read_paths(config: ConfigDict) -> None:
   for module, workdir in config.init_from.items():
     config.init_from[module] = workdir and local(workdir)
   if isinstance(config.data.mix, tuple):  # of pairs, as whoever opens the cohorts sees to
-    has_path = lambda one: isinstance(one, (tuple, list)) and one and isinstance(one[0], str)
-    config.data.mix = tuple((local(one[0]), *one[1:]) if has_path(one) else one
-                            for one in config.data.mix)
+
+    def has_path(one):
+      return isinstance(one, (tuple, list)) and one and isinstance(one[0], str)
+
+    config.data.mix = tuple(
+      (local(one[0]), *one[1:]) if has_path(one) else one for one in config.data.mix
+    )
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -175,45 +262,71 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
   begun = any(pathlib.Path(workdir).glob("checkpoints/*"))
   if not file.is_file():
     if begun:
-      raise UserError(f"{workdir} has checkpoints but no config.json, so it is not a whole workdir; take another --workdir")
+      raise UserError(
+        f"{workdir} has checkpoints but no config.json, so it is not a whole workdir; take another --workdir"
+      )
     return
   kept = load(workdir)
   differing = differences(kept, config)
   if not begun:  # where it starts from still counts
     before, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
-    differing += [f"{key} was {before[key]!r}, now {now[key]!r}" for key in sorted(before.keys() & now.keys())
-                  if key.startswith("init_from.") and before[key] and now[key]
-                  and os.path.realpath(str(before[key])) != os.path.realpath(str(now[key]))]
+    differing += [
+      f"{key} was {before[key]!r}, now {now[key]!r}"
+      for key in sorted(before.keys() & now.keys())
+      if key.startswith("init_from.")
+      and before[key]
+      and now[key]
+      and os.path.realpath(str(before[key])) != os.path.realpath(str(now[key]))
+    ]
   if differing:
-    more_steps = f"; {longer(config, workdir)}" if any(text.startswith("steps was") for text in differing) else ""
-    raise UserError(f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
-                    f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
-                    f"{', '.join(name + '.*' for name in FREE)}{more_steps}")
+    more_steps = (
+      f"; {longer(config, workdir)}"
+      if any(text.startswith("steps was") for text in differing)
+      else ""
+    )
+    raise UserError(
+      f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
+      f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
+      f"{', '.join(name + '.*' for name in FREE)}{more_steps}"
+    )
 
 
 def longer(config: ConfigDict, workdir: str) -> str:
-  """How to train beyond config.steps, which sets the learning rate's schedule and so cannot change within a run."""
-  towers = [module for module in config.init_from
-            if (config.model.ecg.size if module == "ecg" else
-                module.removeprefix("cmr_") in config.model.cmr or config.model.get(module))]
+  """How to train beyond config.steps, which sets the learning rate's schedule and so cannot change
+  within a run."""
+  towers = [
+    module
+    for module in config.init_from
+    if (
+      config.model.ecg.size
+      if module == "ecg"
+      else module.removeprefix("cmr_") in config.model.cmr or config.model.get(module)
+    )
+  ]
   if not towers:  # of a recipe whose parts no later stage takes over
     return "to train longer: another --workdir with more --config.steps, from the start"
   flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)
-  return (f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin "
-          "anew")
+  return (
+    f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin "
+    "anew"
+  )
 
 
 def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
   """What a later run may not change (all but FREE), in words: `optimizer.b1 was 0.9, now 0.8`.
 
-  Paths are free: a cohort is known by the fingerprint that a checkpoint holds, and an earlier stage (init_from) is read
-  at the first step alone.
+  Paths are free: a cohort is known by the fingerprint that a checkpoint holds, and an earlier stage
+  (init_from) is read at the first step alone.
   """
   kept, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
-  return [f"{key} was {kept.get(key)!r}, now {now.get(key)!r}" for key in sorted(kept.keys() | now.keys())
-          if not same(key, kept.get(key), now.get(key))
-          and (key.split(".")[0] not in FREE or (key == "every.evaluate" and kept.get("stop_after")))
-          and (key in kept or now[key])]  # a key that came with a later version, and is off, changes nothing
+  return [
+    f"{key} was {kept.get(key)!r}, now {now.get(key)!r}"
+    for key in sorted(kept.keys() | now.keys())
+    if not same(key, kept.get(key), now.get(key))
+    and (key.split(".")[0] not in FREE or (key == "every.evaluate" and kept.get("stop_after")))
+    # a key that came with a later version, and is off, changes nothing
+    and (key in kept or now[key])
+  ]
 
 
 def same(key: str, one: Any, other: Any) -> bool:
@@ -221,7 +334,10 @@ def same(key: str, one: Any, other: Any) -> bool:
   if key == "data.cohort" or key.startswith("init_from."):
     return bool(one) == bool(other)
   if key == "data.mix" and one and other:
-    shares = lambda mix: [pair[1:] for pair in mix]
+
+    def shares(mix):
+      return [pair[1:] for pair in mix]
+
     return shares(one) == shares(other)
   return one == other
 
@@ -246,8 +362,13 @@ def load(workdir: str) -> ConfigDict:
   """The config of a workdir."""
   file = pathlib.Path(workdir) / "config.json"
   if not file.is_file():
-    raise UserError(f"{workdir} holds no config.json; expected the --workdir of an `mmcl train` run")
+    raise UserError(
+      f"{workdir} holds no config.json; expected the --workdir of an `mmcl train` run"
+    )
   try:
     return ConfigDict(json.loads(file.read_text()))
-  except (ValueError, TypeError, AttributeError, RecursionError) as error:  # the last two: no object, nested without end
-    raise UserError(f"{file} is not readable as JSON ({error}); restore it, or train again in another workdir") from None
+  # the last two: no object, nested without end
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise UserError(
+      f"{file} is not readable as JSON ({error}); restore it, or train again in another workdir"
+    ) from None

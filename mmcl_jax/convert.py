@@ -3,7 +3,8 @@
     mmcl convert --input=signal_encoder_mmcl.pth --out=W     then evaluate, embed, or config.init_from of a later stage
     mmcl convert --workdir=W --out=ecg.safetensors --tower=ecg
 
-Nothing in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an error that lists it.
+Nothing in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an
+error that lists it.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.paths import local
 
-FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")  # options of torch_weights.load
+# options of torch_weights.load
+FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")
 # ECG encoder -> how its authors normalised ECGs
 PROFILES = {"tiny": "mmcl", "medium": "dual_phase", "st_mem": "cardionets"}
 
@@ -27,37 +29,68 @@ PROFILES = {"tiny": "mmcl", "medium": "dual_phase", "st_mem": "cardionets"}
 def main(argv=None):
   args = parse(argv)
   if args.input:
-    convert_in(args.input, args.out, args.ecg_profile, {name: getattr(args, name) for name in FLAGS})
+    convert_in(
+      args.input, args.out, args.ecg_profile, {name: getattr(args, name) for name in FLAGS}
+    )
   else:
     convert_out(args.workdir, args.step, args.out, args.tower)
 
 
 def parse(argv):
-  parser = argparse.ArgumentParser(prog="mmcl convert", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog="mmcl convert", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+  )
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--input", type=local, help="PyTorch weights: .pth, .pt, .ckpt or .safetensors")
+  source.add_argument(
+    "--input", type=local, help="PyTorch weights: .pth, .pt, .ckpt or .safetensors"
+  )
   source.add_argument("--workdir", type=local, help="folder of a run, whose weights shall go out")
-  parser.add_argument("--out", type=local, required=True,
-                      help="with --input: workdir to make; with --workdir: FILE.safetensors")
-  parser.add_argument("--tower", help="the one tower to take or to write (to write: ecg, ecg_mae with the MAE's decoder, "
-                      "or a CMR tower); what to call the only CMR encoder of --input")
-  parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the best of a run that stops early, else the last)")
+  parser.add_argument(
+    "--out",
+    type=local,
+    required=True,
+    help="with --input: workdir to make; with --workdir: FILE.safetensors",
+  )
+  parser.add_argument(
+    "--tower",
+    help="the one tower to take or to write (to write: ecg, ecg_mae with the MAE's decoder, "
+    "or a CMR tower); what to call the only CMR encoder of --input",
+  )
+  parser.add_argument(
+    "--step",
+    type=int,
+    help="checkpoint of --workdir (default: the best of a run that stops early, else the last)",
+  )
   given = parser.add_argument_group("what an --input does not tell")
-  given.add_argument("--ecg_profile", help="normalisation of the ECGs that the encoder was trained on")
-  given.add_argument("--samples", type=int, help="samples that it sees at a time, where its positions are fixed")
-  given.add_argument("--heads", type=int,
-                     help="attention heads of the encoder, where its width and depth are not published ones")
+  given.add_argument(
+    "--ecg_profile", help="normalisation of the ECGs that the encoder was trained on"
+  )
+  given.add_argument(
+    "--samples", type=int, help="samples that it sees at a time, where its positions are fixed"
+  )
+  given.add_argument(
+    "--heads",
+    type=int,
+    help="attention heads of the encoder, where its width and depth are not published ones",
+  )
   given.add_argument("--decoder_heads", type=int, help="likewise of the MAE decoder")
   given.add_argument("--pool", help="mean, attention or cls, where it is not what the keys tell")
   given.add_argument("--view", help=f"what a CMR encoder looks at: {', '.join(schema.VIEWS)}")
-  given.add_argument("--ignore", action="append", default=[], metavar="REGEX",
-                     help="keys to leave out; may be repeated")
+  given.add_argument(
+    "--ignore",
+    action="append",
+    default=[],
+    metavar="REGEX",
+    help="keys to leave out; may be repeated",
+  )
   args = parser.parse_args(argv)
   unused = ["step"] if args.step is not None and args.input else []
   if args.workdir:
     unused = [name for name in (*FLAGS[1:], "ecg_profile") if getattr(args, name) not in (None, [])]
   if unused:
-    parser.error(f"--{', --'.join(unused)} cannot go with --{'workdir' if args.workdir else 'input'}")
+    parser.error(
+      f"--{', --'.join(unused)} cannot go with --{'workdir' if args.workdir else 'input'}"
+    )
   return args
 
 
@@ -67,11 +100,16 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   from mmcl_jax.data.preprocess import ecg as preprocess_ecg
   from mmcl_jax.interop import torch_weights
   from mmcl_jax.training import restore, steps
+
   if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
     raise UserError(f"{out} is there already and not empty; take another --out")
   if profile and profile not in preprocess_ecg.PROFILES:
-    raise UserError(f"--ecg_profile={profile}; expected one of {', '.join(preprocess_ecg.PROFILES)}")
-  model, variables, report = torch_weights.read(path, **options | {"ignore": tuple(options["ignore"])})
+    raise UserError(
+      f"--ecg_profile={profile}; expected one of {', '.join(preprocess_ecg.PROFILES)}"
+    )
+  model, variables, report = torch_weights.read(
+    path, **options | {"ignore": tuple(options["ignore"])}
+  )
 
   config = configuration.defaults(batch=32, steps=1)
   with config.ignore_type():  # the size of a tower is a name, or numbers
@@ -86,20 +124,32 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   length = preprocess_ecg.samples(config.data.ecg_profile)
   config.data.samples = min(model.samples, length) if not size else model.samples
   if config.data.samples > length:
-    raise UserError(f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives {length}; "
-                    "name the profile it was trained on with --ecg_profile")
+    raise UserError(
+      f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives {length}; "
+      "name the profile it was trained on with --ecg_profile"
+    )
 
   folder = pathlib.Path(out)
   partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-  covariates = len(variables["params"]["ecg"]["film"]["fc"]["kernel"]) if model.config.ecg.film else 0
-  shapes = {"ecg": [len(schema.LEADS), length], "phenotypes": [0], "diseases": [0], "covariates": [covariates]}
+  covariates = (
+    len(variables["params"]["ecg"]["film"]["fc"]["kernel"]) if model.config.ecg.film else 0
+  )
+  shapes = {
+    "ecg": [len(schema.LEADS), length],
+    "phenotypes": [0],
+    "diseases": [0],
+    "covariates": [covariates],
+  }
   shapes |= torch_weights.image_shapes(config.model)
   none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
-  scales = steps.Scales((), (), (), (none, none), any_number)  # of covariates: whatever a cohort has, as it is
+  # of covariates: whatever a cohort has, as it is
+  scales = steps.Scales((), (), (), (none, none), any_number)
   try:
     with writing(out):
       files.no_links(partial)
-      restore.write_run(str(partial), config, variables, shapes, scales, origin=os.path.basename(path))
+      restore.write_run(
+        str(partial), config, variables, shapes, scales, origin=os.path.basename(path)
+      )
       os.replace(partial, folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
@@ -114,16 +164,20 @@ def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> 
   """Writes a checkpoint's weights under PyTorch's keys."""
   from mmcl_jax.interop import torch_weights
   from mmcl_jax.training import restore
+
   if not out.endswith(".safetensors"):
     raise UserError(f"--out={out}; expected a name that ends in .safetensors")
   run = restore.load_run(workdir, step)
   left = torch_weights.save(run.model, run.state.variables, out, tower)
   print(f"{tower or 'all towers'} of step {run.step} written to {out}")
   if left:
-    parts = collections.Counter("/".join(path.split("/")[:2 if path.startswith("ecg/") else 1]) for path in left)
+    parts = collections.Counter(
+      "/".join(path.split("/")[: 2 if path.startswith("ecg/") else 1]) for path in left
+    )
     print(f"left out: {', '.join(f'{part} ({count} arrays)' for part, count in parts.items())}")
 
 
 if __name__ == "__main__":
   from mmcl_jax import cli
+
   cli.run(main)

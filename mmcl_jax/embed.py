@@ -1,9 +1,10 @@
 """`mmcl embed`: embeddings and predicted phenotypes of ECG recordings, from a saved checkpoint.
 
-Writes OUT/part-00000.parquet, part-00001.parquet and so on, each of the next PART recordings in the order found; hosts take
-the parts in turn, so their number changes nothing. Every part says in its footer what it was made of and from, and the same
-command goes on after the parts that are there. Memory stays flat but for the list of paths. A recording that cannot be
-read costs one row, never the run.
+Writes OUT/part-00000.parquet, part-00001.parquet and so on, each of the next PART recordings in the
+order found; hosts take the parts in turn, so their number changes nothing. Every part says in its
+footer what it was made of and from, and the same command goes on after the parts that are there.
+Memory stays flat but for the list of paths. A recording that cannot be read costs one row, never
+the run.
 """
 
 import argparse
@@ -31,39 +32,57 @@ from mmcl_jax.errors import UserError, check_writable, one_line, writing
 from mmcl_jax.paths import local
 from mmcl_jax.training import distributed
 
-EVALUATION = {"metavar": "DIR", "type": local,
-              "help": "what mmcl evaluate --out wrote of this step (default: W/evaluation/STEP)"}
+EVALUATION = {
+  "metavar": "DIR",
+  "type": local,
+  "help": "what mmcl evaluate --out wrote of this step (default: W/evaluation/STEP)",
+}
 PART = 4096  # recordings of a part, rounded up to the batch: what an interruption costs at most
 
 
 class Probes(NamedTuple):
-  """Linear read-outs: prediction = embedding @ coef [D, K] + intercept [K]; -+ half_width [K] is its 95 % interval."""
+  """Linear read-outs: prediction = embedding @ coef [D, K] + intercept [K]; -+ half_width [K] is
+  its 95 % interval."""
+
   columns: tuple[str, ...] = ()  # K, NAME_unit such as LVM_g
   coef: np.ndarray = np.zeros((0, 0))
   intercept: np.ndarray = np.zeros(0)
   half_width: np.ndarray = np.zeros(0)
-  checksum: str | None = None    # of their file; None where there is none
+  checksum: str | None = None  # of their file; None where there is none
   units: tuple[str, ...] = ()
 
 
 def main(argv=None):
   args = parse(argv)
-  from mmcl_jax.training.restore import load_encoder  # brings JAX: not before the flags are known to be right
+  # brings JAX: not before the flags are known to be right
+  from mmcl_jax.training.restore import load_encoder
+
   paths, here, out = find_recordings(args.input), distributed.here, Path(args.out)
   check_writable(out)
   names = hashlib.sha256()
   for path in paths:
     names.update(f"{os.path.abspath(path)}\0".encode("utf-8", "surrogateescape"))
-  run = {"--workdir": os.path.abspath(args.workdir), "--step": args.step, "--batch": args.batch,
-         "the number of recordings": len(paths), "the hash of their names": names.hexdigest()[:16]}
+  run = {
+    "--workdir": os.path.abspath(args.workdir),
+    "--step": args.step,
+    "--batch": args.batch,
+    "the number of recordings": len(paths),
+    "the hash of their names": names.hexdigest()[:16],
+  }
   distributed.agree(run)
   encoder = load_encoder(args.workdir, args.step)
-  probes = load_probes(args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation))
+  probes = load_probes(
+    args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation)
+  )
   size = -(-PART // args.batch) * args.batch
   del run["--workdir"]  # the checkpoint's checksum identifies the run, wherever it lies
-  run |= {"--step": encoder.step, "the checksum of the checkpoint": encoder.checkpoint,
-          "the checksum of its probes": probes.checksum, "the number of recordings in a part": size}
-  parts = [paths[start:start + size] for start in range(0, len(paths), size)]
+  run |= {
+    "--step": encoder.step,
+    "the checksum of the checkpoint": encoder.checkpoint,
+    "the checksum of its probes": probes.checksum,
+    "the number of recordings in a part": size,
+  }
+  parts = [paths[start : start + size] for start in range(0, len(paths), size)]
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)
     done = whole_parts(out, run)
@@ -74,7 +93,7 @@ def main(argv=None):
     print(f"{len(done)} of {len(parts)} parts are in {out}, {len(to_do)} to do", flush=True)
 
   counts = sum(done.values()) if here.index == 0 else 0
-  mine = {number: parts[number] for number in to_do[here.index::here.count]}
+  mine = {number: parts[number] for number in to_do[here.index :: here.count]}
   counts += embed_parts(encoder, probes, out, run, mine, args.batch)
   distributed.meet()
   embedded, later = sum(distributed.gather(counts))
@@ -82,23 +101,48 @@ def main(argv=None):
     return
   told = f"{embedded} of {len(paths)} recordings embedded"
   if not embedded:
-    first = pq.read_table(out / "part-00000.parquet", columns=["path", "reason"]).slice(0, 1).to_pylist()[0]
-    raise UserError(f"{told}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` of {out}")
+    first = (
+      pq.read_table(out / "part-00000.parquet", columns=["path", "reason"])
+      .slice(0, 1)
+      .to_pylist()[0]
+    )
+    raise UserError(
+      f"{told}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` of {out}"
+    )
   print(f"{told} with step {encoder.step}: {out}, one table to pandas.read_parquet")
   if later:
     print(f"{later} {LATER}; the same command tries their parts again")
 
 
 def parse(argv):
-  parser = argparse.ArgumentParser(prog="mmcl embed", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog="mmcl embed", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+  )
   parser.add_argument("--workdir", type=local, required=True, help="folder of the training run")
-  parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH",
-                      help=f"ECGs, and folders to search for them: {READS}")
-  parser.add_argument("--out", type=local, required=True,
-                      help="folder for the table, in Parquet; a part of it there is gone on from")
+  parser.add_argument(
+    "--input",
+    type=local,
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="PATH",
+    help=f"ECGs, and folders to search for them: {READS}",
+  )
+  parser.add_argument(
+    "--out",
+    type=local,
+    required=True,
+    help="folder for the table, in Parquet; a part of it there is gone on from",
+  )
   parser.add_argument("--evaluation", **EVALUATION)
-  parser.add_argument("--step", type=int, help="checkpoint (default: the best of a run that stops early, else the last)")
-  parser.add_argument("--batch", type=int, default=32, help="recordings per call of the encoder (default: 32)")
+  parser.add_argument(
+    "--step",
+    type=int,
+    help="checkpoint (default: the best of a run that stops early, else the last)",
+  )
+  parser.add_argument(
+    "--batch", type=int, default=32, help="recordings per call of the encoder (default: 32)"
+  )
   parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
   args.input += args.more
@@ -112,8 +156,9 @@ def parse(argv):
 def find_recordings(inputs) -> list[str]:
   """The recordings that files, stems and folders name, in that order, each once; folders sorted.
 
-  A record's header and samples (`folder/*`) are one recording. Paths that do not exist and folders without an ECG stay
-  in, to be rejected by name. Other files in folders are counted in one line of output.
+  A record's header and samples (`folder/*`) are one recording. Paths that do not exist and folders
+  without an ECG stay in, to be rejected by name. Other files in folders are counted in one line of
+  output.
   """
   found, others = {}, Counter()
   for path in map(Path, inputs):
@@ -129,41 +174,57 @@ def find_recordings(inputs) -> list[str]:
 
 
 def evaluation(workdir, step, given: str | None) -> Path:
-  """The folder of a step's evaluation: `given` (--evaluation), which must be of this checkpoint, or the workdir's own."""
+  """The folder of a step's evaluation: `given` (--evaluation), which must be of this checkpoint, or
+  the workdir's own."""
   if not given:
     return Path(workdir) / "evaluation" / str(step)
   from mmcl_jax.training import restore
+
   try:
     of = json.loads((Path(given) / "results.json").read_bytes())["checkpoint"]
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the "
-                    f"folder of an evaluation of {workdir}") from None
+    raise UserError(
+      f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the "
+      f"folder of an evaluation of {workdir}"
+    ) from None
   if of != restore.checksum(workdir, step):
-    raise UserError(f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected the same")
+    raise UserError(
+      f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected the same"
+    )
   return Path(given)
 
 
 def load_probes(workdir, step, folder: Path) -> Probes:
-  """The phenotype probes in the `folder` of an evaluation; none, with a line that says so, if there are none."""
+  """The phenotype probes in the `folder` of an evaluation; none, with a line that says so, if there
+  are none."""
   path, again = folder / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
     if distributed.here.index == 0:
-      print(f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the cohort "
-            "has moved or the weights come from elsewhere)", flush=True)
+      print(
+        f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the cohort "
+        "has moved or the weights come from elsewhere)",
+        flush=True,
+      )
     return Probes()
   try:
     arrays = files.arrays(path)
     units = tuple(map(one_line, arrays["units"]))
-    columns = tuple(f"{one_line(name)}_{unit}" for name, unit in zip(arrays["names"], units, strict=True))
+    columns = tuple(
+      f"{one_line(name)}_{unit}" for name, unit in zip(arrays["names"], units, strict=True)
+    )
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    coef, intercept, half_width = (np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width"))
+    coef, intercept, half_width = (
+      np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width")
+    )
     probes = Probes(columns, coef, intercept, half_width, checksum, units)
     note = str(arrays["note"]) if "note" in arrays else ""
   except Exception as error:  # see `files.arrays`; an old one a KeyError
     raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error
   if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
-    raise UserError(f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}, "
-                    f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it anew")
+    raise UserError(
+      f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}, "
+      f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it anew"
+    )
   if not columns and distributed.here.index == 0:
     print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)
   if note and distributed.here.index == 0:
@@ -172,21 +233,34 @@ def load_probes(workdir, step, folder: Path) -> Probes:
 
 
 def whole_parts(out, run) -> dict[int, np.ndarray]:
-  """{number: counts as of `write`} of the parts that need no more work; UserError for whatever is no part of this run."""
+  """{number: counts as of `write`} of the parts that need no more work; UserError for whatever is
+  no part of this run."""
   found = {}
   for file in sorted(out.iterdir()):
-    if file.name.startswith((".", "_")):  # a part that was not finished; readers of the folder pass over it
+    # a part that was not finished; readers of the folder pass over it
+    if file.name.startswith((".", "_")):
       continue
     if not (part := re.fullmatch(r"part-(\d{5,})\.parquet", file.name)):
-      raise UserError(f"{out} holds {file.name}, which is no part of an embedding; name a folder of its own with --out")
+      raise UserError(
+        f"{out} holds {file.name}, which is no part of an embedding; name a folder of its own with --out"
+      )
     try:
       about = json.loads(pq.read_metadata(file).metadata[b"mmcl_jax"])
       theirs, counts = about["run"], np.array(about["counts"])
-      differing = [f"{fact} is {theirs.get(fact)} there, {now} now" for fact, now in run.items() if theirs.get(fact) != now]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # Arrow's own are ValueErrors
-      raise UserError(f"{file} is damaged, or not of mmcl embed; remove it, and the same command makes it anew") from None
+      differing = [
+        f"{fact} is {theirs.get(fact)} there, {now} now"
+        for fact, now in run.items()
+        if theirs.get(fact) != now
+      ]
+    # Arrow's own are ValueErrors
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+      raise UserError(
+        f"{file} is damaged, or not of mmcl embed; remove it, and the same command makes it anew"
+      ) from None
     if differing:
-      raise UserError(f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or remove {out}")
+      raise UserError(
+        f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or remove {out}"
+      )
     if not counts[1]:
       found[int(part[1])] = counts
   return found
@@ -201,16 +275,24 @@ def embed_parts(encoder, probes, out, run, parts, batch) -> np.ndarray:
   shape = (batch, len(LEADS), samples(profile))
   width = encoder.embed(np.zeros(shape, np.float32)).shape[1]
   if probes.columns and len(probes.coef) != width:
-    raise UserError(f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; "
-                    "mmcl evaluate fits them anew")
+    raise UserError(
+      f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; "
+      "mmcl evaluate fits them anew"
+    )
   total = sum(map(len, parts.values()))
-  with contextlib.closing(read_ahead(itertools.chain.from_iterable(parts.values()), profile, 2 * batch)) as recordings, \
-      tqdm(total=total, desc="embed", unit="ECG", mininterval=1, disable=distributed.here.index > 0) as progress:
+  with (
+    contextlib.closing(
+      read_ahead(itertools.chain.from_iterable(parts.values()), profile, 2 * batch)
+    ) as recordings,
+    tqdm(
+      total=total, desc="embed", unit="ECG", mininterval=1, disable=distributed.here.index > 0
+    ) as progress,
+  ):
     for number, paths in parts.items():
       rows, embeddings = [], np.zeros((len(paths), width), np.float32)
       for start in range(0, len(paths), batch):
         some = list(itertools.islice(recordings, min(batch, len(paths) - start)))
-        embeddings[start:start + len(some)] = embed(encoder, some, shape)
+        embeddings[start : start + len(some)] = embed(encoder, some, shape)
         rows += [row for row, _ in some]
         progress.update(len(some))
       with writing(out):
@@ -221,14 +303,15 @@ def embed_parts(encoder, probes, out, run, parts, batch) -> np.ndarray:
 def embed(encoder, recordings, shape) -> np.ndarray:
   """float32 [N, D] of recordings as `read` gives them; one that gets none is rejected in its row.
 
-  Every call of the encoder has the same `shape`, filled up with zeros, so that it compiles once; and a recording's place in
-  it depends on no other, so that the parts do not depend on where an interruption fell.
+  Every call of the encoder has the same `shape`, filled up with zeros, so that it compiles once;
+  and a recording's place in it depends on no other, so that the parts do not depend on where an
+  interruption fell.
   """
   signals = np.zeros(shape, np.float32)
   for place, (_, ecg) in zip(signals, recordings):
     if ecg is not None:
       place[:] = ecg
-  embeddings = encoder.embed(signals)[:len(recordings)]
+  embeddings = encoder.embed(signals)[: len(recordings)]
   for (row, ecg), embedding in zip(recordings, embeddings):
     if ecg is not None and not np.isfinite(embedding).all():
       row.update(status="rejected", reason="the encoder's output is not finite")
@@ -236,15 +319,21 @@ def embed(encoder, recordings, shape) -> np.ndarray:
 
 
 def write(file, rows, embeddings, probes, run) -> np.ndarray:
-  """Writes a part whole or not at all; counts int [2]: recordings embedded, and those that could not be read now (LATER).
+  """Writes a part whole or not at all; counts int [2]: recordings embedded, and those that could
+  not be read now (LATER).
 
-  Columns: TEXTS, embedding float32 [D], and float64 NAME_unit, NAME_unit_low, NAME_unit_high; null where rejected.
+  Columns: TEXTS, embedding float32 [D], and float64 NAME_unit, NAME_unit_low, NAME_unit_high; null
+  where rejected.
   """
   rejected = np.array([row["status"] != "ok" for row in rows])
   counts = [int(np.sum(~rejected)), sum(row["reason"].startswith(LATER) for row in rows)]
   columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in TEXTS}
-  columns["embedding"] = pa.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1], mask=pa.array(rejected))
-  for name, coef, intercept, half in zip(probes.columns, probes.coef.T, probes.intercept, probes.half_width):
+  columns["embedding"] = pa.FixedSizeListArray.from_arrays(
+    embeddings.ravel(), embeddings.shape[1], mask=pa.array(rejected)
+  )
+  for name, coef, intercept, half in zip(
+    probes.columns, probes.coef.T, probes.intercept, probes.half_width
+  ):
     value = embeddings.astype(np.float64) @ coef + intercept
     for column, x in ((name, value), (f"{name}_low", value - half), (f"{name}_high", value + half)):
       columns[column] = pa.array(x, mask=rejected)
@@ -256,4 +345,5 @@ def write(file, rows, embeddings, probes, run) -> np.ndarray:
 
 if __name__ == "__main__":
   from mmcl_jax import cli
+
   cli.run(main, hosts=True)

@@ -1,11 +1,14 @@
-"""`mmcl generate`: hearts drawn from ECG recordings, by a run of configs/ecg_to_cmr.py. None of them was measured.
+"""`mmcl generate`: hearts drawn from ECG recordings, by a run of configs/ecg_to_cmr.py. None of
+them was measured.
 
     mmcl generate --workdir=W --input=ECG... --out=DIR [--samples=8]
 
-Of each recording DIR/NAME/ holds heart-1.nii.gz and so on, grey values of ED and ES [columns, rows, slices, phase] whose
-header says that they are generated, heart-1-labels.nii.gz (1 LV, 2 myocardium, 3 RV), hearts.png, and hearts.json with what each
-of the hearts measures. DIR/hearts.csv has a line a recording: mean and SD over its hearts, or why it was rejected. How far apart
-the hearts of one recording are is what the ECG leaves open. The same command goes on after the recordings that are there.
+Of each recording DIR/NAME/ holds heart-1.nii.gz and so on, grey values of ED and ES [columns, rows,
+slices, phase] whose header says that they are generated, heart-1-labels.nii.gz (1 LV, 2 myocardium,
+3 RV), hearts.png, and hearts.json with what each of the hearts measures. DIR/hearts.csv has a line
+a recording: mean and SD over its hearts, or why it was rejected. How far apart the hearts of one
+recording are is what the ECG leaves open. The same command goes on after the recordings that are
+there.
 """
 
 import argparse
@@ -40,26 +43,56 @@ UNITS = [schema.PHENOTYPES[name] for name in generation.PHENOTYPES]
 
 
 def main(argv):
-  parser = argparse.ArgumentParser(prog="mmcl generate", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog="mmcl generate", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+  )
   parser.add_argument("--workdir", type=local, required=True, help="folder of the run")
-  parser.add_argument("--input", type=local, nargs="+", required=True, metavar="PATH",
-                      help="ECGs, and folders to search for them (as mmcl embed)")
-  parser.add_argument("--out", type=local, required=True,
-                      help="folder for the hearts; what is there of the same run is gone on from")
-  parser.add_argument("--samples", type=int, default=8, help="hearts of each recording (default %(default)s)")
-  parser.add_argument("--guidance", type=float, default=1.0,
-                      help="1: as the ECG says; above: further away from the hearts of all; 0: any heart (default %(default)s)")
-  parser.add_argument("--seed", type=int, default=0, help="of the noise that hearts grow from (default %(default)s)")
-  parser.add_argument("--step", type=int, help="checkpoint (default: the last, or the best of a run that stops early)")
+  parser.add_argument(
+    "--input",
+    type=local,
+    nargs="+",
+    required=True,
+    metavar="PATH",
+    help="ECGs, and folders to search for them (as mmcl embed)",
+  )
+  parser.add_argument(
+    "--out",
+    type=local,
+    required=True,
+    help="folder for the hearts; what is there of the same run is gone on from",
+  )
+  parser.add_argument(
+    "--samples", type=int, default=8, help="hearts of each recording (default %(default)s)"
+  )
+  parser.add_argument(
+    "--guidance",
+    type=float,
+    default=1.0,
+    help="1: as the ECG says; above: further away from the hearts of all; 0: any heart (default %(default)s)",
+  )
+  parser.add_argument(
+    "--seed", type=int, default=0, help="of the noise that hearts grow from (default %(default)s)"
+  )
+  parser.add_argument(
+    "--step", type=int, help="checkpoint (default: the last, or the best of a run that stops early)"
+  )
   args = parser.parse_args(argv)
   if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
-    raise UserError(f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at "
-                    "least 1, a number of at least 0, and a whole number from 0 to 4294967295")
+    raise UserError(
+      f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at "
+      "least 1, a number of at least 0, and a whole number from 0 to 4294967295"
+    )
   check_writable(args.out)
   paths = find_recordings(args.input)
   run = load_generator(args.workdir, args.step, args.guidance)
-  about = {"mark": MARK, "checkpoint": restore.checksum(args.workdir, run.step), "step": run.step,
-           "samples": args.samples, "guidance": args.guidance, "seed": args.seed}
+  about = {
+    "mark": MARK,
+    "checkpoint": restore.checksum(args.workdir, run.step),
+    "step": run.step,
+    "samples": args.samples,
+    "guidance": args.guidance,
+    "seed": args.seed,
+  }
   out = pathlib.Path(args.out)
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)
@@ -67,29 +100,46 @@ def main(argv):
     write_table(out / "hearts.csv", rows)
   drawn = sum(row["status"] == "ok" for row in rows)
   if not drawn:
-    raise UserError(f"none of the {len(rows)} recordings could be read; the first, {rows[0]['path']}: {rows[0]['reason']}. All "
-                    f"reasons: {out}/hearts.csv")
-  print(f"{args.samples} hearts of each of {drawn} recordings ({len(rows) - drawn} rejected), {MARK}: {out}")
+    raise UserError(
+      f"none of the {len(rows)} recordings could be read; the first, {rows[0]['path']}: {rows[0]['reason']}. All "
+      f"reasons: {out}/hearts.csv"
+    )
+  print(
+    f"{args.samples} hearts of each of {drawn} recordings ({len(rows) - drawn} rejected), {MARK}: {out}"
+  )
 
 
 def load_generator(workdir: str, step: int | None, guidance: float) -> restore.Run:
   """A run that draws hearts from an ECG alone and measures them."""
   run = restore.load_ecg_run(workdir, step)
-  if lacking := [name for name in ("tokenizer", "segmenter", "generator") if name not in generation.parts(run.config.model)]:
-    raise UserError(f"{workdir} has no {' and no '.join(lacking)}; expected a run of configs/ecg_to_cmr.py")
+  if lacking := [
+    name
+    for name in ("tokenizer", "segmenter", "generator")
+    if name not in generation.parts(run.config.model)
+  ]:
+    raise UserError(
+      f"{workdir} has no {' and no '.join(lacking)}; expected a run of configs/ecg_to_cmr.py"
+    )
   if pretrainer.takes_covariates(run.config.model) and not run.config.model.generator.dropout:
-    raise UserError(f"{workdir} was trained with the covariates always there (config.model.generator.covariates, dropout 0), and "
-                    "ECG files hold none; evaluate it on a cohort with `mmcl evaluate`, or train one with dropout")
+    raise UserError(
+      f"{workdir} was trained with the covariates always there (config.model.generator.covariates, dropout 0), and "
+      "ECG files hold none; evaluate it on a cohort with `mmcl evaluate`, or train one with dropout"
+    )
   if "spacing" not in run.manifest:
-    raise UserError(f"{workdir}/checkpoints/{run.step} does not say how large its voxels are; train it with this version")
+    raise UserError(
+      f"{workdir}/checkpoints/{run.step} does not say how large its voxels are; train it with this version"
+    )
   if guidance != 1 and not run.config.model.generator.dropout:
-    raise UserError(f"--guidance is {guidance}, and {workdir} was trained with the ECG always there (config.model.generator.dropout "
-                    "is 0); only 1 has a meaning")
+    raise UserError(
+      f"--guidance is {guidance}, and {workdir} was trained with the ECG always there (config.model.generator.dropout "
+      "is 0); only 1 has a meaning"
+    )
   return run
 
 
 def named(paths: list[str]) -> dict[str, str]:
-  """{name of its folder: path}: the file's name without its format's suffix, with a number where several have it."""
+  """{name of its folder: path}: the file's name without its format's suffix, with a number where
+  several have it."""
   found = {}
   for path in paths:
     stem = re.sub(r"[^\w.-]", "_", readers.stem(path)).lstrip(".") or "ecg"
@@ -104,7 +154,8 @@ def named(paths: list[str]) -> dict[str, str]:
 def write_hearts(run, recordings: dict[str, str], out: pathlib.Path, about: dict) -> list[dict]:
   """Draws the hearts that are not there yet; a row of hearts.csv for every recording."""
   shape = tuple(run.manifest["shapes"]["ed_es_volumes"][1:])
-  unknown = jnp.full((1, len(run.scales.covariates)), jnp.nan)  # covariates, of which ECG files say nothing
+  # covariates, of which ECG files say nothing
+  unknown = jnp.full((1, len(run.scales.covariates)), jnp.nan)
   noise_shape = about["samples"], *pretrainer.noise_shape(run.config.model, shape)
   generate = steps.make_generate(run.model, run.config, shape, generation.STEPS, about["guidance"])
   segment = steps.make_segment(run.model)
@@ -127,12 +178,15 @@ def write_hearts(run, recordings: dict[str, str], out: pathlib.Path, about: dict
       number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
       key = jax.random.fold_in(jax.random.key(about["seed"]), np.uint32(number))
       stacks, labels = jax.device_get(draw(run.state.variables, ecg, key))
-      rows[name] |= write_one(out / name, stacks, labels, run.manifest["spacing"], about | {"recording": row})
+      rows[name] |= write_one(
+        out / name, stacks, labels, run.manifest["spacing"], about | {"recording": row}
+      )
   return [rows[name] for name in recordings]
 
 
 def made(folder: pathlib.Path, path: str, about: dict) -> dict | None:
-  """The row of a recording that the same run has drawn hearts of; None where there is nothing; UserError where it is another's."""
+  """The row of a recording that the same run has drawn hearts of; None where there is nothing;
+  UserError where it is another's."""
   if not folder.exists():
     return None
   try:
@@ -142,11 +196,16 @@ def made(folder: pathlib.Path, path: str, about: dict) -> dict | None:
       return row
   except (OSError, ValueError, KeyError, TypeError):
     pass
-  raise UserError(f"{folder} is there and not of this command (another run, flags or recording); name another --out, or remove it")
+  raise UserError(
+    f"{folder} is there and not of this command (another run, flags or recording); name another --out, or remove it"
+  )
 
 
-def write_one(folder: pathlib.Path, stacks: np.ndarray, labels: np.ndarray, spacing: list[float], about: dict) -> dict:
-  """Writes the hearts of a recording, stacks and labels uint8 [S, P, Z, H, W], whole or not at all; their mean and SD by name."""
+def write_one(
+  folder: pathlib.Path, stacks: np.ndarray, labels: np.ndarray, spacing: list[float], about: dict
+) -> dict:
+  """Writes the hearts of a recording, stacks and labels uint8 [S, P, Z, H, W], whole or not at all;
+  their mean and SD by name."""
   partial = folder.with_name(f".{folder.name}.partial")
   files.no_links(partial)
   shutil.rmtree(partial, ignore_errors=True)
@@ -156,12 +215,21 @@ def write_one(folder: pathlib.Path, stacks: np.ndarray, labels: np.ndarray, spac
     save_nifti(partial / f"heart-{i}-labels.nii.gz", label, spacing)
   figure = drawings.hearts(stacks, labels, f"{len(stacks)} hearts drawn from one ECG", MARK.upper())
   figure.savefig(partial / "hearts.png", dpi=110, metadata={"Description": MARK})
-  millilitres = np.asarray(generation.volumes(labels, np.tile(np.float32(spacing), (len(labels), 1))))
+  millilitres = np.asarray(
+    generation.volumes(labels, np.tile(np.float32(spacing), (len(labels), 1)))
+  )
   values = generation.measure(millilitres)
   known = np.isfinite(values).sum(axis=0)
-  told = lambda statistic, least: [float(statistic(x[np.isfinite(x)])) if n >= least else None for x, n in zip(values.T, known)]
+
+  def told(statistic, least):
+    return [
+      float(statistic(x[np.isfinite(x)])) if n >= least else None for x, n in zip(values.T, known)
+    ]
+
   columns = [f"{name}_{unit}" for name, unit in zip(generation.PHENOTYPES, UNITS)]
-  summary = dict(zip(columns, told(np.mean, 1))) | dict(zip([f"{c}_sd" for c in columns], told(lambda x: x.std(ddof=1), 2)))
+  summary = dict(zip(columns, told(np.mean, 1))) | dict(
+    zip([f"{c}_sd" for c in columns], told(lambda x: x.std(ddof=1), 2))
+  )
   hearts = [{c: None if np.isnan(x) else float(x) for c, x in zip(columns, row)} for row in values]
   whole = about | {"spacing_mm": spacing, "summary": summary, "hearts": hearts}
   (partial / "hearts.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -182,9 +250,12 @@ def write_table(file: pathlib.Path, rows: list[dict]) -> None:
   with files.replaced(file, newline="", encoding="utf-8") as table:
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
-    writer.writerows({name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows)
+    writer.writerows(
+      {name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows
+    )
 
 
 if __name__ == "__main__":
   from mmcl_jax import cli
+
   cli.run(main)

@@ -1,8 +1,9 @@
-"""`mmcl inspect`: what a cohort holds, one of its records as a picture, and whether its files are as they were written.
+"""`mmcl inspect`: what a cohort holds, one of its records as a picture, and whether its files are
+as they were written.
 
-    mmcl inspect demo/cohort
-    mmcl inspect demo/cohort --split=test --index=3 --out=heart.png
-    mmcl inspect demo/cohort --check
+mmcl inspect demo/cohort
+mmcl inspect demo/cohort --split=test --index=3 --out=heart.png
+mmcl inspect demo/cohort --check
 """
 
 import argparse
@@ -20,23 +21,24 @@ from mmcl_jax.evaluators.figures import SYNTHETIC_NOTE
 from mmcl_jax.paths import local
 
 COUNTED = 2000  # records that are read for the tables; of larger cohorts a sample
-DPI = 254       # 10 pixels a millimetre of ECG paper
+DPI = 254  # 10 pixels a millimetre of ECG paper
 MEANING = {
-    "subject": "keyed hash of the participant",
-    "visit": "such as UK Biobank's instance",
-    "has_ecg": "0: ecg is zeros",
-    "has_cmr": "0: all CMR fields are zeros",
-    "ecg": "[lead, sample], times ecg_scale",
-    "ecg_scale": "see ecg",
-    "ed_es_volumes": "[ED ES, slice, row, column], base to apex, grey values",
-    "labels": "[ED ES, slice, row, column], " + ", ".join(f"{value} {name}" for name, value in schema.LABELS.items()),
-    "cine_slice": "[frame, row, column], frame 0 = ED",
-    "three_frames": "[ED half-way ES, row, column], the mid-ventricular slice",
-    "lax": "[frame, row, column], long axis and septum, frame 0 = ED",
-    "spacing": "mm along slice, row, column",
-    "phenotypes": "in the units below, NaN = not measured",
-    "diseases": "0, 1, NaN = unknown",
-    "covariates": "in the units below, NaN = unknown",
+  "subject": "keyed hash of the participant",
+  "visit": "such as UK Biobank's instance",
+  "has_ecg": "0: ecg is zeros",
+  "has_cmr": "0: all CMR fields are zeros",
+  "ecg": "[lead, sample], times ecg_scale",
+  "ecg_scale": "see ecg",
+  "ed_es_volumes": "[ED ES, slice, row, column], base to apex, grey values",
+  "labels": "[ED ES, slice, row, column], "
+  + ", ".join(f"{value} {name}" for name, value in schema.LABELS.items()),
+  "cine_slice": "[frame, row, column], frame 0 = ED",
+  "three_frames": "[ED half-way ES, row, column], the mid-ventricular slice",
+  "lax": "[frame, row, column], long axis and septum, frame 0 = ED",
+  "spacing": "mm along slice, row, column",
+  "phenotypes": "in the units below, NaN = not measured",
+  "diseases": "0, 1, NaN = unknown",
+  "covariates": "in the units below, NaN = unknown",
 }
 
 
@@ -51,8 +53,10 @@ def main(argv=None):
     return
   source = cohort.splits[args.split]
   if not 0 <= args.index < len(source):
-    raise UserError(f"--index={args.index}, but split {args.split} of {args.cohort} has "
-                    + (f"records 0 to {len(source) - 1}" if len(source) else "no records"))
+    raise UserError(
+      f"--index={args.index}, but split {args.split} of {args.cohort} has "
+      + (f"records 0 to {len(source) - 1}" if len(source) else "no records")
+    )
   record = source[args.index]
   print(drawings.describe(record, cohort.info, args.split, args.index))
   figures = drawings.of_record(record, cohort.info)
@@ -64,56 +68,118 @@ def main(argv=None):
 
 
 def parse(argv):
-  parser = argparse.ArgumentParser(prog="mmcl inspect", allow_abbrev=False,
-                                   description="Tells what a cohort holds, or draws one of its records.")
+  parser = argparse.ArgumentParser(
+    prog="mmcl inspect",
+    allow_abbrev=False,
+    description="Tells what a cohort holds, or draws one of its records.",
+  )
   parser.add_argument("cohort", type=local, metavar="COHORT", help="folder made by mmcl prepare")
-  parser.add_argument("--index", type=int, metavar="I", help="draw this record of the split, the first is 0")
-  parser.add_argument("--split", default="train",
-                      help=f"{', '.join(schema.SPLITS)}: where --index counts (default %(default)s)")
-  parser.add_argument("--check", action="store_true",
-                      help="read every file whole and compare it with its checksum in cohort.json")
-  parser.add_argument("--out", type=local, metavar="FILE.png",
-                      help="of the drawing (default COHORT-SPLIT-I.png, in this folder)")
+  parser.add_argument(
+    "--index", type=int, metavar="I", help="draw this record of the split, the first is 0"
+  )
+  parser.add_argument(
+    "--split",
+    default="train",
+    help=f"{', '.join(schema.SPLITS)}: where --index counts (default %(default)s)",
+  )
+  parser.add_argument(
+    "--check",
+    action="store_true",
+    help="read every file whole and compare it with its checksum in cohort.json",
+  )
+  parser.add_argument(
+    "--out",
+    type=local,
+    metavar="FILE.png",
+    help="of the drawing (default COHORT-SPLIT-I.png, in this folder)",
+  )
   args = parser.parse_args(argv)
   if args.split not in schema.SPLITS:
     raise UserError(f"--split={args.split}; expected one of {', '.join(schema.SPLITS)}")
   if args.out and (args.index is None or Path(args.out).suffix != ".png"):
-    raise UserError(f"--out={args.out}; expected the name of a .png file, and --index to say what to draw")
+    raise UserError(
+      f"--out={args.out}; expected the name of a .png file, and --index to say what to draw"
+    )
   return args
 
 
 def tell(cohort: cohort_room.Cohort) -> list[str]:
-  """Lines on the cohort: counts, fields, views for config.model.cmr, phenotypes, covariates and diseases."""
+  """Lines on the cohort: counts, fields, views for config.model.cmr, phenotypes, covariates and
+  diseases."""
   info, total, records = cohort.info, sum(cohort.info["counts"].values()), []
   for split, index in quality.sample(info["counts"], COUNTED):
     record = cohort.splits[split][index]
-    records.append({name: x for name, x in record.items() if not records or np.size(x) < 1000})  # large arrays of one
+    # large arrays of one
+    records.append({name: x for name, x in record.items() if not records or np.size(x) < 1000})
   counts = ", ".join(f"{n:,} {split}" for split, n in info["counts"].items())
-  basis = "all of them read" if len(records) == total else f"numbers below are of {len(records):,} drawn at random"
+  basis = (
+    "all of them read"
+    if len(records) == total
+    else f"numbers below are of {len(records):,} drawn at random"
+  )
   lines = [f"{cohort.path}: {total:,} records ({counts}); {basis}"]
-  lines += [f"{name.replace('_', ' ')}: {value}" for name, value in info.items() if type(value) in (str, int, float)]
+  lines += [
+    f"{name.replace('_', ' ')}: {value}"
+    for name, value in info.items()
+    if type(value) in (str, int, float)
+  ]
   if info.get("synthetic"):
     lines.append(f"note: {SYNTHETIC_NOTE}")
-  lines.append(", ".join(f"{np.mean([r[field] for r in records]):.1%} with {what}"
-                         for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr"))))
+  lines.append(
+    ", ".join(
+      f"{np.mean([r[field] for r in records]):.1%} with {what}"
+      for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr"))
+    )
+  )
   profile = info["ecg_profile"]
-  meaning = MEANING | {"ecg": f"{MEANING['ecg']}, {preprocess_ecg.rate_hz(profile)} Hz, normalised by {profile}"}
-  lines += table(["field", "type", "shape", ""],
-                 [[name, np.asarray(x).dtype.name, " x ".join(map(str, np.shape(x))) or "-", meaning.get(name, "")]
-                  for name, x in records[0].items()])
-  lines += table(["view", "taken from"], [[view, field] for view, field in schema.VIEWS.items() if field in records[0]])
+  meaning = MEANING | {
+    "ecg": f"{MEANING['ecg']}, {preprocess_ecg.rate_hz(profile)} Hz, normalised by {profile}"
+  }
+  lines += table(
+    ["field", "type", "shape", ""],
+    [
+      [
+        name,
+        np.asarray(x).dtype.name,
+        " x ".join(map(str, np.shape(x))) or "-",
+        meaning.get(name, ""),
+      ]
+      for name, x in records[0].items()
+    ],
+  )
+  lines += table(
+    ["view", "taken from"],
+    [[view, field] for view, field in schema.VIEWS.items() if field in records[0]],
+  )
   for kind in ("phenotypes", "covariates"):
     values = np.stack([r[kind] for r in records]).astype(np.float64)
     moments = [quality.statistics(column) for column in values.T]
-    lines += table([kind, "unit", "n", "mean", "SD", "median", "5 %", "95 %"],
-                   [[name, unit, f"{m['n']:,}", *(number(x) for x in (m["mean"], m["sd"])),
-                     *(number(m["quantiles"][q]) for q in ("0.5", "0.05", "0.95"))]
-                    for (name, unit), m in zip(info[kind].items(), moments)])
+    lines += table(
+      [kind, "unit", "n", "mean", "SD", "median", "5 %", "95 %"],
+      [
+        [
+          name,
+          unit,
+          f"{m['n']:,}",
+          *(number(x) for x in (m["mean"], m["sd"])),
+          *(number(m["quantiles"][q]) for q in ("0.5", "0.05", "0.95")),
+        ]
+        for (name, unit), m in zip(info[kind].items(), moments)
+      ],
+    )
   values = np.stack([r["diseases"] for r in records])
-  lines += table(["disease", "cases", "known", "prevalence"],
-                 [[name, f"{np.nansum(x):,.0f}", f"{np.isfinite(x).sum():,}",
-                   f"{np.nanmean(x):.2%}" if np.isfinite(x).any() else "-"]
-                  for name, x in zip(info["diseases"], values.T)])
+  lines += table(
+    ["disease", "cases", "known", "prevalence"],
+    [
+      [
+        name,
+        f"{np.nansum(x):,.0f}",
+        f"{np.isfinite(x).sum():,}",
+        f"{np.nanmean(x):.2%}" if np.isfinite(x).any() else "-",
+      ]
+      for name, x in zip(info["diseases"], values.T)
+    ],
+  )
   return lines
 
 
@@ -137,4 +203,5 @@ def save(pixels: np.ndarray, out: Path) -> None:
 
 if __name__ == "__main__":
   from mmcl_jax import cli
+
   cli.run(main)

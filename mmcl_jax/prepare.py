@@ -4,7 +4,8 @@
     mmcl prepare wfdb --input=/data/ptb-xl --tables=/data/ptb-xl/ptbxl_database.csv --split=1,0,0 --out=ptbxl
     mmcl prepare synthetic --subjects=1600 --seed=0 --out=demo/cohort
 
-Interrupted, the same command goes on where it stopped. docs/your_data.md tells what each source expects.
+Interrupted, the same command goes on where it stopped. docs/your_data.md tells what each source
+expects.
 """
 
 import argparse
@@ -33,15 +34,25 @@ from mmcl_jax.paths import local
 
 ROOM = "mmcl_jax.data.sources"
 SOURCES = {  # name -> where its plan is, what it reads
-    "ukb": (f"{ROOM}.ukb:plan", "UK Biobank: ECG XML (field 20205) with short-axis DICOM zips (20209)"),
-    "ukbb_cardiac": (f"{ROOM}.ukb:plan_folders", "UK Biobank: ECG XML with folders of NIfTI as ukbb_cardiac leaves them"),
-    "acdc": (f"{ROOM}.acdc:plan", "ACDC challenge folders, CMR alone"),
-    "mnms": (f"{ROOM}.mnms:plan", "M&Ms challenge folders, CMR alone"),
-    "wfdb": (f"{ROOM}.wfdb:plan", "PTB-XL, MIMIC-IV-ECG, CinC or any WFDB records, ECG alone"),
-    "mmcl_pt": (f"{ROOM}.mmcl_pt:plan", "torch files of the MMCL reference project, read without torch"),
-    "synthetic": (f"{ROOM}.synthetic:plan", "hearts with known phenotypes"),
+  "ukb": (
+    f"{ROOM}.ukb:plan",
+    "UK Biobank: ECG XML (field 20205) with short-axis DICOM zips (20209)",
+  ),
+  "ukbb_cardiac": (
+    f"{ROOM}.ukb:plan_folders",
+    "UK Biobank: ECG XML with folders of NIfTI as ukbb_cardiac leaves them",
+  ),
+  "acdc": (f"{ROOM}.acdc:plan", "ACDC challenge folders, CMR alone"),
+  "mnms": (f"{ROOM}.mnms:plan", "M&Ms challenge folders, CMR alone"),
+  "wfdb": (f"{ROOM}.wfdb:plan", "PTB-XL, MIMIC-IV-ECG, CinC or any WFDB records, ECG alone"),
+  "mmcl_pt": (
+    f"{ROOM}.mmcl_pt:plan",
+    "torch files of the MMCL reference project, read without torch",
+  ),
+  "synthetic": (f"{ROOM}.synthetic:plan", "hearts with known phenotypes"),
 }
-EVERY_SOURCE = {"source", "more", "out", "private", "processes", "beam"}  # flags that no source needs to know; others: TAKES
+# flags that no source needs to know; others: TAKES
+EVERY_SOURCE = {"source", "more", "out", "private", "processes", "beam"}
 
 
 def main(argv):
@@ -61,75 +72,174 @@ def main(argv):
   run = None
   if args.beam is not None:
     from mmcl_jax.data import beam  # Apache Beam lives in an environment of its own
+
     run = functools.partial(beam.run, options=args.beam.split())
   with writing(args.out):
-    cohort = builder.build(args.out, plan, shares=shares, profile=args.profile, processes=args.processes,
-                           report=report, run=run)
+    cohort = builder.build(
+      args.out,
+      plan,
+      shares=shares,
+      profile=args.profile,
+      processes=args.processes,
+      report=report,
+      run=run,
+    )
   print(f"{cohort.path}: {', '.join(f'{n} {split}' for split, n in cohort.info['counts'].items())}")
   if args.source == "synthetic" and min(cohort.info["counts"].values()):
-    print("ceiling, R2 on test of ridge on the generator's own ECG parameters: "
-          + "  ".join(f"{name} {r2:.2f}" for name, r2 in ceiling(cohort).items()))
+    print(
+      "ceiling, R2 on test of ridge on the generator's own ECG parameters: "
+      + "  ".join(f"{name} {r2:.2f}" for name, r2 in ceiling(cohort).items())
+    )
 
 
 def report(folder, cohort, outcome):
   for suspicion in quality.write(folder, cohort, outcome):
     print(f"LOOK: {suspicion}")
-  print(f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, {len(outcome.rejected)} rejected: "
-        "see quality.html in the cohort")
+  print(
+    f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, {len(outcome.rejected)} rejected: "
+    "see quality.html in the cohort"
+  )
 
 
 def parse(argv):
-  parser = argparse.ArgumentParser(prog="mmcl prepare", description="Makes a cohort.", allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   epilog="sources:\n" + "\n".join(f"  {name:16s}{what}" for name, (_, what) in SOURCES.items())
-                                   + "\n  my_module:plan  a source of your own (docs/your_data.md)")
+  parser = argparse.ArgumentParser(
+    prog="mmcl prepare",
+    description="Makes a cohort.",
+    allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="sources:\n"
+    + "\n".join(f"  {name:16s}{what}" for name, (_, what) in SOURCES.items())
+    + "\n  my_module:plan  a source of your own (docs/your_data.md)",
+  )
   parser.add_argument("source", metavar="SOURCE", help="one of the sources below")
-  parser.add_argument("--input", type=local, nargs="+", action="extend", default=[], metavar="PATH",
-                      help="raw files and folders")
-  parser.add_argument("--tables", type=local, nargs="+", action="extend", default=[], metavar="FILE",
-                      help="CSV, TSV or Parquet tables of phenotypes, covariates and outcomes")
-  parser.add_argument("--segmentations", type=local, metavar="DIR",
-                      help="ukb: folders {id}_{visit} with ukbb_cardiac's seg_sa.nii.gz")
-  parser.add_argument("--withdrawn", type=local, metavar="FILE",
-                      help="ids of participants who have withdrawn, one a line")
-  parser.add_argument("--diseases", default="any", choices=("any", "prevalent", "incident"),
-                      help="which diagnoses count, by their date against the visit (default %(default)s)")
-  parser.add_argument("--censored", metavar="YYYY-MM-DD", help="end of follow-up (default: the last diagnosis or death in the "
-                      "tables)")
-  parser.add_argument("--codes", type=local, metavar="FILE",
-                      help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml")
+  parser.add_argument(
+    "--input",
+    type=local,
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="PATH",
+    help="raw files and folders",
+  )
+  parser.add_argument(
+    "--tables",
+    type=local,
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="FILE",
+    help="CSV, TSV or Parquet tables of phenotypes, covariates and outcomes",
+  )
+  parser.add_argument(
+    "--segmentations",
+    type=local,
+    metavar="DIR",
+    help="ukb: folders {id}_{visit} with ukbb_cardiac's seg_sa.nii.gz",
+  )
+  parser.add_argument(
+    "--withdrawn",
+    type=local,
+    metavar="FILE",
+    help="ids of participants who have withdrawn, one a line",
+  )
+  parser.add_argument(
+    "--diseases",
+    default="any",
+    choices=("any", "prevalent", "incident"),
+    help="which diagnoses count, by their date against the visit (default %(default)s)",
+  )
+  parser.add_argument(
+    "--censored",
+    metavar="YYYY-MM-DD",
+    help="end of follow-up (default: the last diagnosis or death in the tables)",
+  )
+  parser.add_argument(
+    "--codes",
+    type=local,
+    metavar="FILE",
+    help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml",
+  )
   parser.add_argument("--out", type=local, required=True, metavar="DIR", help="folder to make")
-  parser.add_argument("--private", type=local, metavar="DIR",
-                      help="folder of the salt and of the table from hashes to participants; stays with you. "
-                      "The same folder gives the same hashes and splits (default OUT.private)")
-  parser.add_argument("--split", default="0.7,0.1,0.2", help="shares of train,val,test, drawn by subject (default %(default)s)")
-  parser.add_argument("--profile", default="minimal",
-                      help="normalisation of the ECG: " + ", ".join(preprocess_ecg.PROFILES) + " (default %(default)s)")
+  parser.add_argument(
+    "--private",
+    type=local,
+    metavar="DIR",
+    help="folder of the salt and of the table from hashes to participants; stays with you. "
+    "The same folder gives the same hashes and splits (default OUT.private)",
+  )
+  parser.add_argument(
+    "--split",
+    default="0.7,0.1,0.2",
+    help="shares of train,val,test, drawn by subject (default %(default)s)",
+  )
+  parser.add_argument(
+    "--profile",
+    default="minimal",
+    help="normalisation of the ECG: "
+    + ", ".join(preprocess_ecg.PROFILES)
+    + " (default %(default)s)",
+  )
   shape = preprocess_cmr.Shape()
-  parser.add_argument("--slices", type=int, default=shape.slices, help="short-axis slices kept (default %(default)s)")
-  parser.add_argument("--size", type=int, default=shape.size, help="pixels of the square round the heart (default %(default)s)")
-  parser.add_argument("--pixel-mm", type=float, default=shape.pixel_mm, help="size of a pixel in mm (default %(default)s)")
-  parser.add_argument("--frames", type=int, default=shape.frames, help="frames of the cine slice; 0: none (default %(default)s)")
+  parser.add_argument(
+    "--slices", type=int, default=shape.slices, help="short-axis slices kept (default %(default)s)"
+  )
+  parser.add_argument(
+    "--size",
+    type=int,
+    default=shape.size,
+    help="pixels of the square round the heart (default %(default)s)",
+  )
+  parser.add_argument(
+    "--pixel-mm",
+    type=float,
+    default=shape.pixel_mm,
+    help="size of a pixel in mm (default %(default)s)",
+  )
+  parser.add_argument(
+    "--frames",
+    type=int,
+    default=shape.frames,
+    help="frames of the cine slice; 0: none (default %(default)s)",
+  )
   parser.add_argument("--subjects", type=int, default=0, help="synthetic: number of subjects")
-  parser.add_argument("--seed", type=int, default=0, help="synthetic: cohorts of different seeds share no subject")
+  parser.add_argument(
+    "--seed", type=int, default=0, help="synthetic: cohorts of different seeds share no subject"
+  )
   parser.add_argument("--lax", action="store_true", help="synthetic: the long-axis view too")
-  parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)")
-  parser.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam with these pipeline options (docs/beam.md)")
+  parser.add_argument(
+    "--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)"
+  )
+  parser.add_argument(
+    "--beam",
+    metavar="OPTIONS",
+    help="run on Apache Beam with these pipeline options (docs/beam.md)",
+  )
   parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
   args.input += args.more
-  args.given = {name for name, value in vars(args).items() if value != parser.get_default(name) and value != []}
+  args.given = {
+    name for name, value in vars(args).items() if value != parser.get_default(name) and value != []
+  }
   args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
-  if min(args.slices, args.size, args.processes) < 1 or args.frames < 0 or not 0 < args.pixel_mm < 100:
-    raise UserError(f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} --frames={args.frames} "
-                    f"--processes={args.processes}; expected positive numbers (frames may be 0)")
+  if (
+    min(args.slices, args.size, args.processes) < 1
+    or args.frames < 0
+    or not 0 < args.pixel_mm < 100
+  ):
+    raise UserError(
+      f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} --frames={args.frames} "
+      f"--processes={args.processes}; expected positive numbers (frames may be 0)"
+    )
   if args.profile not in preprocess_ecg.PROFILES:
-    raise UserError(f"--profile is {args.profile!r}; expected one of {', '.join(preprocess_ecg.PROFILES)}")
+    raise UserError(
+      f"--profile is {args.profile!r}; expected one of {', '.join(preprocess_ecg.PROFILES)}"
+    )
   return args
 
 
 def find_source(args):
-  """The `plan` function of a source's name or of my_module:plan; a flag that the source has no use for is a mistake."""
+  """The `plan` function of a source's name or of my_module:plan; a flag that the source has no use
+  for is a mistake."""
   name = args.source
   module, found, function = SOURCES.get(name, (name,))[0].partition(":")
   if not found:
@@ -141,12 +251,16 @@ def find_source(args):
   except ModuleNotFoundError as error:
     if error.name != module:
       raise
-    raise UserError(f"source {name}: no module {module}; expected it in the current folder or on PYTHONPATH") from None
+    raise UserError(
+      f"source {name}: no module {module}; expected it in the current folder or on PYTHONPATH"
+    ) from None
   except AttributeError:
     raise UserError(f"source {name}: the module {module} has no {function}") from None
   if useless := args.given - set(getattr(source, "TAKES", args.given)) - EVERY_SOURCE:
-    raise UserError(f"source {name} has no use for {', '.join('--' + flag.replace('_', '-') for flag in sorted(useless))}; it takes "
-                    f"{', '.join('--' + flag.replace('_', '-') for flag in source.TAKES)}")
+    raise UserError(
+      f"source {name} has no use for {', '.join('--' + flag.replace('_', '-') for flag in sorted(useless))}; it takes "
+      f"{', '.join('--' + flag.replace('_', '-') for flag in source.TAKES)}"
+    )
   return plan
 
 
@@ -156,28 +270,34 @@ def fractions(text: str) -> tuple[float, float, float]:
   except ValueError:
     shares = ()
   if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-    raise UserError(f"--split is {text!r}; expected three shares that sum to 1, such as 0.7,0.1,0.2")
+    raise UserError(
+      f"--split is {text!r}; expected three shares that sum to 1, such as 0.7,0.1,0.2"
+    )
   return shares
 
 
 class Identities:
   """Salted hashes of participants, and who they are, in a folder that only its owner can read.
 
-  The salt decides hashes and splits, so a cohort that grows keeps both if it is prepared with the same folder. Nothing is
-  written before `save`.
+  The salt decides hashes and splits, so a cohort that grows keeps both if it is prepared with the
+  same folder. Nothing is written before `save`.
   """
 
   def __init__(self, folder: str, out: str):
     self.folder, self.known = pathlib.Path(folder), {}
     if pathlib.Path(out).resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
-      raise UserError(f"--private={folder} lies in --out={out}; expected another place, for a cohort may be given away")
+      raise UserError(
+        f"--private={folder} lies in --out={out}; expected another place, for a cohort may be given away"
+      )
     file = self.folder / "salt"
     try:
       text = file.read_text().strip() if file.exists() else secrets.token_hex(32)
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f"cannot read {file} ({error})") from None
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
-      raise UserError(f"{file} is not a salt; expected 64 hexadecimal digits: give the folder that was made with it")
+      raise UserError(
+        f"{file} is not a salt; expected 64 hexadecimal digits: give the folder that was made with it"
+      )
     self.salt = bytes.fromhex(text)
 
   @property
@@ -197,18 +317,24 @@ class Identities:
       self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
       if not (self.folder / "salt").exists():
         write_private(self.folder / "salt", self.salt.hex() + "\n")
-        print(f"made a new salt: keep {self.folder} to yourself, and give it as --private when this cohort grows")
+        print(
+          f"made a new salt: keep {self.folder} to yourself, and give it as --private when this cohort grows"
+        )
       if file.exists():
         with open(file, newline="") as f:
           rows = {name: participant for name, participant in list(csv.reader(f))[1:]}
       rows |= {schema.hash_name(h): participant for participant, h in self.known.items()}
       text = io.StringIO()
-      csv.writer(text, lineterminator="\n").writerows([("hash", "participant"), *sorted(rows.items())])
+      csv.writer(text, lineterminator="\n").writerows(
+        [("hash", "participant"), *sorted(rows.items())]
+      )
       write_private(file, text.getvalue())
     except OSError as error:
       raise UserError(f"cannot write to --private={self.folder}: {error.strerror}") from None
     except (ValueError, csv.Error):
-      raise UserError(f"{file} is not a table of hash,participant; expected the one that was made with this salt") from None
+      raise UserError(
+        f"{file} is not a table of hash,participant; expected the one that was made with this salt"
+      ) from None
 
 
 def write_private(file: pathlib.Path, text: str):
@@ -217,17 +343,29 @@ def write_private(file: pathlib.Path, text: str):
     f.write(text)
 
 
-def prepare_synthetic(out: str, subjects: int, seed: int, shares, profile: str, processes: int) -> Cohort:
+def prepare_synthetic(
+  out: str, subjects: int, seed: int, shares, profile: str, processes: int
+) -> Cohort:
   """Writes a synthetic cohort to the folder `out`."""
   plan = synthetic.plan(types.SimpleNamespace(subjects=subjects, seed=seed))
-  return builder.build(out, plan, shares=shares, profile=profile, processes=processes, report=quality.write)
+  return builder.build(
+    out, plan, shares=shares, profile=profile, processes=processes, report=quality.write
+  )
 
 
 def ceiling(cohort: Cohort) -> dict[str, float]:
-  """What the ECG can tell at most, linearly: test R2 of ridge on the generator's noise-free ECG parameters."""
-  columns = {split: [source[i] for i in range(len(source))] for split, source in cohort.splits.items()}
-  x, y = ({split: np.stack([record[name] for record in records]).astype(np.float64) for split, records in columns.items()}
-          for name in ("ecg_parameters", "phenotypes"))
+  """What the ECG can tell at most, linearly: test R2 of ridge on the generator's noise-free ECG
+  parameters."""
+  columns = {
+    split: [source[i] for i in range(len(source))] for split, source in cohort.splits.items()
+  }
+  x, y = (
+    {
+      split: np.stack([record[name] for record in records]).astype(np.float64)
+      for split, records in columns.items()
+    }
+    for name in ("ecg_parameters", "phenotypes")
+  )
   probe = phenotypes.fit_probe(x["train"], y["train"], x["val"], y["val"])
   scores = statistics.r2(y["test"], phenotypes.predict(probe, x["test"]))
   return dict(zip(cohort.info["phenotypes"], map(float, scores)))
@@ -235,4 +373,5 @@ def ceiling(cohort: Cohort) -> dict[str, float]:
 
 if __name__ == "__main__":
   from mmcl_jax import cli
+
   cli.run(main)

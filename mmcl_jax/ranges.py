@@ -1,7 +1,7 @@
 """The range of every number of a config: one table, checked before anything is opened or compiled.
 
-Numbers that depend on one another, on a cohort or on the devices (a mask ratio that leaves no patch, a patch that does
-not divide) are checked where both are known.
+Numbers that depend on one another, on a cohort or on the devices (a mask ratio that leaves no
+patch, a patch that does not divide) are checked where both are known.
 """
 
 import re
@@ -34,7 +34,9 @@ class Range(NamedTuple):
 
 COUNT = Range("a whole number of at least 1", 1, 2**31 - 1, whole=True)
 COUNT_OR_NONE = Range("a whole number of at least 0", 0, 2**31 - 1, whole=True)
-COUNT_OR_ALL = Range("a whole number of at least 1, or -1 for all that are left", 1, 2**31 - 1, whole=True, also=-1)
+COUNT_OR_ALL = Range(
+  "a whole number of at least 1, or -1 for all that are left", 1, 2**31 - 1, whole=True, also=-1
+)
 SEED = Range("a whole number from 0 to 4294967295", 0, 2**32 - 1, whole=True)
 POSITIVE = Range("a number above 0", TINY, LARGEST)
 NOT_NEGATIVE = Range("a number of at least 0", 0, LARGEST)
@@ -45,42 +47,44 @@ PROPER_PART = Range("a number above 0 and below 1", TINY, BELOW_1)
 DECAY = Range("a number above 0, at most 1", TINY, 1)
 DEGREES = Range("a number from 0 to 180", 0, 180)
 
-# Regex of the whole path -> its range. Entries of a list have their place in the path, as in data.mix[0][1].
+# Regex of the whole path -> its range. Entries of a list have their place in the path, as in
+# data.mix[0][1].
 OF_CONFIG = (
-    (r"seed", SEED),
-    (r"batch|steps|accumulation|keep|data\.samples", COUNT),
-    (r"every\.(log|evaluate|save)", COUNT),
-    (r"every\.save_minutes", NOT_NEGATIVE),
-    (r"per_device_batch|bad_rows|bad_steps|stop_after", COUNT_OR_NONE),
-    (r"data\.mix\[\d+\]\[1\]", PROPER_PART),
-    (r"augment\.ecg\.(time_flip|sign_flip|phase_noise_strength)", SHARE),
-    (r"augment\.ecg\.\w+_sigma|augment\.cmr\.intensity_sigma", NOT_NEGATIVE),
-    (r"augment\.cmr\.rotation_deg", DEGREES),
-    (r"augment\.cmr\.scale", PART),
-    (r"augment\.cmr\.shift", SHARE),
-    (r"model\.ecg\.(patch|decoder\[\d+\])|model\.cmr\.\w+\.(planes|patch\[\d+\])", COUNT),
-    (r"model\.ecg\.head|model\.cmr\.\w+\.width|model\.projection\.(ecg_)?hidden", COUNT_OR_NONE),
-    (r"model\.(ecg|cmr\.\w+)\.(mask_ratio|drop_path)|model\.(ecg|generator)\.dropout", PART),
-    (r"model\.tokenizer\.(patch\[\d+\]|channels)|model\.projection\.width", COUNT),
-    (r"model\.learned_temperature", NOT_NEGATIVE),
-    (r"model\.learned_bias", FINITE),
-    (r"model\.max_scale", POSITIVE),
-    (r"optimizer\.(learning_rate|weight_decay|clip)", NOT_NEGATIVE),
-    (r"optimizer\.warmup", COUNT_OR_NONE),
-    (r"optimizer\.(b1|b2|ema)", PART),
-    (r"optimizer\.layer_decay", DECAY),
-    (r"optimizer\.rates\[\d+\]\[1\]", POSITIVE),
-    (r"mesh\.data", COUNT_OR_ALL),
-    (r"mesh\.model|loader\.(threads|buffer)", COUNT),
-    (r"loader\.workers", COUNT_OR_NONE),
-    (r"objectives\.\w+\.weight(\.(steps|values)\[\d+\])?", NOT_NEGATIVE),
+  (r"seed", SEED),
+  (r"batch|steps|accumulation|keep|data\.samples", COUNT),
+  (r"every\.(log|evaluate|save)", COUNT),
+  (r"every\.save_minutes", NOT_NEGATIVE),
+  (r"per_device_batch|bad_rows|bad_steps|stop_after", COUNT_OR_NONE),
+  (r"data\.mix\[\d+\]\[1\]", PROPER_PART),
+  (r"augment\.ecg\.(time_flip|sign_flip|phase_noise_strength)", SHARE),
+  (r"augment\.ecg\.\w+_sigma|augment\.cmr\.intensity_sigma", NOT_NEGATIVE),
+  (r"augment\.cmr\.rotation_deg", DEGREES),
+  (r"augment\.cmr\.scale", PART),
+  (r"augment\.cmr\.shift", SHARE),
+  (r"model\.ecg\.(patch|decoder\[\d+\])|model\.cmr\.\w+\.(planes|patch\[\d+\])", COUNT),
+  (r"model\.ecg\.head|model\.cmr\.\w+\.width|model\.projection\.(ecg_)?hidden", COUNT_OR_NONE),
+  (r"model\.(ecg|cmr\.\w+)\.(mask_ratio|drop_path)|model\.(ecg|generator)\.dropout", PART),
+  (r"model\.tokenizer\.(patch\[\d+\]|channels)|model\.projection\.width", COUNT),
+  (r"model\.learned_temperature", NOT_NEGATIVE),
+  (r"model\.learned_bias", FINITE),
+  (r"model\.max_scale", POSITIVE),
+  (r"optimizer\.(learning_rate|weight_decay|clip)", NOT_NEGATIVE),
+  (r"optimizer\.warmup", COUNT_OR_NONE),
+  (r"optimizer\.(b1|b2|ema)", PART),
+  (r"optimizer\.layer_decay", DECAY),
+  (r"optimizer\.rates\[\d+\]\[1\]", POSITIVE),
+  (r"mesh\.data", COUNT_OR_ALL),
+  (r"mesh\.model|loader\.(threads|buffer)", COUNT),
+  (r"loader\.workers", COUNT_OR_NONE),
+  (r"objectives\.\w+\.weight(\.(steps|values)\[\d+\])?", NOT_NEGATIVE),
 )
-OF_OBJECTIVES = (  # parameters of the built-in ones (objectives.BUILT_IN); another's are its author's to judge
-    (r"temperature|sigma|noise", POSITIVE),
-    (r"w_\w+|radius|invariance|variance|covariance|delta", NOT_NEGATIVE),
-    (r"b_to_a|ncc_weight", SHARE),
-    (r"smoothing", PART),
-    (r"bias", FINITE),
+# parameters of the built-in ones (objectives.BUILT_IN); another's are its author's to judge
+OF_OBJECTIVES = (
+  (r"temperature|sigma|noise", POSITIVE),
+  (r"w_\w+|radius|invariance|variance|covariance|delta", NOT_NEGATIVE),
+  (r"b_to_a|ncc_weight", SHARE),
+  (r"smoothing", PART),
+  (r"bias", FINITE),
 )
 
 
@@ -93,10 +97,14 @@ def check(config) -> None:
 
 
 def of(path: str, entries) -> Range | None:
-  """The range of the number at `path` in a config; `entries` are its objectives. None: it has no range."""
+  """The range of the number at `path` in a config; `entries` are its objectives. None: it has no
+  range."""
   table = OF_CONFIG
   if (found := re.fullmatch(r"objectives\.(\w+)\.(\w+)", path)) and found[2] != "weight":
-    table, path = OF_OBJECTIVES if entries[found[1]].get("fn") in objectives.BUILT_IN else (), found[2]
+    table, path = (
+      OF_OBJECTIVES if entries[found[1]].get("fn") in objectives.BUILT_IN else (),
+      found[2],
+    )
   return next((expected for regex, expected in table if re.fullmatch(regex, path)), None)
 
 

@@ -1,4 +1,5 @@
-"""A batch computed in parts against the same batch at once: loss, metrics, gradient, statistics, memory."""
+"""A batch computed in parts against the same batch at once: loss, metrics, gradient, statistics,
+memory."""
 
 import functools
 import json
@@ -23,24 +24,44 @@ NORM = BatchNorm(jnp.float32)
 def case():
   """params, statistics, batch of a model of two linear towers."""
   rng = np.random.default_rng(0)
-  z = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  params = {"ecg": z(F, E), "image": z(F, E), "log_scale": jnp.log(jnp.float32(5)), "norm": {"scale": 1 + z(F), "bias": z(F)}}
-  batch = {"x": z(B, F), "y": z(B, F), "mask": jnp.ones(B).at[3].set(0), "has_ecg": jnp.ones(B), "has_cmr": jnp.ones(B),
-           "subject": jnp.asarray([[i, 0] for i in [0, 1, 2, 3, 4, 5, 0, 7, 8, 9, 9, 11]], jnp.uint32)}
+
+  def z(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  params = {
+    "ecg": z(F, E),
+    "image": z(F, E),
+    "log_scale": jnp.log(jnp.float32(5)),
+    "norm": {"scale": 1 + z(F), "bias": z(F)},
+  }
+  batch = {
+    "x": z(B, F),
+    "y": z(B, F),
+    "mask": jnp.ones(B).at[3].set(0),
+    "has_ecg": jnp.ones(B),
+    "has_cmr": jnp.ones(B),
+    "subject": jnp.asarray([[i, 0] for i in [0, 1, 2, 3, 4, 5, 0, 7, 8, 9, 9, 11]], jnp.uint32),
+  }
   return params, {"mean": jnp.zeros(F), "var": jnp.ones(F)}, batch
 
 
 def forward(params, statistics, batch, norm=False):
-  """Outputs of every kind: rows first, rows second, no rows, integers, and one that nobody reads."""
+  """Outputs of every kind: rows first, rows second, no rows, integers, and one that nobody
+  reads."""
   x = batch["x"]
   if norm:
     variables = {"params": params["norm"], "batch_stats": statistics}
     x, changed = NORM.apply(variables, x, batch["mask"], True, mutable=["batch_stats"])
     statistics = changed["batch_stats"]
   ecg, image = jnp.tanh(x @ params["ecg"]), jnp.tanh(batch["y"] @ params["image"])
-  outputs = {"ecg_projection": ecg, "cmr": {"image": {"projection": image}}, "log_scale": params["log_scale"],
-             "siamese": {"projection": jnp.stack([ecg, image]), "prediction": jnp.stack([image, ecg ** 3])},
-             "positive": (ecg > 0).astype(jnp.int32), "unread": jnp.repeat(ecg, UNREAD, axis=1)}
+  outputs = {
+    "ecg_projection": ecg,
+    "cmr": {"image": {"projection": image}},
+    "log_scale": params["log_scale"],
+    "siamese": {"projection": jnp.stack([ecg, image]), "prediction": jnp.stack([image, ecg**3])},
+    "positive": (ecg > 0).astype(jnp.int32),
+    "unread": jnp.repeat(ecg, UNREAD, axis=1),
+  }
   return (outputs, batch), statistics
 
 
@@ -54,7 +75,8 @@ def loss(outputs, batch, *names):
   return total, metrics | {"positive": outputs["positive"].mean()}
 
 
-BOTH = lambda outputs, batch: loss(outputs, batch, "clip", "simsiam")
+def BOTH(outputs, batch):
+  return loss(outputs, batch, "clip", "simsiam")
 
 
 def compute(parts, of=BOTH, **options):
@@ -64,12 +86,15 @@ def compute(parts, of=BOTH, **options):
 def difference(a, b):
   """Largest of any element, as a share of the norm of b."""
   a, b = ([np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (a, b))
-  return max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) / np.sqrt(sum((y ** 2).sum() for y in b))
+  return max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)) / np.sqrt(
+    sum((y**2).sum() for y in b)
+  )
 
 
 @pytest.mark.parametrize("parts", [3, 12])
 def test_parts_give_the_loss_metrics_and_gradient_of_the_whole(parts):
-  """With a repeated subject in other parts, a row that does not count, and a learned temperature."""
+  """With a repeated subject in other parts, a row that does not count, and a learned
+  temperature."""
   value, statistics, gradient = jax.jit(compute(1))(*case())
   in_parts, after, accumulated = jax.jit(compute(parts))(*case())
   assert in_parts[1].keys() == value[1].keys() == {"r@1", "temperature", "spread", "positive"}
@@ -78,19 +103,23 @@ def test_parts_give_the_loss_metrics_and_gradient_of_the_whole(parts):
 
 
 def test_the_mean_over_parts_is_another_gradient():
-  """What plain accumulation gives: right for a loss of single rows, wrong for one that compares them."""
+  """What plain accumulation gives: right for a loss of single rows, wrong for one that compares
+  them."""
   params, statistics, batch = case()
   batch["mask"] = jnp.ones(B)
   for name, alike in (("simsiam", True), ("clip", False)):
     at_once = jax.jit(compute(1, of=lambda outputs, batch: loss(outputs, batch, name)))
-    parts = [at_once(params, statistics, jax.tree.map(lambda x: x[k::3], batch))[2] for k in range(3)]
+    parts = [
+      at_once(params, statistics, jax.tree.map(lambda x: x[k::3], batch))[2] for k in range(3)
+    ]
     mean = jax.tree.map(lambda *x: sum(x) / 3, *parts)
     assert (difference(mean, at_once(params, statistics, batch)[2]) < 1e-6) == alike
     assert alike or difference(mean, at_once(params, statistics, batch)[2]) > 0.05
 
 
 def test_batch_norm_takes_one_update_a_part_in_order():
-  """And both passes over a part normalise alike, also where none of its rows counts: the gradient is its own."""
+  """And both passes over a part normalise alike, also where none of its rows counts: the gradient
+  is its own."""
   params, statistics, batch = case()
   batch["mask"] = jnp.ones(B).at[jnp.arange(1, B, 3)].set(0)  # all of part 1
   (value, _), after, gradient = jax.jit(compute(3, norm=True))(params, statistics, batch)
@@ -98,12 +127,20 @@ def test_batch_norm_takes_one_update_a_part_in_order():
   def by_hand(params):
     running, outputs = statistics, []
     for k in range(3):
-      (found, _), running = forward(params, running, jax.tree.map(lambda x: x[k::3], batch), norm=True)
+      (found, _), running = forward(
+        params, running, jax.tree.map(lambda x: x[k::3], batch), norm=True
+      )
       outputs.append(found)
-    rows = lambda *x: x[0] if x[0].ndim == 0 else jnp.stack(x, -2).reshape(*x[0].shape[:-2], B, -1)  # back in order
+
+    # back in order
+    def rows(*x):
+      return x[0] if x[0].ndim == 0 else jnp.stack(x, -2).reshape(*x[0].shape[:-2], B, -1)
+
     return BOTH(jax.tree.map(rows, *outputs), batch)[0], running
 
-  (expected, running), expected_gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+  (expected, running), expected_gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(
+    params
+  )
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   assert difference(gradient, expected_gradient) < 1e-6 and difference(after, running) < 1e-6
   assert difference(running, statistics) > 0.01
@@ -131,7 +168,9 @@ def test_an_output_with_rows_along_two_axes_is_one_line():
     return ({"all": batch["x"] @ batch["x"].T}, batch), statistics
 
   with pytest.raises(UserError, match=r"output of shape \(12, 12\)"):
-    accumulate.value_and_grad(crossed, lambda outputs, batch: (outputs["all"].sum(), {}), 3)(*case())
+    accumulate.value_and_grad(crossed, lambda outputs, batch: (outputs["all"].sum(), {}), 3)(
+      *case()
+    )
 
 
 STEP = """
@@ -213,11 +252,14 @@ def steps():
 
 @pytest.mark.parametrize("devices", ["1", "8"])
 def test_the_train_step_in_parts_is_that_of_the_whole_batch(steps, devices):
-  """Masks, dropped paths, two augmentations, cached features, a learned temperature and every metric."""
+  """Masks, dropped paths, two augmentations, cached features, a learned temperature and every
+  metric."""
   whole, parts = steps["whole"], steps["parts"][devices]
   assert parts["metrics"] == pytest.approx(whole["metrics"], rel=1e-5, abs=1e-6)
   assert whole["gradient"] > 0.01 and parts["gradient"] < 1e-6
-  assert whole["metrics"]["finite"] == 1 and whole["metrics"]["learning/temperature"] == pytest.approx(0.1)
+  assert whole["metrics"]["finite"] == 1 and whole["metrics"][
+    "learning/temperature"
+  ] == pytest.approx(0.1)
 
 
 def test_activations_are_those_of_one_part(steps):

@@ -1,4 +1,5 @@
-"""CMR backbones and pooling against torch modules and NumPy, in float64; devices against each other."""
+"""CMR backbones and pooling against torch modules and NumPy, in float64; devices against each
+other."""
 
 import functools
 import json
@@ -34,12 +35,14 @@ def relative(found, expected):
 def randomised(variables, seed=0):
   """Every parameter and statistic drawn anew, float64: fresh zeros and ones would hide mistakes."""
   rng = np.random.default_rng(seed)
+
   def draw(path, leaf):
     name = path[-1].key
     if name in ("var", "scale"):
       return rng.uniform(0.5, 1.5, leaf.shape)
     fan_in = np.prod(leaf.shape[:-1]) if name == "kernel" else 100
     return rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+
   return jax.tree_util.tree_map_with_path(draw, variables)
 
 
@@ -47,23 +50,37 @@ def shapes(model, *args):
   return jax.eval_shape(lambda key: model.init(key, *args), jax.random.key(0))
 
 
-# ------------------------------------------------------------------------------------------------ ResNets against torch
+# ------------------------------------------------------------------------------------------------
+# ResNets against torch
+
 
 def torch_resnet(dims, channels, stem, bottleneck, stages, slices=0):
-  """torchvision's ResNet (dims=2) or PyTorchVideo's slow_r50 (dims=3) from torch layers, under our layers' names."""
+  """torchvision's ResNet (dims=2) or PyTorchVideo's slow_r50 (dims=3) from torch layers, under our
+  layers' names."""
   torch = pytest.importorskip("torch")
-  wide = lambda span, side: (span, side, side)[3 - dims:]
-  Conv, Norm, Pool = (getattr(torch.nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm", "MaxPool"))
-  conv = lambda into, out, side, stride=1, span=1: Conv(
-      into, out, wide(span, side), wide(1, stride), wide(span // 2, side // 2), bias=False)
+
+  def wide(span, side):
+    return (span, side, side)[3 - dims :]
+
+  Conv, Norm, Pool = (
+    getattr(torch.nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm", "MaxPool")
+  )
+
+  def conv(into, out, side, stride=1, span=1):
+    return Conv(
+      into, out, wide(span, side), wide(1, stride), wide(span // 2, side // 2), bias=False
+    )
 
   class Block(torch.nn.Module):
     def __init__(self, into, width, stride, span):
       super().__init__()
       out = 4 * width if bottleneck else width
       if bottleneck:
-        self.conv1, self.conv2, self.conv3 = (conv(into, width, 1, span=span), conv(width, width, 3, stride),
-                                              conv(width, out, 1))
+        self.conv1, self.conv2, self.conv3 = (
+          conv(into, width, 1, span=span),
+          conv(width, width, 3, stride),
+          conv(width, out, 1),
+        )
         self.norm1, self.norm2, self.norm3 = Norm(width), Norm(width), Norm(out)
       else:
         self.conv1, self.conv2 = conv(into, width, 3, stride), conv(width, width, 3)
@@ -86,7 +103,9 @@ def torch_resnet(dims, channels, stem, bottleneck, stages, slices=0):
       for i, (width, blocks, *span) in enumerate(stages):
         for j in range(blocks):
           self.blocks.append(f"stage{i}_block{j}")
-          self.add_module(self.blocks[-1], Block(into, width, 2 if i and not j else 1, *span or [1]))
+          self.add_module(
+            self.blocks[-1], Block(into, width, 2 if i and not j else 1, *span or [1])
+          )
           into = 4 * width if bottleneck else width
       if slices:
         self.slice_pool = torch.nn.Linear(slices, 1)
@@ -103,7 +122,13 @@ def torch_resnet(dims, channels, stem, bottleneck, stages, slices=0):
 
 def to_torch(tree, dims):
   """Our parameters or statistics (nested dicts) -> {torch name: array in torch's layout}."""
-  names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+  names = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+  }
   state = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     *layers, name = (key.key for key in path)
@@ -123,10 +148,12 @@ def to_torch(tree, dims):
 
 INPUTS = {}  # input channels of the 1x1 layers, as torch has them; filled by `both`
 
-CASES = {  # small, but with every branch: stages with and without stride, blocks with and without skip, both spans
-    "basic": (2, (4, resnet.Basic, ((4, 1), (6, 2))), (3, 21, 18)),
-    "bottleneck": (2, (4, resnet.Bottleneck, ((2, 1), (3, 2))), (3, 21, 18)),
-    "slow": (3, (4, resnet.Bottleneck, ((2, 1, 1), (3, 2, 3))), (5, 21, 18)),
+# small, but with every branch: stages with and without stride, blocks with and without skip, both
+# spans
+CASES = {
+  "basic": (2, (4, resnet.Basic, ((4, 1), (6, 2))), (3, 21, 18)),
+  "bottleneck": (2, (4, resnet.Bottleneck, ((2, 1), (3, 2))), (3, 21, 18)),
+  "slow": (3, (4, resnet.Bottleneck, ((2, 1, 1), (3, 2, 3))), (5, 21, 18)),
 }
 
 
@@ -139,18 +166,27 @@ def both(case):
   stem, block, stages = size
   slices, channels = (shape[0], 1) if dims == 3 else (0, shape[0])
   net = torch_resnet(dims, channels, stem, block is resnet.Bottleneck, stages, slices)()
-  INPUTS.update({name: module.in_channels for name, module in net.named_modules() if hasattr(module, "in_channels")})
+  INPUTS.update(
+    {
+      name: module.in_channels
+      for name, module in net.named_modules()
+      if hasattr(module, "in_channels")
+    }
+  )
   net = net.double()
   state = to_torch(variables["params"], dims) | to_torch(variables["batch_stats"], dims)
   state |= {name: x for name, x in net.state_dict().items() if name.endswith("num_batches_tracked")}
-  net.load_state_dict({name: torch.as_tensor(np.asarray(x).copy()) for name, x in state.items()}, strict=True)
+  net.load_state_dict(
+    {name: torch.as_tensor(np.asarray(x).copy()) for name, x in state.items()}, strict=True
+  )
   return model, variables, net
 
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_resnet_is_torch_s(case, train):
-  """Features to 1e-9, gradients to 1e-8 of the global norm, statistics; torch sees only the rows that count."""
+  """Features to 1e-9, gradients to 1e-8 of the global norm, statistics; torch sees only the rows
+  that count."""
   torch = pytest.importorskip("torch")
   model, variables, net = both(case)
   dims, _, shape = CASES[case]
@@ -159,17 +195,19 @@ def test_resnet_is_torch_s(case, train):
   kept = rows > 0
 
   def loss(params):
-    y, changed = model.apply({**variables, "params": params}, x, rows, train, mutable=["batch_stats"])
+    y, changed = model.apply(
+      {**variables, "params": params}, x, rows, train, mutable=["batch_stats"]
+    )
     return (y[kept] ** 2).sum(), (y[kept], changed.get("batch_stats"))
 
   (_, (y, changed)), grads = jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
   image = torch.tensor(2 * x[kept, None] - 1 if dims == 3 else x[kept])
   theirs = net.train(train)(image)
-  (theirs ** 2).sum().backward()
+  (theirs**2).sum().backward()
   assert relative(y, theirs.detach()) < 1e-9
   grads, names = to_torch(grads, dims), dict(net.named_parameters())
   assert set(grads) == set(names)
-  norm = np.sqrt(sum((p.grad ** 2).sum() for p in names.values()))
+  norm = np.sqrt(sum((p.grad**2).sum() for p in names.values()))
   assert max(np.abs(grads[name] - p.grad.numpy()).max() for name, p in names.items()) < 1e-8 * norm
   if train:
     state = net.state_dict()
@@ -177,11 +215,15 @@ def test_resnet_is_torch_s(case, train):
       assert relative(value, state[name]) < 1e-9, name
 
 
-@pytest.mark.parametrize("kind, size, planes, count", [
+@pytest.mark.parametrize(
+  "kind, size, planes, count",
+  [
     ("resnet", "r18", 3, 11_689_512 - 513_000),  # torchvision's without fc
     ("resnet", "r50", 3, 25_557_032 - 2_049_000),
     # PyTorchVideo's without head, the stem's second and third channel; with a Linear over 6 slices
-    ("slow_resnet", "r50", 6, 32_454_096 - 819_600 - 2 * 64 * 7 * 7 + 7)])
+    ("slow_resnet", "r50", 6, 32_454_096 - 819_600 - 2 * 64 * 7 * 7 + 7),
+  ],
+)
 def test_published_sizes(kind, size, planes, count):
   torch = pytest.importorskip("torch")
   model = backbones.build(dict(kind=kind, size=size), jnp.float32)
@@ -190,23 +232,39 @@ def test_published_sizes(kind, size, planes, count):
   slow = kind == "slow_resnet"
   stem, block, stages = backbones.KINDS[kind][size]
   with torch.device("meta"):
-    net = torch_resnet(2 + slow, 1 if slow else 3, stem, block is resnet.Bottleneck, stages, planes * slow)()
-  INPUTS.update({name: module.in_channels for name, module in net.named_modules() if hasattr(module, "in_channels")})
+    net = torch_resnet(
+      2 + slow, 1 if slow else 3, stem, block is resnet.Bottleneck, stages, planes * slow
+    )()
+  INPUTS.update(
+    {
+      name: module.in_channels
+      for name, module in net.named_modules()
+      if hasattr(module, "in_channels")
+    }
+  )
   zeros = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), variables)
   ours = to_torch(zeros["params"], 2 + slow) | to_torch(zeros["batch_stats"], 2 + slow)
-  theirs = {name: tuple(x.shape) for name, x in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+  theirs = {
+    name: tuple(x.shape)
+    for name, x in net.state_dict().items()
+    if not name.endswith("num_batches_tracked")
+  }
   assert {name: x.shape for name, x in ours.items()} == theirs
 
 
 def test_a_slow_resnet_starts_as_the_mean_over_slices():
   model = resnet.SlowResNet(*resnet.SLOW_SIZES["test"])
   x = jnp.repeat(jax.random.uniform(jax.random.key(0), (1, 1, 16, 16)), 3, axis=1)
-  pool = jit(lambda key: model.init(key, x, jnp.ones(1), False)["params"]["slice_pool"])(jax.random.key(1))
+  pool = jit(lambda key: model.init(key, x, jnp.ones(1), False)["params"]["slice_pool"])(
+    jax.random.key(1)
+  )
   np.testing.assert_allclose(pool["kernel"], np.full((3, 1), 1 / 3), rtol=1e-6)
   assert (pool["bias"] == 0).all()
 
 
-# -------------------------------------------------------------------------------------------------- batch normalisation
+# --------------------------------------------------------------------------------------------------
+# batch normalisation
+
 
 def test_a_batch_of_padding_alone_uses_and_keeps_the_running_statistics():
   norm = resnet.BatchNorm(jnp.float32)
@@ -270,7 +328,9 @@ def test_statistics_and_gradients_are_those_of_the_global_batch():
   assert len(differences) == 6 and max(differences.values()) < 1e-10, differences
 
 
-# ---------------------------------------------------------------------------------------------------- video transformer
+# ----------------------------------------------------------------------------------------------------
+# video transformer
+
 
 def test_patches_are_cut_and_put_back_where_they_were():
   x, patch = np.random.default_rng(0).random((2, 4, 6, 9)), (2, 3, 3)
@@ -279,7 +339,7 @@ def test_patches_are_cut_and_put_back_where_they_were():
   for a in range(2):
     for b in range(2):
       for c in range(3):
-        piece = x[:, 2 * a:2 * a + 2, 3 * b:3 * b + 3, 3 * c:3 * c + 3]
+        piece = x[:, 2 * a : 2 * a + 2, 3 * b : 3 * b + 3, 3 * c : 3 * c + 3]
         np.testing.assert_array_equal(patches[:, n], piece.reshape(2, -1))
         n += 1
   assert patches.shape == (2, n, 18)
@@ -303,25 +363,37 @@ SHAPE, PATCH = (4, 6, 8), (2, 3, 4)  # 2 x 2 x 2 patches of 24 pixels
 def video_case(depth=1, decoder=(16, 1, 2), **kwargs):
   model = video.VideoViT(32, depth, 2, decoder, PATCH, dtype=jnp.float64, **kwargs)
   x, keys = np.random.default_rng(1).random((3, *SHAPE)), jax.random.split(jax.random.key(0), 3)
-  variables = jax.eval_shape(lambda key: model.init(key, x, keys, 0.6, method="reconstruct"), jax.random.key(1))
+  variables = jax.eval_shape(
+    lambda key: model.init(key, x, keys, 0.6, method="reconstruct"), jax.random.key(1)
+  )
   return model, randomised(variables), x, keys
 
 
 def numpy_norm(x, p):
-  return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+  return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p[
+    "scale"
+  ] + p["bias"]
 
 
 def test_video_tower_without_blocks_is_numpy():
-  """Every patch passes alone: embedding, position, norm, and through the decoder to its own place."""
+  """Every patch passes alone: embedding, position, norm, and through the decoder to its own
+  place."""
   model, variables, x, keys = video_case(depth=0, decoder=(16, 0, 1))
   p = variables["params"]
-  dense = lambda x, p: x @ p["kernel"] + p["bias"]
+
+  def dense(x, p):
+    return x @ p["kernel"] + p["bias"]
+
   patches = np.asarray(video.patchify(x, PATCH))
   tokens = numpy_norm(dense(patches, p["patch_embed"]) + video.sincos_3d(2, 2, 2, 32), p["norm"])
-  assert relative(jit(lambda v: model.apply(v, x, None, False))(variables), tokens.mean(axis=1)) < 1e-12
+  assert (
+    relative(jit(lambda v: model.apply(v, x, None, False))(variables), tokens.mean(axis=1)) < 1e-12
+  )
   out = jit(lambda v: model.apply(v, x, keys, 0.6, method="reconstruct"))(variables)
   d, hidden = p["decoder"], np.asarray(out["patch_mask"])[..., None] > 0
-  inner = np.where(hidden, d["mask_token"], dense(tokens, d["embed"])) + video.sincos_3d(2, 2, 2, 16)
+  inner = np.where(hidden, d["mask_token"], dense(tokens, d["embed"])) + video.sincos_3d(
+    2, 2, 2, 16
+  )
   assert relative(out["reconstruction"], dense(numpy_norm(inner, d["norm"]), d["pred"])) < 1e-12
   np.testing.assert_array_equal(out["patches"], patches)
   np.testing.assert_array_equal(hidden.sum(axis=(1, 2)), 5)  # round(0.6 * 8)
@@ -334,22 +406,28 @@ def test_hidden_patches_are_not_seen_and_visible_ones_are():
   out = run(x)
   hidden = np.repeat(np.asarray(out["patch_mask"])[..., None], 24, axis=2)
   hidden = np.asarray(video.unpatchify(hidden, SHAPE, PATCH)) > 0
-  np.testing.assert_array_equal(run(np.where(hidden, 9.0, x))["reconstruction"], out["reconstruction"])
+  np.testing.assert_array_equal(
+    run(np.where(hidden, 9.0, x))["reconstruction"], out["reconstruction"]
+  )
   changed = run(np.where(hidden, x, x[:, ::-1]))["reconstruction"]
-  assert (np.abs(changed - out["reconstruction"]).max(axis=2) > 1e-3).all()  # the visible ones fill in every patch
+  # the visible ones fill in every patch
+  assert (np.abs(changed - out["reconstruction"]).max(axis=2) > 1e-3).all()
 
 
 def test_video_tower_applies_its_blocks_with_drop_path_growing_by_depth():
   model, variables, x, keys = video_case(depth=3, drop_path=0.6)
   p = variables["params"]
-  tokens = np.asarray(video.patchify(x, PATCH)) @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
+  tokens = (
+    np.asarray(video.patchify(x, PATCH)) @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
+  )
   for with_keys in (None, keys):
     y = tokens + video.sincos_3d(2, 2, 2, 32)
     for i, rate in enumerate((0.0, 0.3, 0.6)):
       y = vit.Block(2, i, rate, jnp.float64).apply({"params": p[f"block{i}"]}, y, with_keys)
     expected = numpy_norm(np.asarray(y), p["norm"]).mean(axis=1)
     assert relative(model.apply(variables, x, None, with_keys is not None, keys), expected) < 1e-12
-  assert relative(model.apply(variables, x, None, False), expected) > 1e-3  # evaluation drops nothing
+  # evaluation drops nothing
+  assert relative(model.apply(variables, x, None, False), expected) > 1e-3
 
 
 def test_gradients_reach_all_parameters_of_the_video_tower():
@@ -363,7 +441,9 @@ def test_gradients_reach_all_parameters_of_the_video_tower():
     assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, path
 
 
-# -------------------------------------------------------------------------------------------------------------- pooling
+# --------------------------------------------------------------------------------------------------------------
+# pooling
+
 
 def test_attention_pool_is_torch_s_with_the_mean_token_as_query():
   torch = pytest.importorskip("torch")
@@ -371,8 +451,12 @@ def test_attention_pool_is_torch_s_with_the_mean_token_as_query():
   tokens, pool = rng.normal(size=(3, 7, 12)), pooling.AttentionPool(3, jnp.float64)
   params = randomised(shapes(pool, tokens))["params"]
   theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64)
-  ours = {"in_proj_weight": params["qkv"]["kernel"].T, "in_proj_bias": params["qkv"]["bias"],
-          "out_proj.weight": params["proj"]["kernel"].T, "out_proj.bias": params["proj"]["bias"]}
+  ours = {
+    "in_proj_weight": params["qkv"]["kernel"].T,
+    "in_proj_bias": params["qkv"]["bias"],
+    "out_proj.weight": params["proj"]["kernel"].T,
+    "out_proj.bias": params["proj"]["bias"],
+  }
   theirs.load_state_dict({name: torch.tensor(x) for name, x in ours.items()})
   y = torch.tensor(tokens)
   expected = theirs(y.mean(dim=1, keepdim=True), y, y)[0][:, 0]
@@ -380,10 +464,13 @@ def test_attention_pool_is_torch_s_with_the_mean_token_as_query():
   (expected * torch.tensor(weight)).sum().backward()
   assert relative(jit(pool.apply)({"params": params}, tokens), expected.detach()) < 1e-9
   grads = jit(jax.grad(lambda p: (pool.apply({"params": p}, tokens) * weight).sum()))(params)
-  norm = np.sqrt(sum((p.grad ** 2).sum().item() for p in theirs.parameters()))
-  for found, torchs in ((grads["qkv"]["kernel"].T, theirs.in_proj_weight), (grads["qkv"]["bias"], theirs.in_proj_bias),
-                        (grads["proj"]["kernel"].T, theirs.out_proj.weight),
-                        (grads["proj"]["bias"], theirs.out_proj.bias)):
+  norm = np.sqrt(sum((p.grad**2).sum().item() for p in theirs.parameters()))
+  for found, torchs in (
+    (grads["qkv"]["kernel"].T, theirs.in_proj_weight),
+    (grads["qkv"]["bias"], theirs.in_proj_bias),
+    (grads["proj"]["kernel"].T, theirs.out_proj.weight),
+    (grads["proj"]["bias"], theirs.out_proj.bias),
+  ):
     assert np.abs(found - torchs.grad.numpy()).max() < 1e-8 * norm
 
 
@@ -398,7 +485,9 @@ def test_film_is_its_formula_and_starts_as_the_identity():
   p = variables["params"]["fc"]
   for b in range(3):
     known = [0.0 if np.isnan(c) else c for c in covariates[b]]
-    scale, shift = np.split(np.array([*known, *np.isnan(covariates[b])]) @ p["kernel"] + p["bias"], 2)
+    scale, shift = np.split(
+      np.array([*known, *np.isnan(covariates[b])]) @ p["kernel"] + p["bias"], 2
+    )
     out = film.apply(variables, tokens, covariates)[b]
     np.testing.assert_allclose(out, tokens[b] * (1 + scale) + shift, rtol=1e-12)
   unknown, mean = (film.apply(variables, tokens, np.full((3, 2), value)) for value in (np.nan, 0.0))
@@ -431,14 +520,23 @@ def test_gated_film_is_cardiacnets_formula():
   np.testing.assert_array_equal(found, mean)
 
 
-# ------------------------------------------------------------------------------------------------------------- registry
+# -------------------------------------------------------------------------------------------------------------
+# registry
 
 SPEC = dict(kind="vit", size="test", patch=(2, 8, 8), mask_ratio=0.5, drop_path=0.0)
 
 
-@pytest.mark.parametrize("kind, size, dtype, out", [
-    *((kind, size, "bfloat16", jnp.float32) for kind, sizes in backbones.KINDS.items() for size in sizes),
-    *((kind, "test", dtype, dtype) for kind in backbones.KINDS for dtype in ("float32", "float64"))])
+@pytest.mark.parametrize(
+  "kind, size, dtype, out",
+  [
+    *(
+      (kind, size, "bfloat16", jnp.float32)
+      for kind, sizes in backbones.KINDS.items()
+      for size in sizes
+    ),
+    *((kind, "test", dtype, dtype) for kind in backbones.KINDS for dtype in ("float32", "float64")),
+  ],
+)
 def test_backbones_are_called_alike(kind, size, dtype, out):
   class Tower(nn.Module):
     def setup(self):
@@ -449,10 +547,16 @@ def test_backbones_are_called_alike(kind, size, dtype, out):
 
   x = jax.ShapeDtypeStruct((2, 4, 16, 16), jnp.dtype(out))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-  init = lambda key, x, rows, keys: Tower().init_with_output(key, x, rows, True, keys)
+
+  def init(key, x, rows, keys):
+    return Tower().init_with_output(key, x, rows, True, keys)
+
   features, variables = jax.eval_shape(init, jax.random.key(0), x, jnp.ones(2), keys)
-  width = {"vit": lambda s: s[0], "resnet": lambda s: s[2][-1][0] * (4 if s[1] is resnet.Bottleneck else 1),
-           "slow_resnet": lambda s: 4 * s[2][-1][0]}[kind](backbones.KINDS[kind][size])
+  width = {
+    "vit": lambda s: s[0],
+    "resnet": lambda s: s[2][-1][0] * (4 if s[1] is resnet.Bottleneck else 1),
+    "slow_resnet": lambda s: 4 * s[2][-1][0],
+  }[kind](backbones.KINDS[kind][size])
   assert (features.shape, features.dtype) == ((2, width), out)
   assert list(variables["params"]) == ["backbone"]
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
@@ -460,12 +564,19 @@ def test_backbones_are_called_alike(kind, size, dtype, out):
 
 def test_a_video_tower_has_a_decoder_where_it_hides_patches():
   x, keys = jnp.zeros((2, 4, 16, 24)), jax.random.split(jax.random.key(0), 2)
-  init = lambda m: jax.eval_shape(lambda key: m.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(0))
+
+  def init(m):
+    return jax.eval_shape(
+      lambda key: m.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(0)
+    )
+
   assert "decoder" in init(backbones.build(SPEC, jnp.float32))["params"]
   assert not backbones.build(SPEC | dict(mask_ratio=0.0), jnp.float32).decoder
 
 
-@pytest.mark.parametrize("change, says", [
+@pytest.mark.parametrize(
+  "change, says",
+  [
     (dict(kind="swin"), "config.x.kind is 'swin'; expected one of slow_resnet, resnet, vit"),
     (dict(size="r50"), "config.x.size is 'r50'; expected one of test, demo, small, base"),
     (dict(kind="resnet"), "config.x.mask_ratio is 0.5, which config.x.kind = resnet does not have"),
@@ -476,14 +587,24 @@ def test_a_video_tower_has_a_decoder_where_it_hides_patches():
     (dict(patch=(0, 8, 8)), "config.x.patch is (0, 8, 8); expected three"),
     (dict(mask_ratio=1.0), "config.x.mask_ratio is 1.0 of 12 patches"),
     (dict(mask_ratio=0.99), "config.x.mask_ratio is 0.99 of 12 patches"),
-    (dict(mask_ratio=-0.1), "config.x.mask_ratio is -0.1 of 12 patches")])
+    (dict(mask_ratio=-0.1), "config.x.mask_ratio is -0.1 of 12 patches"),
+  ],
+)
 def test_mistakes_of_a_config_are_one_line(change, says):
   with pytest.raises(UserError) as error:
     backbones.check(SPEC | change, (4, 16, 24), "config.x")
   assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", [{}, dict(mask_ratio=0), dict(mask_ratio=0.9), dict(kind="resnet", mask_ratio=0),
-                                    dict(kind="slow_resnet", size="r50", mask_ratio=0.0, patch=())])
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    dict(mask_ratio=0),
+    dict(mask_ratio=0.9),
+    dict(kind="resnet", mask_ratio=0),
+    dict(kind="slow_resnet", size="r50", mask_ratio=0.0, patch=()),
+  ],
+)
 def test_sound_configs_pass(change):
   assert backbones.check(SPEC | change, (4, 16, 24), "config.x") is None

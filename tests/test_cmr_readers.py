@@ -1,4 +1,5 @@
-"""CMR readers: UK Biobank's DICOM zips, ukbb_cardiac folders, ACDC and M&Ms, on the same heart and on hostile files."""
+"""CMR readers: UK Biobank's DICOM zips, ukbb_cardiac folders, ACDC and M&Ms, on the same heart and
+on hostile files."""
 
 import gzip
 import io
@@ -13,7 +14,12 @@ import numpy as np
 import pydicom
 import pytest
 from hypothesis import given, settings, strategies as st
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import (
+  DeflatedExplicitVRLittleEndian,
+  ExplicitVRBigEndian,
+  ExplicitVRLittleEndian,
+  JPEG2000Lossless,
+)
 
 from mmcl_jax.data.readers import acdc, mnms, nifti, ukb_cmr_dicom, ukbb_cardiac
 from mmcl_jax.data.readers.cine import assemble
@@ -29,14 +35,15 @@ NAME = "DEMO0001"  # must never be told
 
 
 def heart():
-  """(images int16, labels uint8 in schema.LABELS), both [F, Z, H, W]; no two frames, slices, rows or columns alike."""
+  """(images int16, labels uint8 in schema.LABELS), both [F, Z, H, W]; no two frames, slices, rows
+  or columns alike."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 2000, SHAPE).astype(np.int16)
   labels = np.zeros(SHAPE, np.uint8)
   for f, z in np.ndindex(FRAMES, SLICES):
-    labels[f, z, 3:12, 2:6] = 3                      # RV left of the LV in the image
-    labels[f, z, 3 + z % 2:12, 6:15] = 2
-    labels[f, z, 6:9 + f % 2, 8 + z % 2:12] = 1
+    labels[f, z, 3:12, 2:6] = 3  # RV left of the LV in the image
+    labels[f, z, 3 + z % 2 : 12, 6:15] = 2
+    labels[f, z, 6 : 9 + f % 2, 8 + z % 2 : 12] = 1
   return images, labels
 
 
@@ -45,12 +52,15 @@ PHASE_LABELS = np.where(np.isin(np.arange(FRAMES), (ED, ES))[:, None, None, None
 
 
 def save(path, voxels, numbers=None, spacing=SPACING, dtype=None, frame_s=STEP_MS / 1000):
-  """Writes [F, Z, H, W] (one frame: 3-D) as a NIfTI of [X, Y, Z, T]; `numbers` renumbers labels LV, MYO, RV."""
+  """Writes [F, Z, H, W] (one frame: 3-D) as a NIfTI of [X, Y, Z, T]; `numbers` renumbers labels LV,
+  MYO, RV."""
   if numbers:
     voxels = np.array((0, *numbers), np.uint8)[voxels]
   array = np.stack([np.stack([image.T for image in frame], -1) for frame in voxels], -1)
   single = len(voxels) == 1
-  image = nibabel.Nifti1Image(array[..., 0] if single else array, np.diag([*spacing[::-1], 1]), dtype=dtype)
+  image = nibabel.Nifti1Image(
+    array[..., 0] if single else array, np.diag([*spacing[::-1], 1]), dtype=dtype
+  )
   image.header.set_xyzt_units("mm", "sec")
   image.header["pixdim"][4] = 0 if single else frame_s
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +69,7 @@ def save(path, voxels, numbers=None, spacing=SPACING, dtype=None, frame_s=STEP_M
 
 
 def phase(voxels, frame):
-  return voxels[frame:frame + 1]
+  return voxels[frame : frame + 1]
 
 
 def write_ukbb(folder, images=IMAGES, labels=LABELS):
@@ -73,7 +83,14 @@ def write_ukbb(folder, images=IMAGES, labels=LABELS):
 
 def write_acdc(folder, cine=True):
   folder.mkdir(parents=True)
-  lines = f"ED: {ED + 1}", f"ES: {ES + 1}", "Group: DCM", "Height: 170.0", f"NbFrame: {FRAMES}", "Weight: 0.0"
+  lines = (
+    f"ED: {ED + 1}",
+    f"ES: {ES + 1}",
+    "Group: DCM",
+    "Height: 170.0",
+    f"NbFrame: {FRAMES}",
+    "Weight: 0.0",
+  )
   (folder / "Info.cfg").write_text("\n".join(lines))
   if cine:
     save(folder / f"{folder.name}_4d.nii.gz", IMAGES)
@@ -87,7 +104,10 @@ MNMS_HEADER = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,H
 
 
 def write_mnms(root, rows=(f"0,A0S9V9,Siemens,A,1,{ED},{ES},50,HCM,M,180.0,",)):
-  for code, part, labels in (("A0S9V9", "Training/Labeled", PHASE_LABELS), ("B1", "Training/Unlabeled", 0 * LABELS)):
+  for code, part, labels in (
+    ("A0S9V9", "Training/Labeled", PHASE_LABELS),
+    ("B1", "Training/Unlabeled", 0 * LABELS),
+  ):
     save(root / part / code / f"{code}_sa.nii.gz", IMAGES)
     save(root / part / code / f"{code}_sa_gt.nii.gz", labels, (1, 2, 3))
   table = root / "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
@@ -111,7 +131,11 @@ def dicom(image, slice_number, frame, **changes):
   data.PixelSpacing, data.SliceThickness = [SPACING[1], SPACING[2]], "8"
   data.Rows, data.Columns = image.shape
   data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
-  data.PixelRepresentation, data.SamplesPerPixel, data.PhotometricInterpretation = 0, 1, "MONOCHROME2"
+  data.PixelRepresentation, data.SamplesPerPixel, data.PhotometricInterpretation = (
+    0,
+    1,
+    "MONOCHROME2",
+  )
   data.add_new("PixelData", "OW", image.astype("<u2").tobytes())
   for tag, value in changes.items():
     if value is None:
@@ -133,11 +157,13 @@ HEADER = "filename,patientid,studyid,date,series discription,seriesid"
 
 
 def file_name(slice_number, frame):
-  return f"1.2.{slice_number}.{(7 * frame) % 10}{frame}.dcm"  # in a slice not in the order of frames
+  # in a slice not in the order of frames
+  return f"1.2.{slice_number}.{(7 * frame) % 10}{frame}.dcm"
 
 
 def study(change=lambda z, f: {}, drop=(), series="CINE_segmented_SAX_b{}", date="Aug 30, 2015"):
-  """([manifest line], {file name: bytes}) of the heart, unordered; `change(slice from 1, frame)` alters tags."""
+  """([manifest line], {file name: bytes}) of the heart, unordered; `change(slice from 1, frame)`
+  alters tags."""
   lines, files = [HEADER], {}
   for z, f in np.random.default_rng(1).permutation([*np.ndindex(SLICES, FRAMES)]):
     if (z + 1, f) not in drop:
@@ -187,7 +213,9 @@ def same(cine, images=IMAGES, labels=None):
 def test_one_heart_is_the_same_from_all_sources(tmp_path, plain):
   ukbb = ukbb_cardiac.read(write_ukbb(tmp_path / "ukbb"))
   same(ukbb, labels=LABELS)
-  assert (ukbb.ed, ukbb.es, ukbb.flags) == (ED, ES, ()) and ukbb.frame_s == pytest.approx(STEP_MS / 1000)
+  assert (ukbb.ed, ukbb.es, ukbb.flags) == (ED, ES, ()) and ukbb.frame_s == pytest.approx(
+    STEP_MS / 1000
+  )
   (patient,) = acdc.find(write_acdc(tmp_path / "acdc/training/patient001").parents[1])
   from_acdc = acdc.read(patient)
   same(from_acdc, labels=PHASE_LABELS)
@@ -217,7 +245,9 @@ def test_real_folders_agree():
   folder = REAL / "bivme_patient1"
   cine = ukbb_cardiac.read(folder)
   assert (cine.ed, cine.es, cine.flags, cine.labelled) == (0, 9, (), tuple(range(25)))
-  zipped = ukb_cmr_dicom.read(REAL / "bivme_patient1_ukb20209/DEMO0001_20209_2_0.zip", folder / "seg_sa.nii.gz")
+  zipped = ukb_cmr_dicom.read(
+    REAL / "bivme_patient1_ukb20209/DEMO0001_20209_2_0.zip", folder / "seg_sa.nii.gz"
+  )
   np.testing.assert_array_equal(zipped.labels, cine.labels)
   phases = acdc.read(acdc.find(REAL / "acdc_style")[0])
   np.testing.assert_array_equal(phases.labels, cine.labels[[0, 9]])
@@ -247,7 +277,9 @@ def test_ukbb_without_cine(tmp_path):
   (folder / "sa.nii.gz").unlink()
   cine = ukbb_cardiac.read(folder)
   same(cine, IMAGES[[ED, ES]], LABELS[[ED, ES]])
-  assert (cine.ed, cine.es, cine.flags) == (0, 1, ("no cine, ED and ES only",)) and np.isnan(cine.frame_s)
+  assert (cine.ed, cine.es, cine.flags) == (0, 1, ("no cine, ED and ES only",)) and np.isnan(
+    cine.frame_s
+  )
   (folder / "sa_ES.nii.gz").unlink()
   rejects(ukbb_cardiac.read, folder, "no sa.nii.gz")
 
@@ -282,8 +314,18 @@ def test_acdc_frames_count_from_one(tmp_path):
   assert (cine.ed, cine.es, cine.flags) == (0, 1, ("no cine, ED and ES only",))
   save(folder / "patient001_4d.nii.gz", np.roll(IMAGES, 1, axis=0))
   flags = acdc.read(folder).flags
-  assert flags == tuple(f"the file of {p} is not frame {n} of the cine" for p, n in (("ED", ED + 1), ("ES", ES + 1)))
-  for lines in ("ED: 0\nES: 4", "ED: 1", "ED: x\nES: 4", "ED: 1\nES: 7", "ED: 4\nES: 4", "ED: 1\nES: -2", "\n"):
+  assert flags == tuple(
+    f"the file of {p} is not frame {n} of the cine" for p, n in (("ED", ED + 1), ("ES", ES + 1))
+  )
+  for lines in (
+    "ED: 0\nES: 4",
+    "ED: 1",
+    "ED: x\nES: 4",
+    "ED: 1\nES: 7",
+    "ED: 4\nES: 4",
+    "ED: 1\nES: -2",
+    "\n",
+  ):
     (folder / "Info.cfg").write_text(lines)
     rejects(acdc.read, folder, "E")
   (folder / "Info.cfg").unlink()
@@ -300,16 +342,32 @@ def test_acdc_about(tmp_path):
 
 
 def test_mnms_frames_count_from_zero_and_rows_without_files_are_left_out(tmp_path):
-  root = write_mnms(tmp_path, (f"0,A0S9V9,Siemens,A,1,{ED + 1},{ES + 1},50,HCM,M,180.0,", "1,B1,GE,C,4,,,N/A,NOR,F,,70",
-                               "2,../../x,GE,C,4,0,1,30,NOR,F,,70", "3,C2,GE,C,4,0,1,30,NOR,F,,70"))
+  root = write_mnms(
+    tmp_path,
+    (
+      f"0,A0S9V9,Siemens,A,1,{ED + 1},{ES + 1},50,HCM,M,180.0,",
+      "1,B1,GE,C,4,,,N/A,NOR,F,,70",
+      "2,../../x,GE,C,4,0,1,30,NOR,F,,70",
+      "3,C2,GE,C,4,0,1,30,NOR,F,,70",
+    ),
+  )
   studies = mnms.find(root)
   assert [study.folder.name for study in studies] == ["A0S9V9", "B1"]
   cine = mnms.read(studies[0])
   assert (cine.ed, cine.es) == (ED + 1, ES + 1)
-  assert cine.flags == (f"labels in frames {ED}, {ES}; the table names {ED + 1}, {ES + 1} (counted from 0)",)
+  assert cine.flags == (
+    f"labels in frames {ED}, {ES}; the table names {ED + 1}, {ES + 1} (counted from 0)",
+  )
   about = mnms.about(studies[0])
-  assert about == {"age": 50, "sex": 1, "height": 180, "weight": pytest.approx(np.nan, nan_ok=True),
-                   "pathology": "HCM", "vendor": "Siemens", "centre": "1"}
+  assert about == {
+    "age": 50,
+    "sex": 1,
+    "height": 180,
+    "weight": pytest.approx(np.nan, nan_ok=True),
+    "pathology": "HCM",
+    "vendor": "Siemens",
+    "centre": "1",
+  }
   unlabelled = mnms.read(studies[1])
   same(unlabelled)
   assert (unlabelled.ed, unlabelled.es) == (None, None) and "no labels" in unlabelled.flags[0]
@@ -334,8 +392,17 @@ def test_mnms_tables_that_cannot_be_read(tmp_path):
 # NIfTI
 
 
-@pytest.mark.parametrize("dtype,result", [("uint8", "int16"), (">i2", "int16"), ("uint16", "uint16"),
-                                          ("int32", "float32"), ("float64", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize(
+  "dtype,result",
+  [
+    ("uint8", "int16"),
+    (">i2", "int16"),
+    ("uint16", "uint16"),
+    ("int32", "float32"),
+    ("float64", "float32"),
+    ("float32", "float32"),
+  ],
+)
 def test_nifti_types(tmp_path, dtype, result):
   voxels = (IMAGES % 200).astype(dtype)
   volume = nifti.read(save(tmp_path / "a.nii.gz", voxels))
@@ -354,34 +421,50 @@ def field(offset, form, *values):
   def edit(data):
     struct.pack_into("<" + form, data, offset, *values)
     return data
+
   return edit
 
 
 def test_nifti_scaling_and_units_are_nibabels(tmp_path):
-  path = edited(save(tmp_path / "a.nii.gz", IMAGES), field(112, "2f", 0.5, -7))  # scl_slope, scl_inter
+  # scl_slope, scl_inter
+  path = edited(save(tmp_path / "a.nii.gz", IMAGES), field(112, "2f", 0.5, -7))
   volume = nifti.read(path)
-  np.testing.assert_array_equal(volume.voxels.transpose(3, 2, 1, 0), nibabel.load(path).get_fdata(dtype=np.float32))
+  np.testing.assert_array_equal(
+    volume.voxels.transpose(3, 2, 1, 0), nibabel.load(path).get_fdata(dtype=np.float32)
+  )
   np.testing.assert_array_equal(volume.voxels, IMAGES / 2 - 7)
   edited(path, field(123, "B", 1 | 16))  # metre, ms
   edited(path, field(76, "5f", 1, 0.00125, 0.0015, 0.01, 40))
   volume = nifti.read(path)
   np.testing.assert_allclose((*volume.spacing, volume.frame_s), (*SPACING, 0.04), rtol=1e-6)
-  assert np.isnan(nifti.read(edited(path, field(92, "f", 1e6))).frame_s)  # 1,000 s is no step of a cine
+  # 1,000 s is no step of a cine
+  assert np.isnan(nifti.read(edited(path, field(92, "f", 1e6))).frame_s)
 
 
 @pytest.mark.reported("labels of scaled integers were refused")
 def test_scaled_labels_are_whole_numbers(tmp_path):
   path = save(tmp_path / "a.nii.gz", LABELS.astype(np.int16) * 10_000)
-  labels = nifti.read_labels(edited(path, field(112, "2f", 1.0000123e-4, 2e-6)), ukbb_cardiac.NUMBERS)
+  labels = nifti.read_labels(
+    edited(path, field(112, "2f", 1.0000123e-4, 2e-6)), ukbb_cardiac.NUMBERS
+  )
   np.testing.assert_array_equal(labels, LABELS)
-  rejects(lambda path: nifti.read_labels(path, ukbb_cardiac.NUMBERS), edited(path, field(112, "2f", 1.01e-4, 0)),
-          "whole numbers")
+  rejects(
+    lambda path: nifti.read_labels(path, ukbb_cardiac.NUMBERS),
+    edited(path, field(112, "2f", 1.01e-4, 0)),
+    "whole numbers",
+  )
 
 
 @pytest.mark.reported("NIfTI-2, a fifth axis of 1 and negative pixel sizes were refused")
-@pytest.mark.parametrize("kind,order",
-                         [(nibabel.Nifti1Image, "<"), (nibabel.Nifti1Image, ">"), (nibabel.Nifti2Image, "<"),
-                                        (nibabel.Nifti2Image, ">")])
+@pytest.mark.parametrize(
+  "kind,order",
+  [
+    (nibabel.Nifti1Image, "<"),
+    (nibabel.Nifti1Image, ">"),
+    (nibabel.Nifti2Image, "<"),
+    (nibabel.Nifti2Image, ">"),
+  ],
+)
 def test_nifti_of_other_writers(tmp_path, kind, order):
   header = kind.header_class(endianness=order)
   affine = np.diag([*SPACING[::-1], 1])
@@ -392,15 +475,25 @@ def test_nifti_of_other_writers(tmp_path, kind, order):
     nibabel.save(image, tmp_path / name)
     volume = nifti.read(tmp_path / name)
     np.testing.assert_array_equal(volume.voxels, IMAGES)
-    assert volume.spacing == pytest.approx(SPACING) and volume.frame_s == pytest.approx(STEP_MS / 1000)
+    assert volume.spacing == pytest.approx(SPACING) and volume.frame_s == pytest.approx(
+      STEP_MS / 1000
+    )
 
 
 @pytest.mark.reported("a stack without labels that runs from apex to base stayed upside down")
-@pytest.mark.parametrize("apex,expected",
-                         [([-0.7, 0.5, -0.5], True), ([0.7, -0.5, 0.5], False), ([0, 0, -1], None), ([0, 0, 1], None),
-                                           ([-0.1, 0.95, 0], None)])
+@pytest.mark.parametrize(
+  "apex,expected",
+  [
+    ([-0.7, 0.5, -0.5], True),
+    ([0.7, -0.5, 0.5], False),
+    ([0, 0, -1], None),
+    ([0, 0, 1], None),
+    ([-0.1, 0.95, 0], None),
+  ],
+)
 def test_the_affine_tells_base_and_apex(tmp_path, apex, expected):
-  """Third columns of NIfTI affines, to the right, front and head; (0, 0, z) is what writers leave that know nothing."""
+  """Third columns of NIfTI affines, to the right, front and head; (0, 0, z) is what writers leave
+  that know nothing."""
   affine = np.eye(4)
   affine[:3, 2] = 8 * np.array(apex)
   image = nibabel.Nifti1Image(IMAGES.transpose(3, 2, 1, 0), affine)
@@ -408,27 +501,45 @@ def test_the_affine_tells_base_and_apex(tmp_path, apex, expected):
     image.header["sform_code"], image.header["qform_code"] = codes
     if codes[1]:
       rotation = np.linalg.qr(affine[:3, [2, 0, 1]])[0][:, [1, 2, 0]]
-      image.set_qform(np.block([[rotation * np.sign(rotation[:, 2] @ apex), np.zeros((3, 1))], [0, 0, 0, 1]]), codes[1])
+      image.set_qform(
+        np.block([[rotation * np.sign(rotation[:, 2] @ apex), np.zeros((3, 1))], [0, 0, 0, 1]]),
+        codes[1],
+      )
       image.set_sform(affine, codes[0])
     nibabel.save(image, tmp_path / "a.nii.gz")
     assert nifti.read(tmp_path / "a.nii.gz").base_first is expected
   image.header["sform_code"] = image.header["qform_code"] = 0
   nibabel.save(image, tmp_path / "a.nii.gz")
   assert nifti.read(edited(tmp_path / "a.nii.gz", field(252, "2h", 0, 0))).base_first is None
-  assert nifti.read(edited(tmp_path / "a.nii.gz", field(252, "2h3f", 1, 0, 9, 9, 9))).base_first is None  # no rotation
+  # no rotation
+  assert (
+    nifti.read(edited(tmp_path / "a.nii.gz", field(252, "2h3f", 1, 0, 9, 9, 9))).base_first is None
+  )
 
 
 def test_every_reader_passes_on_what_the_geometry_tells(tmp_path, monkeypatch):
-  ukbb, patient, root = write_ukbb(tmp_path / "ukbb"), write_acdc(tmp_path / "patient001"), write_mnms(tmp_path / "mnms")
+  ukbb, patient, root = (
+    write_ukbb(tmp_path / "ukbb"),
+    write_acdc(tmp_path / "patient001"),
+    write_mnms(tmp_path / "mnms"),
+  )
   study_of_code = mnms.find(root)[0]
   two = write_acdc(tmp_path / "patient002", cine=False)
   assert acdc.read(patient).base_first is None
   monkeypatch.setattr(nifti, "_base_first", lambda header: False)
-  for found in (ukbb_cardiac.read(ukbb), acdc.read(patient), acdc.read(two), mnms.read(study_of_code)):
+  for found in (
+    ukbb_cardiac.read(ukbb),
+    acdc.read(patient),
+    acdc.read(two),
+    mnms.read(study_of_code),
+  ):
     assert found.base_first is False
-  assert ukb_cmr_dicom.read(pack(tmp_path / "a.zip", *study())).base_first is False  # towards the right and to the back
+  # towards the right and to the back
+  assert ukb_cmr_dicom.read(pack(tmp_path / "a.zip", *study())).base_first is False
+
   def moved(z, f):
     return {"ImagePositionPatient": [f"{8.0 * z:g}", f"{-6.0 * z:g}", "3"]}
+
   assert ukb_cmr_dicom.read(pack(tmp_path / "b.zip", *study(moved))).base_first is True
   where = {"ImagePositionPatient": None, "SpacingBetweenSlices": "8"}
   assert ukb_cmr_dicom.read(pack(tmp_path / "c.zip", *study(lambda z, f: where))).base_first is None
@@ -436,8 +547,11 @@ def test_every_reader_passes_on_what_the_geometry_tells(tmp_path, monkeypatch):
 
 @real
 def test_labels_and_geometry_agree_on_the_real_heart():
-  for cine in (ukbb_cardiac.read(REAL / "bivme_patient1"), acdc.read(REAL / "acdc_style/patient901"),
-               ukb_cmr_dicom.read(REAL / "bivme_patient1_ukb20209/DEMO0001_20209_2_0.zip")):
+  for cine in (
+    ukbb_cardiac.read(REAL / "bivme_patient1"),
+    acdc.read(REAL / "acdc_style/patient901"),
+    ukb_cmr_dicom.read(REAL / "bivme_patient1_ukb20209/DEMO0001_20209_2_0.zip"),
+  ):
     assert cine.base_first is True
     if cine.labels is not None:
       areas = np.count_nonzero(cine.labels[cine.ed or 0], axis=(1, 2))
@@ -452,7 +566,9 @@ def test_nifti_extensions_are_skipped(tmp_path):
   np.testing.assert_array_equal(nifti.read(path).voxels, IMAGES)
 
 
-@pytest.mark.parametrize("edit,words", [
+@pytest.mark.parametrize(
+  "edit,words",
+  [
     (field(40, "5h", 4, 32767, 32767, 32767, 32767), ["32767"]),
     (field(40, "5h", 4, 1024, 1024, 256, 256), ["voxels; expected at most"]),
     (field(40, "5h", 4, 20, 16, 0, 6), ["0"]),
@@ -465,14 +581,22 @@ def test_nifti_extensions_are_skipped(tmp_path):
     (field(70, "2h", 128, 24), ["RGB"]),
     (field(70, "2h", 1536, 128), ["float128"]),
     (field(70, "h", 77), ["NIfTI"]),
-    (field(80, "f", 0), ["spacing"]), (field(88, "f", np.nan), ["spacing"]),
+    (field(80, "f", 0), ["spacing"]),
+    (field(88, "f", np.nan), ["spacing"]),
     (field(88, "f", np.inf), ["spacing"]),
-    (field(108, "f", 3e38), ["start at"]), (field(108, "f", np.nan), ["NIfTI"]), (field(108, "f", 0), ["start at"]),
-    (field(112, "2f", 1, np.inf), ["NIfTI"]), (field(112, "2f", 1e30, 0), ["intensities"]),
-    (field(123, "B", 7), ["NIfTI"]), (field(344, "4s", b"ni1\0"), ["NIfTI-1"]),
-    (lambda data: data[:200], ["200 bytes"]), (lambda data: data[:-1], ["header announces"]),
-    (lambda data: data + b"\0", ["more than"]), (lambda data: b"", ["0 bytes"]),
-])
+    (field(108, "f", 3e38), ["start at"]),
+    (field(108, "f", np.nan), ["NIfTI"]),
+    (field(108, "f", 0), ["start at"]),
+    (field(112, "2f", 1, np.inf), ["NIfTI"]),
+    (field(112, "2f", 1e30, 0), ["intensities"]),
+    (field(123, "B", 7), ["NIfTI"]),
+    (field(344, "4s", b"ni1\0"), ["NIfTI-1"]),
+    (lambda data: data[:200], ["200 bytes"]),
+    (lambda data: data[:-1], ["header announces"]),
+    (lambda data: data + b"\0", ["more than"]),
+    (lambda data: b"", ["0 bytes"]),
+  ],
+)
 def test_nifti_headers_that_claim_too_much(tmp_path, edit, words):
   rejects(nifti.read, edited(save(tmp_path / "a.nii.gz", IMAGES), edit), *words)
 
@@ -513,28 +637,42 @@ def test_nifti_bomb_takes_no_memory(tmp_path):
 # The zip of DICOM files: what is found in it
 
 
-@pytest.mark.parametrize("manifest,edit", [
+@pytest.mark.parametrize(
+  "manifest,edit",
+  [
     ("manifest.cvs", lambda line: line),
     ("manifest.csv", lambda line: line.replace("Aug 30, 2015", '"Aug 30, 2015"')),
     ("manifest.csv", lambda line: line.replace("Aug 30, 2015", "garbage")),
     ("manifest.csv", lambda line: line.replace("Aug 30, 2015", "")),
     ("manifest.csv", lambda line: line.replace("discription", "description")),
     ("manifest.csv", lambda line: line.replace("filename", "\ufefffilename") + "\r"),
-])
+  ],
+)
 def test_manifests_as_they_occur(tmp_path, plain, manifest, edit):
   lines, files = plain
-  other = ["x.dcm,p,s,\"Aug 30, 2015\",CINE_segmented_SAX_InlineVF,9", "y.dcm,p,s,,Inline_VF_Results,9",
-           "z.dcm,p,s,,CINE_segmented_SAX_b1_InlineVF,9", "w.dcm,p,s,,CINE_segmented_LAX_2Ch,9"]
+  other = [
+    'x.dcm,p,s,"Aug 30, 2015",CINE_segmented_SAX_InlineVF,9',
+    "y.dcm,p,s,,Inline_VF_Results,9",
+    "z.dcm,p,s,,CINE_segmented_SAX_b1_InlineVF,9",
+    "w.dcm,p,s,,CINE_segmented_LAX_2Ch,9",
+  ]
   report = encoded(dicom(IMAGES[0, 0], 99, 0))  # what InlineVF leaves beside the images
   files = files | {f"{letter}.dcm": report for letter in "wxyz"}
-  cine = ukb_cmr_dicom.read(pack(tmp_path / "a.zip", [edit(line) for line in lines] + other, files, manifest))
+  cine = ukb_cmr_dicom.read(
+    pack(tmp_path / "a.zip", [edit(line) for line in lines] + other, files, manifest)
+  )
   same(cine)
   assert cine.flags == ()
 
 
-@pytest.mark.parametrize("edit,words", [
+@pytest.mark.parametrize(
+  "edit,words",
+  [
     (lambda lines: [], ["no columns"]),
-    (lambda lines: [lines[0].replace("series disc", "sequence disc"), *lines[1:]], ["series discription"]),
+    (
+      lambda lines: [lines[0].replace("series disc", "sequence disc"), *lines[1:]],
+      ["series discription"],
+    ),
     (lambda lines: [*lines[:3], "a,b,c", *lines[3:]], ["line 4", "3 fields"]),
     (lambda lines: [*lines[:3], lines[3] + ",,,", *lines[4:]], ["line 4"]),
     (lambda lines: [line for line in lines if "SAX_b3" not in line], ["series b3 is missing"]),
@@ -542,7 +680,8 @@ def test_manifests_as_they_occur(tmp_path, plain, manifest, edit):
     (lambda lines: [line.replace("SAX_b1", "SAX_b0") for line in lines], ["b1 is missing"]),
     (lambda lines: [line.replace("SAX", "LAX") for line in lines], ["no short-axis cine"]),
     (lambda lines: [line.replace("1.2.3.", "9.") for line in lines], ["series b3"]),
-])
+  ],
+)
 def test_manifests_that_do_not_tell(tmp_path, plain, edit, words):
   lines, files = plain
   rejects(ukb_cmr_dicom.read, pack(tmp_path / "a.zip", edit(lines), files), *words)
@@ -555,7 +694,9 @@ def test_slices_sort_by_number(tmp_path):
     files[f"{z}_{f}"] = encoded(dicom(IMAGES[f, z % SLICES] + z, z + 1, f))
     lines.append(f"{z}_{f},{NAME},s,Aug 30, 2015,CINE_segmented_SAX_b{z + 1},1")
   cine = ukb_cmr_dicom.read(pack(tmp_path / "a.zip", lines, files))
-  np.testing.assert_array_equal(cine.images, np.stack([IMAGES[:, z % SLICES] + z for z in range(12)], axis=1))
+  np.testing.assert_array_equal(
+    cine.images, np.stack([IMAGES[:, z % SLICES] + z for z in range(12)], axis=1)
+  )
 
 
 def test_one_mixed_series(tmp_path):
@@ -574,16 +715,23 @@ def test_one_mixed_series(tmp_path):
   jumbled = lambda z, f: one(z, f) | {"ImagePositionPatient": [-8.0 * place[z], 6.0 * place[z], 3]}  # noqa: E731
   pack(path, *study(jumbled, **mixed))
   np.testing.assert_array_equal(ukb_cmr_dicom.read(path).images[:, [1, 0, 2, 3]], IMAGES)
-  rejects(lambda path: ukb_cmr_dicom.read(path, segmentation), path, "segmentation cannot be placed")
-  rejects(ukb_cmr_dicom.read, pack(path, *study(lambda z, f: one(z, f) | {"ImagePositionPatient": None}, **mixed)),
-          "position")
+  rejects(
+    lambda path: ukb_cmr_dicom.read(path, segmentation), path, "segmentation cannot be placed"
+  )
+  rejects(
+    ukb_cmr_dicom.read,
+    pack(path, *study(lambda z, f: one(z, f) | {"ImagePositionPatient": None}, **mixed)),
+    "position",
+  )
 
 
 def repeated(uid, number, frames=FRAMES, shift=100):
   """The study with slice 2 acquired once more, brighter by `shift`."""
   lines, files = study()
   for f in range(frames):
-    files[f"again{f}"] = encoded(dicom(IMAGES[f, 1] + shift, 2, f, SeriesInstanceUID=uid, SeriesNumber=number))
+    files[f"again{f}"] = encoded(
+      dicom(IMAGES[f, 1] + shift, 2, f, SeriesInstanceUID=uid, SeriesNumber=number)
+    )
     lines.append(f"again{f},{NAME},s,Aug 30, 2015,CINE_segmented_SAX_b2,7")
   return lines, files
 
@@ -593,20 +741,26 @@ def test_a_slice_acquired_twice(tmp_path):
   last = IMAGES.copy()
   last[:, 1] += 100
   flags = ("series b2 was acquired 2 times, the last complete one is taken",)
-  for uid, number, frames, images in (("1.2.3.9", 20, FRAMES, last), ("1.2.3.1.9", 20, FRAMES, last),
-                                      ("1.2.3.9", 1, FRAMES, IMAGES), ("1.2.3.9", 20, 3, IMAGES)):
+  for uid, number, frames, images in (
+    ("1.2.3.9", 20, FRAMES, last),
+    ("1.2.3.1.9", 20, FRAMES, last),
+    ("1.2.3.9", 1, FRAMES, IMAGES),
+    ("1.2.3.9", 20, 3, IMAGES),
+  ):
     pack(path, *repeated(uid, number, frames))
     cine = ukb_cmr_dicom.read(path)
     same(cine, images)
     assert cine.flags == flags
-  cine = ukb_cmr_dicom.read(pack(path, *repeated("1.2.3.9", 20, FRAMES - 2)))  # complete but for what may be filled
+  # complete but for what may be filled
+  cine = ukb_cmr_dicom.read(pack(path, *repeated("1.2.3.9", 20, FRAMES - 2)))
   np.testing.assert_array_equal(cine.images[:, 1], IMAGES[[0, 1, 2, 3, 3, 3], 1] + 100)
   assert cine.flags == (*flags, "missing frames filled by the one before: series b2 (2)")
   pack(path, *repeated("1.2.3.9", 20))
   same(ukb_cmr_dicom.read(path, segmentation), last, LABELS)
   pack(path, *repeated("1.2.3.1.9", 20))  # the converter takes the last UID, not the last series
   rejects(lambda path: ukb_cmr_dicom.read(path, segmentation), path, "acquired 2 times")
-  lines, files = repeated("1.2.3.2", 2)   # same series, same UID: what belongs together is not known
+  # same series, same UID: what belongs together is not known
+  lines, files = repeated("1.2.3.2", 2)
   rejects(ukb_cmr_dicom.read, pack(path, lines, files), "12 images of 6 frames")
 
 
@@ -614,7 +768,11 @@ def test_a_slice_acquired_twice(tmp_path):
 def test_missing_frames_repeat_the_one_before(tmp_path, frames):
   segmentation = save(tmp_path / "seg.nii.gz", LABELS)
   path = pack(tmp_path / "a.zip", *study(drop={(2, f) for f in frames}))
-  images, source, kept = IMAGES.copy(), list(range(FRAMES)), [f for f in range(FRAMES) if f not in frames]
+  images, source, kept = (
+    IMAGES.copy(),
+    list(range(FRAMES)),
+    [f for f in range(FRAMES) if f not in frames],
+  )
   for f in range(FRAMES):
     source[f] = max([k for k in kept if k <= f], default=kept[0])
   images[:, 1] = IMAGES[source, 1]
@@ -638,25 +796,42 @@ def test_too_many_missing_frames(tmp_path):
 
 def test_time(tmp_path):
   path = tmp_path / "a.zip"
-  cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f: {"TriggerTime": str((30 + 2 * z) * f + 5)})))
+  cine = ukb_cmr_dicom.read(
+    pack(path, *study(lambda z, f: {"TriggerTime": str((30 + 2 * z) * f + 5)}))
+  )
   same(cine)
   assert cine.frame_s == pytest.approx(0.035)  # the mean of 32, 34, 36, 38 ms
   for trigger in (None, "0"):
     cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f: {"TriggerTime": trigger})))
     same(cine)
     assert cine.frame_s == pytest.approx(STEP_MS / 1000)  # NominalInterval / CardiacNumberOfImages
-    assert cine.flags[0] == "series b1 has no distinct trigger times, its frames go by InstanceNumber"
-  cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f: {"TriggerTime": None, "NominalInterval": None})))
+    assert (
+      cine.flags[0] == "series b1 has no distinct trigger times, its frames go by InstanceNumber"
+    )
+  cine = ukb_cmr_dicom.read(
+    pack(path, *study(lambda z, f: {"TriggerTime": None, "NominalInterval": None}))
+  )
   assert np.isnan(cine.frame_s)
-  rejects(ukb_cmr_dicom.read, pack(path, *study(lambda z, f: {"TriggerTime": None, "InstanceNumber": 1})), "order")
-  cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f: {"CardiacNumberOfImages": None}, drop={(3, 2)})))
+  rejects(
+    ukb_cmr_dicom.read,
+    pack(path, *study(lambda z, f: {"TriggerTime": None, "InstanceNumber": 1})),
+    "order",
+  )
+  cine = ukb_cmr_dicom.read(
+    pack(path, *study(lambda z, f: {"CardiacNumberOfImages": None}, drop={(3, 2)}))
+  )
   assert [flag.split(" ")[0] for flag in cine.flags] == ["CardiacNumberOfImages", "missing"]
   for count in (50, 9999, 10**9):
-    rejects(ukb_cmr_dicom.read, pack(path, *study(lambda z, f: {"CardiacNumberOfImages": count})), str(f"{count:g}"))
+    rejects(
+      ukb_cmr_dicom.read,
+      pack(path, *study(lambda z, f: {"CardiacNumberOfImages": count})),
+      str(f"{count:g}"),
+    )
 
 
 def at(z_mm, x=0.0, y=0.0):
-  """Position at a distance along the normal (-0.8, 0.6, 0), moved in the plane along the row (0.6, 0.8, 0)."""
+  """Position at a distance along the normal (-0.8, 0.6, 0), moved in the plane along the row (0.6,
+  0.8, 0)."""
   return [round(-0.8 * z_mm + 0.6 * x, 6), round(0.6 * z_mm + 0.8 * x, 6), y]
 
 
@@ -673,10 +848,16 @@ def test_slice_distances(tmp_path):
   rejects(ukb_cmr_dicom.read, moved(0, 10, 30, 40), "10.0 to 20.0 mm", "evenly")
   rejects(ukb_cmr_dicom.read, moved(0, 10, 20, 10), "one direction")
   rejects(ukb_cmr_dicom.read, moved(7, 7, 7, 7), "0.0 mm")
-  assert ukb_cmr_dicom.read(moved(0, 10, 20, 30, SpacingBetweenSlices="12")).spacing[0] == pytest.approx(10)
+  assert ukb_cmr_dicom.read(moved(0, 10, 20, 30, SpacingBetweenSlices="12")).spacing[
+    0
+  ] == pytest.approx(10)
 
   shifted = study(lambda z, f: {"ImagePositionPatient": at(10 * z, 3 * (z == 2))})
-  assert ukb_cmr_dicom.read(pack(path, *shifted)).flags[0].endswith("by up to 3.0 mm from one to the next")
+  assert (
+    ukb_cmr_dicom.read(pack(path, *shifted))
+    .flags[0]
+    .endswith("by up to 3.0 mm from one to the next")
+  )
   tilted = study(lambda z, f: {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]} if z == 2 else {})
   rejects(ukb_cmr_dicom.read, pack(path, *tilted), "parallel")
   skewed = study(lambda z, f: {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]})
@@ -691,17 +872,30 @@ def test_slice_distance_without_positions(tmp_path):
   assert cine.spacing[0] == 8 and cine.flags == ("slice distance taken from SliceThickness",)
   cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f: gone | {"SpacingBetweenSlices": "10"})))
   assert cine.spacing[0] == 10 and cine.flags == ("slice distance taken from SpacingBetweenSlices",)
-  rejects(ukb_cmr_dicom.read, pack(path, *study(lambda z, f: gone | {"SliceThickness": None})), "no slice positions")
+  rejects(
+    ukb_cmr_dicom.read,
+    pack(path, *study(lambda z, f: gone | {"SliceThickness": None})),
+    "no slice positions",
+  )
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"PixelSpacing": None}, ["PixelSpacing"]), ({"PixelSpacing": ["1.4", "1.4"]}, ["PixelSpacing"]),
-    ({"Rows": 65535, "Columns": 65535}, ["of series b2", "65535 x 65535"]), ({"Rows": 0}, ["of series b2"]),
-    ({"Rows": 20, "Columns": 16}, ["size"]), ({"PixelRepresentation": 1}, ["type"]),
-    ({"BitsAllocated": 32}, ["grey"]), ({"SamplesPerPixel": 3}, ["grey"]), ({"NumberOfFrames": 2**31 - 1}, ["grey"]),
-    ({"PixelData": None}, ["of series b2", "AttributeError"]), ({"BitsAllocated": 8}, ["640 bytes"]),
+@pytest.mark.parametrize(
+  "change,words",
+  [
+    ({"PixelSpacing": None}, ["PixelSpacing"]),
+    ({"PixelSpacing": ["1.4", "1.4"]}, ["PixelSpacing"]),
+    ({"Rows": 65535, "Columns": 65535}, ["of series b2", "65535 x 65535"]),
+    ({"Rows": 0}, ["of series b2"]),
+    ({"Rows": 20, "Columns": 16}, ["size"]),
+    ({"PixelRepresentation": 1}, ["type"]),
+    ({"BitsAllocated": 32}, ["grey"]),
+    ({"SamplesPerPixel": 3}, ["grey"]),
+    ({"NumberOfFrames": 2**31 - 1}, ["grey"]),
+    ({"PixelData": None}, ["of series b2", "AttributeError"]),
+    ({"BitsAllocated": 8}, ["640 bytes"]),
     ({"syntax": JPEG2000Lossless}, ["of series b2", "compressed"]),
-])
+  ],
+)
 def test_an_image_that_does_not_fit(tmp_path, plain, change, words):
   lines, files = plain
   data = dicom(IMAGES[0, 1], 2, 0)
@@ -714,7 +908,11 @@ def test_an_image_that_does_not_fit(tmp_path, plain, change, words):
       del data[tag]
     else:
       setattr(data, tag, value)
-  rejects(ukb_cmr_dicom.read, pack(tmp_path / "a.zip", lines, files | {file_name(2, 0): encoded(data)}), *words)
+  rejects(
+    ukb_cmr_dicom.read,
+    pack(tmp_path / "a.zip", lines, files | {file_name(2, 0): encoded(data)}),
+    *words,
+  )
 
 
 def test_pixels_of_other_kinds(tmp_path):
@@ -723,11 +921,18 @@ def test_pixels_of_other_kinds(tmp_path):
   assert cine.images.dtype == np.int16
   same(cine)
   big = {"syntax": ExplicitVRBigEndian}
-  same(ukb_cmr_dicom.read(pack(path, *study(
-      lambda z, f: big | {"PixelData": IMAGES[f, z - 1].astype(">u2").tobytes()}))))
+  same(
+    ukb_cmr_dicom.read(
+      pack(path, *study(lambda z, f: big | {"PixelData": IMAGES[f, z - 1].astype(">u2").tobytes()}))
+    )
+  )
   eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
-  cine = ukb_cmr_dicom.read(pack(path, *study(
-      lambda z, f: eight | {"PixelData": (IMAGES[f, z - 1] % 256).astype("u1").tobytes()})))
+  cine = ukb_cmr_dicom.read(
+    pack(
+      path,
+      *study(lambda z, f: eight | {"PixelData": (IMAGES[f, z - 1] % 256).astype("u1").tobytes()}),
+    )
+  )
   same(cine, IMAGES % 256)
 
 
@@ -751,14 +956,22 @@ def test_hostile_members(tmp_path, plain):
   before = sorted(tmp_path.parent.rglob("*"))
   for name in ("../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:\\evil"):
     rejects(ukb_cmr_dicom.read, with_entry(name), "out of its folder")
-  rejects(ukb_cmr_dicom.read, with_entry("link", b"/etc/passwd", stat.S_IFLNK | 0o777), "symbolic link")
-  rejects(ukb_cmr_dicom.read, with_entry("x", bytes(99), compress_type=zipfile.ZIP_LZMA), "method 14")
+  rejects(
+    ukb_cmr_dicom.read, with_entry("link", b"/etc/passwd", stat.S_IFLNK | 0o777), "symbolic link"
+  )
+  rejects(
+    ukb_cmr_dicom.read, with_entry("x", bytes(99), compress_type=zipfile.ZIP_LZMA), "method 14"
+  )
   with pytest.warns(UserWarning):
     with_entry(next(iter(files)))
   rejects(ukb_cmr_dicom.read, path, "same name")
   many = {f"{n}": b"" for n in range(ukb_cmr_dicom.MAX_MEMBERS + 1)}
   rejects(ukb_cmr_dicom.read, pack(path, lines, many), "members")
-  rejects(ukb_cmr_dicom.read, pack(path, lines, {"n" * 60000 + str(n): b"" for n in range(20)}), "directory")
+  rejects(
+    ukb_cmr_dicom.read,
+    pack(path, lines, {"n" * 60000 + str(n): b"" for n in range(20)}),
+    "directory",
+  )
   pack(path, lines, files)
   data = bytearray(path.read_bytes())
   data[data.rindex(b"PK\1\2") + 8] |= 1
@@ -779,7 +992,9 @@ def test_bombs_take_no_memory(tmp_path, plain):
   honest = path.read_bytes()
   lying = honest.replace(struct.pack("<L", 2**30), struct.pack("<L", 100))
   assert lying != honest
-  deflated = encoded(dicom(IMAGES[0, 0], 1, 0, syntax=DeflatedExplicitVRLittleEndian, PixelData=bytes(2**26)))
+  deflated = encoded(
+    dicom(IMAGES[0, 0], 1, 0, syntax=DeflatedExplicitVRLittleEndian, PixelData=bytes(2**26))
+  )
   assert len(deflated) < 2**18
   tracemalloc.start()
   for data, words in ((honest, ["file", "has more than"]), (lying, [])):
@@ -798,9 +1013,13 @@ def test_all_images_together_are_bounded(tmp_path, plain, monkeypatch):
 
 def test_sequences_in_sequences_without_end(tmp_path, plain):
   """pydicom goes down one Python call a level."""
-  start = struct.pack("<HH2sHL", 0x0008, 0x1140, b"SQ", 0, 2**32 - 1) + struct.pack("<HHL", 0xFFFE, 0xE000, 2**32 - 1)
-  files = plain[1] | {file_name(1, 0): SMALL[:SMALL.index(b"\x18\x00\x50\x00")] + start * 10_000}
-  rejects(ukb_cmr_dicom.read, pack(tmp_path / "a.zip", plain[0], files), "series b1", "RecursionError")
+  start = struct.pack("<HH2sHL", 0x0008, 0x1140, b"SQ", 0, 2**32 - 1) + struct.pack(
+    "<HHL", 0xFFFE, 0xE000, 2**32 - 1
+  )
+  files = plain[1] | {file_name(1, 0): SMALL[: SMALL.index(b"\x18\x00\x50\x00")] + start * 10_000}
+  rejects(
+    ukb_cmr_dicom.read, pack(tmp_path / "a.zip", plain[0], files), "series b1", "RecursionError"
+  )
 
 
 def test_files_that_are_no_zip(tmp_path, plain):
@@ -834,15 +1053,17 @@ def test_contract():
 
 def mutations(size):
   """A few (position, byte) to change, and where to cut (or not)."""
-  return st.tuples(st.lists(st.tuples(st.integers(0, size - 1), st.integers(0, 255)), min_size=1, max_size=8),
-                   st.one_of(st.none(), st.integers(0, size)))
+  return st.tuples(
+    st.lists(st.tuples(st.integers(0, size - 1), st.integers(0, 255)), min_size=1, max_size=8),
+    st.one_of(st.none(), st.integers(0, size)),
+  )
 
 
 def mutated(data, mutation):
   data = bytearray(data)
   for position, value in mutation[0]:
     data[position] = value
-  return bytes(data[:mutation[1]])
+  return bytes(data[: mutation[1]])
 
 
 def survives(read, *args):
@@ -861,7 +1082,9 @@ MANIFEST = "\n".join(study()[0][:6])
 def test_fuzz_dicom(tmp_path_factory, plain, mutation):
   lines, files = plain
   path = tmp_path_factory.getbasetemp() / "fuzz.zip"
-  survives(ukb_cmr_dicom.read, pack(path, lines, files | {file_name(1, 0): mutated(SMALL, mutation)}))
+  survives(
+    ukb_cmr_dicom.read, pack(path, lines, files | {file_name(1, 0): mutated(SMALL, mutation)})
+  )
 
 
 @FUZZ

@@ -1,4 +1,5 @@
-"""Eight simulated devices against one: the same loss and gradients, no collective that is not needed, elastic resume."""
+"""Eight simulated devices against one: the same loss and gradients, no collective that is not
+needed, elastic resume."""
 
 import json
 import shutil
@@ -51,7 +52,8 @@ print(json.dumps(dict(worst=worst, metrics={str(d): r[2] for d, r in result.item
 
 @pytest.fixture(scope="module")
 def compared(cohort):
-  # Compiled well: sums that are not vectorised differ by ten times as much between one device and eight.
+  # Compiled well: sums that are not vectorised differ by ten times as much between one device and
+  # eight.
   return json.loads(python(COMPARE, cohort.path, devices=8, flags="").strip().splitlines()[-1])
 
 
@@ -64,7 +66,8 @@ def test_loss_and_every_metric_agree(compared):
 
 
 def test_gradients_and_batch_statistics_agree(compared):
-  assert compared["gradient"] < 1e-6  # largest difference of any element, as a share of the global norm
+  # largest difference of any element, as a share of the global norm
+  assert compared["gradient"] < 1e-6
   assert compared["statistics"] < 1e-6
 
 
@@ -72,11 +75,13 @@ def test_compiled_step_holds_the_expected_collectives_and_no_more(compared):
   kinds = {kind for kind, _ in compared["collectives"]}
   assert kinds == {"all-reduce", "all-gather"}
   gathered = [size for kind, size in compared["collectives"] if kind == "all-gather"]
-  # What contrastive learning over the global batch needs from the other devices: three projections [16, 128], the
-  # subjects [16, 2] and masks [16]. Anything larger would be an image, an ECG or a parameter travelling.
+  # What contrastive learning over the global batch needs from the other devices: three projections
+  # [16, 128], the subjects [16, 2] and masks [16]. Anything larger would be an image, an ECG or a
+  # parameter travelling.
   assert max(gathered) <= 16 * 128 and sum(gathered) <= 6 * 16 * 128, gathered
   reduced = sum(size for kind, size in compared["collectives"] if kind == "all-reduce")
-  # Every gradient once, the cotangents of the gathered projections, and sums over the batch (statistics, losses).
+  # Every gradient once, the cotangents of the gathered projections, and sums over the batch
+  # (statistics, losses).
   assert compared["parameters"] <= reduced <= compared["parameters"] + 8 * 16 * 128, reduced
 
 
@@ -84,9 +89,11 @@ RUN = "import sys; from mmcl_jax import cli, train; cli.run(train.main, sys.argv
 
 
 def arrays(workdir, step, devices=1):
-  code = ("import sys, jax, numpy as np; from mmcl_jax.training import restore; run = restore.load_run(sys.argv[1], int(sys.argv[2]));"
-          "leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.state));"
-          "np.savez(sys.argv[3], **{jax.tree_util.keystr(p): x for p, x in leaves})")
+  code = (
+    "import sys, jax, numpy as np; from mmcl_jax.training import restore; run = restore.load_run(sys.argv[1], int(sys.argv[2]));"
+    "leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.state));"
+    "np.savez(sys.argv[3], **{jax.tree_util.keystr(p): x for p, x in leaves})"
+  )
   python(code, workdir, step, workdir / f"{step}.npz", devices=devices)
   return dict(np.load(workdir / f"{step}.npz"))
 
@@ -108,6 +115,11 @@ def test_resumed_on_fewer_devices_ends_in_the_same_state(cohort, tmp_path):
 
 def test_batch_that_does_not_divide_is_one_line(cohort, tmp_path):
   code = "import sys; from mmcl_jax import cli, train\ntry: cli.run(train.main, sys.argv[1:])\nexcept SystemExit as e: print('exit', e.code)"
-  printed = python(code.replace("print(", "import sys; print("), *tiny_flags(cohort.path, tmp_path / "w"), "--config.batch=12", devices=8)
+  printed = python(
+    code.replace("print(", "import sys; print("),
+    *tiny_flags(cohort.path, tmp_path / "w"),
+    "--config.batch=12",
+    devices=8,
+  )
   assert printed.splitlines()[-1] == "exit 2"
   assert not (tmp_path / "w").exists()

@@ -1,4 +1,5 @@
-"""mmcl export: one file that runs where this package is not, and a model card that says what the run knows."""
+"""mmcl export: one file that runs where this package is not, and a model card that says what the
+run knows."""
 
 import hashlib
 import json
@@ -75,7 +76,7 @@ def refused(capsys, *flags) -> str:
   with pytest.raises(SystemExit) as stop:
     cli.run(export.main, list(flags))
   assert stop.value.code == 2
-  error, = capsys.readouterr().err.strip().splitlines()
+  (error,) = capsys.readouterr().err.strip().splitlines()
   return error
 
 
@@ -97,7 +98,8 @@ np.savez(sys.argv[3], **{f"{name}{b}": x for b in (1, 7) for name, x in encoder(
 
 
 def test_it_runs_where_this_package_is_not(workdir, out, tmp_path):
-  """One file, batches of 1 and 7, against the encoder that `mmcl embed` uses and the probes in float64."""
+  """One file, batches of 1 and 7, against the encoder that `mmcl embed` uses and the probes in
+  float64."""
   ecg = np.random.default_rng(0).normal(size=(7, 12, 5000)).astype(np.float32)
   np.save(tmp_path / "ecg.npy", ecg)
   python(ALONE, out / "encoder.stablehlo", tmp_path / "ecg.npy", tmp_path / "found.npz")
@@ -116,8 +118,10 @@ def test_the_windows_of_a_recording_are_averaged(run, out):
   """Embedded one by one without the file: 10 windows of 500 samples."""
   ecg = np.random.default_rng(1).normal(size=(1, 12, 5000)).astype(np.float32)
   found = jax_export.deserialize((out / "encoder.stablehlo").read_bytes()).call(ecg)["embedding"]
-  encode = jax.jit(lambda ecg: run.model.apply(run.state.variables, ecg, method="encode_ecg")["ecg_embedding"])
-  each = [encode(ecg[:, :, i:i + 500]) for i in range(0, 5000, 500)]
+  encode = jax.jit(
+    lambda ecg: run.model.apply(run.state.variables, ecg, method="encode_ecg")["ecg_embedding"]
+  )
+  each = [encode(ecg[:, :, i : i + 500]) for i in range(0, 5000, 500)]
   np.testing.assert_allclose(found, np.mean(each, axis=0), atol=1e-6)
 
 
@@ -136,27 +140,61 @@ def test_it_holds_the_encoder_and_nothing_else(run, out):
 
 def test_parameters_are_the_published_ones():
   """MMCL's tiny encoder: 5.4 M (Turgut et al. 2025)."""
-  ecg = dict(size="tiny", patch=100, mask_ratio=0.0, drop_path=0.0, pool="attention", positions="sincos", head=0,
-             film=False, siamese=False)
-  config = ConfigDict(dict(model=dict(
-      ecg=ecg, cmr={}, projection=dict(hidden=8, width=8, norm=False), regression=[], learned_temperature=0.0,
-      learned_bias=0.0, max_scale=100.0, dtype="float32"), data=dict(samples=2500)))
+  ecg = dict(
+    size="tiny",
+    patch=100,
+    mask_ratio=0.0,
+    drop_path=0.0,
+    pool="attention",
+    positions="sincos",
+    head=0,
+    film=False,
+    siamese=False,
+  )
+  config = ConfigDict(
+    dict(
+      model=dict(
+        ecg=ecg,
+        cmr={},
+        projection=dict(hidden=8, width=8, norm=False),
+        regression=[],
+        learned_temperature=0.0,
+        learned_bias=0.0,
+        max_scale=100.0,
+        dtype="float32",
+      ),
+      data=dict(samples=2500),
+    )
+  )
   attention = 4 * 384**2
   assert abs(model_card.parameters(config) - attention - 5.4e6) < 0.05e6
 
 
 def test_platforms(workdir, at_hand, tmp_path):
-  """Lowered here for each: own attention, whose division is of [N, D], on a CPU alone; JAX's, of [N, N], elsewhere."""
+  """Lowered here for each: own attention, whose division is of [N, D], on a CPU alone; JAX's, of
+  [N, N], elsewhere."""
   made = {}
   for platforms in ("cpu", "tpu", "cpu,tpu,tpu", "rocm"):
-    export.main([f"--workdir={workdir}", f"--out={tmp_path / platforms}", f"--platforms={platforms}"])
-    made[platforms] = jax_export.deserialize((tmp_path / platforms / "encoder.stablehlo").read_bytes())
+    export.main(
+      [f"--workdir={workdir}", f"--out={tmp_path / platforms}", f"--platforms={platforms}"]
+    )
+    made[platforms] = jax_export.deserialize(
+      (tmp_path / platforms / "encoder.stablehlo").read_bytes()
+    )
   assert [one.platforms for one in made.values()] == [("cpu",), ("tpu",), ("cpu", "tpu"), ("rocm",)]
-  has = lambda shape: [bool(re.search(rf"stablehlo.divide .*[<x]{shape}xf32>", one.mlir_module())) for one in made.values()]
+
+  def has(shape):
+    return [
+      bool(re.search(rf"stablehlo.divide .*[<x]{shape}xf32>", one.mlir_module()))
+      for one in made.values()
+    ]
+
   assert has(rf"\?x2x{TOKENS}x8") == [True, False, True, False]
   assert has(rf"\?x2x{TOKENS}x{TOKENS}") == [False, True, True, True]
   ecg = np.ones((1, 12, 5000), np.float32)
-  np.testing.assert_array_equal(*(made[name].call(ecg)["embedding"] for name in ("cpu", "cpu,tpu,tpu")))
+  np.testing.assert_array_equal(
+    *(made[name].call(ecg)["embedding"] for name in ("cpu", "cpu,tpu,tpu"))
+  )
   with pytest.raises(ValueError, match="platform"):
     made["tpu"].call(ecg)
 
@@ -164,13 +202,21 @@ def test_platforms(workdir, at_hand, tmp_path):
 def test_a_gpu_at_hand_does_not_change_the_file():
   """cuDNN's attention stays out of a program for any number of rows."""
   gpu = kernels.Gpu((9, 0), 91200)
-  shape = lambda rows: jax.ShapeDtypeStruct((rows, 9, 4, 64), jnp.bfloat16)
-  rows, = jax_export.symbolic_shape("batch")
-  assert kernels.suits_cudnn(shape(2), shape(2), gpu) and not kernels.suits_cudnn(shape(rows), shape(rows), gpu)
+
+  def shape(rows):
+    return jax.ShapeDtypeStruct((rows, 9, 4, 64), jnp.bfloat16)
+
+  (rows,) = jax_export.symbolic_shape("batch")
+  assert kernels.suits_cudnn(shape(2), shape(2), gpu) and not kernels.suits_cudnn(
+    shape(rows), shape(rows), gpu
+  )
 
 
 def test_what_is_said_of_the_file(out, workdir, cohort):
-  about, artefact = json.loads((out / "export.json").read_text()), (out / "encoder.stablehlo").read_bytes()
+  about, artefact = (
+    json.loads((out / "export.json").read_text()),
+    (out / "encoder.stablehlo").read_bytes(),
+  )
   assert about["sha256"] == hashlib.sha256(artefact).hexdigest() and about["bytes"] == len(artefact)
   made = jax_export.deserialize(artefact)
   assert about["platforms"] == list(made.platforms) == ["cpu", "cuda", "tpu"]
@@ -180,15 +226,26 @@ def test_what_is_said_of_the_file(out, workdir, cohort):
   assert about["outputs"]["embedding"] == {"dtype": "float32", "shape": ["batch", WIDTH]}
   phenotypes = about["outputs"]["phenotypes"]
   assert phenotypes["shape"] == ["batch", len(cohort.info["phenotypes"])]
-  assert dict(zip(phenotypes["names"], phenotypes["units"], strict=True)) == cohort.info["phenotypes"]
-  assert about["step"] == 6 and about["research_only"] and about["packages"]["jax"] == jax.__version__
-  assert sorted(file.name for file in out.iterdir()) == ["MODEL_CARD.md", "encoder.stablehlo", "export.json"]
+  assert (
+    dict(zip(phenotypes["names"], phenotypes["units"], strict=True)) == cohort.info["phenotypes"]
+  )
+  assert (
+    about["step"] == 6 and about["research_only"] and about["packages"]["jax"] == jax.__version__
+  )
+  assert sorted(file.name for file in out.iterdir()) == [
+    "MODEL_CARD.md",
+    "encoder.stablehlo",
+    "export.json",
+  ]
 
 
 def by_the_words(words, ecg, rate=500):
   """Carries out the steps of a profile as they are told, those with filters and scales."""
   for step in words[1:]:
-    found = lambda pattern: [float(x) for x in re.search(pattern, step).groups()]
+
+    def found(pattern):
+      return [float(x) for x in re.search(pattern, step).groups()]
+
     mirrored = re.search(r"mirrored for (\d) s", step)
     ends = {"padtype": "even", "padlen": int(mirrored[1]) * rate} if mirrored else {}
     if "scipy.signal.resample_poly" in step:
@@ -201,15 +258,18 @@ def by_the_words(words, ecg, rate=500):
       ecg = signal.savgol_filter(ecg, *map(int, found(r"over (\d+) samples, order (\d)")))
     elif step.startswith("Butterworth"):
       kind = re.search("(band|high|low)-pass", step)[1] + "pass"
-      order, = found(r"order (\d)")
+      (order,) = found(r"order (\d)")
       cut = found(r"([\d.]+) to ([\d.]+) Hz") if kind == "bandpass" else found(r"([\d.]+) Hz")[0]
       sos = signal.butter(int(order), cut, kind, fs=rate, output="sos")
       ecg = signal.sosfiltfilt(sos, ecg, **ends)
     elif step.startswith("divided by"):
       ecg = ecg / found(r"by ([\d.]+) mV")[0]
     else:
-      sample, added = re.fullmatch(r"z-score \(mean and (sample )?standard deviation of all samples\)"
-                                   r"(?:, (\S+) mV added to the standard deviation)?", step).groups()
+      sample, added = re.fullmatch(
+        r"z-score \(mean and (sample )?standard deviation of all samples\)"
+        r"(?:, (\S+) mV added to the standard deviation)?",
+        step,
+      ).groups()
       ecg = (ecg - ecg.mean()) / (ecg.std(ddof=int(bool(sample))) + float(added or 0))
   return ecg
 
@@ -218,11 +278,14 @@ def by_the_words(words, ecg, rate=500):
 def test_the_normalisation_can_be_done_as_it_is_told(profile):
   ecg, told = synthetic.subject(7, 0)["ecg"], preprocess_ecg.in_words(profile)
   made = by_the_words(told["steps"], ecg.astype(np.float64))
-  assert made.shape == (len(told["leads"]), told["samples"]) and told["samples"] == 10 * told["rate_hz"]
+  assert (
+    made.shape == (len(told["leads"]), told["samples"]) and told["samples"] == 10 * told["rate_hz"]
+  )
   np.testing.assert_allclose(made, preprocess_ecg.normalise(ecg, profile), atol=1e-5)
 
 
 # The card
+
 
 def rows_of(card, heading):
   """{first cell: cells} of the table that a heading stands over."""
@@ -236,8 +299,17 @@ PHENOTYPES = "Phenotypes: R2 on test, and the MAE of the embedding in the phenot
 
 def test_the_sections_stand_in_mitchell_s_order(card):
   assert re.findall("^## (.*)$", card, re.MULTILINE) == [
-      "Model details", "Intended use", "Factors", "Metrics", "Evaluation data", "Training data", "Quantitative analyses",
-      "Ethical considerations", "Caveats and recommendations", "How to load it"]
+    "Model details",
+    "Intended use",
+    "Factors",
+    "Metrics",
+    "Evaluation data",
+    "Training data",
+    "Quantitative analyses",
+    "Ethical considerations",
+    "Caveats and recommendations",
+    "How to load it",
+  ]
 
 
 def test_the_card_has_the_figures_of_the_evaluation(card, results):
@@ -245,30 +317,60 @@ def test_the_card_has_the_figures_of_the_evaluation(card, results):
   assert list(found) == list(results["phenotypes"])
   for name, score in results["phenotypes"].items():
     r2, low, high = (round(x, 3) + 0.0 for x in (score["r2"], *score["r2_ci"]))
-    assert [float(x) for x in re.findall(r"[-\d.]+", found[name]["R2 [95 % CI]"])] == [r2, low, high]
-    assert float(found[name]["MAE"]) == round(score["mae"], 3) and found[name]["unit"] == score["units"]
-    for column, model in (("random", "random_encoder"), ("covariates", "covariates"), ("emb + cov", "with_covariates")):
+    assert [float(x) for x in re.findall(r"[-\d.]+", found[name]["R2 [95 % CI]"])] == [
+      r2,
+      low,
+      high,
+    ]
+    assert (
+      float(found[name]["MAE"]) == round(score["mae"], 3) and found[name]["unit"] == score["units"]
+    )
+    for column, model in (
+      ("random", "random_encoder"),
+      ("covariates", "covariates"),
+      ("emb + cov", "with_covariates"),
+    ):
       assert float(found[name][column]) == round(results["baselines"][model][name]["r2"], 3) + 0.0
   for name, counts in rows_of(card, "Diseases on test (few cases: counted, not scored)").items():
     assert int(counts["cases"]) == results["diseases"]["embedding"][name]["cases"]
   retrieval = rows_of(card, "Retrieval over the test split")
-  assert float(retrieval["ecg to cmr"]["r@10"]) == pytest.approx(results["retrieval"]["ecg_to_cmr"]["r@10"], rel=5e-3)
-  beats = sum(one["ci"][0] > 0 for one in results["differences"]["with_covariates_minus_covariates"].values())
-  assert f"over the covariates alone in {beats} of {len(found)} phenotypes" in " ".join(card.split())
+  assert float(retrieval["ecg to cmr"]["r@10"]) == pytest.approx(
+    results["retrieval"]["ecg_to_cmr"]["r@10"], rel=5e-3
+  )
+  beats = sum(
+    one["ci"][0] > 0 for one in results["differences"]["with_covariates_minus_covariates"].values()
+  )
+  assert f"over the covariates alone in {beats} of {len(found)} phenotypes" in " ".join(
+    card.split()
+  )
 
 
 def test_the_card_says_what_it_rests_on(card, results, cohort, workdir, run):
   records = rows_of(card, "Records")
-  assert {split: int(records["with CMR"][split]) for split in schema.SPLITS} == cohort.info["with_cmr"]
+  assert {split: int(records["with CMR"][split]) for split in schema.SPLITS} == cohort.info[
+    "with_cmr"
+  ]
   labels = rows_of(card, "Known labels")
-  assert {split: int(labels["LVM"][split]) for split in schema.SPLITS} == results["data"]["labels"]["LVM"]
+  assert {split: int(labels["LVM"][split]) for split in schema.SPLITS} == results["data"]["labels"][
+    "LVM"
+  ]
   assert int(rows_of(card, "What was read")["kept"]["records"]) == sum(results["counts"].values())
   text = " ".join(card.split())
   assert hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest() in text
-  assert cohort.fingerprint in text and cohort.info["source"] in text and "Test was scored once" in text
-  assert report.LIMITS.format(encoder="ECG") in text and model_card.RESEARCH_ONLY in text and evaluate.SYNTHETIC in text
+  assert (
+    cohort.fingerprint in text and cohort.info["source"] in text and "Test was scored once" in text
+  )
+  assert (
+    report.LIMITS.format(encoder="ECG") in text
+    and model_card.RESEARCH_ONLY in text
+    and evaluate.SYNTHETIC in text
+  )
   assert "`dual_phase` (dual_phase, weight 1)" in text and "6 of 6 updates of 8 recordings" in text
-  assert str(cohort.path) not in card and str(workdir) not in card and not re.search(r"/(home|tmp|work|root|data)/", card)
+  assert (
+    str(cohort.path) not in card
+    and str(workdir) not in card
+    and not re.search(r"/(home|tmp|work|root|data)/", card)
+  )
 
 
 def test_the_loader_of_the_card_works_as_it_stands(card, out, monkeypatch):
@@ -282,10 +384,20 @@ def test_the_loader_of_the_card_works_as_it_stands(card, out, monkeypatch):
 
 
 def test_diseases_that_were_scored_and_a_second_look(run, results):
-  scored = {"cases": 40, "n": 300, "auroc": 0.7128, "auroc_ci": [0.61, 0.8], "auprc": 0.3, "auprc_ci": [0.2, 0.4]}
+  scored = {
+    "cases": 40,
+    "n": 300,
+    "auroc": 0.7128,
+    "auroc_ci": [0.61, 0.8],
+    "auprc": 0.3,
+    "auprc_ci": [0.2, 0.4],
+  }
   few = {"cases": 3, "n": 300, "train_cases": 5}
-  changed = results | {"diseases": {model: {"HF": scored, "A|F <b>": few} for model in ("embedding", "covariates")},
-                       "test_scored": 3, "seen_people": {"test": 2, "val": 0, "note": "2 of 4 test people"}}
+  changed = results | {
+    "diseases": {model: {"HF": scored, "A|F <b>": few} for model in ("embedding", "covariates")},
+    "test_scored": 3,
+    "seen_people": {"test": 2, "val": 0, "note": "2 of 4 test people"},
+  }
   card = model_card.model_card(run.config, run.manifest, changed)
   found = rows_of(card, "Diseases on test (few cases: counted, not scored)")
   assert found["HF"]["AUROC embedding"] == "0.713 [0.610, 0.800]"
@@ -295,18 +407,33 @@ def test_diseases_that_were_scored_and_a_second_look(run, results):
 
 
 def test_weights_from_elsewhere_and_another_cohort(run, results):
-  """Converted weights: what they were trained on is not known, and the evaluation's cohort is not it."""
+  """Converted weights: what they were trained on is not known, and the evaluation's cohort is not
+  it."""
   manifest = run.manifest | {"origin": "signal_encoder.pth", "cohort": "", "step": 0}
   text = " ".join(model_card.model_card(run.config, manifest, results).split())
-  assert "the run does not know what they were trained on" in text and "converted from `signal_encoder.pth`" in text
+  assert (
+    "the run does not know what they were trained on" in text
+    and "converted from `signal_encoder.pth`" in text
+  )
   assert "updates of" not in text and "was trained on, " not in text
-  section = lambda name: text.partition(f"## {name}")[2].partition(" ## ")[0]
+
+  def section(name):
+    return text.partition(f"## {name}")[2].partition(" ## ")[0]
+
   evaluation, training = section("Evaluation data"), section("Training data")
-  assert results["cohort_fingerprint"] in evaluation and "Known labels" in evaluation and "Known labels" not in training
+  assert (
+    results["cohort_fingerprint"] in evaluation
+    and "Known labels" in evaluation
+    and "Known labels" not in training
+  )
 
 
 def test_an_evaluation_of_an_earlier_version(run, results):
-  old = {name: x for name, x in results.items() if name not in ("data", "test_scored", "differences", "ceiling")}
+  old = {
+    name: x
+    for name, x in results.items()
+    if name not in ("data", "test_scored", "differences", "ceiling")
+  }
   text = " ".join(model_card.model_card(run.config, run.manifest, old).split())
   assert "an unrecorded number of times" in text and "not recorded by that evaluation" in text
   assert "R2 is higher" not in text and "`ceiling`" not in text
@@ -315,8 +442,13 @@ def test_an_evaluation_of_an_earlier_version(run, results):
 def test_without_an_evaluation_no_metric_is_told(copy, tmp_path, capsys):
   shutil.rmtree(copy / "evaluation")
   export.main([f"--workdir={copy}", f"--out={tmp_path / 'out'}", "--platforms=cpu", "--step=3"])
-  card, about = (tmp_path / "out/MODEL_CARD.md").read_text(), json.loads((tmp_path / "out/export.json").read_text())
-  assert card.count("No metrics were measured") == 2 and "| R2" not in card and "phenotypes\"" not in card
+  card, about = (
+    (tmp_path / "out/MODEL_CARD.md").read_text(),
+    json.loads((tmp_path / "out/export.json").read_text()),
+  )
+  assert (
+    card.count("No metrics were measured") == 2 and "| R2" not in card and 'phenotypes"' not in card
+  )
   assert list(about["outputs"]) == ["embedding"] and about["step"] == 3
   made = jax_export.deserialize((tmp_path / "out/encoder.stablehlo").read_bytes())
   assert list(made.call(np.zeros((1, 12, 5000), np.float32))) == ["embedding"]
@@ -325,9 +457,12 @@ def test_without_an_evaluation_no_metric_is_told(copy, tmp_path, capsys):
 
 # Mistakes
 
+
 @pytest.mark.parametrize("platforms", ["gpu", "cpu,", "cpu;tpu", ""])
 def test_an_unknown_platform(workdir, tmp_path, capsys, platforms):
-  error = refused(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}", f"--platforms={platforms}")
+  error = refused(
+    capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}", f"--platforms={platforms}"
+  )
   assert "expected some of cpu,cuda,rocm,tpu" in error and not list(tmp_path.iterdir())
 
 
@@ -336,11 +471,15 @@ def test_a_folder_that_is_no_export_is_left_alone(workdir, tmp_path, capsys):
   error = refused(capsys, f"--workdir={workdir}", f"--out={tmp_path}")
   assert "is not an export (it has no export.json)" in error
   assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
-  assert "is not an export" in refused(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'mine.txt'}")
+  assert "is not an export" in refused(
+    capsys, f"--workdir={workdir}", f"--out={tmp_path / 'mine.txt'}"
+  )
   assert "is not an export" in refused(capsys, f"--workdir={workdir}", f"--out={workdir}")
 
 
-def test_an_earlier_export_is_replaced_whole_or_not_at_all(workdir, at_hand, tmp_path, capsys, monkeypatch):
+def test_an_earlier_export_is_replaced_whole_or_not_at_all(
+  workdir, at_hand, tmp_path, capsys, monkeypatch
+):
   flags = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--platforms=cpu"]
   export.main(flags)
   first = (tmp_path / "out/encoder.stablehlo").read_bytes()
@@ -349,7 +488,8 @@ def test_an_earlier_export_is_replaced_whole_or_not_at_all(workdir, at_hand, tmp
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "write_text", crash)  # after the encoder is written, before its description
+    # after the encoder is written, before its description
+    patch.setattr(pathlib.Path, "write_text", crash)
     assert "No space left" in refused(capsys, *flags, "--step=3")
   assert (tmp_path / "out/encoder.stablehlo").read_bytes() == first
   export.main(flags)  # the same run, the same file
@@ -359,34 +499,66 @@ def test_an_earlier_export_is_replaced_whole_or_not_at_all(workdir, at_hand, tmp
   assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda folder: (folder / "probes.npz").write_bytes((folder / "probes.npz").read_bytes()[:300]), "probes.npz"),
-    (lambda folder: np.savez(folder / "probes.npz", names=["LVM"], units=["g"], coef=np.ones((17, 1)), intercept=[0.0], half_width=[1.0]),
-     "width 17, the encoder gives 16"),
-    (lambda folder: np.savez(folder / "probes.npz", names=["LVM"], units=["g"], coef=np.ones((16, 2)), intercept=[0.0], half_width=[1.0]),
-     "expected [D, names]"),
+@pytest.mark.parametrize(
+  "spoil, words",
+  [
+    (
+      lambda folder: (folder / "probes.npz").write_bytes(
+        (folder / "probes.npz").read_bytes()[:300]
+      ),
+      "probes.npz",
+    ),
+    (
+      lambda folder: np.savez(
+        folder / "probes.npz",
+        names=["LVM"],
+        units=["g"],
+        coef=np.ones((17, 1)),
+        intercept=[0.0],
+        half_width=[1.0],
+      ),
+      "width 17, the encoder gives 16",
+    ),
+    (
+      lambda folder: np.savez(
+        folder / "probes.npz",
+        names=["LVM"],
+        units=["g"],
+        coef=np.ones((16, 2)),
+        intercept=[0.0],
+        half_width=[1.0],
+      ),
+      "expected [D, names]",
+    ),
     (lambda folder: (folder / "probes.npz").unlink(), "only one of probes.npz and results.json"),
     (lambda folder: (folder / "results.json").unlink(), "only one of probes.npz and results.json"),
     (lambda folder: (folder / "results.json").write_text('{"phenotypes": {'), "cannot read"),
     (lambda folder: (folder / "results.json").write_text("{}"), "has no counts, no phenotypes"),
     (lambda folder: (folder / "results.json").write_text("3"), "cannot read"),
-])
+  ],
+)
 def test_a_damaged_evaluation_is_one_line(copy, tmp_path, capsys, spoil, words):
   spoil(copy / "evaluation/6")
   error = refused(capsys, f"--workdir={copy}", f"--out={tmp_path / 'out'}")
-  assert words in error and ["w"] == [file.name for file in tmp_path.iterdir()]
+  assert words in error and [file.name for file in tmp_path.iterdir()] == ["w"]
 
 
-@pytest.mark.parametrize("change, words", [(dict(film=True), "also takes covariates"),
-                                           (dict(size=""), "has no ECG encoder")])
-def test_encoders_that_an_ecg_alone_does_not_serve(run, tmp_path, capsys, monkeypatch, change, words):
+@pytest.mark.parametrize(
+  "change, words",
+  [(dict(film=True), "also takes covariates"), (dict(size=""), "has no ECG encoder")],
+)
+def test_encoders_that_an_ecg_alone_does_not_serve(
+  run, tmp_path, capsys, monkeypatch, change, words
+):
   config = run.config.copy_and_resolve_references()
   config.model.ecg.update(change)
   monkeypatch.setattr(restore, "load_run", lambda workdir, step: run._replace(config=config))
   assert words in refused(capsys, "--workdir=w", f"--out={tmp_path / 'out'}")
 
 
-def test_weights_beyond_the_format_are_refused_before_they_are_traced(workdir, at_hand, tmp_path, capsys, monkeypatch):
+def test_weights_beyond_the_format_are_refused_before_they_are_traced(
+  workdir, at_hand, tmp_path, capsys, monkeypatch
+):
   monkeypatch.setattr(export, "MOST_BYTES", 1000)
   monkeypatch.setattr(export.export, "export", lambda *_, **__: pytest.fail("traced"))
   assert "GB of weights" in refused(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'out'}")

@@ -25,7 +25,10 @@ AMPERE, HOPPER = kernels.Gpu((8, 0), 90800), kernels.Gpu((9, 0), 91200)
 
 def tell(patch, gpu):
   """Everything that asks for the GPU at hand is told that it is this one."""
-  parsed = lambda capability: tuple(map(int, capability.split(".")))
+
+  def parsed(capability):
+    return tuple(map(int, capability.split(".")))
+
   patch(wrapper, "check_cudnn_version", lambda: gpu.cudnn)
   patch(wrapper, "check_compute_capability", lambda least: gpu.capability >= parsed(least))
   patch(wrapper, "is_cuda_compute_capability_equal", lambda one: gpu.capability == parsed(one))
@@ -33,7 +36,9 @@ def tell(patch, gpu):
 
 
 def value_and_grad(function):
-  loss = lambda *args: (function(*args).astype(jnp.float32) ** 2).sum()
+  def loss(*args):
+    return (function(*args).astype(jnp.float32) ** 2).sum()
+
   return jax.value_and_grad(loss, argnums=(0, 1, 2))
 
 
@@ -53,7 +58,10 @@ def recipes():
   """(queries, keys, width of a head) of all attention of the recipes at full size -> a recipe"""
   found, patch = {}, pytest.MonkeyPatch()
   patch.syspath_prepend(ROOT / "configs")
-  one = lambda blocks, x, *_: blocks[0](x) if blocks else x  # all of a tower are alike
+
+  def one(blocks, x, *_):
+    return blocks[0](x) if blocks else x  # all of a tower are alike
+
   patch.setattr(vit, "through", one)
   for file in sorted(ROOT.glob("configs/*.py")):
     module = importlib.import_module(file.stem)
@@ -67,8 +75,9 @@ def recipes():
       patch.setattr(kernels, "attention", note)
       config = module.get_config(argument)
       _, shapes, scales = program.records(config)
-      model = pretrainer.build(config.model, config.data.samples, len(scales.names),
-                               len(scales.diseases))
+      model = pretrainer.build(
+        config.model, config.data.samples, len(scales.names), len(scales.diseases)
+      )
       example = steps.example(config, shapes, len(scales.names), 2)
       jax.eval_shape(lambda: state_room.variables(model, example))
   patch.undo()
@@ -85,44 +94,81 @@ def noted(found, name, q, k, v):
 def test_every_attention_of_the_recipes_lowers_for_a_gpu_as_cudnns(recipes, gpu, monkeypatch):
   """With CLS (601, 301, 361), of masked views (121, 61), of CMR, across from latents to an ECG."""
   tell(monkeypatch.setattr, gpu)
-  assert {(601, 601, 64), (121, 121, 64), (601, 601, 32), (601, 601, 72), (361, 361, 64),
-          (301, 301, 64), (61, 61, 64), (384, 384, 64), (384, 600, 64), (1, 600, 64)
-          } <= recipes.keys()
+  assert {
+    (601, 601, 64),
+    (121, 121, 64),
+    (601, 601, 32),
+    (601, 601, 72),
+    (361, 361, 64),
+    (301, 301, 64),
+    (61, 61, 64),
+    (384, 384, 64),
+    (384, 600, 64),
+    (1, 600, 64),
+  } <= recipes.keys()
   for (n, m, width), name in recipes.items():
     q, k = tokens(n, width), tokens(m, width)
     calls = on_cuda(value_and_grad(kernels.attention), q, k, k)
     assert calls == ((1, 1) if n > 1 else (0, 0)), (name, n, m, width)
 
 
-@pytest.mark.parametrize("gpu", [AMPERE, kernels.Gpu((7, 5), 90800), kernels.Gpu((10, 3), 90800),
-                                 kernels.Gpu((12, 0), 91200)], ids=str)
+@pytest.mark.parametrize(
+  "gpu",
+  [AMPERE, kernels.Gpu((7, 5), 90800), kernels.Gpu((10, 3), 90800), kernels.Gpu((12, 0), 91200)],
+  ids=str,
+)
 def test_what_cudnns_wrapper_refuses_is_left_to_xla(gpu, monkeypatch):
   """Nothing of this raises, and what has a call of cuDNN's is what `suits_cudnn` says."""
   tell(monkeypatch.setattr, gpu)
   for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-    for n, m, width in ((9, 9, 64), (8, 8, 128), (9, 5, 8), (9, 9, 4), (9, 9, 12), (9, 9, 136),
-                        (1, 9, 64), (2, 1, 64)):
+    for n, m, width in (
+      (9, 9, 64),
+      (8, 8, 128),
+      (9, 5, 8),
+      (9, 9, 4),
+      (9, 9, 12),
+      (9, 9, 136),
+      (1, 9, 64),
+      (2, 1, 64),
+    ):
       q, k = tokens(n, width, dtype), tokens(m, width, dtype)
       calls = on_cuda(value_and_grad(kernels.attention), q, k, k)
       assert calls == ((1, 1) if kernels.suits_cudnn(q, k, gpu) else (0, 0)), (dtype, n, m, width)
 
 
-@pytest.mark.parametrize("change, suits", [
-    ({}, True), (dict(gpu=None), False), (dict(gpu=kernels.Gpu((7, 5), 91200)), False),
-    (dict(gpu=kernels.Gpu((10, 0), 90800)), True), (dict(gpu=kernels.Gpu((10, 3), 90800)), False),
-    (dict(gpu=kernels.Gpu((10, 3), 91100)), True), (dict(dtype=jnp.float16), True),
-    (dict(dtype=jnp.float32), False), (dict(width=12), False), (dict(width=136), False),
-    (dict(queries=1), False), (dict(queries=384), True),
-    (dict(queries=export.symbolic_shape("n")[0]), False)])
+@pytest.mark.parametrize(
+  "change, suits",
+  [
+    ({}, True),
+    (dict(gpu=None), False),
+    (dict(gpu=kernels.Gpu((7, 5), 91200)), False),
+    (dict(gpu=kernels.Gpu((10, 0), 90800)), True),
+    (dict(gpu=kernels.Gpu((10, 3), 90800)), False),
+    (dict(gpu=kernels.Gpu((10, 3), 91100)), True),
+    (dict(dtype=jnp.float16), True),
+    (dict(dtype=jnp.float32), False),
+    (dict(width=12), False),
+    (dict(width=136), False),
+    (dict(queries=1), False),
+    (dict(queries=384), True),
+    (dict(queries=export.symbolic_shape("n")[0]), False),
+  ],
+)
 def test_cudnn_is_asked_only_for_what_it_takes(change, suits):
   c = dict(gpu=HOPPER, dtype=jnp.bfloat16, width=64, queries=601) | change
   q, k = (tokens(n, c["width"], c["dtype"]) for n in (c["queries"], 601))
   assert kernels.suits_cudnn(q, k, c["gpu"]) is suits
 
 
-@pytest.mark.parametrize("platform, version, found", [
-    ("gpu", "PJRT C API\ncuda 13000", HOPPER), ("gpu", "rocm 7", None), ("cpu", "cpu", None),
-    ("tpu", "libtpu", None)])
+@pytest.mark.parametrize(
+  "platform, version, found",
+  [
+    ("gpu", "PJRT C API\ncuda 13000", HOPPER),
+    ("gpu", "rocm 7", None),
+    ("cpu", "cpu", None),
+    ("tpu", "libtpu", None),
+  ],
+)
 def test_the_gpu_at_hand(platform, version, found, monkeypatch):
   client = types.SimpleNamespace(platform_version=version)
   device = types.SimpleNamespace(platform=platform, client=client, compute_capability="9.0")
@@ -149,8 +195,10 @@ def test_remat_and_scan_lower_for_a_gpu(levers, monkeypatch):
   params = jax.eval_shape(vit.Block(2).init, jax.random.key(0), x)["params"]
 
   def tower(first, second, x):
-    blocks = [vit.Block(2, layer=i, dtype=jnp.bfloat16).bind({"params": params})
-              for i, params in enumerate((first, second))]
+    blocks = [
+      vit.Block(2, layer=i, dtype=jnp.bfloat16).bind({"params": params})
+      for i, params in enumerate((first, second))
+    ]
     return vit.through(blocks, x, **levers)
 
   blocks = 1 if "scan" in levers else 2
@@ -214,8 +262,10 @@ print(json.dumps([count("Softmax"), count("SoftmaxBackward"), collectives]))
 
 
 @pytest.mark.reported("bfloat16 training ended at its first trace on every Ampere and Hopper GPU")
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_plugins"))),
-                    reason="no CUDA wheels (jax-cuda13-plugin, jax-cuda13-pjrt)")
+@pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_plugins"))),
+  reason="no CUDA wheels (jax-cuda13-plugin, jax-cuda13-pjrt)",
+)
 def test_a_step_of_the_ecg_tower_compiles_for_h100():
   """Value and gradient, 61 and 13 tokens, on two nodes of two GPUs, which split the matrices."""
   forwards, backwards, collectives = json.loads(python(COMPILE).strip().splitlines()[-1])

@@ -1,4 +1,5 @@
-"""The launch scripts, with stand-ins for srun, scontrol and gcloud that write down their arguments and work on this machine."""
+"""The launch scripts, with stand-ins for srun, scontrol and gcloud that write down their arguments
+and work on this machine."""
 
 import os
 import pathlib
@@ -17,7 +18,8 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
 SLURM = ROOT / "launch/slurm.sh"
 
-# What the scripts start in place of mmcl: joins the others by whatever the script gives it, and ends with $STATUS.
+# What the scripts start in place of mmcl: joins the others by whatever the script gives it, and
+# ends with $STATUS.
 HOSTS = f"""#!{sys.executable}
 import os, sys
 from mmcl_jax import cli
@@ -32,7 +34,8 @@ def main(argv):
 
 cli.run(main, hosts=True)
 """
-# The same for one host alone, without Python's start: a line a start in the file `started`, 75 as often as `stops` says.
+# The same for one host alone, without Python's start: a line a start in the file `started`, 75 as
+# often as `stops` says.
 ALONE = """#!/usr/bin/env bash
 echo "mmcl $*" >> started
 [ "$(wc -l < started)" -gt "${STOPS:-0}" ] && exit "${STATUS:-0}"
@@ -81,11 +84,25 @@ def run(script, folder, *args, **env):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
-  env = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "41",
-         "SLURM_CPUS_PER_TASK": "8", "TASKS": "1", "JAX_COORDINATOR_PORT": str(port),
-         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}", "JAX_PLATFORMS": "cpu"} | env
+  env = {
+    "PATH": f"{folder}/bin:{os.environ['PATH']}",
+    "SLURM_SUBMIT_DIR": str(folder),
+    "SLURM_JOB_ID": "41",
+    "SLURM_CPUS_PER_TASK": "8",
+    "TASKS": "1",
+    "JAX_COORDINATOR_PORT": str(port),
+    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_PLATFORMS": "cpu",
+  } | env
   inherited = {name: x for name, x in os.environ.items() if not name.startswith("SLURM_")}
-  return subprocess.run(["bash", str(script), *args], cwd=folder, env=inherited | env, capture_output=True, text=True, timeout=600)
+  return subprocess.run(
+    ["bash", str(script), *args],
+    cwd=folder,
+    env=inherited | env,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
 
 
 def calls(folder):
@@ -97,17 +114,24 @@ def test_scripts_are_bash(script):
   assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
   assert script.read_text().splitlines()[1].startswith("# ")  # says what it does
   if shutil.which("shellcheck"):
-    found = subprocess.run(["shellcheck", "--severity=warning", "--shell=bash", script], capture_output=True, text=True)
+    found = subprocess.run(
+      ["shellcheck", "--severity=warning", "--shell=bash", script], capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout
 
 
 def test_a_slurm_job_that_was_told_to_stop_is_queued_again(job):
   done = run(SLURM, job, "train", "--workdir=a b", STOPS="1")
   assert done.returncode == 75, done.stderr
-  assert calls(job) == ["srun --kill-on-bad-exit=0 .venv/bin/mmcl train --workdir=a b", "scontrol requeue 41"]
+  assert calls(job) == [
+    "srun --kill-on-bad-exit=0 .venv/bin/mmcl train --workdir=a b",
+    "scontrol requeue 41",
+  ]
 
 
-@pytest.mark.parametrize("status, words", [(0, ""), (2, ""), (134, "a host was killed or lost (status 134)")])
+@pytest.mark.parametrize(
+  "status, words", [(0, ""), (2, ""), (134, "a host was killed or lost (status 134)")]
+)
 def test_a_slurm_job_that_ended_is_not_queued_again(status, words, job):
   done = run(SLURM, job, "train", STATUS=str(status))
   assert done.returncode == status and words in done.stdout
@@ -115,7 +139,8 @@ def test_a_slurm_job_that_ended_is_not_queued_again(status, words, job):
 
 
 def test_the_slurm_script_asks_for_what_it_says():
-  """SIGTERM to the steps (not B:, to the script), a task per GPU, and the command that overrides it for a task per node."""
+  """SIGTERM to the steps (not B:, to the script), a task per GPU, and the command that overrides it
+  for a task per node."""
   text = SLURM.read_text()
   asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
   assert asked["signal"] == "TERM@300" and asked["ntasks-per-node"] == asked["gpus-per-node"]
@@ -130,7 +155,9 @@ def test_tasks_of_srun_find_each_other_and_their_75_requeues(job):
   executable(job / ".venv/bin/mmcl", HOSTS)
   done = run(SLURM, job, "train", TASKS="2", STATUS="75", PYTHONPATH=str(ROOT))
   assert sorted(line for line in done.stdout.splitlines() if line.startswith("mmcl on")) == [
-      "mmcl on host 0 of 2 train", "mmcl on host 1 of 2 train"], done.stderr
+    "mmcl on host 0 of 2 train",
+    "mmcl on host 1 of 2 train",
+  ], done.stderr
   assert done.returncode == 75 and calls(job)[-1] == "scontrol requeue 41"
 
 
@@ -141,7 +168,9 @@ def test_local_starts_the_hosts_of_one_run(job):
   done = run(job / "launch/local.sh", job, "3", "train", "--workdir=W", STATUS="3")
   started = sorted((job / "started").read_text().splitlines())
   address = started[0].split()[3]
-  assert started == [f"mmcl train --workdir=W {address} --processes=3 --process={i}" for i in range(3)]
+  assert started == [
+    f"mmcl train --workdir=W {address} --processes=3 --process={i}" for i in range(3)
+  ]
   assert address.startswith("--coordinator=127.0.0.1:") and done.returncode == 3
 
 
@@ -156,19 +185,40 @@ def test_a_tpu_pod_gets_the_checkout_and_starts_again_after_75(job):
   subprocess.run([*git, "add", "-A", "-f"], check=True)
   executable(job / "bin/sleep", "#!/bin/sh\n")
   (job / "worker").mkdir()
-  done = run(repository / "launch/tpu_pod.sh", job, "train", "--workdir=/a b", TPU="pod", ZONE="z", WORKER=str(job / "worker"), STOPS="2", STATUS="0")
+  done = run(
+    repository / "launch/tpu_pod.sh",
+    job,
+    "train",
+    "--workdir=/a b",
+    TPU="pod",
+    ZONE="z",
+    WORKER=str(job / "worker"),
+    STOPS="2",
+    STATUS="0",
+  )
   assert done.returncode == 0, done.stderr
   started = (job / "worker/mmcl_jax/started").read_text().splitlines()
   assert started == ["install tpu"] + ["mmcl train --workdir=/a b"] * 2
-  assert [line.split()[-1] for line in (repository / "calls").read_text().splitlines()] == ["scp", "ssh"]
+  assert [line.split()[-1] for line in (repository / "calls").read_text().splitlines()] == [
+    "scp",
+    "ssh",
+  ]
 
 
 def test_the_jobset_starts_again_after_75_and_runs_one_process_a_host():
   whole = yaml.safe_load((ROOT / "launch/gke.yaml").read_text())
   job = whole["spec"]["replicatedJobs"][0]["template"]["spec"]
-  assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+  assert (
+    job["parallelism"] == job["completions"] == 4
+    and job["completionMode"] == "Indexed"
+    and job["backoffLimit"] == 0
+  )
   assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [os.EX_TEMPFAIL]
-  assert whole["spec"]["failurePolicy"]["rules"] == [{"action": "RestartJobSetAndIgnoreMaxRestarts",
-                                                      "onJobFailureReasons": ["PodFailurePolicy"]}]
+  assert whole["spec"]["failurePolicy"]["rules"] == [
+    {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+  ]
   pod = job["template"]["spec"]
-  assert pod["restartPolicy"] == "Never" and pathlib.PurePath(pod["containers"][0]["command"][0]).name == "mmcl"
+  assert (
+    pod["restartPolicy"] == "Never"
+    and pathlib.PurePath(pod["containers"][0]["command"][0]).name == "mmcl"
+  )

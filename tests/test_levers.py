@@ -1,4 +1,5 @@
-"""What saves memory and time must not change the numbers: remat, scan, masked views, and the kernels of our own."""
+"""What saves memory and time must not change the numbers: remat, scan, masked views, and the
+kernels of our own."""
 
 import functools
 import json
@@ -21,6 +22,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def difference(found, expected):
   """Largest difference of two trees, relative to the largest expected value of the leaf."""
+
   def of(x, y):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     assert x.shape == y.shape
@@ -33,38 +35,51 @@ def difference(found, expected):
 def drawn(shapes, seed=0):
   """Variables of these shapes, none of them 0 or 1, as fresh ones would be."""
   rng = np.random.default_rng(seed)
+
   def draw(path, x):
     if path[-1].key in ("var", "scale"):
       return rng.uniform(0.5, 1.5, x.shape).astype(x.dtype)
-    return (rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[:-1]) if path[-1].key == "kernel" else 4)).astype(x.dtype)
+    return (
+      rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[:-1]) if path[-1].key == "kernel" else 4)
+    ).astype(x.dtype)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-# ------------------------------------------------------------------------------------------------------ remat and scan
+# ------------------------------------------------------------------------------------------------------
+# remat and scan
 
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
 
 
 def tower(**levers):
-  """How an ECG tower of 6 + 4 blocks is initialised, and its loss as a function of variables, ecg and keys."""
+  """How an ECG tower of 6 + 4 blocks is initialised, and its loss as a function of variables, ecg
+  and keys."""
   c = configuration.defaults(8, 6).model
   size = dict(size=(32, 6, 2, 16, 4, 2), patch=10, mask_ratio=0.5, drop_path=0.5)
   model = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 40, **levers)
 
   def loss(variables, x, keys):
     _, embedding = model.apply(variables, x, keys)
-    return (embedding ** 2).sum() + (model.apply(variables, x, keys, method="reconstruct")["reconstruction"] ** 2).mean()
+    return (embedding**2).sum() + (
+      model.apply(variables, x, keys, method="reconstruct")["reconstruction"] ** 2
+    ).mean()
 
-  init = lambda key, x, keys: model.init(key, x, keys, method=lambda m, x, keys: (m(x), m.reconstruct(x, keys)))
+  def init(key, x, keys):
+    return model.init(key, x, keys, method=lambda m, x, keys: (m(x), m.reconstruct(x, keys)))
+
   return init, loss
 
 
 def kept(f, *args) -> int:
-  """Bytes that the forward pass keeps for the backward pass. What XLA's CPU compiler plans tells nothing: it drops the
-  barriers that hold a recomputation apart from the first one."""
+  """Bytes that the forward pass keeps for the backward pass. What XLA's CPU compiler plans tells
+  nothing: it drops the barriers that hold a recomputation apart from the first one."""
   pull = jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args)
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating))
+  return sum(
+    x.size * x.dtype.itemsize
+    for x in jax.tree.leaves(pull)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  )
 
 
 @functools.cache
@@ -87,30 +102,50 @@ def test_numbers_and_parameters_do_not_depend_on_remat_and_scan(remat, scan):
 
 
 def test_remat_takes_less_memory_and_dots_lie_between():
-  none, dots, blocks = (measured(remat=remat, scan=False)[1] for remat in ("none", "dots", "blocks"))
+  none, dots, blocks = (
+    measured(remat=remat, scan=False)[1] for remat in ("none", "dots", "blocks")
+  )
   assert blocks < 0.1 * none and 2 * blocks < dots < 0.5 * none, (none, dots, blocks)
   assert measured(remat="blocks", scan=True)[1] < 0.2 * measured(remat="none", scan=True)[1]
 
 
 def test_scan_compiles_one_block_for_all():
-  """Eight blocks: one loop in the program, and the products of one block, where unrolled there are eight times as many."""
+  """Eight blocks: one loop in the program, and the products of one block, where unrolled there are
+  eight times as many."""
   model = video.VideoViT(16, 8, 2, (), (1, 2, 2))
-  params = jax.eval_shape(lambda key: model.init(key, jnp.ones((2, 1, 4, 4)), None, False), jax.random.key(0))
+  params = jax.eval_shape(
+    lambda key: model.init(key, jnp.ones((2, 1, 4, 4)), None, False), jax.random.key(0)
+  )
   texts = {}
   for scan in (False, True):
     model = video.VideoViT(16, 8, 2, (), (1, 2, 2), scan=scan)
-    texts[scan] = jax.jit(lambda v: model.apply(v, jnp.ones((2, 1, 4, 4)), None, False)).lower(params).as_text()
-  count = lambda scan, op: texts[scan].count(f"stablehlo.{op}")
+    texts[scan] = (
+      jax.jit(lambda v: model.apply(v, jnp.ones((2, 1, 4, 4)), None, False)).lower(params).as_text()
+    )
+
+  def count(scan, op):
+    return texts[scan].count(f"stablehlo.{op}")
+
   assert (count(False, "while"), count(True, "while")) == (0, 1)
   assert (count(False, "dot_general"), count(True, "dot_general")) == (8 * 6 + 1, 6 + 1)
   assert len(texts[True].splitlines()) < 0.5 * len(texts[False].splitlines())
 
 
 def test_scan_in_bfloat16_casts_what_the_blocks_cast():
-  (a, ga), (b, gb) = (measured(remat="none", scan=scan, dtype=jnp.bfloat16)[0] for scan in (False, True))
+  (a, ga), (b, gb) = (
+    measured(remat="none", scan=scan, dtype=jnp.bfloat16)[0] for scan in (False, True)
+  )
   assert abs(a - b) < 1e-2 * abs(a) and difference(gb, ga) < 0.1
-  norms = vit.compute_params(vit.Block(2, dtype=jnp.bfloat16).bind({"params": {
-      "norm1": {"scale": jnp.ones(4)}, "qkv": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)}}}))
+  norms = vit.compute_params(
+    vit.Block(2, dtype=jnp.bfloat16).bind(
+      {
+        "params": {
+          "norm1": {"scale": jnp.ones(4)},
+          "qkv": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)},
+        }
+      }
+    )
+  )
   assert norms["norm1"]["scale"].dtype == jnp.float32
   assert norms["qkv"]["kernel"].dtype == norms["qkv"]["bias"].dtype == jnp.bfloat16
 
@@ -118,31 +153,49 @@ def test_scan_in_bfloat16_casts_what_the_blocks_cast():
 def test_video_tower_scans_and_forgets_alike():
   x = np.random.default_rng(0).random((2, 2, 8, 8)).astype(np.float32)
   keys = jax.random.split(jax.random.key(0), 2)
-  models = [video.VideoViT(16, 3, 2, (16, 2, 2), (1, 4, 4), 0.5, **levers) for levers in ({}, dict(remat="blocks", scan=True))]
-  init = lambda model: jax.eval_shape(lambda key: model.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(1))
+  models = [
+    video.VideoViT(16, 3, 2, (16, 2, 2), (1, 4, 4), 0.5, **levers)
+    for levers in ({}, dict(remat="blocks", scan=True))
+  ]
+
+  def init(model):
+    return jax.eval_shape(
+      lambda key: model.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(1)
+    )
+
   shapes = [init(model) for model in models]
   assert shapes[0] == shapes[1]
   variables = drawn(shapes[0])
 
   def loss(variables, model):
     features = model.apply(variables, x, None, True, keys)
-    return (features ** 2).sum() + (model.apply(variables, x, keys, 0.5, method="reconstruct")["reconstruction"] ** 2).mean()
+    return (features**2).sum() + (
+      model.apply(variables, x, keys, 0.5, method="reconstruct")["reconstruction"] ** 2
+    ).mean()
 
-  first, second = (jit(jax.value_and_grad(functools.partial(loss, model=model)))(variables) for model in models)
+  first, second = (
+    jit(jax.value_and_grad(functools.partial(loss, model=model)))(variables) for model in models
+  )
   assert difference(second, first) < 1e-5
 
 
 @functools.cache
 def resnet_measured(remat):
-  """Features, gradients, changed statistics of a slow ResNet of 5 blocks, and the bytes kept between the passes."""
+  """Features, gradients, changed statistics of a slow ResNet of 5 blocks, and the bytes kept
+  between the passes."""
   model = resnet.SlowResNet(4, resnet.Bottleneck, ((4, 4, 3), (8, 1, 1)), remat=remat)
-  x, rows = np.random.default_rng(0).random((4, 3, 32, 32)).astype(np.float32), np.array([1, 0, 1, 1], np.float32)
+  x, rows = (
+    np.random.default_rng(0).random((4, 3, 32, 32)).astype(np.float32),
+    np.array([1, 0, 1, 1], np.float32),
+  )
   shapes = jax.eval_shape(lambda key: model.init(key, x, rows, False), jax.random.key(0))
   variables = drawn(shapes)
 
   def loss(params):
-    y, changed = model.apply({**variables, "params": params}, x, rows, True, mutable=["batch_stats"])
-    return (rows[:, None] * y ** 2).sum(), (y, changed)
+    y, changed = model.apply(
+      {**variables, "params": params}, x, rows, True, mutable=["batch_stats"]
+    )
+    return (rows[:, None] * y**2).sum(), (y, changed)
 
   found = jax.device_get(jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
   return found, kept(lambda params: loss(params)[0], variables["params"]), shapes
@@ -153,12 +206,17 @@ def test_resnet_remat_keeps_features_gradients_and_statistics(remat):
   (found, some, shapes), (expected, whole, before) = resnet_measured(remat), resnet_measured("none")
   assert shapes == before
   assert difference(found, expected) < 1e-4
-  statistics = lambda result: result[0][1][1]["batch_stats"]
+
+  def statistics(result):
+    return result[0][1][1]["batch_stats"]
+
   assert difference(statistics(found), statistics(expected)) < 1e-6
   assert some < 0.5 * whole, (some, whole)
 
 
-# --------------------------------------------------------------------------------------------------------- masked view
+# ---------------------------------------------------------------------------------------------------------
+# masked view
+
 
 def pretrained(train=True, **changes):
   """A model with one ECG tower, random variables, a batch and its keys."""
@@ -167,13 +225,24 @@ def pretrained(train=True, **changes):
   c.ecg.update({"size": "test", "patch": 10, "mask_ratio": 0.5} | changes)
   model = pretrainer.build(c, 40)
   rng = np.random.default_rng(0)
-  batch = {"ecg": rng.normal(size=(4, 12, 40)).astype(np.float32), "conditions": rng.normal(size=(4, 2)).astype(np.float32),
-           "cmr": {}, **{name: np.ones(4, np.float32) for name in ("mask", "has_ecg", "has_cmr")}}
+  batch = {
+    "ecg": rng.normal(size=(4, 12, 40)).astype(np.float32),
+    "conditions": rng.normal(size=(4, 2)).astype(np.float32),
+    "cmr": {},
+    **{name: np.ones(4, np.float32) for name in ("mask", "has_ecg", "has_cmr")},
+  }
   keys = jax.random.split(jax.random.key(0), 4)
-  return model, drawn(jax.eval_shape(lambda key: model.init(key, batch, keys), jax.random.key(0))), batch, keys
+  return (
+    model,
+    drawn(jax.eval_shape(lambda key: model.init(key, batch, keys), jax.random.key(0))),
+    batch,
+    keys,
+  )
 
 
-@pytest.mark.parametrize("changes", [{}, dict(pool="cls", drop_path=0.4), dict(pool="attention", head=6, film=True)])
+@pytest.mark.parametrize(
+  "changes", [{}, dict(pool="cls", drop_path=0.4), dict(pool="attention", head=6, film=True)]
+)
 def test_masked_view_is_the_embedding_of_the_patches_that_the_decoder_gets(changes):
   model, variables, batch, keys = pretrained(masked_view=True, **changes)
 
@@ -182,12 +251,19 @@ def test_masked_view_is_the_embedding_of_the_patches_that_the_decoder_gets(chang
     keep, restore, mask = mae.random_mask(mask_keys, 48, 0.5)
     visible = model.ecg.tokens(ecg, keep, path_keys, batch["conditions"])
     embedding = model.ecg.pooled(visible)
-    return {"ecg_tokens": visible[:, 1:], "ecg_embedding": embedding, "reconstruction": model.ecg.decode(visible, restore),
-            "ecg_projection": model.head["ecg"](model.ecg.features(embedding)), "patch_mask": mask.reshape(4, 12, 4)}
+    return {
+      "ecg_tokens": visible[:, 1:],
+      "ecg_embedding": embedding,
+      "reconstruction": model.ecg.decode(visible, restore),
+      "ecg_projection": model.head["ecg"](model.ecg.features(embedding)),
+      "patch_mask": mask.reshape(4, 12, 4),
+    }
 
   def both(variables):
-    return (model.apply(variables, batch, keys, True, mutable=["batch_stats"])[0],
-            model.apply(variables, batch["ecg"], method=by_hand))
+    return (
+      model.apply(variables, batch, keys, True, mutable=["batch_stats"])[0],
+      model.apply(variables, batch["ecg"], method=by_hand),
+    )
 
   found, expected = jit(both)(variables)
   assert found["ecg_tokens"].shape == (4, 24, 16)
@@ -197,7 +273,11 @@ def test_masked_view_is_the_embedding_of_the_patches_that_the_decoder_gets(chang
 def test_masked_view_sees_everything_in_evaluation_and_hidden_patches_nowhere_in_training():
   model, variables, batch, keys = pretrained(masked_view=True)
   plain = pretrained()[0]
-  run = jit(lambda batch: [m.apply(variables, batch, keys, train) for train in (False, True) for m in (plain, model)])
+  run = jit(
+    lambda batch: [
+      m.apply(variables, batch, keys, train) for train in (False, True) for m in (plain, model)
+    ]
+  )
   all_of_it, too, unmasked, seen = run(batch)
   jax.tree.map(np.testing.assert_array_equal, too, all_of_it)
   assert difference(seen["reconstruction"], unmasked["reconstruction"]) < 1e-6
@@ -207,17 +287,30 @@ def test_masked_view_sees_everything_in_evaluation_and_hidden_patches_nowhere_in
   jax.tree.map(np.testing.assert_array_equal, changed, seen)
 
 
-@pytest.mark.parametrize("again, changes, passes", [
-    (False, {}, (2, 1)), (True, {}, (2, 1)), (False, dict(siamese=True), (3, 2)), (True, dict(siamese=True, film=True), (3, 2))])
-def test_masked_view_takes_one_pass_less_and_makes_the_same_outputs(monkeypatch, again, changes, passes):
+@pytest.mark.parametrize(
+  "again, changes, passes",
+  [
+    (False, {}, (2, 1)),
+    (True, {}, (2, 1)),
+    (False, dict(siamese=True), (3, 2)),
+    (True, dict(siamese=True, film=True), (3, 2)),
+  ],
+)
+def test_masked_view_takes_one_pass_less_and_makes_the_same_outputs(
+  monkeypatch, again, changes, passes
+):
   calls, real = [], ecg.EcgTower.tokens
-  monkeypatch.setattr(ecg.EcgTower, "tokens", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+  monkeypatch.setattr(
+    ecg.EcgTower, "tokens", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+  )
   made = []
   for masked_view, expected in zip((False, True), passes):
     model, variables, batch, keys = pretrained(masked_view=masked_view, **changes)
     batch |= {"again": {"ecg": batch["ecg"], "cmr": {}}} if again else {}
     calls.clear()
-    outputs, _ = jax.eval_shape(lambda: model.apply(variables, batch, keys, True, mutable=["batch_stats"]))
+    outputs, _ = jax.eval_shape(
+      lambda: model.apply(variables, batch, keys, True, mutable=["batch_stats"])
+    )
     assert len(calls) == expected
     for found in (outputs, outputs.get("again", {})):
       found.pop("ecg_tokens", None)
@@ -233,9 +326,19 @@ def test_second_augmentation_has_masks_of_its_own():
   assert (np.abs(two["again"]["ecg_embedding"] - one["ecg_embedding"]).max(axis=1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda c: c.update(remat="all"), "config.model.remat is 'all'; expected one of none, blocks, dots"),
-    (lambda c: c.ecg.update(size="test", patch=10, masked_view=True), "needs model.ecg.mask_ratio above 0")])
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    (
+      lambda c: c.update(remat="all"),
+      "config.model.remat is 'all'; expected one of none, blocks, dots",
+    ),
+    (
+      lambda c: c.ecg.update(size="test", patch=10, masked_view=True),
+      "needs model.ecg.mask_ratio above 0",
+    ),
+  ],
+)
 def test_mistakes_of_a_config_are_one_line(change, says):
   c = configuration.defaults(8, 6).model
   c.ecg.update(size="test", patch=10)
@@ -251,12 +354,25 @@ def test_configs_of_older_runs_build_as_they_did():
   with c.unlocked():
     del c.remat, c.scan, c.ecg.masked_view
   model = pretrainer.build(c, 40)
-  batch = {"ecg": jnp.zeros((2, 12, 40)), "mask": jnp.ones(2), "has_ecg": jnp.ones(2), "has_cmr": jnp.ones(2), "cmr": {}}
+  batch = {
+    "ecg": jnp.zeros((2, 12, 40)),
+    "mask": jnp.ones(2),
+    "has_ecg": jnp.ones(2),
+    "has_cmr": jnp.ones(2),
+    "cmr": {},
+  }
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-  assert "ecg" in jax.eval_shape(lambda key, keys: model.init(key, batch, keys, train=True), jax.random.key(0), keys)["params"]
+  assert (
+    "ecg"
+    in jax.eval_shape(
+      lambda key, keys: model.init(key, batch, keys, train=True), jax.random.key(0), keys
+    )["params"]
+  )
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------
+# kernels
+
 
 def plain_attention(q, k, v):
   weights = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1]), axis=-1)
@@ -265,35 +381,71 @@ def plain_attention(q, k, v):
 
 ORDER = np.argsort(np.random.default_rng(5).random((3, 7)), axis=1)
 FORMS = {  # ours, the same written out, shapes of the arguments
-    "linear": (kernels.linear, lambda x, w, b: jnp.einsum("bni,io->bno", x, w) + b, ((3, 5, 4), (4, 6), (6,))),
-    "gelu": (kernels.gelu, lambda x: x * jax.scipy.stats.norm.cdf(x), ((3, 50),)),
-    "attention": (kernels.attention, plain_attention, ((2, 7, 3, 4),) * 3),
-    "own_attention": (kernels.own_attention, plain_attention, ((2, 7, 3, 4),) * 3),
-    "pooling": (kernels.attention, plain_attention, ((2, 1, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4))),
-    "convolve": (lambda x, w: kernels.convolve(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")),
-                 lambda x, w: sum(
-                     jnp.einsum("bhwc,co->bhwo", jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i:i + 7:2, j:j + 6:2], w[i, j])
-                     for i in range(3) for j in range(3)), ((2, 7, 6, 3), (3, 3, 3, 4))),
-    "permute": (lambda x: kernels.permute(x, ORDER), lambda x: jnp.stack([row[i] for row, i in zip(x, ORDER)]), ((3, 7, 4),)),
+  "linear": (
+    kernels.linear,
+    lambda x, w, b: jnp.einsum("bni,io->bno", x, w) + b,
+    ((3, 5, 4), (4, 6), (6,)),
+  ),
+  "gelu": (kernels.gelu, lambda x: x * jax.scipy.stats.norm.cdf(x), ((3, 50),)),
+  "attention": (kernels.attention, plain_attention, ((2, 7, 3, 4),) * 3),
+  "own_attention": (kernels.own_attention, plain_attention, ((2, 7, 3, 4),) * 3),
+  "pooling": (kernels.attention, plain_attention, ((2, 1, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4))),
+  "convolve": (
+    lambda x, w: kernels.convolve(
+      x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ),
+    lambda x, w: sum(
+      jnp.einsum(
+        "bhwc,co->bhwo",
+        jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + 7 : 2, j : j + 6 : 2],
+        w[i, j],
+      )
+      for i in range(3)
+      for j in range(3)
+    ),
+    ((2, 7, 6, 3), (3, 3, 3, 4)),
+  ),
+  "permute": (
+    lambda x: kernels.permute(x, ORDER),
+    lambda x: jnp.stack([row[i] for row, i in zip(x, ORDER)]),
+    ((3, 7, 4),),
+  ),
 }
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("float64", 1e-12), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize(
+  "dtype, bound", [("float32", 1e-6), ("float64", 1e-12), ("bfloat16", 5e-2)]
+)
 def test_kernels_and_their_gradients_are_the_functions_written_out(dtype, bound):
-  """In float64 at the numbers of the dtype. Under vmap and jax.checkpoint too, as each of them is used."""
+  """In float64 at the numbers of the dtype. Under vmap and jax.checkpoint too, as each of them is
+  used."""
   rng = np.random.default_rng(0)
-  args = {name: [rng.normal(size=shape) for shape in shapes] for name, (_, _, shapes) in FORMS.items()}
+  args = {
+    name: [rng.normal(size=shape) for shape in shapes] for name, (_, _, shapes) in FORMS.items()
+  }
 
   def of(f, args):
     """f, and the gradients of a sum that weighs its values unequally."""
-    loss = lambda *args: ((y := f(*args)).astype(jnp.float64) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum()
+
+    def loss(*args):
+      return (
+        (y := f(*args)).astype(jnp.float64) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)
+      ).sum()
+
     return f(*args), *jax.grad(loss, argnums=tuple(range(len(args))))(*args)
 
   def ours(args):
-    again = lambda x: jnp.stack([x, x])
-    return {name: (of(FORMS[name][0], x), of(jax.checkpoint(FORMS[name][0]), x),
-                   jax.tree.map(lambda x: x[1], jax.vmap(lambda *x: of(FORMS[name][0], x))(*map(again, x))))
-            for name, x in args.items()}
+    def again(x):
+      return jnp.stack([x, x])
+
+    return {
+      name: (
+        of(FORMS[name][0], x),
+        of(jax.checkpoint(FORMS[name][0]), x),
+        jax.tree.map(lambda x: x[1], jax.vmap(lambda *x: of(FORMS[name][0], x))(*map(again, x))),
+      )
+      for name, x in args.items()
+    }
 
   with jax.enable_x64(True):
     args = jax.tree.map(lambda x: jnp.asarray(x, dtype), args)
@@ -326,13 +478,25 @@ def block_loss(params, x):
 def lowered(platform):
   x = jnp.ones((2, 5, 16))
   params = jax.eval_shape(lambda key: vit.Block(2).init(key, x), jax.random.key(0))["params"]
-  return jax.jit(jax.grad(block_loss)).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+  return (
+    jax.jit(jax.grad(block_loss)).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+  )
 
 
 def test_what_helps_a_cpu_alone_is_in_no_other_program(monkeypatch):
-  """Lowered here for each platform: the barrier, and the two gradients that our own attention has as [B, H, D, N]."""
-  products = lambda text: [line for line in text.splitlines() if "dot_general" in line and line.endswith("tensor<2x2x8x5xf32>")]
-  marks = lambda text: ("optimization_barrier" in text, len(products(text)) == 2)
+  """Lowered here for each platform: the barrier, and the two gradients that our own attention has
+  as [B, H, D, N]."""
+
+  def products(text):
+    return [
+      line
+      for line in text.splitlines()
+      if "dot_general" in line and line.endswith("tensor<2x2x8x5xf32>")
+    ]
+
+  def marks(text):
+    return ("optimization_barrier" in text, len(products(text)) == 2)
+
   assert marks(lowered("cpu")) == (True, True)
   assert marks(lowered("tpu")) == marks(lowered("cuda")) == (False, False)
   monkeypatch.setattr(kernels, "OWN", set())
@@ -343,14 +507,22 @@ def test_what_helps_a_cpu_alone_is_in_no_other_program(monkeypatch):
 def test_every_kernel_of_our_own_can_be_taken_out(monkeypatch, off):
   ours = FORMS[off][0]
   args = [jnp.ones(shape) for shape in FORMS[off][2]]
-  text = lambda: jax.jit(jax.grad(lambda args: ours(*args).sum())).lower(args).as_text()  # a new function: a new trace
+
+  # a new function: a new trace
+  def text():
+    return jax.jit(jax.grad(lambda args: ours(*args).sum())).lower(args).as_text()
+
   before = text()
   monkeypatch.setattr(kernels, "OWN", kernels.OWN - {off})
   assert text() != before
 
 
 def test_gradient_of_a_permutation_is_no_scatter():
-  text = jax.jit(jax.grad(lambda x: (kernels.permute(x, ORDER) ** 2).sum())).lower(jnp.ones((3, 7, 4))).as_text()
+  text = (
+    jax.jit(jax.grad(lambda x: (kernels.permute(x, ORDER) ** 2).sum()))
+    .lower(jnp.ones((3, 7, 4)))
+    .as_text()
+  )
   assert "stablehlo.gather" in text and "stablehlo.scatter" not in text
 
 
@@ -388,6 +560,7 @@ print(json.dumps({name: differ(tree, found["one"]) for name, tree in found.items
 
 
 def test_kernels_are_the_same_on_eight_devices():
-  """Parameters split over `model`, rows over `data`, by the partitioner; and one program a device under shard_map."""
+  """Parameters split over `model`, rows over `data`, by the partitioner; and one program a device
+  under shard_map."""
   found = json.loads(python(DEVICES, devices=8).strip().splitlines()[-1])
   assert set(found) == {"one", "split", "shard_map"} and max(found.values()) < 1e-12, found

@@ -24,8 +24,16 @@ class Device(types.SimpleNamespace):
 
 def devices(slices, hosts, each, kind="NVIDIA H100", platform="gpu"):
   """`slices` of `hosts` (processes) of `each` devices, in no order: ids go round the slices."""
-  found = [Device(id=i, slice_index=i % slices, process_index=i % (slices * hosts),
-                  platform=platform, device_kind=kind) for i in range(slices * hosts * each)]
+  found = [
+    Device(
+      id=i,
+      slice_index=i % slices,
+      process_index=i % (slices * hosts),
+      platform=platform,
+      device_kind=kind,
+    )
+    for i in range(slices * hosts * each)
+  ]
   return found[::-1]
 
 
@@ -36,9 +44,18 @@ def laid(*args, **kwargs):
 
 
 @pytest.mark.reported(NODES)
-@pytest.mark.parametrize("slices, hosts, each, model", [
-    (2, 1, 4, 1), (2, 1, 4, 2), (2, 1, 4, 4), (2, 4, 1, 1), (3, 2, 4, 2), (8, 1, 8, 8),
-    (1, 4, 2, 2)])
+@pytest.mark.parametrize(
+  "slices, hosts, each, model",
+  [
+    (2, 1, 4, 1),
+    (2, 1, 4, 2),
+    (2, 1, 4, 4),
+    (2, 4, 1, 1),
+    (3, 2, 4, 2),
+    (8, 1, 8, 8),
+    (1, 4, 2, 2),
+  ],
+)
 def test_data_goes_through_node_after_node_and_a_row_stays_on_its_host(slices, hosts, each, model):
   """A node has one process or one a GPU; its GPUs are a slice."""
   rows = laid(-1, model, devices(slices, hosts, each))
@@ -50,10 +67,14 @@ def test_data_goes_through_node_after_node_and_a_row_stays_on_its_host(slices, h
 
 
 @pytest.mark.reported(SPANS)
-@pytest.mark.parametrize("slices, hosts, each, model, words", [
+@pytest.mark.parametrize(
+  "slices, hosts, each, model, words",
+  [
     (2, 4, 1, 2, ["model=2", "host 0 has 1", "one process a node has all of its GPUs"]),
     (2, 1, 4, 8, ["model=8", "host 0 has 4", "expected config.mesh.model to divide 4"]),
-    (2, 1, 6, 4, ["model=4", "host 0 has 6", "expected config.mesh.model to divide 6"])])
+    (2, 1, 6, 4, ["model=4", "host 0 has 6", "expected config.mesh.model to divide 6"]),
+  ],
+)
 def test_a_row_that_one_host_cannot_hold_is_one_line(slices, hosts, each, model, words):
   with pytest.raises(UserError) as error:
     parallel.make_mesh(-1, model, devices(slices, hosts, each))
@@ -63,8 +84,11 @@ def test_a_row_that_one_host_cannot_hold_is_one_line(slices, hosts, each, model,
 
 
 def test_numbers_of_devices_that_are_not_there_are_one_line():
-  for data, model, words in ((3, 2, "data=3 x model=2 = 6 devices, there are 8"),
-                             (0, 1, "positive"), (4, 0, "positive")):
+  for data, model, words in (
+    (3, 2, "data=3 x model=2 = 6 devices, there are 8"),
+    (0, 1, "positive"),
+    (4, 0, "positive"),
+  ):
     with pytest.raises(UserError, match=words):
       parallel.make_mesh(data, model, devices(2, 1, 4))
 
@@ -78,8 +102,12 @@ def test_one_slice_keeps_the_order_of_its_devices_and_what_is_no_slice_is_one():
 
 def test_chips_that_are_a_part_of_their_slice_are_taken_as_they_come():
   """JAX orders no mesh with a hole in it."""
-  chips = [Device(id=i, process_index=0, platform="tpu", device_kind="TPU v4", core_on_chip=0,
-                  coords=coords) for i, coords in enumerate(((0, 0, 0), (1, 0, 0), (0, 1, 0)))]
+  chips = [
+    Device(
+      id=i, process_index=0, platform="tpu", device_kind="TPU v4", core_on_chip=0, coords=coords
+    )
+    for i, coords in enumerate(((0, 0, 0), (1, 0, 0), (0, 1, 0)))
+  ]
   with pytest.raises(AssertionError):
     mesh_utils.create_device_mesh((3,), chips)
   assert list(parallel.make_mesh(-1, 1, chips).devices.flat) == chips
@@ -113,8 +141,10 @@ print(json.dumps(found))
 
 
 @pytest.mark.reported(NODES, SPLIT, SPANS)
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                    reason="no libtpu: pip install 'mmcl-jax[tpu]' describes TPUs, without one")
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="no libtpu: pip install 'mmcl-jax[tpu]' describes TPUs, without one",
+)
 def test_meshes_of_tpu_slices():
   """One and two slices, without and with `model`; one slice without it is laid as by JAX."""
   for case, rows in json.loads(python(TOPOLOGIES).strip().splitlines()[-1]).items():

@@ -20,7 +20,7 @@ def test_positions_are_the_published_formula():
   table = vit.sincos_2d(rows=3, columns=4, width=8)
   for token, row in enumerate(table):
     lead, time = token // 4, token % 4
-    w = [1.0, 10000 ** -0.5]  # 10000^(-i / (width / 4))
+    w = [1.0, 10000**-0.5]  # 10000^(-i / (width / 4))
     expected = [f(p * x) for p in (time, lead) for f in (np.sin, np.cos) for x in w]
     np.testing.assert_allclose(row, expected, rtol=1e-6)
 
@@ -30,8 +30,15 @@ def test_block_is_numpy_attention_and_mlp():
   x = jax.random.normal(jax.random.key(0), (2, 5, 8))
   params = block.init(jax.random.key(1), x)["params"]
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-  norm = lambda z, q: (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * q["scale"] + q["bias"]
-  dense = lambda z, q: z @ q["kernel"] + q["bias"]
+
+  def norm(z, q):
+    return (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * q[
+      "scale"
+    ] + q["bias"]
+
+  def dense(z, q):
+    return z @ q["kernel"] + q["bias"]
+
   y = np.asarray(x, np.float64)
   q, k, v = dense(norm(y, p["norm1"]), p["qkv"]).reshape(2, 5, 3, 2, 4).transpose(2, 0, 3, 1, 4)
   logits = q @ k.swapaxes(-1, -2) / np.sqrt(4)
@@ -49,15 +56,29 @@ def test_mask_hides_the_right_share_and_belongs_to_the_sample():
   for b in range(6):
     assert set(np.flatnonzero(mask[b] == 0)) == set(np.asarray(keep[b]))
     order = np.concatenate([keep[b], np.setdiff1d(np.arange(40), keep[b])])
-    np.testing.assert_array_equal(order[restore[b]][np.asarray(mask[b]) == 0], np.flatnonzero(np.asarray(mask[b]) == 0))
+    np.testing.assert_array_equal(
+      order[restore[b]][np.asarray(mask[b]) == 0], np.flatnonzero(np.asarray(mask[b]) == 0)
+    )
   permuted = mae.random_mask(keys[::-1], 40, 0.8)[2]
   np.testing.assert_array_equal(permuted, mask[::-1])
   assert not (mask[0] == mask[1]).all()
 
 
 def ecg_tower(**changes):
-  config = dict(size=(16, 1, 2, 16, 1, 2), patch=10, mask_ratio=0.5, drop_path=0.0, pool="mean", positions="sincos", head=0,
-                film=False, siamese=False) | changes
+  config = (
+    dict(
+      size=(16, 1, 2, 16, 1, 2),
+      patch=10,
+      mask_ratio=0.5,
+      drop_path=0.0,
+      pool="mean",
+      positions="sincos",
+      head=0,
+      film=False,
+      siamese=False,
+    )
+    | changes
+  )
   return ecg.EcgTower(ConfigDict(config), samples=40)
 
 
@@ -65,10 +86,15 @@ def test_encoder_of_visible_tokens_sees_only_them():
   encoder = ecg_tower()
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
   variables = encoder.init(jax.random.key(1), x)
-  tokens = lambda *args: encoder.apply(variables, *args, method="tokens")
+
+  def tokens(*args):
+    return encoder.apply(variables, *args, method="tokens")
+
   keep = jnp.array([[0, 5, 47], [7, 2, 3]])
   seen = tokens(x, keep)
-  hidden = jnp.ones((2, 48)).at[jnp.arange(2)[:, None], keep].set(0).reshape(2, 12, 4).repeat(10, axis=2)
+  hidden = (
+    jnp.ones((2, 48)).at[jnp.arange(2)[:, None], keep].set(0).reshape(2, 12, 4).repeat(10, axis=2)
+  )
   np.testing.assert_allclose(tokens(jnp.where(hidden > 0, 99.0, x), keep), seen, rtol=1e-6)
   everything = tokens(x, jnp.tile(jnp.arange(48), (2, 1)))
   np.testing.assert_allclose(everything, tokens(x), rtol=1e-5, atol=1e-6)
@@ -81,8 +107,12 @@ def test_learned_positions_start_as_the_fixed_ones_and_pools_differ_as_they_say(
   params = dict(variables["params"])
   table = params.pop("pos_embed")
   assert table.shape == (1, 49, 16) and (table[:, 0] == 0).all()
-  np.testing.assert_allclose(learned.apply(variables, x)[1], fixed.apply({"params": params}, x)[1], rtol=1e-5, atol=1e-6)
-  moved = learned.apply({"params": params | {"pos_embed": table.at[:, 0].add(1.0)}}, x, method="tokens")
+  np.testing.assert_allclose(
+    learned.apply(variables, x)[1], fixed.apply({"params": params}, x)[1], rtol=1e-5, atol=1e-6
+  )
+  moved = learned.apply(
+    {"params": params | {"pos_embed": table.at[:, 0].add(1.0)}}, x, method="tokens"
+  )
   assert not np.allclose(moved, learned.apply(variables, x, method="tokens"))
   by_cls = ecg_tower(pool="cls")
   cls = by_cls.init(jax.random.key(1), x)
@@ -92,8 +122,10 @@ def test_learned_positions_start_as_the_fixed_ones_and_pools_differ_as_they_say(
   np.testing.assert_allclose(by_cls.apply(cls, x)[1], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.reported("CardiacNets' covariates acted before the blocks and without ReLU",
-                      "CardiacNets' embedding was the mean token, not the class token")
+@pytest.mark.reported(
+  "CardiacNets' covariates acted before the blocks and without ReLU",
+  "CardiacNets' embedding was the mean token, not the class token",
+)
 def test_covariates_modulate_all_tokens_after_the_blocks_and_before_the_norm():
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
   covariates = jax.random.normal(jax.random.key(2), (2, 3))
@@ -126,9 +158,16 @@ def test_dropout_is_timm_s_and_belongs_to_the_sample():
   variables = block.init(jax.random.key(1), x)
   np.testing.assert_array_equal(block.apply(variables, x), vit.Block(heads=2).apply(variables, x))
   p = variables["params"]
-  norm = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
-  dense = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]
-  drop = lambda x, i: vit.dropout(x, keys, 0.4, 3 * 5 + i)
+
+  def norm(x):
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+  def dense(x, name):
+    return x @ p[name]["kernel"] + p[name]["bias"]
+
+  def drop(x, i):
+    return vit.dropout(x, keys, 0.4, 3 * 5 + i)
+
   q, k, v = jnp.moveaxis(dense(norm(x), "qkv").reshape(2, 5, 3, 2, 4), (2, 3), (0, 2))
   y = (jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2) @ v).swapaxes(1, 2).reshape(2, 5, 8)
   y = x + drop(dense(y, "proj"), 1)
@@ -149,11 +188,15 @@ def test_from_scratch_weights_and_positions_start_as_timm_has_them():
   size = (64, 2, 4, 16, 1, 2)
   tower = ecg_tower(size=size, positions="learned", timm_start=True, mask_ratio=0.0)
   params = tower.init(jax.random.key(0), x)["params"]
-  for leaf in (params["pos_embed"], params["block1"]["qkv"]["kernel"], params["block0"]["fc2"]["kernel"]):
+  for leaf in (
+    params["pos_embed"],
+    params["block1"]["qkv"]["kernel"],
+    params["block0"]["fc2"]["kernel"],
+  ):
     assert stats.kstest(np.ravel(leaf), stats.norm(0, 0.02).cdf).pvalue > 1e-3
   assert np.abs(params["cls_token"]).max() < 1e-5
   assert not params["block0"]["fc1"]["bias"].any()
-  uniform = stats.uniform(-10**-0.5, 2 * 10**-0.5)  # a Conv over 10 samples, as torch starts it
+  uniform = stats.uniform(-(10**-0.5), 2 * 10**-0.5)  # a Conv over 10 samples, as torch starts it
   for leaf in params["patch_embed"].values():
     assert stats.kstest(np.ravel(leaf), uniform.cdf).pvalue > 1e-3
 
@@ -162,7 +205,9 @@ def test_from_scratch_weights_and_positions_start_as_timm_has_them():
 def test_a_decoder_other_than_its_size_s():
   keys, x = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 12, 40))
   tower = ecg_tower(decoder=(24, 2, 3))
-  params = jax.eval_shape(lambda: tower.init(jax.random.key(1), x, keys, method="reconstruct"))["params"]
+  params = jax.eval_shape(lambda: tower.init(jax.random.key(1), x, keys, method="reconstruct"))[
+    "params"
+  ]
   assert params["decoder"]["embed"]["kernel"].shape == (16, 24)
   assert {"block0", "block1"} == {name for name in params["decoder"] if name.startswith("block")}
   c = configuration.defaults(8, 6).model
@@ -180,9 +225,13 @@ def float64():
 
 @pytest.mark.reported("SimSiam's heads had other widths, and a predictor without batch norm")
 def test_two_views_go_through_the_published_siamese_heads(float64):
-  """Projector 1024 wide, its last batch norm without scale; predictor 128 wide; each view by itself."""
+  """Projector 1024 wide, its last batch norm without scale; predictor 128 wide; each view by
+  itself."""
   torch = pytest.importorskip("torch")
-  tower, keys = ecg_tower(siamese=True).clone(dtype=jnp.float64), jax.random.split(jax.random.key(0), 4)
+  tower, keys = (
+    ecg_tower(siamese=True).clone(dtype=jnp.float64),
+    jax.random.split(jax.random.key(0), 4),
+  )
   x = jax.random.normal(jax.random.key(2), (4, 12, 40))
   variables = tower.init(jax.random.key(1), x, keys, method="reconstruct")
   params = variables["params"]
@@ -198,11 +247,17 @@ def test_two_views_go_through_the_published_siamese_heads(float64):
   def theirs(name, width, end):
     p = params[f"siamese_{name}"]
     assert {f"{layer}/{leaf}" for layer, leaves in p.items() for leaf in leaves} == {
-        "fc1/kernel", "fc2/kernel", "norm1/scale", "norm1/bias"}
+      "fc1/kernel",
+      "fc2/kernel",
+      "norm1/scale",
+      "norm1/bias",
+    }
     into, out = (torch.nn.Linear(*sides, bias=False) for sides in ((16, width), (width, 16)))
     for layer, part in ((into, "fc1"), (out, "fc2")):
       layer.weight.data = torch.tensor(np.array(p[part]["kernel"].T, np.float64))
-    return torch.nn.Sequential(into, torch.nn.BatchNorm1d(width), torch.nn.ReLU(), out, *end).double()
+    return torch.nn.Sequential(
+      into, torch.nn.BatchNorm1d(width), torch.nn.ReLU(), out, *end
+    ).double()
 
   projector = theirs("projector", 1024, [torch.nn.BatchNorm1d(16, affine=False)])
   predictor = theirs("predictor", 128, [])
@@ -215,18 +270,26 @@ def test_two_views_go_through_the_published_siamese_heads(float64):
 
 
 def test_decoder_puts_visible_patches_where_they_were():
-  """Without blocks, each visible token passes through the linear layers alone and comes out at its own place."""
+  """Without blocks, each visible token passes through the linear layers alone and comes out at its
+  own place."""
   decoder = mae.Decoder(width=4, depth=0, heads=1, patch=4)
   keep, restore, _ = mae.random_mask(jax.random.split(jax.random.key(0), 2), 12, 0.5)
-  tokens = jnp.concatenate([jnp.zeros((2, 1, 4)), jax.random.normal(jax.random.key(2), (2, 6, 4))], axis=1)
+  tokens = jnp.concatenate(
+    [jnp.zeros((2, 1, 4)), jax.random.normal(jax.random.key(2), (2, 6, 4))], axis=1
+  )
   params = decoder.init(jax.random.key(1), tokens, restore, 3)["params"]
   out = decoder.apply({"params": params}, tokens, restore, 3).reshape(2, 12, 4)
   position = vit.sincos_2d(3, 4, 4)
-  norm = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+  def norm(x):
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
   for b in range(2):
     for i, place in enumerate(np.asarray(keep[b])):
       x = tokens[b, 1 + i] @ params["embed"]["kernel"] + position[place]
-      np.testing.assert_allclose(out[b, place], norm(x) @ params["pred"]["kernel"], rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(
+        out[b, place], norm(x) @ params["pred"]["kernel"], rtol=1e-4, atol=1e-5
+      )
 
 
 def test_drop_path_keeps_the_mean_and_belongs_to_the_sample():
@@ -244,10 +307,19 @@ def test_bottleneck_is_the_3d_convolutions_it_stands_for(stride, span):
   rows = jnp.ones(2)
   variables = block.init(jax.random.key(1), x, rows, train=False)
   p = variables["params"] | {"norm3": {"scale": jnp.full(12, 0.7), "bias": jnp.full(12, 0.1)}}
-  conv = lambda y, w, s, pad: lax.conv_general_dilated(y, w, (1, s, s), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
-  still = lambda y, name: y / np.sqrt(1 + 1e-5) * p[name]["scale"] + p[name]["bias"]  # fresh statistics: 0, 1
+
+  def conv(y, w, s, pad):
+    return lax.conv_general_dilated(
+      y, w, (1, s, s), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+  # fresh statistics: 0, 1
+  def still(y, name):
+    return y / np.sqrt(1 + 1e-5) * p[name]["scale"] + p[name]["bias"]
+
   flat = ((0, 0),) * 3
-  w1 = p["conv1"]["kernel"].reshape(span, 1, 1, 4, 3)  # slices beside each other = kernel over slices
+  # slices beside each other = kernel over slices
+  w1 = p["conv1"]["kernel"].reshape(span, 1, 1, 4, 3)
   y = nn.relu(still(conv(x, w1, 1, ((span // 2,) * 2, (0, 0), (0, 0))), "norm1"))
   y = nn.relu(still(conv(y, p["conv2"]["kernel"][None], stride, ((0, 0), (1, 1), (1, 1))), "norm2"))
   y = still(conv(y, p["conv3"]["kernel"].reshape(1, 1, 1, 3, 12), 1, flat), "norm3")
@@ -258,7 +330,10 @@ def test_bottleneck_is_the_3d_convolutions_it_stands_for(stride, span):
 
 def test_max_pool_and_its_gradient_are_flax_s():
   x = jax.random.normal(jax.random.key(0), (2, 8, 6, 3))
-  theirs = lambda x: nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+  def theirs(x):
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
   np.testing.assert_array_equal(resnet.max_pool(x), theirs(x))
   w = jax.random.normal(jax.random.key(1), theirs(x).shape)
   grads = [jax.grad(lambda x: (f(x) * w).sum())(x) for f in (resnet.max_pool, theirs)]
@@ -272,16 +347,30 @@ def test_padding_rows_stay_out_of_the_batch_statistics():
   rows = jnp.array([1.0, 1.0, 0.0, 1.0])
   y, changed = norm.apply(variables, x.at[2].set(1e3), rows, train=True, mutable=["batch_stats"])
   kept = np.asarray(x)[[0, 1, 3]].reshape(-1, 3)
-  np.testing.assert_allclose(changed["batch_stats"]["mean"], 0.1 * kept.mean(0), rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 + 0.1 * kept.var(0, ddof=1), rtol=1e-4)
-  np.testing.assert_allclose(np.asarray(y)[[0, 1, 3]].reshape(-1, 3), (kept - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5),
-                             rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(
+    changed["batch_stats"]["mean"], 0.1 * kept.mean(0), rtol=1e-4, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    changed["batch_stats"]["var"], 0.9 + 0.1 * kept.var(0, ddof=1), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    np.asarray(y)[[0, 1, 3]].reshape(-1, 3),
+    (kept - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5),
+    rtol=1e-3,
+    atol=1e-4,
+  )
 
 
 def test_a_tower_sees_the_planes_that_it_names():
-  cmr = {"ed_es_volumes": np.arange(2 * 10.0).reshape(1, 2, 10, 1, 1), "cine_slice": np.arange(25.0).reshape(1, 25, 1, 1),
-         "three_frames": np.arange(3.0).reshape(1, 3, 1, 1)}
-  seen = lambda view, planes: list(pretrainer.look(cmr, ConfigDict(dict(view=view, planes=planes))).ravel())
+  cmr = {
+    "ed_es_volumes": np.arange(2 * 10.0).reshape(1, 2, 10, 1, 1),
+    "cine_slice": np.arange(25.0).reshape(1, 25, 1, 1),
+    "three_frames": np.arange(3.0).reshape(1, 3, 1, 1),
+  }
+
+  def seen(view, planes):
+    return list(pretrainer.look(cmr, ConfigDict(dict(view=view, planes=planes))).ravel())
+
   assert seen("ed_volume", 4) == [3, 4, 5, 6] and seen("es_volume", 4) == [13, 14, 15, 16]
   assert seen("ed_slice", 99) == [4] == seen("ed_volume", 1)
   assert seen("cine_slice", 5) == [0, 5, 10, 15, 20] and seen("cine_slice", 25) == list(range(25))
@@ -315,6 +404,8 @@ def test_crop_is_one_window_of_all_leads():
   starts = set()
   for i in range(50):
     window = np.asarray(augment_ecg.crop(jax.random.key(i), ecg, 90))
-    np.testing.assert_array_equal(window, np.asarray(ecg)[:, int(window[0, 0]):int(window[0, 0]) + 90])
+    np.testing.assert_array_equal(
+      window, np.asarray(ecg)[:, int(window[0, 0]) : int(window[0, 0]) + 90]
+    )
     starts.add(int(window[0, 0]))
   assert min(starts) == 0 and max(starts) == 10  # both ends are reached: 50 draws from 11 places

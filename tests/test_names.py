@@ -1,4 +1,5 @@
-"""Names are never markup: those of phenotypes, diseases, units, runs and cohorts come from whoever made a table or a cohort."""
+"""Names are never markup: those of phenotypes, diseases, units, runs and cohorts come from whoever
+made a table or a cohort."""
 
 import csv
 import html.parser
@@ -12,46 +13,100 @@ from matplotlib.text import Text
 
 from mmcl_jax import cli, compare, embed, generate
 from mmcl_jax.errors import UserError, one_line
-from mmcl_jax.evaluators import diseases, drawings, figures, low_data, model_card, phenotypes, quality_page, report
+from mmcl_jax.evaluators import (
+  diseases,
+  drawings,
+  figures,
+  low_data,
+  model_card,
+  phenotypes,
+  quality_page,
+  report,
+)
 
-HOSTILE = (r"$\frac{", "$x$ and $y$", r"\$\frac{", "<script>alert(1)</script>", "a|b", "*bold* _slanted_ `code`",
-           "[x](http://evil.example)",
-           "=1+1", "+1", "-1+1", "@SUM(A1)", " =2+2", "\x1b[31mred\x1b[0m\x07", "two\nlines\r\n# heading",
-           "\u202egnp.exe", "\ud800", "&lt;b>",
-           "x" * 5000, "_hidden", "%s {0} {name}", "")
+HOSTILE = (
+  r"$\frac{",
+  "$x$ and $y$",
+  r"\$\frac{",
+  "<script>alert(1)</script>",
+  "a|b",
+  "*bold* _slanted_ `code`",
+  "[x](http://evil.example)",
+  "=1+1",
+  "+1",
+  "-1+1",
+  "@SUM(A1)",
+  " =2+2",
+  "\x1b[31mred\x1b[0m\x07",
+  "two\nlines\r\n# heading",
+  "\u202egnp.exe",
+  "\ud800",
+  "&lt;b>",
+  "x" * 5000,
+  "_hidden",
+  "%s {0} {name}",
+  "",
+)
 COMMANDS = re.compile("[\x00-\x09\x0b-\x1f\x7f\u202e\ud800-\udfff]")
 
 
 def split_of(rows, seed):
   rng, count = np.random.default_rng(seed), len(HOSTILE)
   x = rng.normal(size=(rows, 6)).astype(np.float32)
-  return {"subject": np.stack([np.arange(rows), np.full(rows, seed)], 1).astype(np.uint32), "embedding": x,
-          "random_embedding": x[:, ::-1],
-          "covariates": x[:, :1],
-          "phenotypes": x[:, rng.integers(6, size=count)] + rng.normal(size=(rows, count)).astype(np.float32),
-          "diseases": (x[:, rng.integers(6, size=count)] > 0).astype(np.float32)}
+  return {
+    "subject": np.stack([np.arange(rows), np.full(rows, seed)], 1).astype(np.uint32),
+    "embedding": x,
+    "random_embedding": x[:, ::-1],
+    "covariates": x[:, :1],
+    "phenotypes": x[:, rng.integers(6, size=count)]
+    + rng.normal(size=(rows, count)).astype(np.float32),
+    "diseases": (x[:, rng.integers(6, size=count)] > 0).astype(np.float32),
+  }
 
 
 @pytest.fixture(scope="module")
 def evaluated():
-  """(results, predictions, probe, ill) of an evaluation whose phenotypes, units and diseases have hostile names."""
-  features = {split: split_of(rows, seed)
-              for seed, (split, rows) in enumerate((("train", 80), ("val", 40), ("test", 80)))}
+  """(results, predictions, probe, ill) of an evaluation whose phenotypes, units and diseases have
+  hostile names."""
+  features = {
+    split: split_of(rows, seed)
+    for seed, (split, rows) in enumerate((("train", 80), ("val", 40), ("test", 80)))
+  }
   names, units = list(HOSTILE), list(HOSTILE[::-1])
   results, predictions, probe = phenotypes.evaluate(features, names, units, draws=20)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(diseases, "FEWEST_TEST_CASES", 20)
     results["diseases"], ill, _ = diseases.evaluate(features, names, draws=20)
-  groups = {group: [names.index(name) for name in found] for group, found in results["group_members"].items()}
-  whole = {model: [score["value"] for score in results["groups"][model].values()] for model in low_data.MODELS}
+  groups = {
+    group: [names.index(name) for name in found]
+    for group, found in results["group_members"].items()
+  }
+  whole = {
+    model: [score["value"] for score in results["groups"][model].values()]
+    for model in low_data.MODELS
+  }
   results["low_data"] = low_data.evaluate(features, groups, [], whole)
   counts = dict.fromkeys(features, 80)
-  data = {"source": HOSTILE[3], "with_ecg": counts, "with_cmr": counts, "labels": {name: counts for name in names},
-          "cases": {name: counts for name in names}, "steps": {name: 3 for name in names},
-          "rejected": {name: 3 for name in names}}
-  results |= {"note": HOSTILE[0], "workdir": HOSTILE[12], "cohort": HOSTILE[15], "cohort_fingerprint": HOSTILE[5],
-              "counts": counts,
-              "data": data, "config": {name: name for name in names}, "step": 3, "test_scored": 1}
+  data = {
+    "source": HOSTILE[3],
+    "with_ecg": counts,
+    "with_cmr": counts,
+    "labels": dict.fromkeys(names, counts),
+    "cases": dict.fromkeys(names, counts),
+    "steps": dict.fromkeys(names, 3),
+    "rejected": dict.fromkeys(names, 3),
+  }
+  results |= {
+    "note": HOSTILE[0],
+    "workdir": HOSTILE[12],
+    "cohort": HOSTILE[15],
+    "cohort_fingerprint": HOSTILE[5],
+    "counts": counts,
+    "data": data,
+    "config": {name: name for name in names},
+    "step": 3,
+    "test_scored": 1,
+  }
   return results, predictions, probe, ill
 
 
@@ -64,7 +119,9 @@ def drawn(figure):
   return image
 
 
-@pytest.mark.reported("a phenotype or disease whose name holds $\\frac{ ended evaluate in matplotlib, after all its work")
+@pytest.mark.reported(
+  "a phenotype or disease whose name holds $\\frac{ ended evaluate in matplotlib, after all its work"
+)
 def test_no_name_is_a_formula_in_a_figure(evaluated):
   results, predictions, _, ill = evaluated
   y, predicted, note = predictions["y_true"], predictions["embedding"], results["note"]
@@ -73,17 +130,32 @@ def test_no_name_is_a_formula_in_a_figure(evaluated):
   drawn(figures.bland_altman(y, predicted, results["phenotypes"], note))
   drawn(figures.roc_curves(ill["y_true"], ill, results["diseases"], note))
   drawn(figures.calibration(results["diseases"], note))
-  drawn(figures.low_data({model: {f"$x$ {group}": points for group, points in found.items()}
-                          for model, found in results["low_data"].items()}, note))
-  drawn(figures.training_curves([{"step": i, **{f"validation/{name}": 1.0 for name in HOSTILE}} for i in (1, 2)], note))
+  drawn(
+    figures.low_data(
+      {
+        model: {f"$x$ {group}": points for group, points in found.items()}
+        for model, found in results["low_data"].items()
+      },
+      note,
+    )
+  )
+  drawn(
+    figures.training_curves(
+      [{"step": i, **{f"validation/{name}": 1.0 for name in HOSTILE}} for i in (1, 2)], note
+    )
+  )
   scores = {row: {column: {"mean": 0.5, "ci": [0.4, 0.6]} for column in HOSTILE} for row in HOSTILE}
   drawn(figures.forest(scores, HOSTILE, HOSTILE[:-1], HOSTILE[-1:], "R2", note))
   for name in HOSTILE:
     drawn(quality_page.histogram(name, name, {"all": np.arange(20.0)}, {}))
-  tower = {"seen": np.zeros((1, 8, 8)), "labels": np.zeros((1, 8, 8), int), "cosine": np.zeros((1, 8, 8)),
-           "top": np.zeros((1, 8, 8), bool),
-           "gradients": np.zeros((1, 8, 8))}
-  drawn(drawings.heart_relevance({name: tower for name in HOSTILE[:3]}, HOSTILE[1], note))
+  tower = {
+    "seen": np.zeros((1, 8, 8)),
+    "labels": np.zeros((1, 8, 8), int),
+    "cosine": np.zeros((1, 8, 8)),
+    "top": np.zeros((1, 8, 8), bool),
+    "gradients": np.zeros((1, 8, 8)),
+  }
+  drawn(drawings.heart_relevance(dict.fromkeys(HOSTILE[:3], tower), HOSTILE[1], note))
 
 
 class Tags(html.parser.HTMLParser):
@@ -96,13 +168,22 @@ class Tags(html.parser.HTMLParser):
     assert not [name for name, _ in attrs if name.startswith("on")]
 
 
-def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_terminal(evaluated, tmp_path, capsys):
+def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_terminal(
+  evaluated, tmp_path, capsys
+):
   results, predictions, probe, _ = evaluated
   report.write(results, predictions, probe, {}, tmp_path / "report")
   tags, page = Tags(), (tmp_path / "report/report.html").read_text(encoding="utf-8")
   tags.feed(page)
-  assert "script" not in tags.found and "b" not in tags.found and not COMMANDS.search(page) and "&lt;script&gt;alert(1)" in page
-  rows = list(csv.reader(io.StringIO((tmp_path / "report/results.csv").read_text(encoding="utf-8"))))
+  assert (
+    "script" not in tags.found
+    and "b" not in tags.found
+    and not COMMANDS.search(page)
+    and "&lt;script&gt;alert(1)" in page
+  )
+  rows = list(
+    csv.reader(io.StringIO((tmp_path / "report/results.csv").read_text(encoding="utf-8")))
+  )
   assert len(rows) == 1 + len(HOSTILE) * 4
   for row in rows[1:]:
     assert row[1][:1] not in tuple("=+-@") and row[-1][:1] not in tuple("=+-@")
@@ -115,9 +196,15 @@ def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_termi
 def test_no_name_is_markdown_in_a_model_card(evaluated):
   results = evaluated[0]
   manifest = {"cohort": "f", "scales": {"covariates": list(HOSTILE)}}
-  text = "\n\n".join([model_card.scores(results), model_card.data_tables(results),
-                      model_card.training_data(manifest, results),
-                      model_card.evaluation_data(manifest, results), model_card.factors(manifest, results)])
+  text = "\n\n".join(
+    [
+      model_card.scores(results),
+      model_card.data_tables(results),
+      model_card.training_data(manifest, results),
+      model_card.evaluation_data(manifest, results),
+      model_card.factors(manifest, results),
+    ]
+  )
   assert not COMMANDS.search(text) and "<script" not in text
   for line in text.splitlines():
     assert not re.match(r"\s*(#|>|[-+*] |\d+[.)] |===|---$)", line), line
@@ -137,19 +224,30 @@ def test_no_name_commands_the_terminal(monkeypatch, capsys):
   with pytest.raises(SystemExit):
     cli.run(fails, [])
   out, err = capsys.readouterr()
-  assert out == "told:  [31mred [0m   gnp.exe  \n" and err == "mmcl: error: the cohort [31mred [0m has two lines # heading\n"
+  assert (
+    out == "told:  [31mred [0m   gnp.exe  \n"
+    and err == "mmcl: error: the cohort [31mred [0m has two lines # heading\n"
+  )
 
 
 def test_a_name_of_a_file_is_no_formula_in_the_table_of_hearts(tmp_path):
-  generate.write_table(tmp_path / "hearts.csv", [{"path": "=cmd|' /C calc'!A0.hea", "status": "ok", "LVEDV_ml": -3.5}])
-  row, = csv.DictReader(open(tmp_path / "hearts.csv", newline=""))
+  generate.write_table(
+    tmp_path / "hearts.csv", [{"path": "=cmd|' /C calc'!A0.hea", "status": "ok", "LVEDV_ml": -3.5}]
+  )
+  (row,) = csv.DictReader(open(tmp_path / "hearts.csv", newline=""))
   assert row == {"path": "'=cmd|' /C calc'!A0.hea", "status": "ok", "LVEDV_ml": "-3.5"}
 
 
 def test_columns_of_an_embedding_have_names_that_a_file_can_hold(tmp_path):
   count = len(HOSTILE)
-  np.savez(tmp_path / "probes.npz", names=HOSTILE, units=HOSTILE, coef=np.zeros((4, count)), intercept=np.zeros(count),
-           half_width=np.zeros(count))
+  np.savez(
+    tmp_path / "probes.npz",
+    names=HOSTILE,
+    units=HOSTILE,
+    coef=np.zeros((4, count)),
+    intercept=np.zeros(count),
+    half_width=np.zeros(count),
+  )
   probes = embed.load_probes(tmp_path, 3, tmp_path)
   assert probes.columns == tuple(f"{one_line(name)}_{one_line(name)}" for name in HOSTILE)
   assert all(column.encode() and column.isprintable() for column in probes.columns)
@@ -164,4 +262,9 @@ def test_a_comparison_of_runs_with_hostile_names(evaluated, tmp_path):
   text = compare.compare(folders, str(tmp_path / "out"))
   tags, page = Tags(), (tmp_path / "out/report.html").read_text(encoding="utf-8")
   tags.feed(page)
-  assert "script" not in tags.found and "b" not in tags.found and not COMMANDS.search(page) and not COMMANDS.search(text)
+  assert (
+    "script" not in tags.found
+    and "b" not in tags.found
+    and not COMMANDS.search(page)
+    and not COMMANDS.search(text)
+  )

@@ -1,4 +1,5 @@
-"""Every objective where its input is degenerate, on rows that do not count, and with parameters that make no sense."""
+"""Every objective where its input is degenerate, on rows that do not count, and with parameters
+that make no sense."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ def value_and_grad(name, outputs, batch):
   if name not in VALUE_AND_GRAD:
     parameters, _ = CASES[name]
     fn = objectives.find(name, "")
-    VALUE_AND_GRAD[name] = jax.jit(jax.value_and_grad(lambda o, b: objectives.mean(fn(o, b, **parameters))))
+    VALUE_AND_GRAD[name] = jax.jit(
+      jax.value_and_grad(lambda o, b: objectives.mean(fn(o, b, **parameters)))
+    )
   return jax.device_get(VALUE_AND_GRAD[name](outputs, batch))
 
 
@@ -27,8 +30,12 @@ def entropy(p):
 def relations(batch, sigma=0.7):
   """Mean over rows of log(number of others) - entropy of p: KL from p to an even q."""
   d = np.sqrt(np.square(batch["targets"][:, None] - batch["targets"][None]).mean(axis=2))
-  return np.mean([np.log(B - 1) - entropy(np.exp(-x / sigma) / np.exp(-x / sigma).sum())
-                  for x in (np.delete(row, i) for i, row in enumerate(d))])
+  return np.mean(
+    [
+      np.log(B - 1) - entropy(np.exp(-x / sigma) / np.exp(-x / sigma).sum())
+      for x in (np.delete(row, i) for i, row in enumerate(d))
+    ]
+  )
 
 
 def even(batch, weight):
@@ -38,20 +45,31 @@ def even(batch, weight):
 
 
 SAME = {  # all projections are one vector: the expected loss, of the batch
-    "dual_phase": lambda b: np.log(B), "clip": lambda b: np.log(B), "nt_xent": lambda b: np.log(2 * B - 1),
-    "siglip": lambda b: np.log1p(np.exp(-7)) + (B - 1) * np.log1p(np.exp(7)),  # 1 / 0.1 - 3
-    "phenotype_weighted": lambda b: even(b, lambda d: 1 - np.exp(-d / 1.5**2)), "soft_positive": lambda b: np.log(B),
-    "false_negative_removal": lambda b: even(b, lambda d: np.sqrt(d) >= 1.3), "relational": relations,
-    "vicreg": lambda b: 25 * 2 * 0.99, "simsiam": lambda b: -1.0}
-ZERO = SAME | {"siglip": lambda b: np.log1p(np.exp(3)) + (B - 1) * np.log1p(np.exp(-3)), "simsiam": lambda b: 0.0,
-               "disease_classification": lambda b: np.log(2)}
+  "dual_phase": lambda b: np.log(B),
+  "clip": lambda b: np.log(B),
+  "nt_xent": lambda b: np.log(2 * B - 1),
+  "siglip": lambda b: np.log1p(np.exp(-7)) + (B - 1) * np.log1p(np.exp(7)),  # 1 / 0.1 - 3
+  "phenotype_weighted": lambda b: even(b, lambda d: 1 - np.exp(-d / 1.5**2)),
+  "soft_positive": lambda b: np.log(B),
+  "false_negative_removal": lambda b: even(b, lambda d: np.sqrt(d) >= 1.3),
+  "relational": relations,
+  "vicreg": lambda b: 25 * 2 * 0.99,
+  "simsiam": lambda b: -1.0,
+}
+ZERO = SAME | {
+  "siglip": lambda b: np.log1p(np.exp(3)) + (B - 1) * np.log1p(np.exp(-3)),
+  "simsiam": lambda b: 0.0,
+  "disease_classification": lambda b: np.log(2),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("fill", [1.0, 0.0])
 def test_identical_embeddings_and_zero_vectors(name, fill):
   outputs, batch = case(whole=True)
-  same = jax.tree.map(lambda x: np.full_like(x, fill), outputs) | {"patch_mask": outputs["patch_mask"]}
+  same = jax.tree.map(lambda x: np.full_like(x, fill), outputs) | {
+    "patch_mask": outputs["patch_mask"]
+  }
   same["cmr"]["sax"]["patch_mask"] = outputs["cmr"]["sax"]["patch_mask"]
   value, grads = value_and_grad(name, same, batch)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -67,8 +85,13 @@ def test_one_subject_all_over_the_batch(name):
   value, grads = value_and_grad(name, outputs, batch | {"subject": np.ones_like(batch["subject"])})
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   if name == "siglip":  # only the question whether a pair is one
-    unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)
-    cos = (unit(outputs["ecg_projection"]) * unit(outputs["cmr"]["image"]["projection"])).sum(axis=1)
+
+    def unit(z):
+      return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+    cos = (unit(outputs["ecg_projection"]) * unit(outputs["cmr"]["image"]["projection"])).sum(
+      axis=1
+    )
     np.testing.assert_allclose(value, np.log1p(np.exp(-(cos / 0.1 - 3))).mean(), rtol=1e-5)
   elif name in SAME and name not in ("vicreg", "simsiam"):  # nobody to compare with
     assert abs(value) < 1e-5 and apart > 0.1
@@ -77,20 +100,27 @@ def test_one_subject_all_over_the_batch(name):
 
 
 def test_a_dead_row_pulls_a_thousand_times_at_most():
-  np.testing.assert_allclose(jax.jacrev(contrastive.normalise)(jnp.zeros(4)), 1000 * np.eye(4), rtol=1e-6)
+  np.testing.assert_allclose(
+    jax.jacrev(contrastive.normalise)(jnp.zeros(4)), 1000 * np.eye(4), rtol=1e-6
+  )
   unit = contrastive.normalise(np.float32([[3, 4], [0.03, 0.04]]))
   np.testing.assert_allclose(unit, [[0.6, 0.8], [0.6, 0.8]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dual_phase", "clip", "nt_xent", "phenotype_weighted", "soft_positive"])
+@pytest.mark.parametrize(
+  "name", ["dual_phase", "clip", "nt_xent", "phenotype_weighted", "soft_positive"]
+)
 def test_what_is_hidden_stays_hidden_at_the_lowest_temperature(name):
-  """Two views as far apart as can be, at scale 100 (model.max_scale): own logit -100, and nobody to compare with."""
+  """Two views as far apart as can be, at scale 100 (model.max_scale): own logit -100, and nobody to
+  compare with."""
   outputs, batch = case(whole=True)
   z = outputs["ecg_projection"]
   outputs["cmr"] = {which: {"projection": -z} for which in ("ed", "es", "image")}
   outputs["again"] = {"cmr": {"image": {"projection": z}}}
   outputs["log_scale"] = np.log(np.float32(100))
-  loss = objectives.find(name, "")(outputs, batch | {"subject": np.ones_like(batch["subject"])}, **CASES[name][0])
+  loss = objectives.find(name, "")(
+    outputs, batch | {"subject": np.ones_like(batch["subject"])}, **CASES[name][0]
+  )
   np.testing.assert_allclose(loss.values, 0, atol=1e-4)
 
 
@@ -121,7 +151,11 @@ def test_unknown_targets(name):
 @pytest.mark.parametrize("name", CASES)
 def test_rows_that_do_not_count_change_nothing(name):
   outputs, batch = case()
-  row = lambda x: np.moveaxis(x, 1, 0) if x.shape[:2] == (2, B) else x  # siamese outputs are [2, B, E]
+
+  # siamese outputs are [2, B, E]
+  def row(x):
+    return np.moveaxis(x, 1, 0) if x.shape[:2] == (2, B) else x
+
   out = np.flatnonzero(~counts(batch, CASES[name][1]))
   assert len(out) >= 3
   value, grads = value_and_grad(name, outputs, batch)
@@ -136,7 +170,9 @@ def test_rows_that_do_not_count_change_nothing(name):
 
   same, same_grads = garbled(out)
   np.testing.assert_allclose(same, value, rtol=1e-6)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), grads, same_grads)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), grads, same_grads
+  )
   assert not np.isclose(garbled([0, 1])[0], value, rtol=1e-4)  # rows that do
 
 
@@ -146,14 +182,22 @@ def test_bfloat16_is_raised_to_float32(name):
   low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), outputs)
   back = jax.tree.map(lambda x: np.asarray(x, np.float32), low)
   fn, (parameters, _) = objectives.find(name, ""), CASES[name]
-  compute = jax.jit(lambda outputs: (loss := fn(outputs, batch, **parameters), objectives.mean(loss)))
+  compute = jax.jit(
+    lambda outputs: (loss := fn(outputs, batch, **parameters), objectives.mean(loss))
+  )
   loss, mean = compute(low)
   assert {x.dtype for x in jax.tree.leaves(loss)} == {np.dtype(np.float32)}
   np.testing.assert_allclose(mean, compute(back)[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, parameters, words", [
-    ("dual_phase", dict(w_ed=0.0, w_es=0.0, w_edes=0.0), "w_ed . w_es . w_edes is 0.0; expected a number above 0"),
+@pytest.mark.parametrize(
+  "name, parameters, words",
+  [
+    (
+      "dual_phase",
+      dict(w_ed=0.0, w_es=0.0, w_edes=0.0),
+      "w_ed . w_es . w_edes is 0.0; expected a number above 0",
+    ),
     ("dual_phase", dict(w_ed=-1.0), "w_ed is -1.0; expected 0 or"),
     ("clip", dict(b_to_a=1.5), "b_to_a is 1.5; expected a number from 0 to 1"),
     ("clip", dict(a="ed"), "a and b are both 'ed'"),
@@ -169,10 +213,15 @@ def test_bfloat16_is_raised_to_float32(name):
     ("false_negative_removal", dict(radius="x"), "radius is 'x'"),
     ("relational", dict(sigma=-0.2), "sigma is -0.2"),
     ("phenotype_regression", dict(delta=-0.2), "delta is -0.2"),
-    ("disease_classification", dict(smoothing=1.0), "smoothing is 1.0; expected a number from 0 to below 1"),
+    (
+      "disease_classification",
+      dict(smoothing=1.0),
+      "smoothing is 1.0; expected a number from 0 to below 1",
+    ),
     ("vicreg", dict(covariance=-1.0), "covariance is -1.0"),
     ("cmr_mae", dict(of="ecg"), "of is 'ecg'; expected a CMR tower"),
-])
+  ],
+)
 def test_a_senseless_parameter_is_one_clear_line(name, parameters, words):
   outputs, batch = case()
   with pytest.raises(ValueError, match=words) as error:
@@ -182,16 +231,29 @@ def test_a_senseless_parameter_is_one_clear_line(name, parameters, words):
 
 def test_targets_that_do_not_fit_are_one_clear_line():
   outputs, batch = case()
-  for columns, words in ((1, r"\(16, 4\) and batch.targets \(16, 1\)"), (0, "at least one in config.data.targets")):
+  for columns, words in (
+    (1, r"\(16, 4\) and batch.targets \(16, 1\)"),
+    (0, "at least one in config.data.targets"),
+  ):
     with pytest.raises(ValueError, match=words):
-      objectives.find("phenotype_regression", "")(outputs, batch | {"targets": batch["targets"][:, :columns]})
+      objectives.find("phenotype_regression", "")(
+        outputs, batch | {"targets": batch["targets"][:, :columns]}
+      )
   with pytest.raises(ValueError, match=r"\(16, 4\) and batch.diseases \(16, 3\)"):
-    objectives.find("disease_classification", "")(outputs, batch | {"diseases": batch["diseases"][:, :3]})
+    objectives.find("disease_classification", "")(
+      outputs, batch | {"diseases": batch["diseases"][:, :3]}
+    )
 
 
-@pytest.mark.parametrize("name, parameters, missing", [
-    ("clip", dict(b="lax"), "lax"), ("nt_xent", dict(of="ed"), "ed"), ("phenotype_regression", dict(of="es"), "es"),
-    ("disease_classification", dict(of="ed"), "ed")])
+@pytest.mark.parametrize(
+  "name, parameters, missing",
+  [
+    ("clip", dict(b="lax"), "lax"),
+    ("nt_xent", dict(of="ed"), "ed"),
+    ("phenotype_regression", dict(of="es"), "es"),
+    ("disease_classification", dict(of="ed"), "ed"),
+  ],
+)
 def test_a_missing_output_is_named(name, parameters, missing):
   """training.steps.check_outputs makes one line of it, with the outputs that there are."""
   with pytest.raises(KeyError, match=missing):

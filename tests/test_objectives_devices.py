@@ -1,4 +1,5 @@
-"""Every objective on eight simulated devices against one: value, metrics, gradients, and what travels between them."""
+"""Every objective on eight simulated devices against one: value, metrics, gradients, and what
+travels between them."""
 
 import json
 
@@ -57,11 +58,14 @@ def compared():
 def test_eight_devices_give_the_numbers_of_one(compared, name):
   found = compared[name]
   assert found["8"] == pytest.approx(found["1"], rel=1e-5, abs=1e-6)
-  assert found["scale"] > 0 and found["gradient"] < 1e-6  # largest difference of any element, as a share of the norm
+  # largest difference of any element, as a share of the norm
+  assert found["scale"] > 0 and found["gradient"] < 1e-6
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_projections_and_sums_travel(compared, name):
   """No [B, B] matrix, no image and no recording: at most a projection [B, E] at a time."""
   assert compared[name]["sizes"]
-  assert all(kind in ("all-gather", "all-reduce") and size <= B * E for kind, size in compared[name]["sizes"])
+  assert all(
+    kind in ("all-gather", "all-reduce") and size <= B * E for kind, size in compared[name]["sizes"]
+  )

@@ -12,12 +12,14 @@ from mmcl_jax import configuration, objectives, ranges, train
 from mmcl_jax.errors import UserError
 
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
-CHOICES = ("arm", "view", "stage", "kind", "start", "task", "targets")  # arguments of recipes beside the size
+# arguments of recipes beside the size
+CHOICES = ("arm", "view", "stage", "kind", "start", "task", "targets")
 OUTSIDE = float("nan"), float("inf"), -float("inf"), -2, 1e40, 2**63, True, None, "1"
 
 
 def recipes():
-  """Every recipe at every size with every value of its other arguments, and what all of them begin with."""
+  """Every recipe at every size with every value of its other arguments, and what all of them begin
+  with."""
   yield "defaults", configuration.defaults(8, 6)
   for name in RECIPES:
     spec = importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
@@ -33,15 +35,19 @@ def recipes():
 
 
 def values_of(module, choice):
-  """The values that a recipe's argument may have, out of the line in which it refuses all others."""
+  """The values that a recipe's argument may have, out of the line in which it refuses all
+  others."""
   with pytest.raises(UserError) as refused:
     module.get_config(f"{choice}=none_of_these")
   return re.split(", | or ", str(refused.value).partition("expected ")[2].removeprefix("one of "))
 
 
 def numbers(config):
-  return {path: value for path, value in ranges.leaves(config.to_dict())
-          if isinstance(value, (int, float)) and not isinstance(value, bool)}
+  return {
+    path: value
+    for path, value in ranges.leaves(config.to_dict())
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+  }
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +82,15 @@ def changed(config, path, value):
       return value
     if isinstance(node, dict):
       return node | {keys[0]: put(node[keys[0]], keys[1:])}
-    return [*node[:keys[0]], put(node[keys[0]], keys[1:]), *node[keys[0] + 1:]]
+    return [*node[: keys[0]], put(node[keys[0]], keys[1:]), *node[keys[0] + 1 :]]
 
   return type(config)(put(tree, keys))
 
 
-@pytest.mark.reported("optimizer.learning_rate=-1 trained uphill without a word",
-                      "seed=-1 and workers=-1 ended in tracebacks")
+@pytest.mark.reported(
+  "optimizer.learning_rate=-1 trained uphill without a word",
+  "seed=-1 and workers=-1 ended in tracebacks",
+)
 def test_every_number_outside_its_range_is_one_line(configs):
   """Every path of every recipe once, with every value that no rule allows there."""
   seen = set()
@@ -98,7 +106,9 @@ def test_every_number_outside_its_range_is_one_line(configs):
         assert str(refused.value) == f"config.{path} is {value!r}; expected {expected.words}"
 
 
-@pytest.mark.parametrize("path, refused, allowed", [
+@pytest.mark.parametrize(
+  "path, refused, allowed",
+  [
     ("optimizer.learning_rate", (-1.0, -1e-9, float("nan")), (0.0, 1.0)),
     ("optimizer.b1", (1.0, 1 - 1e-9, -0.1), (0.0, 0.999)),  # 1 - 1e-9 is 1 in float32
     ("optimizer.ema", (1.0, -0.1), (0.0, 0.999)),
@@ -121,7 +131,8 @@ def test_every_number_outside_its_range_is_one_line(configs):
     ("augment.ecg.time_flip", (1.1, -0.1), (0.0, 1.0)),
     ("objectives.dual_phase.temperature", (0.0, -0.1, 1e-50), (0.07,)),  # 1e-50 is 0 in float32
     ("objectives.dual_phase.weight", (-1.0, float("nan")), (0.0, 2)),
-])
+  ],
+)
 def test_ranges_end_where_they_should(configs, path, refused, allowed):
   config = configs["joint:size=test"]
   for value in allowed:
@@ -134,16 +145,26 @@ def test_ranges_end_where_they_should(configs, path, refused, allowed):
 def test_entries_of_lists_and_schedules_are_looked_at(configs):
   config = configs["joint:size=test"].copy_and_resolve_references()
   config.data.mix, config.optimizer.rates = (("a", 0.3), ("b", 1.0)), (("^ecg/", 0.0),)
-  with pytest.raises(UserError, match=re.escape("config.data.mix[1][1] is 1.0; expected a number above 0 and below 1")):
+  with pytest.raises(
+    UserError,
+    match=re.escape("config.data.mix[1][1] is 1.0; expected a number above 0 and below 1"),
+  ):
     ranges.check(config)
   config.data.mix = ()
-  with pytest.raises(UserError, match=re.escape("config.optimizer.rates[0][1] is 0.0; expected a number above 0")):
+  with pytest.raises(
+    UserError, match=re.escape("config.optimizer.rates[0][1] is 0.0; expected a number above 0")
+  ):
     ranges.check(config)
   config.optimizer.rates = ()
   with config.unlocked():
-    config.objectives.dual_phase = dict(fn="my_module:my_loss",
-                                        weight=dict(steps=(0, 10), values=(0.0, float("inf"))), temperature=-1.0)
-  with pytest.raises(UserError, match=re.escape("config.objectives.dual_phase.weight.values[1] is inf; expected")):
+    config.objectives.dual_phase = dict(
+      fn="my_module:my_loss",
+      weight=dict(steps=(0, 10), values=(0.0, float("inf"))),
+      temperature=-1.0,
+    )
+  with pytest.raises(
+    UserError, match=re.escape("config.objectives.dual_phase.weight.values[1] is inf; expected")
+  ):
     ranges.check(config)
   config.objectives.dual_phase.weight.values = (0.0, 1.0)
   ranges.check(config)  # the parameters of a loss of one's own are not ours to judge
@@ -151,6 +172,8 @@ def test_entries_of_lists_and_schedules_are_looked_at(configs):
 
 def test_it_is_the_first_thing_that_training_looks_at(config, tmp_path):
   config.data.cohort, config.optimizer.b2 = "nowhere", 1.0
-  with pytest.raises(UserError, match="config.optimizer.b2 is 1.0; expected a number from 0 to below 1"):
+  with pytest.raises(
+    UserError, match="config.optimizer.b2 is 1.0; expected a number from 0 to below 1"
+  ):
     train.train(config, str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()

@@ -1,4 +1,5 @@
-"""ring=True against the plain objectives: the same numbers on any mesh, and nothing of [B, B] is ever held."""
+"""ring=True against the plain objectives: the same numbers on any mesh, and nothing of [B, B] is
+ever held."""
 
 import json
 
@@ -95,30 +96,41 @@ def compared():
 
 @pytest.mark.parametrize("mesh, cases", [(None, len(RING)), ([8, 1], 2), ([2, 4], 1)], ids=str)
 def test_values_hits_and_gradients_are_the_plain_ones(compared, mesh, cases):
-  """On 16 rows in blocks of at most 3: blocks that are not full, several blocks a device, devices of one block."""
+  """On 16 rows in blocks of at most 3: blocks that are not full, several blocks a device, devices
+  of one block."""
   found = [one for one in compared["differences"] if one["mesh"] == mesh]
   assert len(found) == 7 * cases
   for one in found:
-    bound = 1e-5 if one["input"] == "low temperature" else 1e-6  # logits to 100: float32 itself leaves 1e-5 of a softmax
+    # logits to 100: float32 itself leaves 1e-5 of a softmax
+    bound = 1e-5 if one["input"] == "low temperature" else 1e-6
     assert one["finite"] and one["value"] < 1e-6 and one["gradient"] < bound, one
-    assert (one["norm"] > 0.1) == (one["input"] in ("mixed", "low temperature")), one  # else nothing pulls
+    # else nothing pulls
+    assert (one["norm"] > 0.1) == (one["input"] in ("mixed", "low temperature")), one
 
 
 def test_nothing_of_the_size_of_all_logits_is_held(compared):
   B, E = 2048, 64
   for one in compared["compiled"]:
     own = B // one["devices"]
-    assert one["largest"] <= 2 * max(own * E, 128**2) if one["ring"] else one["largest"] >= own * B, one
+    assert (
+      one["largest"] <= 2 * max(own * E, 128**2) if one["ring"] else one["largest"] >= own * B
+    ), one
   for devices in (1, 8):
-    plain, ringed = (one["temporary"] for one in sorted(compared["compiled"], key=lambda one: one["ring"])
-                     if one["devices"] == devices)
+    plain, ringed = (
+      one["temporary"]
+      for one in sorted(compared["compiled"], key=lambda one: one["ring"])
+      if one["devices"] == devices
+    )
     assert ringed < plain / 4, (plain, ringed)
 
 
 def test_rows_go_from_neighbour_to_neighbour(compared):
-  [plain] = [one["kinds"] for one in compared["compiled"] if one["devices"] == 8 and not one["ring"]]
+  [plain] = [
+    one["kinds"] for one in compared["compiled"] if one["devices"] == 8 and not one["ring"]
+  ]
   [ringed] = [one["kinds"] for one in compared["compiled"] if one["devices"] == 8 and one["ring"]]
-  assert "all-gather" in plain and ringed == ["all-reduce", "collective-permute"]  # reduced: sums over the batch
+  # reduced: sums over the batch
+  assert "all-gather" in plain and ringed == ["all-reduce", "collective-permute"]
 
 
 def inputs():
@@ -137,7 +149,9 @@ def by_hand(a, b, log_scale, batch, b_to_a=0.75):
   a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (a, b))
   logits, losses, hits = np.exp(log_scale) * a @ b.T, [], []
   for i in np.flatnonzero(batch["mask"]):
-    others = [k for k in range(7) if batch["mask"][k] and (batch["subject"][k] != batch["subject"][i]).any()]
+    others = [
+      k for k in range(7) if batch["mask"][k] and (batch["subject"][k] != batch["subject"][i]).any()
+    ]
     row, column = (logsumexp([logits[i, i], *line[others]]) for line in (logits[i], logits[:, i]))
     losses.append((1 - b_to_a) * row + b_to_a * column - logits[i, i])
     hits.append(logits[i, i] > logits[i, others].max())
@@ -155,21 +169,31 @@ def test_clip_is_its_formula(monkeypatch, block):
     found = objectives.find("clip", "")(outputs, batch, b_to_a=0.75, ring=True)
     return objectives.mean(found), found.metrics["r@1"]
 
-  (value, hits), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*map(np.float32, z))
+  (value, hits), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+    *map(np.float32, z)
+  )
   np.testing.assert_allclose((value, hits), by_hand(*z, batch), rtol=1e-5)
   for i, gradient in enumerate(gradients):
     for place in np.ndindex(gradient.shape):
       step = np.zeros_like(z[i])
       step[place] = 1e-6
-      above, below = (by_hand(*(x + sign * step if j == i else x for j, x in enumerate(z)), batch)[0] for sign in (1, -1))
+      above, below = (
+        by_hand(*(x + sign * step if j == i else x for j, x in enumerate(z)), batch)[0]
+        for sign in (1, -1)
+      )
       np.testing.assert_allclose(gradient[place], (above - below) / 2e-6, atol=2e-5)
 
 
 def test_each_logit_is_computed_once_and_once_more_for_the_gradient(monkeypatch):
   monkeypatch.setattr(ring, "BLOCK", 4)
   outputs, batch = case()
-  loss = lambda outputs: objectives.mean(objectives.find("clip", "")(outputs, batch, b="image", ring=True))
-  products = lambda function: compiled.matmul_flops(jax.make_jaxpr(function)(outputs)) / (2 * B * B * E)
+
+  def loss(outputs):
+    return objectives.mean(objectives.find("clip", "")(outputs, batch, b="image", ring=True))
+
+  def products(function):
+    return compiled.matmul_flops(jax.make_jaxpr(function)(outputs)) / (2 * B * B * E)
+
   assert products(loss) == 1  # for both directions
   assert products(jax.grad(loss)) == 1 + 3  # logits, again, and what they hand to either side
 

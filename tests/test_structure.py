@@ -9,7 +9,7 @@ from conftest import ROOT, python
 
 PACKAGE = ROOT / "mmcl_jax"
 GROUND = ("data", "augment", "models", "objectives")
-FLOOR = {**{room: 0 for room in GROUND}, "interop": 1, "training": 1, "evaluators": 1}
+FLOOR = {**dict.fromkeys(GROUND, 0), "interop": 1, "training": 1, "evaluators": 1}
 
 
 def imports(file: pathlib.Path) -> set[str]:
@@ -35,10 +35,16 @@ def test_no_arrow_runs_up_or_across_the_ground(file):
   here = pathlib.Path(file).parts[0]
   for module in FILES[pathlib.Path(file)]:
     there = room(module)
-    if here in GROUND and there in FLOOR and (here, there) != ("models", "data"):  # models read the schema's names
+    # models read the schema's names
+    if here in GROUND and there in FLOOR and (here, there) != ("models", "data"):
       assert there == here, f"{file} imports {module}"
     elif here in FLOOR:
-      programs = {f.stem for f in PACKAGE.glob("*.py")} - {"errors", "files", "configuration", "__init__"}
+      programs = {f.stem for f in PACKAGE.glob("*.py")} - {
+        "errors",
+        "files",
+        "configuration",
+        "__init__",
+      }
       assert there not in programs, f"{file} imports the program {module}"
 
 
@@ -47,16 +53,26 @@ def test_host_rooms_hold_no_jax(file):
   assert not {m for m in FILES[pathlib.Path(file)] if m.split(".")[0] in ("jax", "flax", "optax")}
 
 
-@pytest.mark.parametrize("file", sorted(str(f) for f in FILES if f.parts[0] in ("augment", "models", "objectives")
-                                        or str(f) == "training/steps.py"))
+@pytest.mark.parametrize(
+  "file",
+  sorted(
+    str(f)
+    for f in FILES
+    if f.parts[0] in ("augment", "models", "objectives") or str(f) == "training/steps.py"
+  ),
+)
 def test_device_rooms_touch_no_file(file):
   source = (PACKAGE / file).read_text()
-  assert not {m for m in FILES[pathlib.Path(file)] if m.split(".")[0] in ("os", "pathlib", "io", "shutil")}
+  assert not {
+    m for m in FILES[pathlib.Path(file)] if m.split(".")[0] in ("os", "pathlib", "io", "shutil")
+  }
   assert "open(" not in source
 
 
 def test_only_one_room_knows_orbax():
-  assert [str(f) for f, found in FILES.items() if any(m.startswith("orbax") for m in found)] == ["training/checkpoint.py"]
+  assert [str(f) for f, found in FILES.items() if any(m.startswith("orbax") for m in found)] == [
+    "training/checkpoint.py"
+  ]
 
 
 def test_programs_load_neither_tensorflow_nor_torch(cohort, tmp_path):

@@ -19,8 +19,9 @@ from mmcl_jax.data.sources import synthetic as synthetic_source
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint, metrics, people, restore
 
-# Loss and gradient norm of step 1 of the tiny config on the tiny cohort. If you meant to change the model, the
-# objectives, the augmentation, the data order or the synthetic heart, replace them by what the failing test prints.
+# Loss and gradient norm of step 1 of the tiny config on the tiny cohort. If you meant to change the
+# model, the objectives, the augmentation, the data order or the synthetic heart, replace them by
+# what the failing test prints.
 GOLDEN = {"loss": 3.27849, "gradient_norm": 0.67407}
 
 
@@ -39,26 +40,36 @@ def same(a, b):
 def test_golden_first_step(finished):
   first = metrics.read(finished[0] / "metrics.jsonl")[0]
   assert {name: first[name] for name in GOLDEN} == pytest.approx(GOLDEN, rel=2e-4), (
-      "the first step changed; if that was meant, set GOLDEN to the numbers above")
+    "the first step changed; if that was meant, set GOLDEN to the numbers above"
+  )
 
 
 def test_total_is_the_weighted_sum_of_the_objectives(finished):
   for record in metrics.read(finished[0] / "metrics.jsonl"):
     if "loss" in record:
-      parts = sum(record[f"{name}/loss"] * record[f"{name}/weight"] for name in ("reconstruction", "dual_phase"))
+      parts = sum(
+        record[f"{name}/loss"] * record[f"{name}/weight"]
+        for name in ("reconstruction", "dual_phase")
+      )
       assert record["loss"] == pytest.approx(parts, rel=1e-5)
 
 
 def test_training_changes_every_parameter(finished):
   run = restore.load_run(str(finished[0]))
-  unchanged = [jax.tree_util.keystr(path, simple=True, separator="/") for (path, before), after in zip(
-      jax.tree_util.tree_leaves_with_path(jax.device_get(restore.untrained(run)["params"])), jax.tree.leaves(finished[1].params))
-      if np.array_equal(before, after)]
+  unchanged = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for (path, before), after in zip(
+      jax.tree_util.tree_leaves_with_path(jax.device_get(restore.untrained(run)["params"])),
+      jax.tree.leaves(finished[1].params),
+    )
+    if np.array_equal(before, after)
+  ]
   assert unchanged == []
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, cohort, tmp_path, monkeypatch):
-  """Killed in step 5, after the checkpoint of step 3; bit for bit the same state and the same log."""
+  """Killed in step 5, after the checkpoint of step 3; bit for bit the same state and the same
+  log."""
   calls = []
 
   class Killed(Exception):
@@ -94,7 +105,9 @@ def ecg_only(tmp_path_factory):
   return builder.build(str(out), plan, shares=(1, 0, 0), profile="minimal", processes=1)
 
 
-def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(finished, cohort, ecg_only, tmp_path):
+def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(
+  finished, cohort, ecg_only, tmp_path
+):
   def mixed_config(steps):
     config = tiny_config(cohort.path)
     config.data.mix, config.steps = ((ecg_only.path, 0.5),), steps
@@ -103,7 +116,9 @@ def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(finished,
   whole = train.train(mixed_config(6), str(tmp_path / "a"))
   losses = metrics.read(tmp_path / "a/metrics.jsonl")
   assert all(np.isfinite(record["loss"]) for record in losses if "loss" in record)
-  assert not np.array_equal(*(jax.tree.leaves(jax.device_get(s.params))[0] for s in (whole, finished[1])))
+  assert not np.array_equal(
+    *(jax.tree.leaves(jax.device_get(s.params))[0] for s in (whole, finished[1]))
+  )
   shutil.copytree(tmp_path / "a", tmp_path / "b")
   shutil.rmtree(tmp_path / "b/checkpoints/6")
   same(jax.device_get(train.train(mixed_config(6), str(tmp_path / "b"))), jax.device_get(whole))
@@ -111,15 +126,26 @@ def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(finished,
   assert manifest["cohort"] == cohort.fingerprint and manifest["mixed"] == [ecg_only.fingerprint]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c, p: c.data.update(mix=((p, 1.0),)), r"mix\[0\]\[1\] is 1.0; expected a number above 0 and below 1"),
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (
+      lambda c, p: c.data.update(mix=((p, 1.0),)),
+      r"mix\[0\]\[1\] is 1.0; expected a number above 0 and below 1",
+    ),
     (lambda c, p: c.data.update(mix=((p, 0.5), (p, 0.5))), "shares"),
     (lambda c, p: c.data.update(mix=(("/nowhere", 0.5),)), "no cohort at '/nowhere'"),
     (lambda c, p: c.data.update(mix=("ptbxl", 0.5)), "expected pairs of a cohort and its share"),
     (lambda c, p: setattr(c.model, "cmr", {}) or c.data.update(cohort=p), "no val split"),
-    (lambda c, p: c.update(evaluators=()) or c.data.update(cohort=p), "has no CMR to train on; take a recipe without"),
-])
-def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg_only, tmp_path, change, words):
+    (
+      lambda c, p: c.update(evaluators=()) or c.data.update(cohort=p),
+      "has no CMR to train on; take a recipe without",
+    ),
+  ],
+)
+def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(
+  cohort, ecg_only, tmp_path, change, words
+):
   config = tiny_config(cohort.path)
   change(config, ecg_only.path)
   with pytest.raises(UserError, match=words):
@@ -131,8 +157,13 @@ def test_cohorts_that_do_not_fit_are_refused_before_anything_is_made(cohort, ecg
 def all_in_train(tmp_path_factory):
   """A cohort of the same people as `cohort`, all of them in train."""
   plan = synthetic_source.plan(types.SimpleNamespace(subjects=64, seed=7))
-  return builder.build(str(tmp_path_factory.mktemp("all") / "c"), plan, shares=(1, 0, 0), profile="minimal",
-                       processes=1)
+  return builder.build(
+    str(tmp_path_factory.mktemp("all") / "c"),
+    plan,
+    shares=(1, 0, 0),
+    profile="minimal",
+    processes=1,
+  )
 
 
 def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, all_in_train, tmp_path):
@@ -140,8 +171,10 @@ def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, all_in_
   config = tiny_config(cohort.path)
   config.data.mix = ((str(again), 0.5),)
   test, val = (cohort.info["counts"][split] for split in ("test", "val"))
-  with pytest.raises(UserError,
-                     match=f"^{test} of {test} test people and {val} of {val} val people .* are in the train split of {again}"):
+  with pytest.raises(
+    UserError,
+    match=f"^{test} of {test} test people and {val} of {val} val people .* are in the train split of {again}",
+  ):
     train.train(config, str(tmp_path / "w"))
   description = tmp_path / "c/cohort.json"
   description.write_text(json.dumps(json.loads(description.read_text()) | {"salt_tag": "another"}))
@@ -150,27 +183,43 @@ def test_people_held_out_do_not_come_back_through_a_mixed_cohort(cohort, all_in_
 
 
 @pytest.mark.reported("people that an earlier stage had trained on came back as test people")
-def test_people_of_an_earlier_stage_are_not_held_out_in_a_later_one(finished, cohort, all_in_train, tmp_path, capsys):
+def test_people_of_an_earlier_stage_are_not_held_out_in_a_later_one(
+  finished, cohort, all_in_train, tmp_path, capsys
+):
   """Stages on one cohort go on without a word; here the first one had learned from everybody."""
   earlier, config = tmp_path / "earlier", tiny_config(cohort.path)
-  run = lambda: train.people_of(cohort, [], config, str(tmp_path / "w"), 0)
+
+  def run():
+    return train.people_of(cohort, [], config, str(tmp_path / "w"), 0)
+
   config.init_from.ecg = str(finished[0])
-  assert len(run().train["synthetic"]) == cohort.info["counts"]["train"] and capsys.readouterr().out == ""
+  assert (
+    len(run().train["synthetic"]) == cohort.info["counts"]["train"]
+    and capsys.readouterr().out == ""
+  )
   shutil.copytree(finished[0] / "checkpoints/6", earlier / "checkpoints/6")
   shutil.copy(finished[0] / "config.json", earlier)
   np.savez(earlier / "checkpoints/6/people.npz", **people.as_arrays(people.of_cohort(all_in_train)))
   config.init_from.ecg = str(earlier)
   test = cohort.info["counts"]["test"]
-  with pytest.raises(UserError,
-                     match=f"^{test} of {test} test people .* of {earlier} .* or --config.data.allow_seen=True"):
+  with pytest.raises(
+    UserError,
+    match=f"^{test} of {test} test people .* of {earlier} .* or --config.data.allow_seen=True",
+  ):
     train.train(config, str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
   config.data.allow_seen = True
-  assert len(run().train["synthetic"]) == 64 and f"{test} of {test} test people" in capsys.readouterr().out
+  assert (
+    len(run().train["synthetic"]) == 64
+    and f"{test} of {test} test people" in capsys.readouterr().out
+  )
 
 
 def test_a_checkpoint_tells_whom_it_learned_from(finished, cohort):
-  assert people.of_run(str(finished[0]), 3).train["synthetic"].tolist() == people.hashes(cohort)["train"].tolist()
+  assert (
+    people.of_run(str(finished[0]), 3).train["synthetic"].tolist()
+    == people.hashes(cohort)["train"].tolist()
+  )
   assert "people.npz" in checkpoint.manifest(str(finished[0]), 3)["files"]
 
 
@@ -196,7 +245,10 @@ def copy(finished, tmp_path):
 
 def array_file(workdir, step):
   """The largest file of the saved arrays."""
-  return max((f for f in (workdir / f"checkpoints/{step}/state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+  return max(
+    (f for f in (workdir / f"checkpoints/{step}/state").rglob("*") if f.is_file()),
+    key=lambda f: f.stat().st_size,
+  )
 
 
 def damage(kind, workdir):
@@ -206,7 +258,7 @@ def damage(kind, workdir):
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(content)
   elif kind == "truncated":
-    file.write_bytes(content[:len(content) // 2])
+    file.write_bytes(content[: len(content) // 2])
   elif kind == "missing":
     file.unlink()
   elif kind == "foreign":
@@ -216,11 +268,21 @@ def damage(kind, workdir):
     (workdir / "checkpoints/6/meta/manifest.json").write_text("{")
 
 
-@pytest.mark.parametrize("kind, words", [("flipped", "damaged"), ("truncated", "damaged"), ("missing", "missing"),
-                                         ("foreign", "format 'other/2'"), ("garbled", "not readable")])
+@pytest.mark.parametrize(
+  "kind, words",
+  [
+    ("flipped", "damaged"),
+    ("truncated", "damaged"),
+    ("missing", "missing"),
+    ("foreign", "format 'other/2'"),
+    ("garbled", "not readable"),
+  ],
+)
 def test_a_damaged_checkpoint_is_refused_with_a_way_out(copy, kind, words):
   damage(kind, copy)
-  with pytest.raises(UserError, match=f"checkpoints/6.*{words}.*remove .*checkpoints/6 to use step 3"):
+  with pytest.raises(
+    UserError, match=f"checkpoints/6.*{words}.*remove .*checkpoints/6 to use step 3"
+  ):
     restore.load_run(str(copy))
   assert restore.load_run(str(copy), 3).step == 3
 
@@ -236,29 +298,41 @@ def test_an_unsigned_checkpoint_does_not_count(copy, finished, cohort):
 def test_a_workdir_belongs_to_one_config(copy, cohort):
   other = tiny_config(cohort.path)
   other.optimizer.learning_rate = 1.0
-  with pytest.raises(UserError, match="belongs to another config: optimizer.learning_rate was 0.001, now 1.0"):
+  with pytest.raises(
+    UserError, match="belongs to another config: optimizer.learning_rate was 0.001, now 1.0"
+  ):
     train.train(other, str(copy))
   free = tiny_config(cohort.path)
   free.every.log, free.loader.threads = 2, 1
   configuration.check_workdir(free, str(copy))
 
 
-@pytest.mark.reported("a run could not go on when its cohort was moved, or was named with a slash at the end")
-def test_a_run_goes_on_with_its_cohort_elsewhere_and_with_no_other(copy, finished, cohort, tmp_path):
+@pytest.mark.reported(
+  "a run could not go on when its cohort was moved, or was named with a slash at the end"
+)
+def test_a_run_goes_on_with_its_cohort_elsewhere_and_with_no_other(
+  copy, finished, cohort, tmp_path
+):
   shutil.rmtree(copy / "checkpoints/6")
   shutil.copytree(cohort.path, tmp_path / "moved")
   same(jax.device_get(train.train(tiny_config(f"{tmp_path}/moved/"), str(copy))), finished[1])
   assert configuration.load(str(copy)).data.cohort == f"{tmp_path}/moved/"
   assert checkpoint.manifest(str(copy), 6)["cohort_path"] == f"{tmp_path}/moved"
   description = tmp_path / "moved/cohort.json"
-  description.write_text(json.dumps(json.loads(description.read_text()) | {"fingerprint": "0" * 32}))
+  description.write_text(
+    json.dumps(json.loads(description.read_text()) | {"fingerprint": "0" * 32})
+  )
   with pytest.raises(UserError, match="was trained on the cohort"):
     train.train(tiny_config(str(tmp_path / "moved")), str(copy))
 
 
-@pytest.mark.reported("a run could not go on when its cohort was moved, or was named with a slash at the end")
+@pytest.mark.reported(
+  "a run could not go on when its cohort was moved, or was named with a slash at the end"
+)
 @pytest.mark.parametrize("begun", [True, False])
-def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(tmp_path, monkeypatch, begun):
+def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(
+  tmp_path, monkeypatch, begun
+):
   def config_of(cohort="c", mix=(("m", 0.3),), ecg="e"):
     config = tiny_config(cohort)
     config.data.mix, config.init_from.ecg = mix, ecg
@@ -267,12 +341,20 @@ def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(tmp_
   monkeypatch.chdir(tmp_path)
   (tmp_path / "w/checkpoints/3").mkdir(parents=True) if begun else (tmp_path / "w").mkdir()
   configuration.save(config_of(), "w")
-  for free in (dict(cohort="c/"), dict(cohort="./c"), dict(cohort=str(tmp_path / "c")),
-               dict(mix=(("/elsewhere/m", 0.3),)),
-               dict(ecg="e/"), dict(ecg=f"{tmp_path}/e")):
+  for free in (
+    dict(cohort="c/"),
+    dict(cohort="./c"),
+    dict(cohort=str(tmp_path / "c")),
+    dict(mix=(("/elsewhere/m", 0.3),)),
+    dict(ecg="e/"),
+    dict(ecg=f"{tmp_path}/e"),
+  ):
     configuration.check_workdir(config_of(**free), "w")
-  for other, words in ((dict(mix=(("m", 0.4),)), "data.mix was"), (dict(mix=()), "data.mix was"),
-                       (dict(ecg=""), "init_from.ecg was 'e'")):
+  for other, words in (
+    (dict(mix=(("m", 0.4),)), "data.mix was"),
+    (dict(mix=()), "data.mix was"),
+    (dict(ecg=""), "init_from.ecg was 'e'"),
+  ):
     with pytest.raises(UserError, match=words):
       configuration.check_workdir(config_of(**other), "w")
   if begun:  # by its path; see the next test
@@ -288,10 +370,14 @@ def test_an_earlier_stage_is_known_by_the_name_of_its_run(finished, copy, tmp_pa
   stages = train.stages_of(config, str(tmp_path), 0)
   assert stages == {"ecg": checkpoint.run_name(str(finished[0]))} and len(stages["ecg"]) > 8
   for kept, start in ((stages, 6), ({"ecg": "another"}, 3), ({}, 3)):
-    checkpoint.sign(copy / f"checkpoints/{start}", checkpoint.manifest(str(copy), start) | {"stages": kept})
+    checkpoint.sign(
+      copy / f"checkpoints/{start}", checkpoint.manifest(str(copy), start) | {"stages": kept}
+    )
     if kept.get("ecg") == "another":
-      with pytest.raises(UserError,
-                         match=f"config.init_from.ecg is {finished[0]}, and {copy} started from another run"):
+      with pytest.raises(
+        UserError,
+        match=f"config.init_from.ecg is {finished[0]}, and {copy} started from another run",
+      ):
         train.stages_of(config, str(copy), start)
     else:
       assert train.stages_of(config, str(copy), start) == kept
@@ -300,23 +386,28 @@ def test_an_earlier_stage_is_known_by_the_name_of_its_run(finished, copy, tmp_pa
 
 
 @pytest.mark.parametrize("objective, name", [("explode", "mine"), ("bad_gradient", "gradient")])
-def test_a_non_finite_step_stops_with_the_last_good_checkpoint(cohort, tmp_path, monkeypatch, objective, name):
+def test_a_non_finite_step_stops_with_the_last_good_checkpoint(
+  cohort, tmp_path, monkeypatch, objective, name
+):
   """An objective from outside the package, named by its path, that breaks at update 4."""
   (tmp_path / "outside.py").write_text(
-      "import jax.numpy as jnp\n"
-      "from mmcl_jax.objectives import Loss\n"
-      "def explode(outputs, batch, at=0):\n"
-      "  x = outputs['ecg_projection'].mean(axis=1)\n"
-      "  return Loss(jnp.where(batch['index'].max() >= at, jnp.nan, x), batch['mask'], {})\n"
-      "def bad_gradient(outputs, batch, at=0):\n"
-      "  x = outputs['ecg_projection'].mean(axis=1)\n"
-      "  left = jnp.maximum(at - batch['index'].max().astype(jnp.float32), 0.0)\n"
-      "  return Loss(jnp.sqrt(left * x * x), batch['mask'], {})  # at 0 its value is finite, its slope is not\n")
+    "import jax.numpy as jnp\n"
+    "from mmcl_jax.objectives import Loss\n"
+    "def explode(outputs, batch, at=0):\n"
+    "  x = outputs['ecg_projection'].mean(axis=1)\n"
+    "  return Loss(jnp.where(batch['index'].max() >= at, jnp.nan, x), batch['mask'], {})\n"
+    "def bad_gradient(outputs, batch, at=0):\n"
+    "  x = outputs['ecg_projection'].mean(axis=1)\n"
+    "  left = jnp.maximum(at - batch['index'].max().astype(jnp.float32), 0.0)\n"
+    "  return Loss(jnp.sqrt(left * x * x), batch['mask'], {})  # at 0 its value is finite, its slope is not\n"
+  )
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "outside", raising=False)
   c = tiny_config(cohort.path)
   c.objectives = dict(mine=dict(fn=f"outside:{objective}", weight=1.0, at=4 * c.batch))
-  with pytest.raises(UserError, match=f"step 5: .*{name}.* not finite.*last good checkpoint is .*/3"):
+  with pytest.raises(
+    UserError, match=f"step 5: .*{name}.* not finite.*last good checkpoint is .*/3"
+  ):
     train.train(c, str(tmp_path / "w"))
   assert checkpoint.steps(str(tmp_path / "w")) == [3]
   run = restore.load_run(str(tmp_path / "w"))
@@ -326,7 +417,10 @@ def test_a_non_finite_step_stops_with_the_last_good_checkpoint(cohort, tmp_path,
 def test_an_objective_without_its_output_is_found_before_compiling(cohort, tmp_path):
   c = tiny_config(cohort.path)
   c.model.cmr = {}
-  with pytest.raises(UserError, match="objectives.dual_phase asks for 'cmr'.*outputs are .*ecg_projection.*reconstruction"):
+  with pytest.raises(
+    UserError,
+    match="objectives.dual_phase asks for 'cmr'.*outputs are .*ecg_projection.*reconstruction",
+  ):
     train.train(c, str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
 
@@ -341,7 +435,9 @@ def fails(capsys, flags):
   return lines[0]
 
 
-@pytest.mark.parametrize("flag, words", [
+@pytest.mark.parametrize(
+  "flag, words",
+  [
     ("--config.nope=1", "nope"),
     ("--config.optimizer.learning_rat=1", "learning_rat"),
     ("--config.batch=many", "batch"),
@@ -365,7 +461,8 @@ def fails(capsys, flags):
     ("--config=/nowhere.py", "nowhere.py"),
     ("--unknown=1", "unknown"),
     ("stray", "stray"),
-])
+  ],
+)
 def test_a_user_s_mistake_is_one_line_and_leaves_nothing(cohort, tmp_path, capsys, flag, words):
   line = fails(capsys, [*tiny_flags(cohort.path, tmp_path / "w"), flag])
   assert re.search(words, line), line
@@ -394,14 +491,17 @@ def test_broken_cohorts_are_told_apart(cohort, tmp_path):
 
 
 def test_bfloat16_and_a_learned_temperature_under_its_cap(finished, cohort, tmp_path):
-  """Temperature starts at 0.02, beyond the cap 1 / 20: the first update projects it back, the next ones may move it."""
+  """Temperature starts at 0.02, beyond the cap 1 / 20: the first update projects it back, the next
+  ones may move it."""
   c = tiny_config(cohort.path)
   c.model.dtype, c.model.learned_temperature, c.model.max_scale = "bfloat16", 0.02, 20.0
   state = train.train(c, str(tmp_path / "w"))
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   records = [r for r in metrics.read(tmp_path / "w/metrics.jsonl") if "loss" in r]
   temperature = [r["dual_phase/temperature"] for r in records]
-  assert temperature[0] == pytest.approx(0.02, rel=1e-5) and temperature[1] == pytest.approx(0.05, rel=1e-5)
+  assert temperature[0] == pytest.approx(0.02, rel=1e-5) and temperature[1] == pytest.approx(
+    0.05, rel=1e-5
+  )
   assert min(temperature[1:]) >= 0.05 * (1 - 1e-5) and temperature[-1] != temperature[1]
   exact = metrics.read(finished[0] / "metrics.jsonl")[0]["reconstruction/loss"]
   assert records[0]["reconstruction/loss"] == pytest.approx(exact, rel=0.02)
@@ -409,25 +509,37 @@ def test_bfloat16_and_a_learned_temperature_under_its_cap(finished, cohort, tmp_
 
 
 def test_a_run_that_ends_before_its_first_number_prints_nothing_more(tmp_path):
-  """TensorBoard's writer starts a thread to say that it ends, which Python 3.12 answers with a trace where nothing was written."""
-  code = (f"from mmcl_jax.training import metrics; writer = metrics.create_writer({str(tmp_path)!r}, 0, just_logging=False); "
-          "raise SystemExit(2)")
+  """TensorBoard's writer starts a thread to say that it ends, which Python 3.12 answers with a
+  trace where nothing was written."""
+  code = (
+    f"from mmcl_jax.training import metrics; writer = metrics.create_writer({str(tmp_path)!r}, 0, just_logging=False); "
+    "raise SystemExit(2)"
+  )
   ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
   assert ended.returncode == 2 and ended.stderr == "" and not (tmp_path / "tensorboard").exists()
   writer = metrics.create_writer(str(tmp_path), 0, just_logging=False)
   writer.write_scalars(1, {"loss": 2.0})
   writer.close()
-  assert list((tmp_path / "tensorboard").iterdir()) and metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+  assert list((tmp_path / "tensorboard").iterdir()) and metrics.read(
+    tmp_path / "metrics.jsonl"
+  ) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.reported("a run at its end did not say how to train longer")
 def test_more_steps_are_refused_with_the_way_to_train_longer(tmp_path):
   (tmp_path / "w").mkdir()
   flags = [f"--config={ROOT}/configs/joint.py:test", f"--workdir={tmp_path / 'w'}"]
-  configuration.save(configuration.from_flags("mmcl train", "", flags, {"workdir": ""})[0], tmp_path / "w")
-  with pytest.raises(UserError, match="steps was 6, now 9.* to train longer: another --workdir with ") as refused:
-    longer, _ = configuration.from_flags("mmcl train", "", [*flags, "--config.steps=9"], {"workdir": ""})
+  configuration.save(
+    configuration.from_flags("mmcl train", "", flags, {"workdir": ""})[0], tmp_path / "w"
+  )
+  with pytest.raises(
+    UserError, match="steps was 6, now 9.* to train longer: another --workdir with "
+  ) as refused:
+    longer, _ = configuration.from_flags(
+      "mmcl train", "", [*flags, "--config.steps=9"], {"workdir": ""}
+    )
     configuration.check_workdir(longer, str(tmp_path / "w"))
   said = re.findall(r"--config\.init_from\.\w+=\S+", str(refused.value))
-  config, _ = configuration.from_flags("mmcl train", "", [*flags, *said], {"workdir": ""})  # the flags are there
+  # the flags are there
+  config, _ = configuration.from_flags("mmcl train", "", [*flags, *said], {"workdir": ""})
   assert dict(config.init_from) == dict.fromkeys(("ecg", "cmr_ed", "cmr_es"), str(tmp_path / "w"))

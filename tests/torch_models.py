@@ -1,9 +1,11 @@
-"""Plain PyTorch models with the published key names, written from the architectures' descriptions: the tests' oracle.
+"""Plain PyTorch models with the published key names, written from the architectures' descriptions:
+the tests' oracle.
 
-ViT: timm's keys (Dosovitskiy et al. 2021), pooled as MMCL does (Turgut et al. 2025). MaskedAutoencoder: He et al. 2022.
-ResNet: torchvision's keys (He et al. 2016, stride on the 3x3). SlowResNet: PyTorchVideo's keys (Feichtenhofer et al.
-2019), pooled over slices as the dual-phase system does (Alvarez-Florez et al. 2026). Head: lightly's SimCLR projection
-head. Losses by the formulas of these papers.
+ViT: timm's keys (Dosovitskiy et al. 2021), pooled as MMCL does (Turgut et al. 2025).
+MaskedAutoencoder: He et al. 2022.
+ResNet: torchvision's keys (He et al. 2016, stride on the 3x3). SlowResNet: PyTorchVideo's keys
+(Feichtenhofer et al. 2019), pooled over slices as the dual-phase system does (Alvarez-Florez et al.
+2026). Head: lightly's SimCLR projection head. Losses by the formulas of these papers.
 """
 
 import math
@@ -16,14 +18,18 @@ LEADS = 12
 
 
 def sincos(rows, columns, width):
-  """Fixed positions [1, 1 + rows * columns, width], zeros for CLS; half the width for the column, half for the row.
+  """Fixed positions [1, 1 + rows * columns, width], zeros for CLS; half the width for the column,
+  half for the row.
 
   As in MAE's and MMCL's code, where the column's half is the first.
   """
   frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-  encode = lambda position: torch.cat(
-      [torch.sin(position[:, None] * frequency),
-       torch.cos(position[:, None] * frequency)], dim=1)
+
+  def encode(position):
+    return torch.cat(
+      [torch.sin(position[:, None] * frequency), torch.cos(position[:, None] * frequency)], dim=1
+    )
+
   row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
   column = torch.arange(columns, dtype=torch.float64).repeat(rows)
   table = torch.cat([encode(column), encode(row)], dim=1)
@@ -80,8 +86,19 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
   """pool: mean | attention | cls. norms: which of `norm` and `fc_norm` it has; what pooling does not use is idle."""
 
-  def __init__(self, width, depth, heads, patch, samples, pool="mean", norms=("fc_norm",), head=0, trained=False,
-               covariates=0):
+  def __init__(
+    self,
+    width,
+    depth,
+    heads,
+    patch,
+    samples,
+    pool="mean",
+    norms=("fc_norm",),
+    head=0,
+    trained=False,
+    covariates=0,
+  ):
     super().__init__()
     self.pool = pool
     if covariates:  # CardiacNets' modulation
@@ -129,8 +146,12 @@ class MaskedAutoencoder(ViT):
     decoder_width, decoder_depth, decoder_heads = decoder
     self.decoder_embed = nn.Linear(width, decoder_width)
     self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-    self.decoder_pos_embed = nn.Parameter(sincos(LEADS, samples // patch, decoder_width), requires_grad=False)
-    self.decoder_blocks = nn.ModuleList([Block(decoder_width, decoder_heads) for _ in range(decoder_depth)])
+    self.decoder_pos_embed = nn.Parameter(
+      sincos(LEADS, samples // patch, decoder_width), requires_grad=False
+    )
+    self.decoder_blocks = nn.ModuleList(
+      [Block(decoder_width, decoder_heads) for _ in range(decoder_depth)]
+    )
     self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
     self.decoder_pred = nn.Linear(decoder_width, patch)
 
@@ -144,7 +165,9 @@ class MaskedAutoencoder(ViT):
     for block in self.blocks:
       x = block(x)
     x = self.decoder_embed(self.norm(x))
-    patches = self.mask_token.expand(B, N, -1).scatter(1, keep[:, :, None].expand(-1, -1, x.shape[2]), x[:, 1:])
+    patches = self.mask_token.expand(B, N, -1).scatter(
+      1, keep[:, :, None].expand(-1, -1, x.shape[2]), x[:, 1:]
+    )
     x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
     for block in self.decoder_blocks:
       x = block(x)
@@ -169,33 +192,42 @@ class StMemAttention(nn.Module):
     self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
 
   def forward(self, x):
-    q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.to_qkv(x).chunk(3, dim=2))
+    q, k, v = (
+      part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.to_qkv(x).chunk(3, dim=2)
+    )
     return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class StMemMlp(nn.Module):
   def __init__(self, width):
     super().__init__()
-    self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(0.0), nn.Linear(4 * width, width))
+    self.net = nn.Sequential(
+      nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(0.0), nn.Linear(4 * width, width)
+    )
 
   def forward(self, x):
     return self.net(x)
 
 
 class StMem(nn.Module):
-  """ST-MEM's encoder (Na et al. 2024), by its keys: every lead between two separators, and told by an embedding."""
+  """ST-MEM's encoder (Na et al. 2024), by its keys: every lead between two separators, and told by
+  an embedding."""
 
   def __init__(self, width, depth, heads, patch, samples, head=0):
     super().__init__()
     self.depth, self.patch = depth, patch
-    self.to_patch_embedding = nn.Sequential(nn.Identity(), nn.LayerNorm(patch), nn.Linear(patch, width),
-                                            nn.LayerNorm(width))
+    self.to_patch_embedding = nn.Sequential(
+      nn.Identity(), nn.LayerNorm(patch), nn.Linear(patch, width), nn.LayerNorm(width)
+    )
     self.pos_embedding = nn.Parameter(torch.zeros(1, samples // patch + 2, width))
     self.sep_embedding = nn.Parameter(torch.zeros(width))
     self.lead_embeddings = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(LEADS))
     for i in range(depth):
       block = nn.Module()
-      block.attn, block.ff = PreNorm(width, StMemAttention(width, heads)), PreNorm(width, StMemMlp(width))
+      block.attn, block.ff = (
+        PreNorm(width, StMemAttention(width, heads)),
+        PreNorm(width, StMemMlp(width)),
+      )
       self.add_module(f"block{i}", block)
     self.norm = nn.LayerNorm(width)
     if head:
@@ -207,7 +239,9 @@ class StMem(nn.Module):
     for i, lead in enumerate(ecg.unbind(1)):
       x = self.to_patch_embedding(lead.unflatten(1, (-1, self.patch)))
       separator = self.sep_embedding.expand(len(x), 1, -1)
-      leads.append(torch.cat([separator, x, separator], dim=1) + self.pos_embedding + self.lead_embeddings[i])
+      leads.append(
+        torch.cat([separator, x, separator], dim=1) + self.pos_embedding + self.lead_embeddings[i]
+      )
     x = torch.cat(leads, dim=1)
     for i in range(self.depth):
       block = getattr(self, f"block{i}")
@@ -231,12 +265,16 @@ class Bottleneck(nn.Module):
     self.conv3 = nn.Conv2d(width, out, 1, bias=False)
     self.bn3 = nn.BatchNorm2d(out)
     if stride > 1 or into != out:
-      self.downsample = nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+      self.downsample = nn.Sequential(
+        nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+      )
 
   def forward(self, x):
     y = F.relu(self.bn1(self.conv1(x)))
     y = F.relu(self.bn2(self.conv2(y)))
-    return F.relu(self.bn3(self.conv3(y)) + (self.downsample(x) if hasattr(self, "downsample") else x))
+    return F.relu(
+      self.bn3(self.conv3(y)) + (self.downsample(x) if hasattr(self, "downsample") else x)
+    )
 
 
 class Basic(nn.Module):
@@ -247,7 +285,9 @@ class Basic(nn.Module):
     self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
     self.bn2 = nn.BatchNorm2d(width)
     if stride > 1 or into != width:
-      self.downsample = nn.Sequential(nn.Conv2d(into, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+      self.downsample = nn.Sequential(
+        nn.Conv2d(into, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+      )
 
   def forward(self, x):
     y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -282,12 +322,20 @@ class ResNet(nn.Module):
     return self.fc(x) if hasattr(self, "fc") else x
 
   def sequential(self):
-    """The children in nn.Sequential, without fc: conv1 is `0`, bn1 `1`, layer1 to layer4 `4` to `7`."""
+    """The children in nn.Sequential, without fc: conv1 is `0`, bn1 `1`, layer1 to layer4 `4` to
+    `7`."""
     return nn.Sequential(*(child for name, child in self.named_children() if name != "fc"))
 
 
 def conv3d(into, out, span=1, side=1, stride=1):
-  return nn.Conv3d(into, out, (span, side, side), (1, stride, stride), (span // 2, side // 2, side // 2), bias=False)
+  return nn.Conv3d(
+    into,
+    out,
+    (span, side, side),
+    (1, stride, stride),
+    (span // 2, side // 2, side // 2),
+    bias=False,
+  )
 
 
 class Stem(nn.Module):
@@ -332,7 +380,8 @@ class ResStage(nn.Module):
   def __init__(self, into, width, blocks, stride, span):
     super().__init__()
     self.res_blocks = nn.ModuleList(
-        [ResBlock(4 * width if j else into, width, 1 if j else stride, span) for j in range(blocks)])
+      [ResBlock(4 * width if j else into, width, 1 if j else stride, span) for j in range(blocks)]
+    )
 
   def forward(self, x):
     for block in self.res_blocks:
@@ -341,7 +390,8 @@ class ResStage(nn.Module):
 
 
 class SlowResNet(nn.Module):
-  """stages: (width, blocks, span) each; slices 0: the mean over slices; fc 0: none; volumes in [-1, 1]."""
+  """stages: (width, blocks, span) each; slices 0: the mean over slices; fc 0: none; volumes in [-1,
+  1]."""
 
   def __init__(self, stem, stages, channels=1, slices=0, fc=0):
     super().__init__()
@@ -370,22 +420,28 @@ class Head(nn.Module):
   def __init__(self, into, hidden, width, norm=False):
     super().__init__()
     normed = [
-        nn.Linear(into, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, width, bias=False),
-        nn.BatchNorm1d(width)
+      nn.Linear(into, hidden, bias=False),
+      nn.BatchNorm1d(hidden),
+      nn.ReLU(),
+      nn.Linear(hidden, width, bias=False),
+      nn.BatchNorm1d(width),
     ]
-    self.layers = nn.Sequential(*(normed if norm else [nn.Linear(into, hidden), nn.ReLU(), nn.Linear(hidden, width)]))
+    self.layers = nn.Sequential(
+      *(normed if norm else [nn.Linear(into, hidden), nn.ReLU(), nn.Linear(hidden, width)])
+    )
 
   def forward(self, x):
     return self.layers(x)
 
 
 def randomise(model, seed=0):
-  """Draws every parameter and statistic anew, so that no fresh 0 or 1 hides a mistake; fixed tables stay."""
+  """Draws every parameter and statistic anew, so that no fresh 0 or 1 hides a mistake; fixed tables
+  stay."""
   generator = torch.Generator().manual_seed(seed)
-  draw = lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+  def draw(x):
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
   with torch.no_grad():
     for name, x in model.state_dict().items():
       if name.endswith("pos_embed") or not x.is_floating_point():
@@ -399,9 +455,13 @@ def randomise(model, seed=0):
 
 # ---- losses
 
+
 def ncc(x, y, eps):
   """Mean over recordings and leads of 1 / (T - 1) sum_t zscore(x)_t zscore(y)_t; x, y [B, L, T]."""
-  z = lambda a: (a - a.mean(dim=-1, keepdim=True)) / (a.var(dim=-1, keepdim=True) + eps).sqrt()
+
+  def z(a):
+    return (a - a.mean(dim=-1, keepdim=True)) / (a.var(dim=-1, keepdim=True) + eps).sqrt()
+
   return ((z(x) * z(y)).sum(dim=-1) / (x.shape[-1] - 1)).mean()
 
 
@@ -417,7 +477,8 @@ def masked_mse(x, y, hidden):
 
 
 def clip_loss(a, b, temperature, b_to_a):
-  """b_to_a CE(each b among all a) + (1 - b_to_a) CE(each a among all b), of cosines over the temperature."""
+  """b_to_a CE(each b among all a) + (1 - b_to_a) CE(each a among all b), of cosines over the
+  temperature."""
   logits = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / temperature
   own = torch.arange(len(a))
   return b_to_a * F.cross_entropy(logits.T, own) + (1 - b_to_a) * F.cross_entropy(logits, own)
@@ -425,4 +486,6 @@ def clip_loss(a, b, temperature, b_to_a):
 
 def three_pair_loss(ecg, ed, es, temperature, weights):
   pairs = (ecg, ed), (ecg, es), (ed, es)
-  return sum(w * clip_loss(a, b, temperature, 0.5) for w, (a, b) in zip(weights, pairs)) / sum(weights)
+  return sum(w * clip_loss(a, b, temperature, 0.5) for w, (a, b) in zip(weights, pairs)) / sum(
+    weights
+  )

@@ -1,11 +1,13 @@
-"""CMR augmentations on the device: pure functions of one study [P, Z, H, W] in [0, 1] and its random key.
+"""CMR augmentations on the device: pure functions of one study [P, Z, H, W] in [0, 1] and its
+random key.
 
-All phases and slices of a study move together: ED and ES stay one heart. There is no left-right flip, which would
-swap the ventricles.
+All phases and slices of a study move together: ED and ES stay one heart. There is no left-right
+flip, which would swap the ventricles.
 
-A random resized crop (RandomResizedCrop) of an area share a is a zoom by 1 / sqrt(a) and a shift of up to
-(1 - sqrt(a)) / 2 of the view. Zooms here go as far out as in, about 1, so area shares (0.6, 1), zooms 1 to 1.29, are as
-wide as `scale` 0.14 with `shift` 0.11, and (0.8, 1) as `scale` 0.06 with `shift` 0.05.
+A random resized crop (RandomResizedCrop) of an area share a is a zoom by 1 / sqrt(a) and a shift of
+up to (1 - sqrt(a)) / 2 of the view. Zooms here go as far out as in, about 1, so area shares (0.6,
+1), zooms 1 to 1.29, are as wide as `scale` 0.14 with `shift` 0.11, and (0.8, 1) as `scale` 0.06
+with `shift` 0.05.
 """
 
 import jax
@@ -14,19 +16,25 @@ from jax.scipy.ndimage import map_coordinates
 
 
 def affine(key, cmr, rotation_deg: float, scale: float, shift: float):
-  """In-plane rotation U(+-rotation_deg), zoom U(1 +- scale), shift U(+-shift) of the field of view; bilinear."""
+  """In-plane rotation U(+-rotation_deg), zoom U(1 +- scale), shift U(+-shift) of the field of view;
+  bilinear."""
   angle, zoom, dy, dx = jax.random.uniform(key, (4,), minval=-1.0)
   angle, zoom = jnp.deg2rad(rotation_deg * angle), 1 + scale * zoom
   H, W = cmr.shape[-2:]
   y, x = jnp.meshgrid(jnp.arange(H) - (H - 1) / 2, jnp.arange(W) - (W - 1) / 2, indexing="ij")
-  source = [(jnp.cos(angle) * y - jnp.sin(angle) * x) / zoom + (H - 1) / 2 + shift * H * dy,
-            (jnp.sin(angle) * y + jnp.cos(angle) * x) / zoom + (W - 1) / 2 + shift * W * dx]
+  source = [
+    (jnp.cos(angle) * y - jnp.sin(angle) * x) / zoom + (H - 1) / 2 + shift * H * dy,
+    (jnp.sin(angle) * y + jnp.cos(angle) * x) / zoom + (W - 1) / 2 + shift * W * dx,
+  ]
   planes = cmr.reshape(-1, H, W)
-  return jax.vmap(lambda plane: map_coordinates(plane, source, order=1, mode="nearest"))(planes).reshape(cmr.shape)
+  return jax.vmap(lambda plane: map_coordinates(plane, source, order=1, mode="nearest"))(
+    planes
+  ).reshape(cmr.shape)
 
 
 def intensity(key, cmr, sigma: float):
-  """Brightness and contrast: a x + b with a ~ N(1, sigma^2), b ~ N(0, (sigma / 4)^2), clipped to [0, 1]."""
+  """Brightness and contrast: a x + b with a ~ N(1, sigma^2), b ~ N(0, (sigma / 4)^2), clipped to
+  [0, 1]."""
   a, b = jax.random.normal(key, (2,))
   return jnp.clip(cmr * (1 + sigma * a) + sigma / 4 * b, 0.0, 1.0)
 

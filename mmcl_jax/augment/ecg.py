@@ -14,7 +14,8 @@ def crop(key, ecg, samples: int):
 
 
 def phase_noise(key, ecg, strength: float, probability: float):
-  """Fourier-transform surrogate: random phases exp(i a phi), phi ~ U[0, 2 pi), the same on all leads."""
+  """Fourier-transform surrogate: random phases exp(i a phi), phi ~ U[0, 2 pi), the same on all
+  leads."""
   gate, key = jax.random.split(key)
   spectrum = jnp.fft.rfft(ecg, axis=1)
   phase = strength * jax.random.uniform(key, (spectrum.shape[1],), maxval=2 * jnp.pi)
@@ -34,7 +35,8 @@ def invert(key, ecg, probability: float):
 
 
 def gain_noise(key, ecg, sigma: float):
-  """x + 0.6 x n with n ~ N(0, sigma^2) for every sample: what MMCL's code calls jitter; it leaves zeros as they are."""
+  """x + 0.6 x n with n ~ N(0, sigma^2) for every sample: what MMCL's code calls jitter; it leaves
+  zeros as they are."""
   return ecg + 0.6 * ecg * (sigma * jax.random.normal(key, ecg.shape, ecg.dtype))
 
 
@@ -48,10 +50,21 @@ def rescale(key, ecg, sigma: float):
   return ecg * (1 + sigma * jax.random.normal(key, ()))
 
 
-def augment(key, ecg, samples: int, *, phase_noise_strength: float, jitter_sigma: float, rescale_sigma: float,
-            gain_noise_sigma: float = 0, time_flip: float = 0, sign_flip: float = 0,
-            phase_noise_always: bool = False):
-  """Crop, flips, then phase noise, jitter and rescaling in MMCL's order; [L, T] -> [L, samples]. 0 leaves one out.
+def augment(
+  key,
+  ecg,
+  samples: int,
+  *,
+  phase_noise_strength: float,
+  jitter_sigma: float,
+  rescale_sigma: float,
+  gain_noise_sigma: float = 0,
+  time_flip: float = 0,
+  sign_flip: float = 0,
+  phase_noise_always: bool = False,
+):
+  """Crop, flips, then phase noise, jitter and rescaling in MMCL's order; [L, T] -> [L, samples]. 0
+  leaves one out.
 
   Phase noise comes to half of the recordings, as in MMCL's masked autoencoder, or always, as in its
   contrastive stage. MMCL's jitter is `gain_noise_sigma` 0.25; `jitter_sigma` adds white noise.

@@ -1,4 +1,5 @@
-"""Raw ECG files read and normalised, in order, by processes that stay ahead of whoever uses them."""
+"""Raw ECG files read and normalised, in order, by processes that stay ahead of whoever uses
+them."""
 
 import collections
 import multiprocessing
@@ -16,11 +17,15 @@ from mmcl_jax.errors import BadRecord, UserError
 
 TEXTS = ("path", "status", "reason", "flags")
 MOST_READERS = 32  # about 190 MiB each
-LATER = "could not be read now"  # so begins a reason that may be gone another time: a disk, a network or memory failed
+# so begins a reason that may be gone another time: a disk, a network or memory failed
+LATER = "could not be read now"
 
 
-def read_ahead(paths: Iterable[str], profile: str, ahead: int) -> Iterator[tuple[dict[str, str], np.ndarray | None]]:
-  """Yields `read` of every path, in their order; at most `ahead` recordings, or two a process, are read and waiting."""
+def read_ahead(
+  paths: Iterable[str], profile: str, ahead: int
+) -> Iterator[tuple[dict[str, str], np.ndarray | None]]:
+  """Yields `read` of every path, in their order; at most `ahead` recordings, or two a process, are
+  read and waiting."""
   pool, waiting = readers(), collections.deque()
   ahead = max(ahead, 2 * processes())
   try:
@@ -32,8 +37,10 @@ def read_ahead(paths: Iterable[str], profile: str, ahead: int) -> Iterator[tuple
     while waiting:
       yield waiting.popleft().result()
   except BrokenProcessPool:
-    raise UserError(f"a reading process died, as when memory runs out, at {path} or one of the {ahead} recordings before "
-                    "it; the same command goes on from what is saved") from None
+    raise UserError(
+      f"a reading process died, as when memory runs out, at {path} or one of the {ahead} recordings before "
+      "it; the same command goes on from what is saved"
+    ) from None
   finally:
     pool.shutdown(cancel_futures=True)
 
@@ -43,7 +50,8 @@ def processes() -> int:
 
 
 def readers() -> Executor:
-  """A process a core, up to MOST_READERS: parsing holds Python's lock, so that two threads read hardly more than one."""
+  """A process a core, up to MOST_READERS: parsing holds Python's lock, so that two threads read
+  hardly more than one."""
   context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
   return ProcessPoolExecutor(processes(), context, end_with_parent)
 
@@ -52,13 +60,16 @@ def read(path: str, profile: str) -> tuple[dict[str, str], np.ndarray | None]:
   """One recording by `profile` (preprocess.ecg); what is wrong with it never raises.
 
   Returns:
-    TEXTS: `status` ok or rejected with its `reason`; remarks in `flags`. All are UTF-8, which a file's name need not be.
-    float32 [12, samples of the profile], None where rejected.
+    TEXTS: `status` ok or rejected with its `reason`; remarks in `flags`. All are UTF-8, which a
+    file's name need not be. float32 [12, samples of the profile], None where rejected.
   """
   ecg, reason, flags = None, "", ()
   try:
     recording = read_ecg(path)
-    ecg, flags = normalise(to_standard(recording.ecg_mv, recording.rate_hz), profile), recording.flags
+    ecg, flags = (
+      normalise(to_standard(recording.ecg_mv, recording.rate_hz), profile),
+      recording.flags,
+    )
   except BadRecord as error:
     reason = str(error)
   except (OSError, MemoryError) as error:
@@ -66,5 +77,7 @@ def read(path: str, profile: str) -> tuple[dict[str, str], np.ndarray | None]:
   except Exception as error:  # a reader's own mistake: one recording must not cost a long run
     reason = f"unexpected {type(error).__name__}: {error}"
   texts = path, "rejected" if ecg is None else "ok", " ".join(reason.split()), "; ".join(flags)
-  texts = (text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in texts)
+  texts = (
+    text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in texts
+  )
   return dict(zip(TEXTS, texts)), ecg

@@ -1,8 +1,9 @@
 """Makes a cohort (mmcl_jax.data.cohort) of what a source plans to read.
 
-The unit of work is a shard: some hundred records of one split, read and written by one process, then renamed. So making a
-cohort goes on where it was stopped, gives the same records and fingerprint for any number of processes or machines
-(mmcl_jax.data.beam), and takes memory for the list of what to read and for one record a process, not for the records.
+The unit of work is a shard: some hundred records of one split, read and written by one process,
+then renamed. So making a cohort goes on where it was stopped, gives the same records and
+fingerprint for any number of processes or machines (mmcl_jax.data.beam), and takes memory for the
+list of what to read and for one record a process, not for the records.
 """
 
 import contextlib
@@ -34,14 +35,16 @@ from mmcl_jax.data.processes import end_with_parent, unheard
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError, check_writable, is_environment
 
-SHARDS_A_SPLIT = 256           # aimed at: a cluster's worth of work, and not too many files to open
-RECORDS_A_SHARD = (50, 2000)   # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
-KEPT = ("subject", "has_ecg", "has_cmr", "phenotypes", "covariates")  # beside a shard, for the reports
-FIRST_TRIES = 200              # records that may fail before the first good one
+SHARDS_A_SPLIT = 256  # aimed at: a cluster's worth of work, and not too many files to open
+RECORDS_A_SHARD = (50, 2000)  # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
+# beside a shard, for the reports
+KEPT = ("subject", "has_ecg", "has_cmr", "phenotypes", "covariates")
+FIRST_TRIES = 200  # records that may fail before the first good one
 
 
 class Shard(NamedTuple):
   """Items of one split that go to one file, in order."""
+
   split: str
   index: int
   items: list[Item]
@@ -53,21 +56,26 @@ class Shard(NamedTuple):
 
 class Job(NamedTuple):
   """What every process needs to write its shards; picklable."""
-  folder: str                              # of shards and their notes
+
+  folder: str  # of shards and their notes
   read: Callable[[Item], tuple[dict, tuple[str, ...]]]
-  profile: str | None                      # normalisation of the ECG; None: it comes normalised
-  lengths: dict[str, int]                  # of phenotypes, diseases and covariates, as the plan names them
-  layout: dict[str, tuple[str, list[int]]] = {}  # stored field -> (dtype, shape), the same in all records
+  profile: str | None  # normalisation of the ECG; None: it comes normalised
+  # of phenotypes, diseases and covariates, as the plan names them
+  lengths: dict[str, int]
+  # stored field -> (dtype, shape), the same in all records
+  layout: dict[str, tuple[str, list[int]]] = {}
 
 
 class Outcome(NamedTuple):
   """What became of a plan, for the report on its quality. Ids are salted: see `salted_id`."""
+
   steps: dict[str, int]
-  rejected: list[dict[str, str]]           # id, reason
-  flags: list[dict[str, Any]]              # id, flags
-  phenotypes: np.ndarray                   # float32 [N, K] of the records kept, in the order of the splits
-  covariates: np.ndarray                   # float32 [N, V]
-  splits: list[str]                        # [N]
+  rejected: list[dict[str, str]]  # id, reason
+  flags: list[dict[str, Any]]  # id, flags
+  # float32 [N, K] of the records kept, in the order of the splits
+  phenotypes: np.ndarray
+  covariates: np.ndarray  # float32 [N, V]
+  splits: list[str]  # [N]
 
 
 def salted_id(item: Item) -> str:
@@ -76,10 +84,12 @@ def salted_id(item: Item) -> str:
 
 
 def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.ndarray]:
-  """A reader's record -> what is stored: the ECG normalised by `profile` (None: as it is), as int16 with its scale."""
+  """A reader's record -> what is stored: the ECG normalised by `profile` (None: as it is), as int16
+  with its scale."""
   ecg = np.asarray(record["ecg"], np.float32)
   if profile:
-    ecg = preprocess_ecg.normalise(ecg, profile)  # zeros where there is no ECG: the length is the profile's
+    # zeros where there is no ECG: the length is the profile's
+    ecg = preprocess_ecg.normalise(ecg, profile)
   if not record["has_ecg"]:
     ecg = np.zeros_like(ecg)
   scale = np.float32(max(np.abs(ecg).max(), 1e-6) / 32767)
@@ -90,18 +100,28 @@ def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.n
   return {name: np.asarray(x) for name, x in stored.items()}
 
 
-def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: str, processes: int,
-          report: Callable[[str, Cohort, Outcome], None] | None = None, run: Callable | None = None) -> Cohort:
-  """Makes the cohort of a plan; `out` is complete or absent. Started again after an interruption, it goes on.
+def build(
+  out: str,
+  plan: Plan,
+  *,
+  shares: tuple[float, float, float],
+  profile: str,
+  processes: int,
+  report: Callable[[str, Cohort, Outcome], None] | None = None,
+  run: Callable | None = None,
+) -> Cohort:
+  """Makes the cohort of a plan; `out` is complete or absent. Started again after an interruption,
+  it goes on.
 
   Args:
-    out: folder to make; it must not hold anything yet but the cohort of the same plan, which is opened. Work under way lies
-      in `out`.partial.
+    out: folder to make; it must not hold anything yet but the cohort of the same plan, which is
+      opened. Work under way lies in `out`.partial.
     plan: what to read (mmcl_jax.data.sources).
     shares: of train, val and test, drawn by subject, unless the plan gives the splits.
     profile: normalisation of the ECG; of no effect where the source's ECG come normalised.
     processes: worker processes.
-    report: (folder, cohort, outcome) -> None; called before the cohort gets its name, to write into the folder.
+    report: (folder, cohort, outcome) -> None; called before the cohort gets its name, to write into
+      the folder.
     run: (write, shards, processes) -> None in place of local processes (mmcl_jax.data.beam).
 
   Raises:
@@ -115,10 +135,15 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
   splits = split_items(plan, shares)
   info["plan"] = digest_of(plan, info, splits)
   if (target / "cohort.json").is_file():
-    if (made := load(out)).info.get("plan") != info["plan"]:  # cohorts of earlier versions do not say
-      raise UserError(f"{out} holds a cohort of other inputs or settings; choose another --out or remove it")
+    # cohorts of earlier versions do not say
+    if (made := load(out)).info.get("plan") != info["plan"]:
+      raise UserError(
+        f"{out} holds a cohort of other inputs or settings; choose another --out or remove it"
+      )
     clear(target)
-    print(f"{out} is there, of the same paths and settings: nothing was read again; remove it to make it anew")
+    print(
+      f"{out} is there, of the same paths and settings: nothing was read again; remove it to make it anew"
+    )
     return made
   files.no_links(partial)
   partial.mkdir(parents=True, exist_ok=True)
@@ -126,7 +151,8 @@ def build(out: str, plan: Plan, *, shares: tuple[float, float, float], profile: 
     if not files.locked(lock.fileno(), str(partial)):
       raise UserError(f"another process is preparing {out}; wait for it or choose another --out")
     same_plan(partial, info["plan"])
-    if (partial / "shards").is_dir() or not (partial / "cohort.json").is_file():  # else killed right before its name was given
+    # else killed right before its name was given
+    if (partial / "shards").is_dir() or not (partial / "cohort.json").is_file():
       write_all(partial, plan, splits, profile, info, processes, report, run or run_locally)
       (partial / "shards").rename(partial / "shards.done")
     shutil.rmtree(partial / "shards.done", ignore_errors=True)
@@ -143,21 +169,42 @@ def clear(target: pathlib.Path) -> None:
     (target / leftover).unlink(missing_ok=True)
 
 
-def write_all(partial: pathlib.Path, plan: Plan, splits: dict[str, list[Item]], profile: str, info: dict, processes: int, report,
-              run):
+def write_all(
+  partial: pathlib.Path,
+  plan: Plan,
+  splits: dict[str, list[Item]],
+  profile: str,
+  info: dict,
+  processes: int,
+  report,
+  run,
+):
   """Everything that a cohort holds, into `partial`; arguments are those of `build`."""
-  job = Job(str(partial / "shards"), plan.read, None if plan.info.get("ecg_is_normalised") else profile,
-            {name: len(plan.info[name]) for name in LABELS})
+  job = Job(
+    str(partial / "shards"),
+    plan.read,
+    None if plan.info.get("ecg_is_normalised") else profile,
+    {name: len(plan.info[name]) for name in LABELS},
+  )
   job = job._replace(layout=first_layout(job, splits))
-  shards = [Shard(split, i, items[start:start + size]) for split, items in splits.items()
-            for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
-            for i, start in enumerate(range(0, len(items), size))]
+  shards = [
+    Shard(split, i, items[start : start + size])
+    for split, items in splits.items()
+    for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
+    for i, start in enumerate(range(0, len(items), size))
+  ]
   pathlib.Path(job.folder).mkdir(exist_ok=True)
   for abandoned in pathlib.Path(job.folder).glob("*.tmp*"):  # by processes that were killed
     abandoned.unlink(missing_ok=True)
   run(functools.partial(write_shard, job), shards, processes)
-  notes = [(shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text())) for shard in shards]
-  labels = {split: collect_labels(job, [shard for shard in shards if shard.split == split]) for split in schema.SPLITS}
+  notes = [
+    (shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text()))
+    for shard in shards
+  ]
+  labels = {
+    split: collect_labels(job, [shard for shard in shards if shard.split == split])
+    for split in schema.SPLITS
+  }
   finish(partial, job, notes, labels, info)
   if report:
     report(str(partial), load(str(partial)), collect(plan, notes, labels))
@@ -168,9 +215,15 @@ def check_out(out: str) -> None:
   target = pathlib.Path(out)
   check_writable(f"{out.rstrip('/')}.partial")
   if target.is_symlink() or os.path.ismount(target) or target.resolve() == pathlib.Path.cwd():
-    raise UserError(f"--out={out} is a link, a mount or the current folder; expected the name of a new folder")
-  if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "cohort.json").is_file())):
-    raise UserError(f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it")
+    raise UserError(
+      f"--out={out} is a link, a mount or the current folder; expected the name of a new folder"
+    )
+  if target.exists() and (
+    not target.is_dir() or (any(target.iterdir()) and not (target / "cohort.json").is_file())
+  ):
+    raise UserError(
+      f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it"
+    )
 
 
 def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
@@ -181,21 +234,32 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
     if (name := salted_id(item)) in seen:
       raise UserError(f"record {name} is planned twice; expected one record a subject and visit")
     if home.setdefault(name.partition("/")[0], split) != split:
-      raise UserError(f"subject {name.partition('/')[0]} would be in {home[name.partition('/')[0]]} and in {split}; "
-                      "expected all visits of a person in one split")
+      raise UserError(
+        f"subject {name.partition('/')[0]} would be in {home[name.partition('/')[0]]} and in {split}; "
+        "expected all visits of a person in one split"
+      )
     seen.add(name)
     splits[split].append(item)
-  empty = [split for split, share in zip(schema.SPLITS, shares) if share and not splits[split] and not plan.split]
+  empty = [
+    split
+    for split, share in zip(schema.SPLITS, shares)
+    if share and not splits[split] and not plan.split
+  ]
   if empty or not plan.items:
-    raise UserError(f"split {', '.join(empty or schema.SPLITS)} would hold no subject ({len(plan.items)} records in all"
-                    f"{''.join(f'; {count} {step}' for step, count in plan.steps.items())}): "
-                    "give more data or change --split")
+    raise UserError(
+      f"split {', '.join(empty or schema.SPLITS)} would hold no subject ({len(plan.items)} records in all"
+      f"{''.join(f'; {count} {step}' for step, count in plan.steps.items())}): "
+      "give more data or change --split"
+    )
   return splits
 
 
 def digest_of(plan: Plan, info: dict, splits: dict[str, list[Item]]) -> str:
-  """Of all that a record depends on before its files are read: paths, values from tables, settings."""
-  found = hashlib.blake2b(json.dumps([schema.SCHEMA_VERSION, info], sort_keys=True).encode(), digest_size=16)
+  """Of all that a record depends on before its files are read: paths, values from tables,
+  settings."""
+  found = hashlib.blake2b(
+    json.dumps([schema.SCHEMA_VERSION, info], sort_keys=True).encode(), digest_size=16
+  )
   found.update(pickle.dumps(getattr(plan.read, "args", ())))
   for split, items in splits.items():
     for item in items:
@@ -207,7 +271,9 @@ def same_plan(partial: pathlib.Path, digest: str) -> None:
   """Writes what `partial` is the beginning of; refuses to go on with something else."""
   file = partial / "plan.json"
   if file.is_file() and json.loads(file.read_text()) != digest:
-    raise UserError(f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew")
+    raise UserError(
+      f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew"
+    )
   with files.replaced(file) as whole:
     whole.write(json.dumps(digest))
 
@@ -221,38 +287,50 @@ def first_layout(job: Job, splits: dict[str, list[Item]]) -> dict[str, tuple[str
       return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
     except BadRecord as error:
       reasons.append(f"{salted_id(item)}: {error}")
-  raise UserError(f"none of the first {len(reasons)} records can be read; {'; '.join(reasons[:3])}: check --input")
+  raise UserError(
+    f"none of the first {len(reasons)} records can be read; {'; '.join(reasons[:3])}: check --input"
+  )
 
 
 def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Stored record and remarks of an item; BadRecord, free of all that identifies a person, where it cannot be read."""
+  """Stored record and remarks of an item; BadRecord, free of all that identifies a person, where it
+  cannot be read."""
   try:
     record, flags = job.read(item)
     check(record, job)
     flags = [*flags, *more_remarks(record, flags, job)]
-    stored = encode({"subject": item.subject, "visit": np.uint16(item.visit), **record}, job.profile)
+    stored = encode(
+      {"subject": item.subject, "visit": np.uint16(item.visit), **record}, job.profile
+    )
   except BadRecord as error:
     raise BadRecord(scrub(str(error), item)) from None
   except UserError:
     raise
   except Exception as error:
     if is_environment(error):  # a disk or a network that fails is no reason to leave a person out
-      raise UserError(f"reading record {salted_id(item)} failed ({getattr(error, 'strerror', '') or type(error).__name__}); "
-                      "the same command goes on from here") from None
+      raise UserError(
+        f"reading record {salted_id(item)} failed ({getattr(error, 'strerror', '') or type(error).__name__}); "
+        "the same command goes on from here"
+      ) from None
     # A reader's own mistake: one record must not cost a long run.
     raise BadRecord(scrub(f"unexpected {type(error).__name__}: {error}", item)) from None
   return stored, [scrub(flag, item) for flag in flags]
 
 
 def check(record: dict[str, np.ndarray], job: Job) -> None:
-  """A source's record against what its plan and the schema say: UserError where every one would be wrong."""
+  """A source's record against what its plan and the schema say: UserError where every one would be
+  wrong."""
   ecg = np.asarray(record["ecg"])
   if job.profile and ecg.shape != (len(schema.LEADS), schema.ECG_SAMPLES):
-    raise UserError(f"the source gives ECG of shape {list(ecg.shape)}; expected {[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at "
-                    f"{schema.ECG_RATE_HZ} Hz (mmcl_jax.data.preprocess.ecg.to_standard)")
+    raise UserError(
+      f"the source gives ECG of shape {list(ecg.shape)}; expected {[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at "
+      f"{schema.ECG_RATE_HZ} Hz (mmcl_jax.data.preprocess.ecg.to_standard)"
+    )
   for name, length in job.lengths.items():
     if np.shape(record[name]) != (length,):
-      raise UserError(f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of them in its plan")
+      raise UserError(
+        f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of them in its plan"
+      )
   if not np.isfinite(ecg).all():
     raise BadRecord(f"{np.sum(~np.isfinite(ecg))} samples of the ECG are not finite")
 
@@ -270,7 +348,9 @@ def more_remarks(record: dict[str, np.ndarray], flags: tuple[str, ...], job: Job
 def scrub(text: str, item: Item) -> str:
   """One line without the names that identify the person."""
   for name in sorted(filter(None, item.private), key=len, reverse=True):
-    text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "<id>", text, flags=re.IGNORECASE)
+    text = re.sub(
+      rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "<id>", text, flags=re.IGNORECASE
+    )
   return " ".join(text.split())[:300]
 
 
@@ -280,13 +360,16 @@ def record_writer_errors(folder: pathlib.Path):
   try:
     yield
   except RuntimeError as error:
-    raise UserError(f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on from what is "
-                    "done") from None
+    raise UserError(
+      f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on from what is "
+      "done"
+    ) from None
 
 
 @threadpoolctl.threadpool_limits.wrap(limits=1)  # as many processes as cores already compute
 def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: None) -> None:
-  """Reads the items of a shard and writes its file, then its note, each under a temporary name first."""
+  """Reads the items of a shard and writes its file, then its note, each under a temporary name
+  first."""
   folder = pathlib.Path(job.folder)
   file, note = folder / f"{shard.name}.array_record", folder / f"{shard.name}.json"
   if note.is_file():
@@ -295,14 +378,18 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
   serializer = tfds.core.example_serializer.ExampleSerializer(described.get_serialized_info())
   digest, rejected, flagged = hashlib.blake2b(digest_size=16), [], []
   kept = {name: [] for name in KEPT}
-  temporary = f"{folder / shard.name}.{secrets.token_hex(4)}.tmp"  # a cluster may run one shard twice at a time
+  # a cluster may run one shard twice at a time
+  temporary = f"{folder / shard.name}.{secrets.token_hex(4)}.tmp"
   # Snappy: read twice as fast as the default (zstd:3), a tenth larger.
   writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,snappy")
   for item in shard.items:
     try:
       stored, flags = read_item(job, item)
-      if found := [f"{name} {x.dtype} {list(x.shape)}" for name, x in stored.items()
-                   if (x.dtype.name, list(x.shape)) != tuple(job.layout.get(name, ()))]:
+      if found := [
+        f"{name} {x.dtype} {list(x.shape)}"
+        for name, x in stored.items()
+        if (x.dtype.name, list(x.shape)) != tuple(job.layout.get(name, ()))
+      ]:
         raise BadRecord(f"its {', '.join(found)} differ from the first record's")
       if missing := job.layout.keys() - stored.keys():
         raise BadRecord(f"no {', '.join(sorted(missing))}, which the first record has")
@@ -311,7 +398,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     else:
       with record_writer_errors(folder):
         writer.write(serializer.serialize_example(described.encode_example(stored)))
-      # Of the arrays, not of the file: protocol buffers give the same record other bytes in another process.
+      # Of the arrays, not of the file: protocol buffers give the same record other bytes in another
+      # process.
       digest.update(b"".join(stored[name].tobytes() for name in job.layout))
       for name, values in kept.items():
         values.append(stored[name])
@@ -327,8 +415,11 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     os.replace(f"{temporary}.npz", file.with_suffix(".npz"))
   else:
     os.remove(temporary)
-  pathlib.Path(temporary).write_text(json.dumps({"kept": count, "rejected": rejected, "flags": flagged,
-                                                 "digest": digest.hexdigest()}))
+  pathlib.Path(temporary).write_text(
+    json.dumps(
+      {"kept": count, "rejected": rejected, "flags": flagged, "digest": digest.hexdigest()}
+    )
+  )
   os.replace(temporary, note)
 
 
@@ -345,11 +436,13 @@ def _write_counting(write, shard):
   def one_more():
     with _count.get_lock():
       _count.value += 1
+
   write(shard, one_more)
 
 
 def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: int) -> None:
-  """Writes shards in processes of this machine, with progress, rate and ETA; what an earlier run has written is kept."""
+  """Writes shards in processes of this machine, with progress, rate and ETA; what an earlier run
+  has written is kept."""
   folder = pathlib.Path(write.args[0].folder)
   left = [shard for shard in shards if not (folder / f"{shard.name}.json").is_file()]
   total, ahead = (sum(len(shard.items) for shard in some) for some in (shards, left))
@@ -371,8 +464,10 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
           future.result()
         progress.update(done + count.value - progress.n)
     except futures.process.BrokenProcessPool:
-      raise UserError("a worker process died, as when memory runs out; the same command goes on from what is done, give it "
-                      f"fewer --processes than {processes}") from None
+      raise UserError(
+        "a worker process died, as when memory runs out; the same command goes on from what is done, give it "
+        f"fewer --processes than {processes}"
+      ) from None
     finally:
       pool.shutdown(wait=not waiting, cancel_futures=True)
       if waiting:  # stopped: a shard may take minutes more
@@ -382,66 +477,125 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
 
 def collect_labels(job: Job, shards: list[Shard]) -> dict[str, np.ndarray]:
   """{field of KEPT: [N, ...]} of all records that these shards hold."""
-  found = [np.load(file) for shard in shards if (file := pathlib.Path(job.folder, f"{shard.name}.npz")).is_file()]
+  found = [
+    np.load(file)
+    for shard in shards
+    if (file := pathlib.Path(job.folder, f"{shard.name}.npz")).is_file()
+  ]
   if not found:
     return {name: np.zeros((0, *job.layout[name][1]), job.layout[name][0]) for name in KEPT}
   return {name: np.concatenate([part[name] for part in found]) for name in KEPT}
 
 
-def collect(plan: Plan, notes: list[tuple[Shard, dict]], labels: dict[str, dict[str, np.ndarray]]) -> Outcome:
+def collect(
+  plan: Plan, notes: list[tuple[Shard, dict]], labels: dict[str, dict[str, np.ndarray]]
+) -> Outcome:
   """What became of the plan, as the notes and labels of all shards say."""
-  rejected = [{"id": salted_id(item), "reason": scrub(reason, item)} for item, reason in plan.rejected]
+  rejected = [
+    {"id": salted_id(item), "reason": scrub(reason, item)} for item, reason in plan.rejected
+  ]
   rejected += [entry for _, note in notes for entry in note["rejected"]]
   flags = [entry for _, note in notes for entry in note["flags"]]
   splits = [split for split, found in labels.items() for _ in found["subject"]]
-  phenotypes, covariates = (np.concatenate([found[name] for found in labels.values()]) for name in ("phenotypes", "covariates"))
-  return Outcome(plan.steps | {"read": len(plan.items), "kept": len(splits)}, rejected, flags, phenotypes, covariates, splits)
+  phenotypes, covariates = (
+    np.concatenate([found[name] for found in labels.values()])
+    for name in ("phenotypes", "covariates")
+  )
+  return Outcome(
+    plan.steps | {"read": len(plan.items), "kept": len(splits)},
+    rejected,
+    flags,
+    phenotypes,
+    covariates,
+    splits,
+  )
 
 
-def finish(partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], labels: dict, info: dict) -> None:
+def finish(
+  partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], labels: dict, info: dict
+) -> None:
   """Gives the shards their final names and writes what TFDS and `load` want to know of them."""
-  lengths = {split: [(shard, note["kept"]) for shard, note in notes if shard.split == split] for split in schema.SPLITS}
+  lengths = {
+    split: [(shard, note["kept"]) for shard, note in notes if shard.split == split]
+    for split in schema.SPLITS
+  }
   counts = {split: sum(n for _, n in pairs) for split, pairs in lengths.items()}
   if empty := [split for split, pairs in lengths.items() if pairs and not counts[split]]:
-    raise UserError(f"every record of split {', '.join(empty)} was rejected; the reasons are in {job.folder}/*.json")
+    raise UserError(
+      f"every record of split {', '.join(empty)} was rejected; the reasons are in {job.folder}/*.json"
+    )
   records = partial / NAME / VERSION
   records.mkdir(parents=True, exist_ok=True)
-  identity = tfds.core.DatasetIdentity(name=NAME, version=tfds.core.Version(VERSION), data_dir=str(records),
-                                       module_name=__name__)
-  described = tfds.core.DatasetInfo(builder=identity, features=features(job.layout), disable_shuffling=True,
-                                    description="ECG with cardiac MRI of the same person.")
+  identity = tfds.core.DatasetIdentity(
+    name=NAME, version=tfds.core.Version(VERSION), data_dir=str(records), module_name=__name__
+  )
+  described = tfds.core.DatasetInfo(
+    builder=identity,
+    features=features(job.layout),
+    disable_shuffling=True,
+    description="ECG with cardiac MRI of the same person.",
+  )
   described.set_file_format("array_record")
   shards, split_infos = [], []
   for split in filter(counts.get, schema.SPLITS):
-    template = tfds.core.ShardedFileTemplate(dataset_name=NAME, data_dir=records, split=split,
-                                             filetype_suffix="array_record")
+    template = tfds.core.ShardedFileTemplate(
+      dataset_name=NAME, data_dir=records, split=split, filetype_suffix="array_record"
+    )
     full = [(shard, n) for shard, n in lengths[split] if n]
-    named = [pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(full))) for i in range(len(full))]
+    named = [
+      pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(full)))
+      for i in range(len(full))
+    ]
     for (shard, _), file in zip(full, named):
-      if (source := pathlib.Path(job.folder, f"{shard.name}.array_record")).exists():  # else moved before an interruption
+      # else moved before an interruption
+      if (source := pathlib.Path(job.folder, f"{shard.name}.array_record")).exists():
         os.replace(source, file)
-    split_infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[n for _, n in full],
-                                           num_bytes=sum(file.stat().st_size for file in named), filename_template=template))
+    split_infos.append(
+      tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[n for _, n in full],
+        num_bytes=sum(file.stat().st_size for file in named),
+        filename_template=template,
+      )
+    )
     shards += named
   described.set_splits(tfds.core.splits.SplitDict(split_infos))
   described.write_to_directory(records)
   np.savez(partial / "subjects.npz", **{split: found["subject"] for split, found in labels.items()})
-  content = json.dumps([job.layout, info["ecg_profile"], [(name, list(info[name])) for name in LABELS],
-                        [(shard.split, note["digest"]) for shard, note in notes]])
-  whole = {"schema_version": schema.SCHEMA_VERSION, **info, "counts": counts,
-           "with_ecg": {split: int(found["has_ecg"].sum()) for split, found in labels.items()},
-           "with_cmr": {split: int(found["has_cmr"].sum()) for split, found in labels.items()},
-           "shapes": {name: shape for name, (_, shape) in job.layout.items()},
-           "train_statistics": {field: dict(zip(info[field], moments(labels["train"][field])))
-                                for field in ("phenotypes", "covariates")},
-           "files": {str(file.relative_to(partial)): file.stat().st_size for file in shards},
-           "checksums": {str(file.relative_to(partial)): [cohort_room.ends(file), cohort_room.whole(file)]
-                         for file in (*shards, partial / "subjects.npz")},
-           "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}
+  content = json.dumps(
+    [
+      job.layout,
+      info["ecg_profile"],
+      [(name, list(info[name])) for name in LABELS],
+      [(shard.split, note["digest"]) for shard, note in notes],
+    ]
+  )
+  whole = {
+    "schema_version": schema.SCHEMA_VERSION,
+    **info,
+    "counts": counts,
+    "with_ecg": {split: int(found["has_ecg"].sum()) for split, found in labels.items()},
+    "with_cmr": {split: int(found["has_cmr"].sum()) for split, found in labels.items()},
+    "shapes": {name: shape for name, (_, shape) in job.layout.items()},
+    "train_statistics": {
+      field: dict(zip(info[field], moments(labels["train"][field])))
+      for field in ("phenotypes", "covariates")
+    },
+    "files": {str(file.relative_to(partial)): file.stat().st_size for file in shards},
+    "checksums": {
+      str(file.relative_to(partial)): [cohort_room.ends(file), cohort_room.whole(file)]
+      for file in (*shards, partial / "subjects.npz")
+    },
+    "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+  }
   (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def moments(values: np.ndarray) -> list[list[float] | None]:
-  """[mean, SD] of each column of [N, K] in float64, NaN left out; None where fewer than two values or no spread."""
+  """[mean, SD] of each column of [N, K] in float64, NaN left out; None where fewer than two values
+  or no spread."""
   columns = [column[np.isfinite(column)] for column in values.astype(np.float64).T]
-  return [[column.mean(), column.std()] if column.size > 1 and np.ptp(column) else None for column in columns]
+  return [
+    [column.mean(), column.std()] if column.size > 1 and np.ptp(column) else None
+    for column in columns
+  ]

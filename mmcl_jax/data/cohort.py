@@ -1,12 +1,13 @@
-"""A cohort on disk: ArrayRecord files that TFDS reads, one record a recording, and `cohort.json` that says what they hold.
+"""A cohort on disk: ArrayRecord files that TFDS reads, one record a recording, and `cohort.json`
+that says what they hold.
 
     COHORT/cohort.json               written last: its presence means the cohort is whole
-    COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json, ArrayRecord shards)
-    COHORT/subjects.npz              hashes of the subjects of each split
+    COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json,
+    ArrayRecord shards) COHORT/subjects.npz              hashes of the subjects of each split
     COHORT/quality.{json,html}       what was read, what was rejected and why
 
-Opened here; mmcl_jax.data.builder makes it. TFDS can open it, but is not used for that: it imports whatever module
-features.json names.
+Opened here; mmcl_jax.data.builder makes it. TFDS can open it, but is not used for that: it imports
+whatever module features.json names.
 """
 
 import hashlib
@@ -26,18 +27,23 @@ from mmcl_jax.errors import DamagedRecord, UserError, is_environment
 from mmcl_jax.files import arrays
 
 NAME, VERSION = "ecg_cmr", "1.0.0"
-SHARD = re.compile(rf"{NAME}/\d+\.\d+\.\d+/{NAME}-({'|'.join(schema.SPLITS)})\.array_record-\d{{5}}-of-\d{{5}}")
+SHARD = re.compile(
+  rf"{NAME}/\d+\.\d+\.\d+/{NAME}-({'|'.join(schema.SPLITS)})\.array_record-\d{{5}}-of-\d{{5}}"
+)
 CHECKED = re.compile(rf"subjects\.npz|{SHARD.pattern}")  # what cohort.json has checksums of
 LABELS = ("phenotypes", "diseases", "covariates")  # whose columns cohort.json names
 FEATURES = "tensorflow_datasets.core.features"
 DTYPES = {np.dtype(name).name for name in "?bBhHiIqQefd"}  # of the fields of a record
-ENDS = 2**17  # bytes at both ends of a file, compared at every opening; ArrayRecord's table of records is there
+# bytes at both ends of a file, compared at every opening; ArrayRecord's table of records is there
+ENDS = 2**17
 
 
 class Cohort(NamedTuple):
-  """An opened cohort: `info` is cohort.json; `splits[name]` is a random-access, picklable source of records.
+  """An opened cohort: `info` is cohort.json; `splits[name]` is a random-access, picklable source of
+  records.
 
-  `content` is a digest of the lengths and ends of the files as this host finds them, whatever cohort.json says.
+  `content` is a digest of the lengths and ends of the files as this host finds them, whatever
+  cohort.json says.
   """
 
   path: str
@@ -51,10 +57,15 @@ class Cohort(NamedTuple):
 
 
 class Records:
-  """The records of a split, random-access and picklable; one that cannot be read is a UserError that names it."""
+  """The records of a split, random-access and picklable; one that cannot be read is a UserError
+  that names it."""
 
   def __init__(self, files: list[str], described: tfds.features.FeaturesDict, name: str):
-    self.source, self.described, self.name = array_record_data_source.ArrayRecordDataSource(files), described, name
+    self.source, self.described, self.name = (
+      array_record_data_source.ArrayRecordDataSource(files),
+      described,
+      name,
+    )
 
   def __len__(self):
     return len(self.source)
@@ -64,48 +75,69 @@ class Records:
       raise IndexError(i)
     try:
       return self.described.deserialize_example_np(self.source[i])
-    except Exception as error:  # what ArrayRecord and tfds make of a damaged chunk, which carries a hash, or of a lost disk
+    # what ArrayRecord and tfds make of a damaged chunk, which carries a hash, or of a lost disk
+    except Exception as error:
       text = " ".join(str(error).split())[:150]
       if is_environment(error) or re.search(r"\b(open|p?read|stat|mmap)\(\) failed", text):
-        raise UserError(f"record {i} of {self.name} cannot be read now ({text}); the same command goes on when the disk is there "
-                        "again") from None
-      raise DamagedRecord(f"record {i} of {self.name} cannot be read ({text}); copy the cohort's files again or prepare it "
-                          "again") from None
+        raise UserError(
+          f"record {i} of {self.name} cannot be read now ({text}); the same command goes on when the disk is there "
+          "again"
+        ) from None
+      raise DamagedRecord(
+        f"record {i} of {self.name} cannot be read ({text}); copy the cohort's files again or prepare it "
+        "again"
+      ) from None
 
 
 def load(path: str) -> Cohort:
   """Opens a cohort; a UserError says what is missing or of another version."""
   folder = pathlib.Path(path)
   if not path or not folder.is_dir():
-    raise UserError(f"no cohort at {path!r}: expected a folder made by `mmcl prepare`; set --config.data.cohort or --cohort")
+    raise UserError(
+      f"no cohort at {path!r}: expected a folder made by `mmcl prepare`; set --config.data.cohort or --cohort"
+    )
   file = folder / "cohort.json"
   if not file.is_file():
-    raise UserError(f"{path} holds no cohort.json, so it is empty or its preparation did not finish; "
-                    "make it with `mmcl prepare`")
+    raise UserError(
+      f"{path} holds no cohort.json, so it is empty or its preparation did not finish; "
+      "make it with `mmcl prepare`"
+    )
   try:
     info = json.loads(file.read_text())
     version = info["schema_version"]
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise UserError(f"{file} is not a cohort description ({error!r}); prepare the cohort again") from None
+    raise UserError(
+      f"{file} is not a cohort description ({error!r}); prepare the cohort again"
+    ) from None
   if version != schema.SCHEMA_VERSION:
-    raise UserError(f"{file} has schema version {version}, this program reads {schema.SCHEMA_VERSION}; "
-                    "prepare the cohort again with this version")
+    raise UserError(
+      f"{file} has schema version {version}, this program reads {schema.SCHEMA_VERSION}; "
+      "prepare the cohort again with this version"
+    )
   if wrong := malformed(info):
-    raise UserError(f"{file}: {', '.join(wrong)} is missing or not in the form that `mmcl prepare` writes; copy the file again or "
-                    "prepare the cohort again")
+    raise UserError(
+      f"{file}: {', '.join(wrong)} is missing or not in the form that `mmcl prepare` writes; copy the file again or "
+      "prepare the cohort again"
+    )
   content = look(folder, info)
   # Cohorts that were made before these were counted hold pairs only.
   info = {"with_ecg": info["counts"], "with_cmr": info["counts"], **info}
   described = features(read_layout(folder, info))
   try:
-    splits = {split: Records(files, described, f"{split} in {path}") if files else []
-              for split, files in shards(folder, info).items()}
+    splits = {
+      split: Records(files, described, f"{split} in {path}") if files else []
+      for split, files in shards(folder, info).items()
+    }
   except Exception as error:  # ArrayRecord raises whatever the broken file leads to
-    raise UserError(f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
-                    "prepare the cohort again") from None
+    raise UserError(
+      f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
+      "prepare the cohort again"
+    ) from None
   if wrong := [split for split in schema.SPLITS if len(splits[split]) != info["counts"][split]]:
-    raise UserError(f"{path} has another number of records in {', '.join(wrong)} than cohort.json says; copy its files again or "
-                    "prepare the cohort again")
+    raise UserError(
+      f"{path} has another number of records in {', '.join(wrong)} than cohort.json says; copy its files again or "
+      "prepare the cohort again"
+    )
   return Cohort(str(path), info, splits, content)
 
 
@@ -114,31 +146,50 @@ def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.Features
 
   `encoding="bytes"` is 10 to 20 times faster to write than none.
   """
-  return tfds.features.FeaturesDict({
-      name: tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes" if np.prod(shape) else "none")
-      for name, (dtype, shape) in layout.items()})
+  return tfds.features.FeaturesDict(
+    {
+      name: tfds.features.Tensor(
+        shape=shape, dtype=np.dtype(dtype), encoding="bytes" if np.prod(shape) else "none"
+      )
+      for name, (dtype, shape) in layout.items()
+    }
+  )
 
 
 def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-  """{field: (dtype, shape)} from features.json; a UserError for anything but tensors, and no class is looked up."""
+  """{field: (dtype, shape)} from features.json; a UserError for anything but tensors, and no class
+  is looked up."""
   file = folder / next(iter(info["files"])).rpartition("/")[0] / "features.json"
   layout, wrong = {}, []
   try:
     whole = json.loads(file.read_text())
-    wrong += [whole["pythonClassName"]] * (whole["pythonClassName"] != f"{FEATURES}.features_dict.FeaturesDict")
+    wrong += [whole["pythonClassName"]] * (
+      whole["pythonClassName"] != f"{FEATURES}.features_dict.FeaturesDict"
+    )
     for name, entry in whole["featuresDict"]["features"].items():
-      wrong += [entry["pythonClassName"]] * (entry["pythonClassName"] != f"{FEATURES}.tensor_feature.Tensor")
-      layout[name] = entry["tensor"]["dtype"], [int(n) for n in entry["tensor"]["shape"].get("dimensions", [])]
+      wrong += [entry["pythonClassName"]] * (
+        entry["pythonClassName"] != f"{FEATURES}.tensor_feature.Tensor"
+      )
+      layout[name] = (
+        entry["tensor"]["dtype"],
+        [int(n) for n in entry["tensor"]["shape"].get("dimensions", [])],
+      )
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     if not wrong:
-      raise UserError(f"{file} is not readable ({type(error).__name__}); copy it again or prepare the cohort "
-                      "again") from None
+      raise UserError(
+        f"{file} is not readable ({type(error).__name__}); copy it again or prepare the cohort "
+        "again"
+      ) from None
   if wrong:
-    raise UserError(f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not "
-                    "loaded; expected tensors: copy it again, and use no cohort from a source that you do not trust")
+    raise UserError(
+      f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not "
+      "loaded; expected tensors: copy it again, and use no cohort from a source that you do not trust"
+    )
   known = all(isinstance(dtype, str) and dtype in DTYPES for dtype, _ in layout.values())
   if not known or {name: shape for name, (_, shape) in layout.items()} != info["shapes"]:
-    raise UserError(f"{file} and cohort.json list different fields; copy them again or prepare the cohort again")
+    raise UserError(
+      f"{file} and cohort.json list different fields; copy them again or prepare the cohort again"
+    )
   return layout
 
 
@@ -151,7 +202,8 @@ def shards(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
-  """The digest of what is there (Cohort.content); a UserError where a file's length or ends are not as written."""
+  """The digest of what is there (Cohort.content); a UserError where a file's length or ends are not
+  as written."""
   written = info.get("checksums", {})  # absent from older cohorts
 
   def of(name: str) -> str:
@@ -163,15 +215,19 @@ def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
     except OSError:
       found = None
     says = "" if size is None else f"; cohort.json says {size} bytes"
-    raise UserError(f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file again or "
-                    "prepare the cohort again")
+    raise UserError(
+      f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file again or "
+      "prepare the cohort again"
+    )
 
   names = sorted({*info["files"], *written})
   with futures.ThreadPoolExecutor(16) as threads:  # on a network file system each takes a while
     found = dict(zip(names, threads.map(of, names)))
   if wrong := [name for name in written if written[name][0] != found[name]]:
-    raise UserError(f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or end "
-                    "differs from what cohort.json says; copy it again or prepare the cohort again")
+    raise UserError(
+      f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or end "
+      "differs from what cohort.json says; copy it again or prepare the cohort again"
+    )
   return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -191,38 +247,79 @@ def whole(file: pathlib.Path) -> str:
 
 
 def check(cohort: Cohort) -> int:
-  """Compares every file with its checksum and returns their number; a UserError names the first that differs."""
+  """Compares every file with its checksum and returns their number; a UserError names the first
+  that differs."""
   if "checksums" not in cohort.info:
-    raise UserError(f"{cohort.path}/cohort.json has no checksums, so an earlier version made it; prepare the cohort "
-                    "again")
+    raise UserError(
+      f"{cohort.path}/cohort.json has no checksums, so an earlier version made it; prepare the cohort "
+      "again"
+    )
   for name, (_, written) in cohort.info["checksums"].items():
     if whole(pathlib.Path(cohort.path, name)) != written:
-      raise UserError(f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum differs; "
-                      "copy it again or prepare the cohort again")
+      raise UserError(
+        f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum differs; "
+        "copy it again or prepare the cohort again"
+      )
   return len(cohort.info["checksums"])
 
 
 def malformed(info: dict[str, Any]) -> list[str]:
   """The entries of cohort.json that a program would stumble over."""
-  is_a = lambda kind: lambda x: isinstance(x, kind) and not isinstance(x, bool)
-  of = lambda key, value: lambda x: isinstance(x, dict) and all(key(k) and value(v) for k, v in x.items())
-  listed = lambda one, lengths=None: lambda x: isinstance(x, list) and all(map(one, x)) and (lengths is None or len(x) == lengths)
+
+  def is_a(kind):
+    return lambda x: isinstance(x, kind) and not isinstance(x, bool)
+
+  def of(key, value):
+    return lambda x: isinstance(x, dict) and all(key(k) and value(v) for k, v in x.items())
+
+  def listed(one, lengths=None):
+    return lambda x: (
+      isinstance(x, list) and all(map(one, x)) and (lengths is None or len(x) == lengths)
+    )
+
   word, natural, number = is_a(str), lambda x: is_a(int)(x) and x >= 0, is_a((int, float))
-  counts = lambda x: of(word, natural)(x) and set(x) == set(schema.SPLITS)
-  named = lambda x: of(word, word)(x) or listed(word)(x)
-  moments = lambda x: x is None or listed(number, 2)(x)
-  known = lambda x: of(word, of(word, moments))(x) and {"phenotypes", "covariates"} <= set(x)
-  form = {"fingerprint": word, "source": word, "ecg_profile": word, "phenotypes": of(word, word), "diseases": listed(word),
-          "covariates": named, "counts": counts, "shapes": of(word, listed(natural)),
-          "files": lambda x: of(SHARD.fullmatch, natural)(x) and x}
-  later = {"with_ecg": counts, "with_cmr": counts, "train_statistics": known, "salt_tag": word,
-           "checksums": of(CHECKED.fullmatch, listed(word, 2))}  # absent from older cohorts
+
+  def counts(x):
+    return of(word, natural)(x) and set(x) == set(schema.SPLITS)
+
+  def named(x):
+    return of(word, word)(x) or listed(word)(x)
+
+  def moments(x):
+    return x is None or listed(number, 2)(x)
+
+  def known(x):
+    return of(word, of(word, moments))(x) and {"phenotypes", "covariates"} <= set(x)
+
+  form = {
+    "fingerprint": word,
+    "source": word,
+    "ecg_profile": word,
+    "phenotypes": of(word, word),
+    "diseases": listed(word),
+    "covariates": named,
+    "counts": counts,
+    "shapes": of(word, listed(natural)),
+    "files": lambda x: of(SHARD.fullmatch, natural)(x) and x,
+  }
+  later = {
+    "with_ecg": counts,
+    "with_cmr": counts,
+    "train_statistics": known,
+    "salt_tag": word,
+    "checksums": of(CHECKED.fullmatch, listed(word, 2)),
+  }  # absent from older cohorts
   wrong = [name for name, right in form.items() if name not in info or not right(info[name])]
-  wrong += [name for name, right in later.items() if info.get(name) is not None and not right(info[name])]
+  wrong += [
+    name for name, right in later.items() if info.get(name) is not None and not right(info[name])
+  ]
   if not wrong:  # what one entry says of another
     wrong += [name for name in LABELS if info["shapes"].get(name) != [len(info[name])]]
-    wrong += [f"train_statistics of {kind}" for kind, found in (info.get("train_statistics") or {}).items()
-              if kind in info and set(found) != set(info[kind])]
+    wrong += [
+      f"train_statistics of {kind}"
+      for kind, found in (info.get("train_statistics") or {}).items()
+      if kind in info and set(found) != set(info[kind])
+    ]
   return wrong
 
 
@@ -230,14 +327,20 @@ def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
   """{split: uint32 [N, 2]}, the hashes of its subjects, without reading a record."""
   path = pathlib.Path(cohort.path) / "subjects.npz"
   if not path.is_file():
-    raise UserError(f"{path} is missing: copy it again, or prepare the cohort again with this version")
+    raise UserError(
+      f"{path} is missing: copy it again, or prepare the cohort again with this version"
+    )
   try:
     content = arrays(path)
     found = {split: np.asarray(content[split], np.uint32).reshape(-1, 2) for split in schema.SPLITS}
   except Exception as error:  # see `arrays`
-    raise UserError(f"{path} is not readable ({error}); copy it again, or prepare the cohort again") from None
+    raise UserError(
+      f"{path} is not readable ({error}); copy it again, or prepare the cohort again"
+    ) from None
   if wrong := [split for split, rows in found.items() if len(rows) != cohort.info["counts"][split]]:
-    raise UserError(f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the cohort again")
+    raise UserError(
+      f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the cohort again"
+    )
   return found
 
 
@@ -245,14 +348,21 @@ def train_statistics(cohort: Cohort, field: str) -> tuple[np.ndarray, np.ndarray
   """Mean and SD over the training split of the columns of `field`, "phenotypes" or "covariates".
 
   Returns:
-    mean, sd: float32 [K], in the cohort's order and units; NaN where fewer than two values are known or all are equal.
+    mean, sd: float32 [K], in the cohort's order and units; NaN where fewer than two values are
+      known or all are equal.
 
   Raises:
     UserError: the cohort was made before these were kept.
   """
   if "train_statistics" not in cohort.info:
-    raise UserError(f"{cohort.path}/cohort.json has no train_statistics, so an earlier version made it; expected means and "
-                    f"SDs of its {field}: prepare the cohort again")
+    raise UserError(
+      f"{cohort.path}/cohort.json has no train_statistics, so an earlier version made it; expected means and "
+      f"SDs of its {field}: prepare the cohort again"
+    )
   found = cohort.info["train_statistics"][field]
-  mean, sd = np.array([found[name] or (np.nan, np.nan) for name in cohort.info[field]], np.float32).reshape(-1, 2).T
+  mean, sd = (
+    np.array([found[name] or (np.nan, np.nan) for name in cohort.info[field]], np.float32)
+    .reshape(-1, 2)
+    .T
+  )
   return mean, sd

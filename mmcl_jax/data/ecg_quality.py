@@ -12,19 +12,21 @@ from mmcl_jax.errors import BadRecord
 WINDOW_S = ECG_SAMPLES / ECG_RATE_HZ
 DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I and II
 RATES_HZ = 50, 20_000
-LOW_RATE_HZ = 200          # below it a recording lacks part of what `minimal` keeps, up to 100 Hz
-PADDING_S = 0.5            # of all leads constant together; in 548 real recordings at most 0.12 s
-FLAT_MV = 0.015            # moved in a second, less is flat: 5 uV, a usual step, to both sides is
-                           # nothing; real leads move by 0.035 or more, those of synthetic by 0.02
-SPIKES = 2, 98             # percentiles of a second that count: single samples save no flat lead
-MAX_FLAT = 0.25            # of 10 s on end: half of one of the two windows of 5 s that a recipe may
-                           # look at, and longer than from beat to beat in any bradycardia
-ABSURD_MV = 20.0           # from the lead's median: electrodes may carry a large constant offset
-LIMB_TOLERANCE_MV = 0.01   # rounding to 5 uV alone gives up to 0.0075
-IMPOSSIBLE_MV = 0.05       # beyond rounding, of a limb lead from what I and II give ...
-MAX_IMPOSSIBLE = 0.02      # ... in this share of samples; real recordings reach 0.0014
-PLATEAU_S = 0.01           # at a lead's own extreme ...
-MAX_CLIPPED = 0.02         # ... in this share of samples; real recordings reach 0.011
+LOW_RATE_HZ = 200  # below it a recording lacks part of what `minimal` keeps, up to 100 Hz
+PADDING_S = 0.5  # of all leads constant together; in 548 real recordings at most 0.12 s
+# moved in a second, less is flat: 5 uV, a usual step, to both sides is nothing; real leads move by
+# 0.035 or more, those of synthetic by 0.02
+FLAT_MV = 0.015
+SPIKES = 2, 98  # percentiles of a second that count: single samples save no flat lead
+# of 10 s on end: half of one of the two windows of 5 s that a recipe may look at, and longer than
+# from beat to beat in any bradycardia
+MAX_FLAT = 0.25
+ABSURD_MV = 20.0  # from the lead's median: electrodes may carry a large constant offset
+LIMB_TOLERANCE_MV = 0.01  # rounding to 5 uV alone gives up to 0.0075
+IMPOSSIBLE_MV = 0.05  # beyond rounding, of a limb lead from what I and II give ...
+MAX_IMPOSSIBLE = 0.02  # ... in this share of samples; real recordings reach 0.0014
+PLATEAU_S = 0.01  # at a lead's own extreme ...
+MAX_CLIPPED = 0.02  # ... in this share of samples; real recordings reach 0.011
 
 
 def check_rate(rate_hz: float) -> None:
@@ -35,7 +37,7 @@ def check_rate(rate_hz: float) -> None:
 
 def in_use(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
   """The part of a recording [..., T] that an encoder sees."""
-  return ecg_mv[..., :round(WINDOW_S * rate_hz)]
+  return ecg_mv[..., : round(WINDOW_S * rate_hz)]
 
 
 def judge(ecg_mv: np.ndarray, rate_hz: float) -> tuple[str, ...]:
@@ -71,16 +73,18 @@ def _flat(ecg, rate_hz):
   step = max(1, round(rate_hz / 100))
   second = min(round(rate_hz / step), -(-ecg.shape[1] // step))
   seconds = sliding_window_view(ecg[:, ::step], second, axis=1)
-  seconds = seconds[:, ::max(1, second // 10)]  # one every 0.1 s
+  seconds = seconds[:, :: max(1, second // 10)]  # one every 0.1 s
   low, high = np.percentile(seconds, SPIKES, axis=-1)
   still = np.pad(high - low < FLAT_MV, ((0, 0), (9, 9)))
   flat = sliding_window_view(still, 10, axis=1).any(axis=-1)  # [12, tenths]: in any flat second
   whole_s = ecg.shape[1] / rate_hz
   longest = np.array([_runs(lead).max(initial=0) for lead in flat]) / flat.shape[1]
   if (off := longest > MAX_FLAT).any():
-    raise BadRecord(f"flat lead {', '.join(np.array(LEADS)[off])}: moves less than {FLAT_MV} mV for "
-                    f"{longest.max() * whole_s:.1f} of the first {whole_s:.1f} s; expected at most "
-                    f"{MAX_FLAT * whole_s:.1f} s on end")
+    raise BadRecord(
+      f"flat lead {', '.join(np.array(LEADS)[off])}: moves less than {FLAT_MV} mV for "
+      f"{longest.max() * whole_s:.1f} of the first {whole_s:.1f} s; expected at most "
+      f"{MAX_FLAT * whole_s:.1f} s on end"
+    )
   flat_s = flat.mean(axis=1) * whole_s
   return [f"{name} flat for {seconds:.1f} s" for name, seconds in zip(LEADS, flat_s) if seconds]
 
@@ -88,8 +92,9 @@ def _flat(ecg, rate_hz):
 def _check_voltage(ecg):
   peaks = np.abs(ecg - np.median(ecg, axis=1, keepdims=True)).max(axis=1)
   if peaks.max() > ABSURD_MV:
-    raise BadRecord(f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and "
-                    "unit right?")
+    raise BadRecord(
+      f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and unit right?"
+    )
 
 
 def _limb_leads(ecg):
@@ -106,9 +111,11 @@ def _limb_leads(ecg):
       if share > MAX_IMPOSSIBLE:
         wrong[name] = share
   if wrong:
-    raise BadRecord(f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from "
-                    f"what they give, more than {IMPOSSIBLE_MV} mV in {max(wrong.values()):.0%} of "
-                    "samples; are the leads named in their order, each with its own gain?")
+    raise BadRecord(
+      f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from "
+      f"what they give, more than {IMPOSSIBLE_MV} mV in {max(wrong.values()):.0%} of "
+      "samples; are the leads named in their order, each with its own gain?"
+    )
   if error > LIMB_TOLERANCE_MV:
     return [f"limb leads disagree with I and II by up to {error:.3f} mV"]
   return []

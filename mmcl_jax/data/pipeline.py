@@ -2,11 +2,13 @@
 
 The order of the operations carries the guarantees (each is tested):
 
-    shuffle -> repeat -> mix cohorts -> number -> take every hosts-th -> batch -> skip to the start step
+    shuffle -> repeat -> mix cohorts -> number -> take every hosts-th -> batch -> skip to the start
+      step
 
-The global batch at step t is a function of (seed, t) alone: the same records for any number of hosts, threads or
-workers, and starting at step t needs no saved state. All other randomness (crop, augmentation, mask, dropout) is drawn
-on the device from (seed, index), where `index` is the position in the stream given here.
+The global batch at step t is a function of (seed, t) alone: the same records for any number of
+hosts, threads or workers, and starting at step t needs no saved state. All other randomness (crop,
+augmentation, mask, dropout) is drawn on the device from (seed, index), where `index` is the
+position in the stream given here.
 """
 
 import contextlib
@@ -24,19 +26,26 @@ from absl import flags
 from mmcl_jax.data import processes, schema
 from mmcl_jax.errors import DamagedRecord, UserError
 
-MORE_SHARED = ("enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in "
-               "threads alone, --config.loader.workers=0")
+MORE_SHARED = (
+  "enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in "
+  "threads alone, --config.loader.workers=0"
+)
 TRIED = 1000  # records of a split, before it is given up as unreadable
 SMALL = ("subject", "has_ecg", "has_cmr", "phenotypes", "diseases", "covariates")
 
 
-def to_example(index: int, record: dict[str, np.ndarray], fields: tuple[str, ...],
-               also: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+def to_example(
+  index: int, record: dict[str, np.ndarray], fields: tuple[str, ...], also: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
   """One stored record -> one row of the batch, still compact (int16, uint8); the device casts."""
   example = {name: record[name] for name in SMALL}
-  example |= {"ecg": record["ecg"], "ecg_scale": np.float32(record["ecg_scale"]),
-              "cmr": {field: record[field] for field in fields},
-              "index": np.uint32(index % 2**32), "mask": np.uint8(record.get("mask", 1))}
+  example |= {
+    "ecg": record["ecg"],
+    "ecg_scale": np.float32(record["ecg_scale"]),
+    "cmr": {field: record[field] for field in fields},
+    "index": np.uint32(index % 2**32),
+    "mask": np.uint8(record.get("mask", 1)),
+  }
   return example | {name: record[name] for name in ("features", *also) if name in record}
 
 
@@ -55,7 +64,9 @@ class WithFeatures:
   def __getitem__(self, i):
     if self.mapped is None:
       self.mapped = {name: np.load(file, mmap_mode="r") for name, file in self.files.items()}
-    return self.source[i] | {"features": {name: np.asarray(x[i]) for name, x in self.mapped.items()}}
+    return self.source[i] | {
+      "features": {name: np.asarray(x[i]) for name, x in self.mapped.items()}
+    }
 
   def __getstate__(self):
     return self.__dict__ | {"mapped": None}
@@ -75,10 +86,11 @@ class Rows:
 
 
 class Tolerant:
-  """Records of a split for training: one that is unusable (`fault`, or not readable) is zeros with mask 0, told on stderr.
+  """Records of a split for training: one that is unusable (`fault`, or not readable) is zeros with
+  mask 0, told on stderr.
 
-  Every host makes the same row of it and the row keeps its place, so the order of the data does not change; the step
-  counts it and the loop decides (config.bad_rows).
+  Every host makes the same row of it and the row keeps its place, so the order of the data does not
+  change; the step counts it and the loop decides (config.bad_rows).
   """
 
   def __init__(self, source, name: str, reads: tuple[str, ...]):
@@ -110,7 +122,9 @@ class Tolerant:
           self.zeros = blank(self.source[i])
           break
       else:
-        raise UserError(f"none of the first {TRIED} records of {self.name} can be read; prepare the cohort again")
+        raise UserError(
+          f"none of the first {TRIED} records of {self.name} can be read; prepare the cohort again"
+        )
     return self.zeros
 
 
@@ -131,37 +145,70 @@ def fault(record: dict[str, np.ndarray], reads: tuple[str, ...]) -> str | None:
 
 
 class Mixed(NamedTuple):
-  """Another cohort's records in a stream: `share` of its rows, each brought into the first cohort's form."""
+  """Another cohort's records in a stream: `share` of its rows, each brought into the first cohort's
+  form."""
+
   source: Any
   share: float
   conform: Callable[[dict], dict]
 
 
-def conforming(info: dict, first_info: dict, first_record: dict, fields: tuple[str, ...]) -> Callable[[dict], dict]:
-  """How to bring records of the cohort `info` into the form of `first_record`, of the cohort `first_info`.
+def conforming(
+  info: dict, first_info: dict, first_record: dict, fields: tuple[str, ...]
+) -> Callable[[dict], dict]:
+  """How to bring records of the cohort `info` into the form of `first_record`, of the cohort
+  `first_info`.
 
-  Phenotypes, diseases and covariates go by name, NaN where the cohort does not have them. Where it lacks one of the
-  `fields` that towers look at, all are zeros and the row counts as without CMR: ECG alone trains what needs an ECG alone.
+  Phenotypes, diseases and covariates go by name, NaN where the cohort does not have them. Where it
+  lacks one of the `fields` that towers look at, all are zeros and the row counts as without CMR:
+  ECG alone trains what needs an ECG alone.
   """
   names = {field: list(first_info[field]) for field in ("phenotypes", "diseases", "covariates")}
-  where = {field: [list(info[field]).index(name) if name in info[field] else -1 for name in wanted]
-           for field, wanted in names.items()}
-  blank_record = blank({name: x for name, x in first_record.items() if name in fields or name not in schema.VIEWS.values()})
+  where = {
+    field: [list(info[field]).index(name) if name in info[field] else -1 for name in wanted]
+    for field, wanted in names.items()
+  }
+  blank_record = blank(
+    {
+      name: x
+      for name, x in first_record.items()
+      if name in fields or name not in schema.VIEWS.values()
+    }
+  )
   return functools.partial(_conform, where, blank_record, fields)
 
 
 def _conform(where, blank_record, fields, record):
-  labels = {field: np.append(record[field], np.float32(np.nan))[columns] for field, columns in where.items()}
+  labels = {
+    field: np.append(record[field], np.float32(np.nan))[columns] for field, columns in where.items()
+  }
   lacks_cmr = any(field not in record for field in fields)
-  common = {name: x for name, x in record.items()
-            if name in blank_record and not (lacks_cmr and (name in fields or name == "features"))}
-  flags = {"has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"]), "mask": record.get("mask", np.uint8(1))}
+  common = {
+    name: x
+    for name, x in record.items()
+    if name in blank_record and not (lacks_cmr and (name in fields or name == "features"))
+  }
+  flags = {
+    "has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"]),
+    "mask": record.get("mask", np.uint8(1)),
+  }
   return blank_record | common | labels | flags
 
 
-def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = (), start_step: int = 0, host: int = 0,
-                  hosts: int = 1, threads: int = 2, buffer: int = 2, workers: int = 0,
-                  mix: Sequence[Mixed] = ()) -> Iterator[dict]:
+def train_batches(
+  source,
+  *,
+  seed: int,
+  batch: int,
+  fields: tuple[str, ...] = (),
+  start_step: int = 0,
+  host: int = 0,
+  hosts: int = 1,
+  threads: int = 2,
+  buffer: int = 2,
+  workers: int = 0,
+  mix: Sequence[Mixed] = (),
+) -> Iterator[dict]:
   """This host's part of the endless stream of global batches, from `start_step` on.
 
   Args:
@@ -172,7 +219,8 @@ def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = ()
     start_step: the first step to yield.
     host, hosts: this process and how many there are.
     threads, buffer: reading threads, and batches read ahead.
-    workers: reading processes; 0 reads in threads of this one, which takes less processor time a record below 1 MB.
+    workers: reading processes; 0 reads in threads of this one, which takes less processor time a
+      record below 1 MB.
     mix: further cohorts; `source` has the share that they leave.
 
   Yields:
@@ -180,8 +228,13 @@ def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = ()
   """
   records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
   if mix:
-    others = [grain.MapDataset.source(m.source).seed(seed + i).shuffle().repeat().map(m.conform) for i, m in enumerate(mix, 1)]
-    records = grain.MapDataset.mix([records, *others], [1 - sum(m.share for m in mix), *(m.share for m in mix)])
+    others = [
+      grain.MapDataset.source(m.source).seed(seed + i).shuffle().repeat().map(m.conform)
+      for i, m in enumerate(mix, 1)
+    ]
+    records = grain.MapDataset.mix(
+      [records, *others], [1 - sum(m.share for m in mix), *(m.share for m in mix)]
+    )
   rows = records.map_with_index(lambda i, record: to_example(i, record, fields))[host::hosts]
   batches = rows.batch(batch // hosts, drop_remainder=True)[start_step:]
   if workers:
@@ -189,13 +242,24 @@ def train_batches(source, *, seed: int, batch: int, fields: tuple[str, ...] = ()
   return iterate(batches, threads, buffer, workers)
 
 
-def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[str, ...] = (), host: int = 0, hosts: int = 1,
-             threads: int = 2, buffer: int = 2) -> Iterator[dict]:
-  """Every record once, in order; the last batch is padded with rows of mask 0, so all hosts take equally many steps.
+def one_pass(
+  source,
+  *,
+  batch: int,
+  fields: tuple[str, ...] = (),
+  also: tuple[str, ...] = (),
+  host: int = 0,
+  hosts: int = 1,
+  threads: int = 2,
+  buffer: int = 2,
+) -> Iterator[dict]:
+  """Every record once, in order; the last batch is padded with rows of mask 0, so all hosts take
+  equally many steps.
 
   Padding has indices from len(source) on.
 
-  Args are those of `train_batches`, and `also`: further names of the record to carry where it has them.
+  Args are those of `train_batches`, and `also`: further names of the record to carry where it has
+  them.
   """
   padded = -(-len(source) // batch) * batch
 
@@ -210,22 +274,26 @@ def one_pass(source, *, batch: int, fields: tuple[str, ...] = (), also: tuple[st
 
 
 def begin_reading(*_) -> None:
-  """Signals that stop training must not end its readers, needed until it has saved; grain ends them by an event."""
+  """Signals that stop training must not end its readers, needed until it has saved; grain ends them
+  by an event."""
   for signum in processes.SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
   processes.end_with_parent()
 
 
 def check_shared_memory(workers: int, buffer: int, size: int) -> None:
-  """Raises a UserError if /dev/shm is too small for the batches of `size` bytes that reading processes keep there."""
+  """Raises a UserError if /dev/shm is too small for the batches of `size` bytes that reading
+  processes keep there."""
   try:
     found = os.statvfs("/dev/shm")
   except OSError:  # a system without
     return
   needed, free = workers * (buffer + 1) * size, found.f_bavail * found.f_frsize
   if needed > free:
-    raise UserError(f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} "
-                    f"MiB do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}")
+    raise UserError(
+      f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} "
+      f"MiB do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}"
+    )
 
 
 def arrays(example: dict) -> Iterator[np.ndarray]:
@@ -235,16 +303,22 @@ def arrays(example: dict) -> Iterator[np.ndarray]:
 
 def blank(example: dict) -> dict:
   """A row of zeros of the same shapes; its mask is 0 too."""
-  return {name: blank(x) if isinstance(x, dict) else np.zeros_like(x) for name, x in example.items()}
+  return {
+    name: blank(x) if isinstance(x, dict) else np.zeros_like(x) for name, x in example.items()
+  }
 
 
 def iterate(batches: grain.MapDataset, threads: int, buffer: int, workers: int) -> Iterator[dict]:
-  # The buffer of each reader thread counts whole batches: grain's default of 500 would hold gigabytes.
-  stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+  # The buffer of each reader thread counts whole batches: grain's default of 500 would hold
+  # gigabytes.
+  stream = batches.to_iter_dataset(
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+  )
   if not workers:
     return iter(stream)
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags, which our programs do not use
+    # grain's worker processes read absl's global flags, which our programs do not use
+    flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
   return read_by_processes(stream.mp_prefetch(options, worker_init_fn=begin_reading))
 
@@ -255,5 +329,7 @@ def read_by_processes(stream) -> Iterator[dict]:
   except RuntimeError as error:
     if "terminated unexpectedly" not in str(error):
       raise
-    raise UserError(f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or "
-                    f"/dev/shm runs out; {MORE_SHARED}; the same command goes on from the last checkpoint") from None
+    raise UserError(
+      f"a reading process died ({' '.join(str(error).split('.')[0].split())}), as when memory or "
+      f"/dev/shm runs out; {MORE_SHARED}; the same command goes on from the last checkpoint"
+    ) from None

@@ -1,4 +1,5 @@
-"""Processes that read for a program: signals that ask it to end are left to it, and none of them outlives it."""
+"""Processes that read for a program: signals that ask it to end are left to it, and none of them
+outlives it."""
 
 import contextlib
 import multiprocessing
@@ -6,15 +7,18 @@ import os
 import signal
 import threading
 
-# Schedulers and a terminal that is closed send these to every process of a program, as Ctrl-C does with SIGINT.
+# Schedulers and a terminal that is closed send these to every process of a program, as Ctrl-C does
+# with SIGINT.
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGINT, *ENDS)
 
 
 @contextlib.contextmanager
 def unheard():
-  """Processes started within never get SIGNALS but SIGTERM, by which pools end them; this thread gets them later."""
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})  # which a process inherits
+  """Processes started within never get SIGNALS but SIGTERM, by which pools end them; this thread
+  gets them later."""
+  # which a process inherits
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})
   try:
     yield
   finally:
@@ -22,6 +26,7 @@ def unheard():
 
 
 def end_with_parent() -> None:
-  """First call of a reading process: it waits on pipes that it also holds open, and would outlive a killed parent."""
+  """First call of a reading process: it waits on pipes that it also holds open, and would outlive a
+  killed parent."""
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,7 +1,9 @@
-"""What a cardiologist looks at: the 12-lead ECG on its paper, and the short axis at ED and ES with its contours.
+"""What a cardiologist looks at: the 12-lead ECG on its paper, and the short axis at ED and ES with
+its contours.
 
-Like mmcl_jax.evaluators.figures: Figures without pyplot, drawn so that nothing depends on colour. Lengths are in mm of
-the nominal size, so a print at 100 % is to scale; at 127 or 254 dots per inch a millimetre is 5 or 10 pixels.
+Like mmcl_jax.evaluators.figures: Figures without pyplot, drawn so that nothing depends on colour.
+Lengths are in mm of the nominal size, so a print at 100 % is to scale; at 127 or 254 dots per inch
+a millimetre is 5 or 10 pixels.
 """
 
 import numpy as np
@@ -17,25 +19,28 @@ from mmcl_jax.data.schema import LABELS, LEADS, PHASES, hash_name
 from mmcl_jax.evaluators.figures import plain
 
 MM_A_SECOND, MM_A_MV = 25, 10
-WIDTH = 270                       # mm; 10 s take 250
+WIDTH = 270  # mm; 10 s take 250
 PAGE = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"))
 RHYTHM = "II"
-MV_A_UNIT = {"minimal": 0.2}      # of the ECG profiles that keep voltage; all others divide a recording by its own size
-COLUMN_S, ROW, BELOW, LEFT, FOOT, HEAD = 2.5, 30, 12, 15, 8, 10  # s, then mm; BELOW: from a row's foot to its zero
+# of the ECG profiles that keep voltage; all others divide a recording by its own size
+MV_A_UNIT = {"minimal": 0.2}
+# s, then mm; BELOW: from a row's foot to its zero
+COLUMN_S, ROW, BELOW, LEFT, FOOT, HEAD = 2.5, 30, 12, 15, 8, 10
 SMALL, LARGE = "#f6d9d6", "#e6aaa4"
 INK, MID = "#111111", "#666666"
 CONTOURS = {  # what is inside: name in the legend, colour, line
-    ("LV",): ("LV cavity", "#ffe14d", "-"),
-    ("LV", "MYO"): ("LV epicardium (LV + MYO)", "#7fe3ff", (0, (4, 1.5))),
-    ("RV",): ("RV cavity", "#ff4d94", (0, (1, 1))),
+  ("LV",): ("LV cavity", "#ffe14d", "-"),
+  ("LV", "MYO"): ("LV epicardium (LV + MYO)", "#7fe3ff", (0, (4, 1.5))),
+  ("RV",): ("RV cavity", "#ff4d94", (0, (1, 1))),
 }
 
 
 def ecg_paper(ecg: np.ndarray, rate_hz: float, title: str, millivolts: bool = True) -> Figure:
-  """A 12-lead ECG on paper: three rows of four leads, 2.5 s each, over a rhythm strip of lead II; 25 mm/s, 10 mm/mV.
+  """A 12-lead ECG on paper: three rows of four leads, 2.5 s each, over a rhythm strip of lead II;
+  25 mm/s, 10 mm/mV.
 
-  Every lead is drawn about its median. Where `millivolts` is False the recording has no unit: one gain for all leads is
-  chosen so that it fills the paper, and the paper says so.
+  Every lead is drawn about its median. Where `millivolts` is False the recording has no unit: one
+  gain for all leads is chosen so that it fills the paper, and the paper says so.
 
   Args:
     ecg: [12, T] in the order of LEADS, mV or without unit.
@@ -49,8 +54,22 @@ def ecg_paper(ecg: np.ndarray, rate_hz: float, title: str, millivolts: bool = Tr
   figure, paper = _paper(title, FOOT + ROW * rows + 2 + HEAD)
   for row, names in enumerate([*PAGE, (RHYTHM,)]):
     zero = FOOT + ROW * (rows - row - 1) + BELOW
-    paper.plot(*np.transpose([(LEFT - 10, 0), (LEFT - 7.5, 0), (LEFT - 7.5, 10), (LEFT - 2.5, 10), (LEFT - 2.5, 0),
-                              (LEFT, 0)]) + [[0], [zero]], color=INK, lw=0.8, gid="calibration")
+    paper.plot(
+      *np.transpose(
+        [
+          (LEFT - 10, 0),
+          (LEFT - 7.5, 0),
+          (LEFT - 7.5, 10),
+          (LEFT - 2.5, 10),
+          (LEFT - 2.5, 0),
+          (LEFT, 0),
+        ]
+      )
+      + [[0], [zero]],
+      color=INK,
+      lw=0.8,
+      gid="calibration",
+    )
     seconds = COLUMN_S if len(names) > 1 else COLUMN_S * len(PAGE[0])
     for column, name in enumerate(names):
       first, last = (round(s * rate_hz) for s in (column * seconds, (column + 1) * seconds))
@@ -58,14 +77,25 @@ def ecg_paper(ecg: np.ndarray, rate_hz: float, title: str, millivolts: bool = Tr
       x = LEFT + MM_A_SECOND * np.arange(first, first + len(lead)) / rate_hz
       paper.plot(x, zero + gain * lead, color=INK, lw=0.7, solid_joinstyle="round", gid=name)
       start = LEFT + MM_A_SECOND * column * seconds
-      paper.text(start + 1.5, zero + 12, name, fontsize=9, fontweight="bold", color=INK, bbox=_blank(), zorder=1)
+      paper.text(
+        start + 1.5,
+        zero + 12,
+        name,
+        fontsize=9,
+        fontweight="bold",
+        color=INK,
+        bbox=_blank(),
+        zorder=1,
+      )
       if column:
         paper.plot([start, start], [zero - 3, zero + 3], color=INK, lw=0.8, gid="boundary")
   paper.text(LEFT, 3, f"25 mm/s    {scale}    {rate_hz:g} Hz", fontsize=8, color=INK, bbox=_blank())
   return figure
 
 
-def heart_montage(volumes: np.ndarray, labels: np.ndarray | None, title: str, columns: int = 6) -> Figure:
+def heart_montage(
+  volumes: np.ndarray, labels: np.ndarray | None, title: str, columns: int = 6
+) -> Figure:
   """Short-axis slices from base to apex, ED above ES, with contours where there are labels.
 
   Args:
@@ -77,8 +107,13 @@ def heart_montage(volumes: np.ndarray, labels: np.ndarray | None, title: str, co
   _, slices, height, width = volumes.shape
   columns = min(columns, max(slices, 6))
   gap = max(2, width // 32)  # pixels around every slice; contours are closed within it
-  corner = lambda phase, z: (gap + z // columns * (2 * height + 4 * gap) + phase * (height + gap),
-                             gap + z % columns * (width + gap))
+
+  def corner(phase, z):
+    return (
+      gap + z // columns * (2 * height + 4 * gap) + phase * (height + gap),
+      gap + z % columns * (width + gap),
+    )
+
   shape = (corner(1, slices - 1)[0] + height + gap, columns * (width + gap) + gap)
   left, foot = 10, 8  # mm
   pixel = (WIDTH - left) / shape[1]
@@ -89,44 +124,81 @@ def heart_montage(volumes: np.ndarray, labels: np.ndarray | None, title: str, co
   for phase, name in enumerate(PHASES):
     for z in range(slices):
       y, x = corner(phase, z)
-      image[y:y + height, x:x + width] = volumes[phase, z]
+      image[y : y + height, x : x + width] = volumes[phase, z]
       if labels is not None:
-        inside[y:y + height, x:x + width] = labels[phase, z]
+        inside[y : y + height, x : x + width] = labels[phase, z]
       where = {0: " basal", slices - 1: " apical"}.get(z, "") if slices > 1 else ""
-      axes.text(x + 0.02 * width, y + 0.02 * height, f"{z + 1}{where}", va="top", fontsize=7, color="white",
-                path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")])
+      axes.text(
+        x + 0.02 * width,
+        y + 0.02 * height,
+        f"{z + 1}{where}",
+        va="top",
+        fontsize=7,
+        color="white",
+        path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")],
+      )
       if z % columns == 0:
-        axes.text(-left / 2 / pixel, y + height / 2, name.upper(), ha="center", va="center", fontsize=11, color=INK,
-                  fontweight="bold")
+        axes.text(
+          -left / 2 / pixel,
+          y + height / 2,
+          name.upper(),
+          ha="center",
+          va="center",
+          fontsize=11,
+          color=INK,
+          fontweight="bold",
+        )
   axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
   axes.axis("off")
   if np.any(inside):
     _contours(axes, inside)
     _legend(figure, (left / WIDTH, 1 / whole))
   else:
-    figure.text(left / WIDTH, 3 / whole, "no contours: this record has no labels", fontsize=8, color=MID)
+    figure.text(
+      left / WIDTH, 3 / whole, "no contours: this record has no labels", fontsize=8, color=MID
+    )
   return figure
 
 
 def hearts(stacks: np.ndarray, labels: np.ndarray, title: str, mark: str) -> Figure:
-  """Generated hearts, one a row: every other slice from base to apex at ED, then at ES, with contours; `mark` across each.
+  """Generated hearts, one a row: every other slice from base to apex at ED, then at ES, with
+  contours; `mark` across each.
 
   Args:
     stacks, labels: uint8 [S, P, Z, H, W].
   """
   _, phases, slices, height, width = stacks.shape
   chosen = range(0, slices, max(1, slices // 6))
-  row = lambda x, fill: np.concatenate([np.pad(x[p, z], 1, constant_values=fill) for p in range(phases) for z in chosen], axis=1)
+
+  def row(x, fill):
+    return np.concatenate(
+      [np.pad(x[p, z], 1, constant_values=fill) for p in range(phases) for z in chosen], axis=1
+    )
+
   pixel = (WIDTH - 8) / row(stacks[0], 0).shape[1]
   whole = HEAD + len(stacks) * pixel * (height + 2) + 10
   figure = _figure(title, whole)
   for i, (stack, label) in enumerate(zip(stacks, labels)):
     tall = pixel * (height + 2)
-    axes = figure.add_axes([4 / WIDTH, 1 - (HEAD + (i + 1) * tall) / whole, 1 - 8 / WIDTH, tall / whole])
-    axes.imshow(row(stack, 255), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    axes = figure.add_axes(
+      [4 / WIDTH, 1 - (HEAD + (i + 1) * tall) / whole, 1 - 8 / WIDTH, tall / whole]
+    )
+    axes.imshow(
+      row(stack, 255), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto"
+    )
     _contours(axes, row(label, 0))
-    axes.text(0.5, 0.02, mark, transform=axes.transAxes, ha="center", va="bottom", fontsize=8, color="white", alpha=0.9,
-              path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")])
+    axes.text(
+      0.5,
+      0.02,
+      mark,
+      transform=axes.transAxes,
+      ha="center",
+      va="bottom",
+      fontsize=8,
+      color="white",
+      alpha=0.9,
+      path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")],
+    )
     axes.axis("off")
   _legend(figure, (4 / WIDTH, 1 / whole))
   _foot(figure, f"left half ED, right half ES, base to apex; {mark}", whole)
@@ -144,12 +216,15 @@ def relevance(examples: list[dict], note: str = "") -> dict[str, Figure]:
 
 
 def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> Figure:
-  """Where the CMR of one person matters: two rows of planes a tower, with contours where there are labels.
+  """Where the CMR of one person matters: two rows of planes a tower, with contours where there are
+  labels.
 
-  The first row hatches the most relevant tenth of the pixels by cosine, the second is the size of the integrated gradients.
+  The first row hatches the most relevant tenth of the pixels by cosine, the second is the size of
+  the integrated gradients.
 
   Args:
-    towers: {TOWER: {seen, labels, cosine, top, gradients [P, H, W]}}, as localisation.explain gives them; seen in [0, 1].
+    towers: {TOWER: {seen, labels, cosine, top, gradients [P, H, W]}}, as localisation.explain gives
+    them; seen in [0, 1].
     title, note: printed above, and at the foot.
     most: planes a tower that are drawn, evenly spread.
   """
@@ -170,31 +245,52 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
     planes = np.unique(np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int))
     near, size = tower["cosine"], np.abs(tower["gradients"])
     full = np.percentile(size, 99.5) or 1.0
-    words = (f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}",
-             f"{plain(name)}: integrated\ngradients, size")
+    words = (
+      f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}",
+      f"{plain(name)}: integrated\ngradients, size",
+    )
     for i, text in enumerate(words):
-      figure.text(2 / WIDTH, 1 - (HEAD + (2 * row + i + 0.5) * side) / height, text, va="center", fontsize=8, color=INK)
+      figure.text(
+        2 / WIDTH,
+        1 - (HEAD + (2 * row + i + 0.5) * side) / height,
+        text,
+        va="center",
+        fontsize=8,
+        color=INK,
+      )
     for column, plane in enumerate(planes):
       above = panel(2 * row, column, tower["seen"][plane], cmap="gray", vmin=0, vmax=1)
       if tower["top"][plane].any():
-        hatched = above.contourf(tower["top"][plane].astype(np.float32), levels=[0.5, 1.5], colors="none", hatches=["////"])
+        hatched = above.contourf(
+          tower["top"][plane].astype(np.float32), levels=[0.5, 1.5], colors="none", hatches=["////"]
+        )
         hatched.set(edgecolor="white", linewidth=0, gid="top")
       below = panel(2 * row + 1, column, size[plane], cmap="Greys", vmin=0, vmax=full)
       for axes in (above, below):
         _contours(axes, tower["labels"][plane])
-  _legend(figure, (left / WIDTH, 6 / height), {"most relevant tenth": Patch(fc="#666666", ec="white", hatch="////")})
+  _legend(
+    figure,
+    (left / WIDTH, 6 / height),
+    {"most relevant tenth": Patch(fc="#666666", ec="white", hatch="////")},
+  )
   _foot(figure, note, height)
   return figure
 
 
 def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
-  """When the ECG of one person matters: under every lead three strips, the darker the more relevant the patch.
+  """When the ECG of one person matters: under every lead three strips, the darker the more relevant
+  the patch.
 
   Args:
-    ecg: {seen [L, T], cosine, attention, gradients [L, patches], rate_hz}, as localisation.explain gives it.
+    ecg: {seen [L, T], cosine, attention, gradients [L, patches], rate_hz}, as localisation.explain
+    gives it.
     title, note: printed above, and at the foot.
   """
-  strips = {"cosine": ecg["cosine"], "attention": ecg["attention"], "gradients": np.abs(ecg["gradients"])}
+  strips = {
+    "cosine": ecg["cosine"],
+    "attention": ecg["attention"],
+    "gradients": np.abs(ecg["gradients"]),
+  }
   left, foot, trace, strip = 26, 8, 12, 2.2  # mm
   row = trace + strip * len(strips) + 1.5
   height = foot + row * len(LEADS) + HEAD
@@ -207,16 +303,38 @@ def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
   x = np.linspace(left, right, signal.shape[1])
   for i, name in enumerate(LEADS):
     top = height - HEAD - i * row
-    page.plot(x, top - trace / 2 + np.clip(gain * signal[i], -trace / 2, trace / 2), color=INK, lw=0.6, gid=name)
+    page.plot(
+      x,
+      top - trace / 2 + np.clip(gain * signal[i], -trace / 2, trace / 2),
+      color=INK,
+      lw=0.6,
+      gid=name,
+    )
     page.text(2, top - trace / 2, name, fontsize=9, fontweight="bold", va="center", color=INK)
     for j, (what, values) in enumerate(strips.items()):
       low = top - trace - (j + 1) * strip
-      page.imshow(values[i:i + 1], extent=(left, right, low, low + 0.85 * strip), cmap="Greys", vmin=values.min(),
-                  vmax=values.max(), interpolation="nearest", aspect="auto", gid=f"{name} {what}")
+      page.imshow(
+        values[i : i + 1],
+        extent=(left, right, low, low + 0.85 * strip),
+        cmap="Greys",
+        vmin=values.min(),
+        vmax=values.max(),
+        interpolation="nearest",
+        aspect="auto",
+        gid=f"{name} {what}",
+      )
       page.add_patch(Rectangle((left, low), right - left, 0.85 * strip, fc="none", ec=MID, lw=0.3))
       page.text(left - 1, low + strip / 2, what, fontsize=5.5, ha="right", va="center", color=MID)
-  ranges = "; ".join(f"{what} {values.min():z.3g} to {values.max():z.3g}" for what, values in strips.items())
-  page.text(left, 3, f"{signal.shape[1] / ecg['rate_hz']:g} s; white to black: {ranges} (size)", fontsize=7, color=INK)
+  ranges = "; ".join(
+    f"{what} {values.min():z.3g} to {values.max():z.3g}" for what, values in strips.items()
+  )
+  page.text(
+    left,
+    3,
+    f"{signal.shape[1] / ecg['rate_hz']:g} s; white to black: {ranges} (size)",
+    fontsize=7,
+    color=INK,
+  )
   page.set(xlim=(0, WIDTH), ylim=(0, height))
   page.set_zorder(-1)
   _foot(figure, note, height)
@@ -230,12 +348,24 @@ def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
   if record["has_ecg"]:
     unit = MV_A_UNIT.get(profile)
     ecg = record["ecg"].astype(np.float64) * record["ecg_scale"] * (unit or 1)
-    figures.append(ecg_paper(ecg, preprocess_ecg.rate_hz(profile), f"{salted_id(record)}    ECG, profile {profile}",
-                             unit is not None))
+    figures.append(
+      ecg_paper(
+        ecg,
+        preprocess_ecg.rate_hz(profile),
+        f"{salted_id(record)}    ECG, profile {profile}",
+        unit is not None,
+      )
+    )
   if record["has_cmr"] and "ed_es_volumes" in record:
     spacing = " x ".join(f"{mm:.3g}" for mm in record["spacing"])
-    figures.append(heart_montage(record["ed_es_volumes"], record.get("labels"),
-                                 f"{salted_id(record)}    short axis, {spacing} mm", columns))
+    figures.append(
+      heart_montage(
+        record["ed_es_volumes"],
+        record.get("labels"),
+        f"{salted_id(record)}    short axis, {spacing} mm",
+        columns,
+      )
+    )
   return figures
 
 
@@ -246,9 +376,14 @@ def salted_id(record: dict) -> str:
 
 def describe(record: dict, info: dict, split: str, index: int) -> str:
   """One line: which record, what it lacks, and its phenotypes with their units."""
-  values = [f"{name} {value:.4g} {unit}"
-            for (name, unit), value in zip(info["phenotypes"].items(), record["phenotypes"]) if np.isfinite(value)]
-  lacks = [f"no {what}" for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr")) if not record[field]]
+  values = [
+    f"{name} {value:.4g} {unit}"
+    for (name, unit), value in zip(info["phenotypes"].items(), record["phenotypes"])
+    if np.isfinite(value)
+  ]
+  lacks = [
+    f"no {what}" for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr")) if not record[field]
+  ]
   return f"{salted_id(record)}, {split} {index}: {', '.join([*lacks, *values]) or 'no phenotypes'}"
 
 
@@ -263,7 +398,8 @@ def stacked(figures: list[Figure], dpi: int) -> np.ndarray:
 
 
 def _gain(ecg):
-  """mm a unit, of 1, 2 or 5 times a power of ten: the largest that keeps the tallest waves below 0.8 of a row."""
+  """mm a unit, of 1, 2 or 5 times a power of ten: the largest that keeps the tallest waves below
+  0.8 of a row."""
   reach = np.nanpercentile(np.abs(ecg), 99.8, axis=1).max()
   steps = np.outer(10.0 ** np.arange(-9, 10), (1, 2, 5)).ravel()
   gain = max((g for g in steps if g * reach <= 0.8 * ROW), default=steps[0])
@@ -272,7 +408,8 @@ def _gain(ecg):
 
 
 def _paper(title, height):
-  """A figure that is one sheet of millimetre paper, and its axes, in mm from the lower left corner."""
+  """A figure that is one sheet of millimetre paper, and its axes, in mm from the lower left
+  corner."""
   figure = _figure(title, height)
   paper = figure.add_axes([0, 0, 1, 1])
   paper.set(xlim=(0, WIDTH), ylim=(0, height), xticks=[], yticks=[])
@@ -281,7 +418,9 @@ def _paper(title, height):
   for step, color, width in ((1, SMALL, 0.3), (5, LARGE, 0.55)):
     lines = [[(x, 0), (x, height - HEAD)] for x in range(0, WIDTH + 1, step)]
     lines += [[(0, y), (WIDTH, y)] for y in range(0, height - HEAD + 1, step)]
-    paper.add_collection(LineCollection(lines, colors=color, linewidths=width, zorder=0), autolim=False)
+    paper.add_collection(
+      LineCollection(lines, colors=color, linewidths=width, zorder=0), autolim=False
+    )
   return figure, paper
 
 
@@ -294,14 +433,31 @@ def _figure(title, height):
 
 def _foot(figure, note, height):
   if note:
-    figure.text(1 - 4 / WIDTH, 3 / height, plain(note), ha="right", fontsize=7, style="italic", color=MID)
+    figure.text(
+      1 - 4 / WIDTH, 3 / height, plain(note), ha="right", fontsize=7, style="italic", color=MID
+    )
 
 
 def _legend(figure, corner, first=()):
   """What the lines of `_contours` are, after the handles of `first`, {name: handle}."""
-  handles = dict(first) | {name: Line2D([], [], color=color, ls=line, lw=1.6) for name, color, line in CONTOURS.values()}
-  figure.legend(handles.values(), handles, loc="lower left", ncols=len(handles), fontsize=8, handlelength=3,
-                facecolor="#333333", labelcolor="white", edgecolor="none", framealpha=1, borderpad=0.4, borderaxespad=0, bbox_to_anchor=corner)
+  handles = dict(first) | {
+    name: Line2D([], [], color=color, ls=line, lw=1.6) for name, color, line in CONTOURS.values()
+  }
+  figure.legend(
+    handles.values(),
+    handles,
+    loc="lower left",
+    ncols=len(handles),
+    fontsize=8,
+    handlelength=3,
+    facecolor="#333333",
+    labelcolor="white",
+    edgecolor="none",
+    framealpha=1,
+    borderpad=0.4,
+    borderaxespad=0,
+    bbox_to_anchor=corner,
+  )
 
 
 def _contours(axes, labels):
@@ -309,7 +465,9 @@ def _contours(axes, labels):
   for structures, (_, color, line) in CONTOURS.items():
     mask = np.isin(labels, [LABELS[name] for name in structures])
     if mask.any():
-      drawn = axes.contour(mask.astype(np.float32), levels=[0.5], colors=[color], linestyles=[line], linewidths=1.3)
+      drawn = axes.contour(
+        mask.astype(np.float32), levels=[0.5], colors=[color], linestyles=[line], linewidths=1.3
+      )
       drawn.set_gid("+".join(structures))
       drawn.set_path_effects([patheffects.withStroke(linewidth=2.4, foreground="#000000a0")])
 

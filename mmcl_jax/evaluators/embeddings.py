@@ -4,12 +4,31 @@ import numpy as np
 
 from mmcl_jax.training import inference
 
-LABELS = ("subject", "phenotypes", "diseases", "covariates", "ecg_parameters", "event_years", "followed_years", "has_ecg",
-          "has_cmr")
+LABELS = (
+  "subject",
+  "phenotypes",
+  "diseases",
+  "covariates",
+  "ecg_parameters",
+  "event_years",
+  "followed_years",
+  "has_ecg",
+  "has_cmr",
+)
 
 
-def collect(embed, variables, source, *, mesh, batch: int, needs: str = "has_ecg", fields: tuple[str, ...] = (),
-            threads: int = 2, title: str = "") -> dict[str, np.ndarray]:
+def collect(
+  embed,
+  variables,
+  source,
+  *,
+  mesh,
+  batch: int,
+  needs: str = "has_ecg",
+  fields: tuple[str, ...] = (),
+  threads: int = 2,
+  title: str = "",
+) -> dict[str, np.ndarray]:
   """Embeddings and labels of every record that has what the encoder reads, in the split's order.
 
   Args:
@@ -19,9 +38,19 @@ def collect(embed, variables, source, *, mesh, batch: int, needs: str = "has_ecg
     source, mesh, batch, threads, title: see training.inference.over_split.
 
   Returns:
-    {name: [N, ...]}: what `embed` gives, the LABELS that are there, and `row`, the place in the split.
+    {name: [N, ...]}: what `embed` gives, the LABELS that are there, and `row`, the place in the
+      split.
   """
-  whole = inference.over_split(embed, variables, source, mesh=mesh, batch=batch, fields=fields, also=LABELS, threads=threads,
-                               title=title)
+  whole = inference.over_split(
+    embed,
+    variables,
+    source,
+    mesh=mesh,
+    batch=batch,
+    fields=fields,
+    also=LABELS,
+    threads=threads,
+    title=title,
+  )
   kept = np.flatnonzero(whole[needs])
   return {name: x[kept] for name, x in whole.items()} | {"row": kept}

@@ -1,5 +1,6 @@
-"""Figures of the report. Each function returns a matplotlib Figure, draws with markers, hatches and line styles that
-survive greyscale, and takes `note`, a line printed at the foot (such as SYNTHETIC_NOTE).
+"""Figures of the report. Each function returns a matplotlib Figure, draws with markers, hatches and
+line styles that survive greyscale, and takes `note`, a line printed at the foot (such as
+SYNTHETIC_NOTE).
 
 Figures are built directly, without pyplot: nothing global is left behind and no display is needed.
 """
@@ -18,20 +19,24 @@ INK, MID, LIGHT, ACCENT = "#222222", "#808080", "#d9d9d9", "#1f5a99"
 LONGEST = 60  # letters of a name in a figure
 LINES = ("-", "--", ":", "-.")
 MODELS = {  # of r2_bars: label, marker, fill
-    "with_covariates": ("{} + covariates", "D", ACCENT),
-    "covariates": ("covariates", "s", MID),
-    "random_encoder": ("random encoder", "o", "white"),
+  "with_covariates": ("{} + covariates", "D", ACCENT),
+  "covariates": ("covariates", "s", MID),
+  "random_encoder": ("random encoder", "o", "white"),
 }
 
 DISEASE_MODELS = {"embedding": "embedding", "covariates": "covariates", "with_covariates": "both"}
 
 
-def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict, note: str = "") -> Figure:
-  """One panel per phenotype: prediction against measurement, with the line of identity and the scores.
+def predicted_against_true(
+  y: np.ndarray, prediction: np.ndarray, results: dict, note: str = ""
+) -> Figure:
+  """One panel per phenotype: prediction against measurement, with the line of identity and the
+  scores.
 
   Args:
     y, prediction: [N, K] on test, in the units of the phenotypes.
-    results: `phenotypes` of the results, {NAME: {r2, r2_ci, mae, n, units}}, in the order of the columns.
+    results: `phenotypes` of the results, {NAME: {r2, r2_ci, mae, n, units}}, in the order of the
+      columns.
   """
   figure, panels = _grid(len(results), 4, (2.6, 2.75), note)
   for k, (panel, (name, score)) in enumerate(zip(panels, results.items())):
@@ -44,21 +49,32 @@ def predicted_against_true(y: np.ndarray, prediction: np.ndarray, results: dict,
       panel.text(0.5, 0.5, "no test labels", ha="center", va="center", fontsize=8, color=MID)
       panel.set(xticks=[], yticks=[])
       continue
-    low, high = np.percentile(np.concatenate([true, predicted]), [0.2, 99.8])  # a few outliers may fall outside
+    # a few outliers may fall outside
+    low, high = np.percentile(np.concatenate([true, predicted]), [0.2, 99.8])
     margin = 0.05 * (high - low) or 1.0
     limits = (low - margin, high + 4 * margin)  # room above for the scores
-    panel.scatter(true, predicted, s=5, c=ACCENT, alpha=float(np.clip(150 / len(true), 0.08, 0.6)), lw=0)
+    panel.scatter(
+      true, predicted, s=5, c=ACCENT, alpha=float(np.clip(150 / len(true), 0.08, 0.6)), lw=0
+    )
     panel.plot(limits, limits, color=INK, lw=0.8, ls="--")
     panel.set_xlim(limits)
     panel.locator_params(nbins=5)
     panel.set(yticks=panel.get_xticks(), ylim=limits)
-    panel.text(0.04, 0.97, f"{_interval(score['r2'], score['r2_ci'])}\nMAE {score['mae']:.3g}, n = {score['n']:,}",
-               transform=panel.transAxes, va="top", fontsize=7, bbox={"fc": "white", "ec": "none", "alpha": 0.8})
+    panel.text(
+      0.04,
+      0.97,
+      f"{_interval(score['r2'], score['r2_ci'])}\nMAE {score['mae']:.3g}, n = {score['n']:,}",
+      transform=panel.transAxes,
+      va="top",
+      fontsize=7,
+      bbox={"fc": "white", "ec": "none", "alpha": 0.8},
+    )
   return figure
 
 
 def bland_altman(y: np.ndarray, prediction: np.ndarray, results: dict, note: str = "") -> Figure:
-  """One panel per phenotype: prediction minus measurement against their mean, with the bias and the limits of agreement.
+  """One panel per phenotype: prediction minus measurement against their mean, with the bias and the
+  limits of agreement.
 
   Args as in `predicted_against_true`; results also have bias and limits.
   """
@@ -69,12 +85,25 @@ def bland_altman(y: np.ndarray, prediction: np.ndarray, results: dict, note: str
     _title(panel, name)
     units = plain(score["units"])
     panel.set(xlabel=f"mean of both ({units})", ylabel=f"predicted - measured ({units})")
-    panel.scatter((true + predicted) / 2, predicted - true, s=5, c=ACCENT, lw=0,
-                  alpha=float(np.clip(150 / max(len(true), 1), 0.08, 0.6)))
+    panel.scatter(
+      (true + predicted) / 2,
+      predicted - true,
+      s=5,
+      c=ACCENT,
+      lw=0,
+      alpha=float(np.clip(150 / max(len(true), 1), 0.08, 0.6)),
+    )
     if np.isfinite(score["bias"]):
       for value, style in ((score["bias"], "-"), *((limit, "--") for limit in score["limits"])):
         panel.axhline(value, color=INK, lw=0.9, ls=style)
-        panel.annotate(f"{value:.3g}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        panel.annotate(
+          f"{value:.3g}",
+          (1, value),
+          xycoords=("axes fraction", "data"),
+          ha="right",
+          va="bottom",
+          fontsize=7,
+        )
   return figure
 
 
@@ -84,24 +113,39 @@ def roc_curves(y: np.ndarray, probability: dict, results: dict, note: str = "") 
   Args:
     y: [N, C], 1 case, 0 control, NaN unknown.
     probability: {model: [N, C]}, of DISEASE_MODELS those there are.
-    results: `diseases` of the results, {model: {NAME: {auroc, auroc_ci, ...}}}, names in the order of the columns.
+    results: `diseases` of the results, {model: {NAME: {auroc, auroc_ci, ...}}}, names in the order
+      of the columns.
   """
+
   def curve(c, model, score):
     known = np.isfinite(y[:, c])
     false_alarms, hits, _ = roc_curve(y[known, c], probability[model][known, c])
-    return false_alarms, hits, f"{score['auroc']:.2f} [{score['auroc_ci'][0]:.2f}, {score['auroc_ci'][1]:.2f}]"
+    return (
+      false_alarms,
+      hits,
+      f"{score['auroc']:.2f} [{score['auroc_ci'][0]:.2f}, {score['auroc_ci'][1]:.2f}]",
+    )
 
   return _disease_panels(results, note, "false positive rate", "true positive rate", curve, "")
 
 
 def calibration(results: dict, note: str = "") -> Figure:
-  """One panel per scored disease: share of cases against predicted probability, in tenths of the rows, of every model."""
-  curve = lambda c, model, score: (score["reliability"]["predicted"], score["reliability"]["observed"], f"ECE {score['ece']:.3f}")
+  """One panel per scored disease: share of cases against predicted probability, in tenths of the
+  rows, of every model."""
+
+  def curve(c, model, score):
+    return (
+      score["reliability"]["predicted"],
+      score["reliability"]["observed"],
+      f"ECE {score['ece']:.3f}",
+    )
+
   return _disease_panels(results, note, "predicted probability", "share of cases", curve, "o")
 
 
 def _disease_panels(results, note, xlabel, ylabel, curve, marker):
-  """Panels of the diseases that are scored; curve(column, model, score) -> x, y, words for the legend."""
+  """Panels of the diseases that are scored; curve(column, model, score) -> x, y, words for the
+  legend."""
   names = list(next(iter(results.values())))
   scored = [name for name in names if "auroc" in results["embedding"][name]]
   figure, panels = _grid(len(scored), 3, (3.2, 3.0), note)
@@ -110,8 +154,16 @@ def _disease_panels(results, note, xlabel, ylabel, curve, marker):
     for (model, label), style in zip(DISEASE_MODELS.items(), LINES):
       if "auroc" in results.get(model, {}).get(name, {}):
         x, y, words = curve(names.index(name), model, results[model][name])
-        panel.plot(x, y, ls=style, marker=marker, ms=3, color=ACCENT if model == "embedding" else INK, lw=1.1,
-                   label=f"{label}: {words}")
+        panel.plot(
+          x,
+          y,
+          ls=style,
+          marker=marker,
+          ms=3,
+          color=ACCENT if model == "embedding" else INK,
+          lw=1.1,
+          label=f"{label}: {words}",
+        )
         highest = max(highest, *x, *y)
     panel.plot((0, highest), (0, highest), color=MID, lw=0.7, ls=":")
     _title(panel, name)
@@ -121,27 +173,46 @@ def _disease_panels(results, note, xlabel, ylabel, curve, marker):
 
 
 def r2_bars(results: dict, note: str = "") -> Figure:
-  """R2 of every phenotype from the embedding, bars with 95 % intervals, beside the baselines and the ceiling.
+  """R2 of every phenotype from the embedding, bars with 95 % intervals, beside the baselines and
+  the ceiling.
 
   Args:
-    results: `phenotypes`, `encoder` (ECG unless given), and, where known, `baselines` and `ceiling` ({NAME: R2}), as results.json has them.
+    results: `phenotypes`, `encoder` (ECG unless given), and, where known, `baselines` and `ceiling`
+      ({NAME: R2}), as results.json has them.
   """
   names, seen = list(results["phenotypes"]), results.get("encoder", "ECG")
   figure = Figure(figsize=(7.2, 1.6 + 0.5 * len(names)), layout="constrained")
   axes = figure.subplots()
   place = np.arange(len(names))
   value, error = _bars(results["phenotypes"], names)
-  axes.barh(place, value, height=0.78, color=LIGHT, edgecolor=INK, lw=0.6, label=f"{seen} embedding")
-  axes.errorbar(value, place - 0.27, xerr=error, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
+  axes.barh(
+    place, value, height=0.78, color=LIGHT, edgecolor=INK, lw=0.6, label=f"{seen} embedding"
+  )
+  axes.errorbar(
+    value, place - 0.27, xerr=error, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5
+  )
   shown = [model for model in MODELS if model in results.get("baselines", {})]
   for offset, model in zip((-0.03, 0.13, 0.29), shown):
     label, marker, fill = MODELS[model]
     baseline, error = _bars(results["baselines"][model], names)
-    axes.errorbar(baseline, place + offset, xerr=error, fmt=marker, ms=4.5, mfc=fill, mec=INK, mew=0.7, ecolor=INK,
-                  elinewidth=0.7, label=label.format(seen))
+    axes.errorbar(
+      baseline,
+      place + offset,
+      xerr=error,
+      fmt=marker,
+      ms=4.5,
+      mfc=fill,
+      mec=INK,
+      mew=0.7,
+      ecolor=INK,
+      elinewidth=0.7,
+      label=label.format(seen),
+    )
   ceiling = results.get("ceiling", {})
   if ceiling:
-    axes.vlines([ceiling.get(name, np.nan) for name in names], place - 0.39, place + 0.39, color=INK, lw=2.4)
+    axes.vlines(
+      [ceiling.get(name, np.nan) for name in names], place - 0.39, place + 0.39, color=INK, lw=2.4
+    )
     axes.plot([], [], "|", ms=10, mew=2.4, color=INK, label="ceiling")
   for k in np.flatnonzero(np.isnan(value)):
     axes.text(0.01, k, "not scored", va="center", fontsize=7, color=MID)
@@ -151,13 +222,29 @@ def r2_bars(results: dict, note: str = "") -> Figure:
   axes.set(xlabel="$R^2$ on the test split (95 % interval over subjects)")
   axes.set_xlim(max(axes.get_xlim()[0], -0.5), 1.02)  # one hopeless probe must not hide the rest
   _clean(axes, grid="x")
-  figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8, columnspacing=1.2, handletextpad=0.4)
+  figure.legend(
+    loc="outside upper center",
+    ncols=5,
+    frameon=False,
+    fontsize=8,
+    columnspacing=1.2,
+    handletextpad=0.4,
+  )
   return _finish(figure, note)
 
 
-def reconstruction(ecg: np.ndarray, rebuilt: np.ndarray, mask: np.ndarray, patch: int, leads=("I", "II", "V1", "V5"),
-                   units: str = "normalised", note: str = "", rate_hz: int = ECG_RATE_HZ) -> Figure:
-  """Some leads of one recording: as recorded, as the masked autoencoder rebuilt it, and what it did not see (shaded).
+def reconstruction(
+  ecg: np.ndarray,
+  rebuilt: np.ndarray,
+  mask: np.ndarray,
+  patch: int,
+  leads=("I", "II", "V1", "V5"),
+  units: str = "normalised",
+  note: str = "",
+  rate_hz: int = ECG_RATE_HZ,
+) -> Figure:
+  """Some leads of one recording: as recorded, as the masked autoencoder rebuilt it, and what it did
+  not see (shaded).
 
   Args:
     ecg, rebuilt: [L, T].
@@ -174,19 +261,32 @@ def reconstruction(ecg: np.ndarray, rebuilt: np.ndarray, mask: np.ndarray, patch
     row = LEADS.index(lead)
     for start in np.flatnonzero(mask[row]) * patch / rate_hz:
       panel.axvspan(start, start + patch / rate_hz, color="#ebebeb", lw=0)
-    hidden = np.repeat(mask[row], patch)[:ecg.shape[1]]
+    hidden = np.repeat(mask[row], patch)[: ecg.shape[1]]
     panel.plot(seconds, ecg[row], color="#9a9a9a", lw=1.6, label="recorded")
-    panel.plot(seconds, np.where(hidden, rebuilt[row], np.nan), color="#123a66", lw=0.9, label="reconstructed")
+    panel.plot(
+      seconds,
+      np.where(hidden, rebuilt[row], np.nan),
+      color="#123a66",
+      lw=0.9,
+      label="reconstructed",
+    )
     panel.set_ylabel(lead, rotation=0, ha="right", va="center", fontweight="bold")
     panel.margins(x=0)
     _clean(panel)
   panel.set_xlabel(f"time (s); amplitude {units}; shaded = hidden from the encoder")
-  figure.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+  figure.legend(
+    *panel.get_legend_handles_labels(),
+    loc="outside upper right",
+    ncols=2,
+    frameon=False,
+    fontsize=8,
+  )
   return _finish(figure, note)
 
 
 def hearts(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str = "") -> Figure:
-  """A row a subject: the middle slice at ED and ES of its real heart, the same by the tokenizer, and hearts drawn from its ECG.
+  """A row a subject: the middle slice at ED and ES of its real heart, the same by the tokenizer,
+  and hearts drawn from its ECG.
 
   Args:
     real, rebuilt: uint8 [N, P, Z, H, W].
@@ -199,19 +299,29 @@ def hearts(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str =
   panels = figure.subplots(len(real), 2 * len(columns), squeeze=False)
   for c, (title, stacks) in enumerate(columns):
     for n, row in enumerate(panels):
-      for phase, panel in enumerate(row[2 * c:2 * c + 2]):
+      for phase, panel in enumerate(row[2 * c : 2 * c + 2]):
         panel.imshow(stacks[n, phase, middle], cmap="gray", vmin=0, vmax=255)
         panel.set(xticks=[], yticks=[])
         if n == 0:
           panel.set_title(f"{title}\n{'ED' if phase == 0 else 'ES'}", fontsize=6.5)
         if c > 1:
-          panel.text(0.5, 0.02, "generated, not measured", transform=panel.transAxes, ha="center", va="bottom", fontsize=3.6,
-                     color="white", path_effects=[patheffects.withStroke(linewidth=0.8, foreground="black")])
+          panel.text(
+            0.5,
+            0.02,
+            "generated, not measured",
+            transform=panel.transAxes,
+            ha="center",
+            va="bottom",
+            fontsize=3.6,
+            color="white",
+            path_effects=[patheffects.withStroke(linewidth=0.8, foreground="black")],
+          )
   return _finish(figure, note)
 
 
 def training_curves(records: list, note: str = "") -> Figure:
-  """Every metric over the steps, one panel per group: names that agree up to their last '/' share a panel.
+  """Every metric over the steps, one panel per group: names that agree up to their last '/' share a
+  panel.
 
   Args:
     records: rows of metrics.jsonl, {'step': int, NAME: number}.
@@ -220,13 +330,22 @@ def training_curves(records: list, note: str = "") -> Figure:
   for record in records:
     for name, value in record.items():
       if name != "step" and isinstance(value, (int, float)):
-        curves.setdefault(name.rpartition("/")[0] or name, {}).setdefault(name, []).append((record["step"], value))
+        curves.setdefault(name.rpartition("/")[0] or name, {}).setdefault(name, []).append(
+          (record["step"], value)
+        )
   figure, panels = _grid(len(curves), 3, (3.6, 2.5), note)
   for panel, (group, lines) in zip(panels, curves.items()):
     for i, (name, points) in enumerate(lines.items()):
       step, value = np.array(points, np.float64).T
-      panel.plot(step, value, ls=LINES[i % 4], marker="." if len(step) < 30 else None, lw=1.1,
-                 color=(ACCENT, INK, MID)[i // 4 % 3], label=plain(name.rpartition("/")[2]))
+      panel.plot(
+        step,
+        value,
+        ls=LINES[i % 4],
+        marker="." if len(step) < 30 else None,
+        lw=1.1,
+        color=(ACCENT, INK, MID)[i // 4 % 3],
+        label=plain(name.rpartition("/")[2]),
+      )
     _title(panel, group if len(lines) > 1 else name)
     panel.set_xlabel("step")
     if len(lines) > 1:
@@ -235,7 +354,8 @@ def training_curves(records: list, note: str = "") -> Figure:
 
 
 def retrieval_ranks(ranks: dict, note: str = "") -> Figure:
-  """Share of queries answered within the first k candidates, against k, for both directions and for chance.
+  """Share of queries answered within the first k candidates, against k, for both directions and for
+  chance.
 
   Args:
     ranks: {direction: int [N]}, of retrieval.ranks.
@@ -243,19 +363,33 @@ def retrieval_ranks(ranks: dict, note: str = "") -> Figure:
   figure = Figure(figsize=(4.6, 3.4), layout="constrained")
   axes = figure.subplots()
   for style, (direction, found) in zip(LINES, ranks.items()):
-    axes.step(np.sort(found), np.arange(1, len(found) + 1) / len(found), ls=style, color=ACCENT, where="post",
-              label=direction.replace("ecg", "ECG").replace("cmr", "CMR").replace("_to_", r" $\rightarrow$ "))
+    axes.step(
+      np.sort(found),
+      np.arange(1, len(found) + 1) / len(found),
+      ls=style,
+      color=ACCENT,
+      where="post",
+      label=direction.replace("ecg", "ECG")
+      .replace("cmr", "CMR")
+      .replace("_to_", r" $\rightarrow$ "),
+    )
   k = np.arange(1, len(found) + 1)
   axes.plot(k, k / len(found), color=MID, ls=":", label="chance")
-  axes.set(xscale="log", xlim=(1, max(2, len(found))), ylim=(0, 1.02), xlabel=f"first k of {len(found):,} candidates",
-           ylabel="share of queries answered")
+  axes.set(
+    xscale="log",
+    xlim=(1, max(2, len(found))),
+    ylim=(0, 1.02),
+    xlabel=f"first k of {len(found):,} candidates",
+    ylabel="share of queries answered",
+  )
   axes.legend(fontsize=8, frameon=False, loc="upper left")
   _clean(axes, grid="both")
   return _finish(figure, note)
 
 
 def low_data(curves: dict, note: str = "") -> Figure:
-  """One panel per group: score against the number of training subjects with labels, mean and SD over random subsets.
+  """One panel per group: score against the number of training subjects with labels, mean and SD
+  over random subsets.
 
   Args:
     curves: {MODEL: {GROUP: [{subjects, mean, sd}]}}, of evaluators.low_data.
@@ -264,18 +398,36 @@ def low_data(curves: dict, note: str = "") -> Figure:
   figure, panels = _grid(len(groups), 4, (2.7, 2.5), note)
   for panel, group in zip(panels, groups):
     for (model, found), style, marker in zip(curves.items(), LINES, "os^D"):
-      subjects, mean, sd = np.array([[point[key] for key in ("subjects", "mean", "sd")] for point in found[group]]).T
-      panel.errorbar(subjects, mean, yerr=sd, ls=style, marker=marker, ms=4, lw=1.1, elinewidth=0.9, capsize=2,
-                     color=ACCENT if model == "embedding" else INK, mfc="white" if marker != "o" else None,
-                     label=model.replace("_", " "))
-    panel.set(xscale="log", xlabel="labelled training subjects", ylabel="AUROC" if "AUROC" in group else "mean $R^2$")
+      subjects, mean, sd = np.array(
+        [[point[key] for key in ("subjects", "mean", "sd")] for point in found[group]]
+      ).T
+      panel.errorbar(
+        subjects,
+        mean,
+        yerr=sd,
+        ls=style,
+        marker=marker,
+        ms=4,
+        lw=1.1,
+        elinewidth=0.9,
+        capsize=2,
+        color=ACCENT if model == "embedding" else INK,
+        mfc="white" if marker != "o" else None,
+        label=model.replace("_", " "),
+      )
+    panel.set(
+      xscale="log",
+      xlabel="labelled training subjects",
+      ylabel="AUROC" if "AUROC" in group else "mean $R^2$",
+    )
     _title(panel, group)
   panels[0].legend(fontsize=6.5, frameon=False)
   return figure
 
 
 def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> Figure:
-  """One panel per column: a point with its 95 % interval per row, and vertical lines to hold the rows against.
+  """One panel per column: a point with its 95 % interval per row, and vertical lines to hold the
+  rows against.
 
   Args:
     scores: {ROW: {COLUMN: {mean, ci}}}; numbers may be None.
@@ -287,31 +439,55 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
   rows = [row for row in rows if row in scores]
   across = min(len(columns), 4)
   down = -(-len(columns) // across)
-  figure = Figure(figsize=(2.2 + 2.2 * across, 0.5 + (0.9 + 0.24 * len(rows)) * down), layout="constrained")
+  figure = Figure(
+    figsize=(2.2 + 2.2 * across, 0.5 + (0.9 + 0.24 * len(rows)) * down), layout="constrained"
+  )
   grid = figure.subplots(down, across, sharey=True, squeeze=False)
   panels = grid.ravel()
-  for panel in panels[len(columns):]:
+  for panel in panels[len(columns) :]:
     panel.remove()
-  number = lambda x: np.array(x, np.float64)  # None -> NaN
+
+  def number(x):
+    return np.array(x, np.float64)  # None -> NaN
+
   for panel, column in zip(panels, columns):
     for row, style in zip([row for row in lines if row in scores], LINES):
-      panel.axvline(number(scores[row][column]["mean"]), color=MID, ls=style, lw=1.0, label=plain(row))
+      panel.axvline(
+        number(scores[row][column]["mean"]), color=MID, ls=style, lw=1.0, label=plain(row)
+      )
     mean = number([scores[row][column]["mean"] for row in rows])
     low, high = number([scores[row][column]["ci"] for row in rows]).T
     reach = np.maximum([mean - low, high - mean], 0)
-    panel.errorbar(mean, np.arange(len(rows)), xerr=reach, fmt="o", ms=4, color=ACCENT, ecolor=INK, elinewidth=0.9, capsize=2)
+    panel.errorbar(
+      mean,
+      np.arange(len(rows)),
+      xerr=reach,
+      fmt="o",
+      ms=4,
+      color=ACCENT,
+      ecolor=INK,
+      elinewidth=0.9,
+      capsize=2,
+    )
     _title(panel, column)
     panel.set_xlabel(xlabel)
     _clean(panel, grid="x")
   for panel in grid[:, 0]:
     panel.set_yticks(np.arange(len(rows)), map(plain, rows))
   panels[0].set_ylim(len(rows) - 0.5, -0.5)
-  figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+  figure.legend(
+    *panels[0].get_legend_handles_labels(),
+    loc="outside upper center",
+    ncols=4,
+    frameon=False,
+    fontsize=8,
+  )
   return _finish(figure, note)
 
 
 def plain(text) -> str:
-  """A user's text for matplotlib: $ begins no formula; what is longer than LONGEST would fill the figure and is cut."""
+  """A user's text for matplotlib: $ begins no formula; what is longer than LONGEST would fill the
+  figure and is cut."""
   text = one_line(text)
   return (text if len(text) <= LONGEST else f"{text[:LONGEST]}\u2026").replace("$", r"\$")
 

@@ -1,9 +1,11 @@
-"""Hearts drawn from an ECG, against what else one could show for it: how alike they look, and above all what they measure.
+"""Hearts drawn from an ECG, against what else one could show for it: how alike they look, and above
+all what they measure.
 
-One honest draw cannot beat a mean heart in R2, as it has the spread of real hearts. So draws are judged as a distribution: by
-the continuous ranked probability score (CRPS) of the phenotypes measured on them, which is least for draws from the true one; and by
-the R2 of their mean. Phenotypes are measured on the labels that the run's segmenter gives, on generated, rebuilt and real images
-alike, and compared with the cohort's; what real images lose by that is in the table.
+One honest draw cannot beat a mean heart in R2, as it has the spread of real hearts. So draws are
+judged as a distribution: by the continuous ranked probability score (CRPS) of the phenotypes
+measured on them, which is least for draws from the true one; and by the R2 of their mean.
+Phenotypes are measured on the labels that the run's segmenter gives, on generated, rebuilt and real
+images alike, and compared with the cohort's; what real images lose by that is in the table.
 
 Letters: N test subjects, S draws of each, K phenotypes, P phases, Z slices, H W pixels.
 """
@@ -19,12 +21,13 @@ from mmcl_jax.evaluators.phenotypes import entry
 from mmcl_jax.models import pretrainer
 from mmcl_jax.training import inference, steps
 
-SUBJECTS = 200    # of test, the first with ECG and CMR
-SAMPLES = 64      # hearts drawn of each; the CRPS is of the first ENSEMBLE
-ENSEMBLE = 32     # hearts that a CRPS is of: draws, and nearest neighbours
-POOL = 2          # hearts drawn for each without looking at the ECG, which together are one ensemble
-STEPS = 12        # of the flow, or of each token's, two looks each
-SHOWN = 4         # test subjects of the figure, and draws of each
+SUBJECTS = 200  # of test, the first with ECG and CMR
+SAMPLES = 64  # hearts drawn of each; the CRPS is of the first ENSEMBLE
+ENSEMBLE = 32  # hearts that a CRPS is of: draws, and nearest neighbours
+# hearts drawn for each without looking at the ECG, which together are one ensemble
+POOL = 2
+STEPS = 12  # of the flow, or of each token's, two looks each
+SHOWN = 4  # test subjects of the figure, and draws of each
 PHENOTYPES = ("LVEDV", "LVESV", "LVEF", "LVM", "RVEDV", "RVESV", "RVEF")
 AGAINST = ("another_ecg", "without_ecg", "train", "covariates", "ecg_neighbours", "mean_heart")
 
@@ -35,17 +38,29 @@ def parts(model) -> list[str]:
 
 
 def measure(millilitres: np.ndarray) -> np.ndarray:
-  """Volumes [..., P, 3] of LV, MYO and RV at ED and ES -> PHENOTYPES [..., K] (data.measure); NaN where there is no LV or RV."""
+  """Volumes [..., P, 3] of LV, MYO and RV at ED and ES -> PHENOTYPES [..., K] (data.measure); NaN
+  where there is no LV or RV."""
   ed, es = np.moveaxis(np.where(millilitres > 0, millilitres, np.nan), -2, 0)
   ejected = 100 * (ed - es) / ed
-  found = {"LVEDV": ed[..., 0], "LVESV": es[..., 0], "LVEF": ejected[..., 0], "LVM": ed[..., 1] * schema.MYOCARDIUM_G_PER_ML,
-           "RVEDV": ed[..., 2], "RVESV": es[..., 2], "RVEF": ejected[..., 2]}
+  found = {
+    "LVEDV": ed[..., 0],
+    "LVESV": es[..., 0],
+    "LVEF": ejected[..., 0],
+    "LVM": ed[..., 1] * schema.MYOCARDIUM_G_PER_ML,
+    "RVEDV": ed[..., 2],
+    "RVESV": es[..., 2],
+    "RVEF": ejected[..., 2],
+  }
   return np.stack([found[name] for name in PHENOTYPES], axis=-1)
 
 
 def volumes(labels, spacing):
-  """Labels [B, ..., Z, H, W] with the spacing [B, 3] of each row in mm -> ml of LV, MYO, RV [B, ..., 3]."""
-  counts = jnp.stack([(labels == schema.LABELS[name]).sum(axis=(-3, -2, -1)) for name in ("LV", "MYO", "RV")], axis=-1)
+  """Labels [B, ..., Z, H, W] with the spacing [B, 3] of each row in mm -> ml of LV, MYO, RV [B,
+  ..., 3]."""
+  counts = jnp.stack(
+    [(labels == schema.LABELS[name]).sum(axis=(-3, -2, -1)) for name in ("LV", "MYO", "RV")],
+    axis=-1,
+  )
   voxel = spacing.prod(axis=-1) / 1000
   return counts * voxel.reshape(-1, *[1] * (counts.ndim - 1))
 
@@ -53,42 +68,72 @@ def volumes(labels, spacing):
 def make_draws(run, shape, samples: int, guidance: float = 1.0):
   """(variables, batch) -> what generation is judged by, a row a subject.
 
-  Returns: draws uint8 [B, SHOWN, P, Z, H, W], real and rebuilt uint8 [B, P, Z, H, W], labels uint8 of the cohort and, as the
-  segmenter gives them, of the first draw, the rebuilt and the real images; ml [B, S, P, 3], ml_rebuilt and ml_real [B, P, 3];
-  latents of the first draw and of the real heart [B, N C]. Voxels of draws have the mean size in training: their own
-  size, that of the real heart, is not told by an ECG.
+  Returns: draws uint8 [B, SHOWN, P, Z, H, W], real and rebuilt uint8 [B, P, Z, H, W], labels uint8
+  of the cohort and, as the segmenter gives them, of the first draw, the rebuilt and the real
+  images; ml [B, S, P, 3], ml_rebuilt and ml_real [B, P, 3]; latents of the first draw and of the
+  real heart [B, N C]. Voxels of draws have the mean size in training: their own size, that of the
+  real heart, is not told by an ECG.
   """
   generate = steps.make_generate(run.model, run.config, shape, STEPS, guidance)
   segment = steps.make_segment(run.model)
-  bytes_of = lambda x: jnp.round(255 * jnp.clip(x, 0, 1)).astype(jnp.uint8)
+
+  def bytes_of(x):
+    return jnp.round(255 * jnp.clip(x, 0, 1)).astype(jnp.uint8)
 
   def draws(variables, batch):
-    spacing, of_draws = batch["spacing"], jnp.broadcast_to(jnp.float32(run.manifest["spacing"]), batch["spacing"].shape)
-    batch = steps.to_float(batch, run.scales if pretrainer.takes_covariates(run.config.model) else None)
+    spacing, of_draws = (
+      batch["spacing"],
+      jnp.broadcast_to(jnp.float32(run.manifest["spacing"]), batch["spacing"].shape),
+    )
+    batch = steps.to_float(
+      batch, run.scales if pretrainer.takes_covariates(run.config.model) else None
+    )
     real = batch["cmr"]["ed_es_volumes"]
-    one = lambda key: jax.random.normal(key, (samples, *pretrainer.noise_shape(run.config.model, shape)))
+
+    def one(key):
+      return jax.random.normal(key, (samples, *pretrainer.noise_shape(run.config.model, shape)))
+
     noise = jax.vmap(one)(steps.sample_keys(run.config.seed, batch["index"]))
     conditions = batch.get("conditions")
     if conditions is not None and not guidance:
       conditions = jnp.full_like(conditions, jnp.nan)  # anybody's heart
     drawn = generate(variables, batch["ecg"], noise, conditions)
     # A few draws at a time: what the segmenter keeps of one is ten times its image.
-    drawn_labels = jax.lax.map(lambda x: segment(variables, x), drawn.swapaxes(0, 1), batch_size=8).swapaxes(0, 1)
+    drawn_labels = jax.lax.map(
+      lambda x: segment(variables, x), drawn.swapaxes(0, 1), batch_size=8
+    ).swapaxes(0, 1)
     rebuilt = run.model.apply(variables, real, method=lambda m, x: m.tokenizer(x))
-    of_rebuilt, of_real = (segment(variables, jnp.clip(x, 0, 1)) for x in (rebuilt["reconstruction"], real))
-    return {"draws": bytes_of(drawn[:, :SHOWN]), "real": bytes_of(real), "rebuilt": bytes_of(rebuilt["reconstruction"]),
-            "labels": batch["labels"], "labels_draw": drawn_labels[:, 0], "labels_rebuilt": of_rebuilt, "labels_real": of_real,
-            "ml": volumes(drawn_labels, of_draws), "ml_rebuilt": volumes(of_rebuilt, spacing), "ml_real": volumes(of_real, spacing),
-            "latents_draw": latents_of(run, variables, drawn[:, 0]), "latents_real": rebuilt["latent_mean"].reshape(len(real), -1)}
+    of_rebuilt, of_real = (
+      segment(variables, jnp.clip(x, 0, 1)) for x in (rebuilt["reconstruction"], real)
+    )
+    return {
+      "draws": bytes_of(drawn[:, :SHOWN]),
+      "real": bytes_of(real),
+      "rebuilt": bytes_of(rebuilt["reconstruction"]),
+      "labels": batch["labels"],
+      "labels_draw": drawn_labels[:, 0],
+      "labels_rebuilt": of_rebuilt,
+      "labels_real": of_real,
+      "ml": volumes(drawn_labels, of_draws),
+      "ml_rebuilt": volumes(of_rebuilt, spacing),
+      "ml_real": volumes(of_real, spacing),
+      "latents_draw": latents_of(run, variables, drawn[:, 0]),
+      "latents_real": rebuilt["latent_mean"].reshape(len(real), -1),
+    }
 
   return draws
 
 
 def lacking(run, cohort, features: dict) -> str:
   """Why hearts cannot be drawn and judged with this cohort, or ""."""
-  if pretrainer.takes_covariates(run.config.model) and tuple(cohort.info["covariates"]) != run.scales.covariates:
-    return (f"the generator takes the covariates {', '.join(run.scales.covariates)}, the cohort has "
-            f"{', '.join(cohort.info['covariates']) or 'none'}")
+  if (
+    pretrainer.takes_covariates(run.config.model)
+    and tuple(cohort.info["covariates"]) != run.scales.covariates
+  ):
+    return (
+      f"the generator takes the covariates {', '.join(run.scales.covariates)}, the cohort has "
+      f"{', '.join(cohort.info['covariates']) or 'none'}"
+    )
   if absent := [name for name in PHENOTYPES if name not in cohort.info["phenotypes"]]:
     return f"the cohort has no {', '.join(absent)} to compare with"
   if empty := [split for split in ("train", "test") if not len(complete(features[split], cohort))]:
@@ -99,11 +144,16 @@ def lacking(run, cohort, features: dict) -> str:
 def complete(features: dict, cohort) -> np.ndarray:
   """Rows of `features`, all of which have an ECG, that have CMR and all PHENOTYPES."""
   columns = [list(cohort.info["phenotypes"]).index(name) for name in PHENOTYPES]
-  return np.flatnonzero((features["has_cmr"] > 0) & np.isfinite(features["phenotypes"][:, columns]).all(axis=1))
+  return np.flatnonzero(
+    (features["has_cmr"] > 0) & np.isfinite(features["phenotypes"][:, columns]).all(axis=1)
+  )
 
 
-def evaluate(run, cohort, features: dict, batch: int = 4, draws: int = 1000, seed: int = 0) -> tuple[dict, dict]:
-  """Draws hearts for the first SUBJECTS of test that have ECG and CMR; what is `lacking` must be asked before.
+def evaluate(
+  run, cohort, features: dict, batch: int = 4, draws: int = 1000, seed: int = 0
+) -> tuple[dict, dict]:
+  """Draws hearts for the first SUBJECTS of test that have ECG and CMR; what is `lacking` must be
+  asked before.
 
   Args:
     run: with generator, tokenizer and segmenter (training.restore.Run).
@@ -112,69 +162,147 @@ def evaluate(run, cohort, features: dict, batch: int = 4, draws: int = 1000, see
     draws, seed: of the bootstrap over test subjects.
 
   Returns:
-    results: `images.WHAT.{psnr, ssim, dice_LV, ...}`, `phenotypes.WHAT.NAME.{r2, r2_ci, bias, sd, crps, crps_ci}`,
-      `differences.WHAT.NAME.{value, ci}`, CRPS of the draws minus that of WHAT (AGAINST), `unmeasured.WHAT`, the share of
-      hearts that lack a chamber, `diversity.NAME`, SD of the draws of one subject over the SD of all hearts, `memorisation`
-      where the cohort is the one of training, `given`, what hearts are drawn from, and `counts`;
+    results: `images.WHAT.{psnr, ssim, dice_LV, ...}`, `phenotypes.WHAT.NAME.{r2, r2_ci, bias, sd,
+      crps, crps_ci}`, `differences.WHAT.NAME.{value, ci}`, CRPS of the draws minus that of WHAT
+      (AGAINST), `unmeasured.WHAT`, the share of hearts that lack a chamber, `diversity.NAME`, SD of
+      the draws of one subject over the SD of all hearts, `memorisation` where the cohort is the one
+        of training, `given`, what hearts are drawn from, and `counts`;
     shown: what the figure draws.
   """
   columns = [list(cohort.info["phenotypes"]).index(name) for name in PHENOTYPES]
-  test, train = ({name: x[rows] for name, x in features[split].items()} for split, rows in (
-      ("test", complete(features["test"], cohort)[:SUBJECTS]), ("train", complete(features["train"], cohort))))
+  test, train = (
+    {name: x[rows] for name, x in features[split].items()}
+    for split, rows in (
+      ("test", complete(features["test"], cohort)[:SUBJECTS]),
+      ("train", complete(features["train"], cohort)),
+    )
+  )
   shape = tuple(cohort.info["shapes"]["ed_es_volumes"][1:])
-  over = lambda function, title, source, also=(): inference.over_split(
-      jax.jit(function), run.state.variables, source, mesh=run.mesh, batch=batch, title=title,
-      fields=("ed_es_volumes", "labels"), also=("spacing", *also))
+
+  def over(function, title, source, also=()):
+    return inference.over_split(
+      jax.jit(function),
+      run.state.variables,
+      source,
+      mesh=run.mesh,
+      batch=batch,
+      title=title,
+      fields=("ed_es_volumes", "labels"),
+      also=("spacing", *also),
+    )
+
   hearts = pipeline.Rows(cohort.splits["test"], test["row"])
   found = over(make_draws(run, shape, SAMPLES), "draw hearts", hearts)
-  blind = over(make_draws(run, shape, POOL, guidance=0.0), "without their ECG", hearts) if run.config.model.generator.dropout else None
+  blind = (
+    over(make_draws(run, shape, POOL, guidance=0.0), "without their ECG", hearts)
+    if run.config.model.generator.dropout
+    else None
+  )
   given = "ECG and covariates" if pretrainer.takes_covariates(run.config.model) else "ECG"
-  results = {"memorisation": {}, "given": given, "counts": {"subjects": len(hearts), "draws": SAMPLES, "steps": STEPS}}
+  results = {
+    "memorisation": {},
+    "given": given,
+    "counts": {"subjects": len(hearts), "draws": SAMPLES, "steps": STEPS},
+  }
   if cohort.fingerprint == run.manifest["cohort"]:
-    encode = lambda variables, rows: {"latents": latents_of(run, variables, steps.to_float(rows)["cmr"]["ed_es_volumes"])}
+
+    def encode(variables, rows):
+      return {"latents": latents_of(run, variables, steps.to_float(rows)["cmr"]["ed_es_volumes"])}
+
     seen = over(encode, "encode train", cohort.splits["train"], also=("has_cmr",))
-    results["memorisation"] = memorisation(found["latents_draw"], found["latents_real"], seen["latents"][seen["has_cmr"] > 0])
+    results["memorisation"] = memorisation(
+      found["latents_draw"], found["latents_real"], seen["latents"][seen["has_cmr"] > 0]
+    )
 
   y, of_train = (split["phenotypes"][:, columns].astype(np.float64) for split in (test, train))
-  pictures, ensembles = what_to_show(run, pipeline.Rows(cohort.splits["train"], train["row"]), test, train, found, blind, of_train)
+  pictures, ensembles = what_to_show(
+    run, pipeline.Rows(cohort.splits["train"], train["row"]), test, train, found, blind, of_train
+  )
   weights = statistics.bootstrap_weights(test["subject"], draws, seed)
   measured = {name: np.isfinite(x) for name, x in ensembles.items()}
-  spread = np.nanmean(np.where(measured["drawn"].sum(axis=1) > 1, sd(ensembles["drawn"]), np.nan), axis=0) / of_train.std(axis=0)
+  spread = np.nanmean(
+    np.where(measured["drawn"].sum(axis=1) > 1, sd(ensembles["drawn"]), np.nan), axis=0
+  ) / of_train.std(axis=0)
   ensembles = {name: filled(x) for name, x in ensembles.items()}
-  crps = {name: statistics.crps(y, x[:, :ENSEMBLE] if len(x) > 1 else x) for name, x in ensembles.items()}
+  crps = {
+    name: statistics.crps(y, x[:, :ENSEMBLE] if len(x) > 1 else x) for name, x in ensembles.items()
+  }
   results |= {
-      "images": {name: picture_scores(*picture, of_bytes(found["real"]), found["labels"]) for name, picture in pictures.items()},
-      "phenotypes": {name: dict(zip(PHENOTYPES, phenotype_scores(y, x, crps[name], weights))) for name, x in ensembles.items()},
-      "differences": {name: {phenotype: entry(*mean_and_draws((crps["drawn"] - crps[name])[:, k], weights))
-                             for k, phenotype in enumerate(PHENOTYPES)} for name in AGAINST if name in crps},
-      "unmeasured": {name: float(1 - known.all(axis=2).mean()) for name, known in measured.items()},
-      "diversity": dict(zip(PHENOTYPES, spread.tolist()))}
-  return results, {"real": found["real"][:SHOWN], "draws": found["draws"][:SHOWN], "rebuilt": found["rebuilt"][:SHOWN]}
+    "images": {
+      name: picture_scores(*picture, of_bytes(found["real"]), found["labels"])
+      for name, picture in pictures.items()
+    },
+    "phenotypes": {
+      name: dict(zip(PHENOTYPES, phenotype_scores(y, x, crps[name], weights)))
+      for name, x in ensembles.items()
+    },
+    "differences": {
+      name: {
+        phenotype: entry(*mean_and_draws((crps["drawn"] - crps[name])[:, k], weights))
+        for k, phenotype in enumerate(PHENOTYPES)
+      }
+      for name in AGAINST
+      if name in crps
+    },
+    "unmeasured": {name: float(1 - known.all(axis=2).mean()) for name, known in measured.items()},
+    "diversity": dict(zip(PHENOTYPES, spread.tolist())),
+  }
+  return results, {
+    "real": found["real"][:SHOWN],
+    "draws": found["draws"][:SHOWN],
+    "rebuilt": found["rebuilt"][:SHOWN],
+  }
 
 
 def what_to_show(run, hearts, test, train, found, blind, of_train) -> tuple[dict, dict]:
-  """For every test subject: pictures {WHAT: (stacks in [0, 1] or None, labels)} and ensembles {WHAT: phenotypes [N or 1, S, K]}.
+  """For every test subject: pictures {WHAT: (stacks in [0, 1] or None, labels)} and ensembles
+  {WHAT: phenotypes [N or 1, S, K]}.
 
-  hearts: the records of `train`, whose phenotypes are of_train [M, K]; found, blind: draws with and without the ECG.
+  hearts: the records of `train`, whose phenotypes are of_train [M, K]; found, blind: draws with and
+  without the ECG.
   """
   nearest = {"ecg_neighbours": neighbours(unit(train["embedding"]), unit(test["embedding"]))}
-  told = np.isfinite(train["covariates"]).any(axis=0) & (np.nan_to_num(np.nanstd(train["covariates"], axis=0)) > 0)
+  told = np.isfinite(train["covariates"]).any(axis=0) & (
+    np.nan_to_num(np.nanstd(train["covariates"], axis=0)) > 0
+  )
   if told.any():
-    nearest["covariates"] = neighbours(*standardised(train["covariates"][:, told], test["covariates"][:, told]))
-  of_nearest = lambda chosen, field: np.stack([hearts[i][field] for i in chosen[:, 0]])
-  mean_image = (sum(hearts[i]["ed_es_volumes"].astype(np.float64) for i in range(len(hearts))) / len(hearts)).astype(np.float32) / 255
-  mean_labels = np.asarray(jax.jit(steps.make_segment(run.model))(run.state.variables, mean_image[None]))
+    nearest["covariates"] = neighbours(
+      *standardised(train["covariates"][:, told], test["covariates"][:, told])
+    )
+
+  def of_nearest(chosen, field):
+    return np.stack([hearts[i][field] for i in chosen[:, 0]])
+
+  mean_image = (
+    sum(hearts[i]["ed_es_volumes"].astype(np.float64) for i in range(len(hearts))) / len(hearts)
+  ).astype(np.float32) / 255
+  mean_labels = np.asarray(
+    jax.jit(steps.make_segment(run.model))(run.state.variables, mean_image[None])
+  )
   mean_measured = measure(np.asarray(volumes(mean_labels, np.float32([run.manifest["spacing"]]))))
-  everybody = lambda x: x.repeat(len(test["row"]), axis=0)
+
+  def everybody(x):
+    return x.repeat(len(test["row"]), axis=0)
+
   drawn = measure(found["ml"])
   pictures = {
-      "drawn": (of_bytes(found["draws"][:, 0]), found["labels_draw"]),
-      **{name: (of_bytes(of_nearest(chosen, "ed_es_volumes")), of_nearest(chosen, "labels")) for name, chosen in nearest.items()},
-      "mean_heart": (everybody(mean_image[None]), everybody(mean_labels)),
-      "rebuilt": (of_bytes(found["rebuilt"]), found["labels_rebuilt"]), "real": (None, found["labels_real"])}
-  ensembles = {"drawn": drawn, "train": of_train[None], **{name: of_train[chosen] for name, chosen in nearest.items()},
-               "mean_heart": everybody(mean_measured[:, None]), "rebuilt": measure(found["ml_rebuilt"])[:, None],
-               "real": measure(found["ml_real"])[:, None]}
+    "drawn": (of_bytes(found["draws"][:, 0]), found["labels_draw"]),
+    **{
+      name: (of_bytes(of_nearest(chosen, "ed_es_volumes")), of_nearest(chosen, "labels"))
+      for name, chosen in nearest.items()
+    },
+    "mean_heart": (everybody(mean_image[None]), everybody(mean_labels)),
+    "rebuilt": (of_bytes(found["rebuilt"]), found["labels_rebuilt"]),
+    "real": (None, found["labels_real"]),
+  }
+  ensembles = {
+    "drawn": drawn,
+    "train": of_train[None],
+    **{name: of_train[chosen] for name, chosen in nearest.items()},
+    "mean_heart": everybody(mean_measured[:, None]),
+    "rebuilt": measure(found["ml_rebuilt"])[:, None],
+    "real": measure(found["ml_real"])[:, None],
+  }
   if (other := another(test["subject"])) is not None:
     pictures["another_ecg"] = pictures["drawn"][0][other], pictures["drawn"][1][other]
     ensembles["another_ecg"] = drawn[other]
@@ -185,7 +313,8 @@ def what_to_show(run, hearts, test, train, found, blind, of_train) -> tuple[dict
 
 
 def another(subject: np.ndarray) -> np.ndarray | None:
-  """Of every row of subject [N, 2] the next row, round and round, of somebody else [N]; None where there is nobody else."""
+  """Of every row of subject [N, 2] the next row, round and round, of somebody else [N]; None where
+  there is nobody else."""
   differs = (subject[:, None] != subject).any(axis=2)
   if not differs.any(axis=1).all():
     return None
@@ -208,18 +337,26 @@ def sd(x: np.ndarray) -> np.ndarray:
 
 def latents_of(run, variables, stacks):
   """stacks [B, P, Z, H, W] in [0, 1] -> mean latents [B, N C]."""
-  return run.model.apply(variables, stacks, method=lambda m, x: m.tokenizer.encode(x)[0]).reshape(len(stacks), -1)
+  return run.model.apply(variables, stacks, method=lambda m, x: m.tokenizer.encode(x)[0]).reshape(
+    len(stacks), -1
+  )
 
 
 def filled(x: np.ndarray) -> np.ndarray:
-  """A heart without a chamber to measure counts as the mean of the others of its kind [..., K]; NaN where there are none."""
+  """A heart without a chamber to measure counts as the mean of the others of its kind [..., K]; NaN
+  where there are none."""
   known = np.isfinite(x)
   count = known.sum(axis=(0, 1))
-  return np.where(known, x, np.where(count > 0, np.where(known, x, 0).sum(axis=(0, 1)) / np.maximum(count, 1), np.nan))
+  return np.where(
+    known,
+    x,
+    np.where(count > 0, np.where(known, x, 0).sum(axis=(0, 1)) / np.maximum(count, 1), np.nan),
+  )
 
 
 def neighbours(gallery: np.ndarray, queries: np.ndarray) -> np.ndarray:
-  """Rows of the ENSEMBLE nearest of gallery [M, D] to each of queries [N, D], nearest first [N, ENSEMBLE]."""
+  """Rows of the ENSEMBLE nearest of gallery [M, D] to each of queries [N, D], nearest first [N,
+  ENSEMBLE]."""
   return np.argsort(cdist(queries, gallery), axis=1, kind="stable")[:, :ENSEMBLE]
 
 
@@ -228,7 +365,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Both by the mean and SD of train; what is unknown is the mean, and a column that does not vary counts for nothing."""
+  """Both by the mean and SD of train; what is unknown is the mean, and a column that does not vary
+  counts for nothing."""
   mean, sd = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
   return tuple(np.nan_to_num((x - mean) / np.where(sd > 0, sd, np.inf)) for x in (train, test))
 
@@ -238,33 +376,63 @@ def mean_and_draws(values: np.ndarray, weights: np.ndarray) -> tuple[float, np.n
   return values.mean(), weights @ values / weights.sum(axis=1)
 
 
-def phenotype_scores(y: np.ndarray, x: np.ndarray, crps: np.ndarray, weights: np.ndarray) -> list[dict]:
-  """Of each phenotype: R2, bias and SD of the error of the mean of x [N or 1, S, K] against y [N, K], and the mean of crps [N, K]."""
+def phenotype_scores(
+  y: np.ndarray, x: np.ndarray, crps: np.ndarray, weights: np.ndarray
+) -> list[dict]:
+  """Of each phenotype: R2, bias and SD of the error of the mean of x [N or 1, S, K] against y [N,
+  K], and the mean of crps [N, K]."""
   mean = np.broadcast_to(x.mean(axis=1), y.shape)
   r2, drawn = statistics.r2(y, mean), statistics.r2(y, mean, weights)
   found = []
   for k in range(y.shape[1]):
     value, values = mean_and_draws(crps[:, k], weights)
     error = mean[:, k] - y[:, k]
-    found.append({"r2": float(r2[k]), "r2_ci": statistics.interval(drawn[:, k]).tolist(), "bias": float(error.mean()),
-                  "sd": float(error.std(ddof=1)), "crps": float(value), "crps_ci": statistics.interval(values).tolist()})
+    found.append(
+      {
+        "r2": float(r2[k]),
+        "r2_ci": statistics.interval(drawn[:, k]).tolist(),
+        "bias": float(error.mean()),
+        "sd": float(error.std(ddof=1)),
+        "crps": float(value),
+        "crps_ci": statistics.interval(values).tolist(),
+      }
+    )
   return found
 
 
 def picture_scores(x, labels, real, truth) -> dict[str, float]:
-  """Means over subjects: PSNR (dB) and SSIM of x against the real images, where there is one, and Dice of its labels."""
+  """Means over subjects: PSNR (dB) and SSIM of x against the real images, where there is one, and
+  Dice of its labels."""
   known = truth.any(axis=(1, 2, 3, 4))  # nobody has drawn the others
-  dice = lambda name: images.dice(labels[known], truth[known], schema.LABELS[name])
-  found = {f"dice_{name}": float(np.nanmean(dice(name))) if known.any() else np.nan for name in ("LV", "MYO", "RV")}
-  return found if x is None else {"psnr": float(images.psnr(x, real).mean()), "ssim": float(images.ssim(x, real).mean()), **found}
+
+  def dice(name):
+    return images.dice(labels[known], truth[known], schema.LABELS[name])
+
+  found = {
+    f"dice_{name}": float(np.nanmean(dice(name))) if known.any() else np.nan
+    for name in ("LV", "MYO", "RV")
+  }
+  return (
+    found
+    if x is None
+    else {
+      "psnr": float(images.psnr(x, real).mean()),
+      "ssim": float(images.ssim(x, real).mean()),
+      **found,
+    }
+  )
 
 
 def memorisation(drawn: np.ndarray, real: np.ndarray, train: np.ndarray) -> dict[str, float]:
-  """Distance of latents to the nearest of train: of draws, and of real hearts of test, which nobody can have memorised.
+  """Distance of latents to the nearest of train: of draws, and of real hearts of test, which nobody
+  can have memorised.
 
-  `closer` is the share of draws that lie nearer than all but 1 % of the real hearts: 0.01 of draws from the true distribution,
-  near 1 of copies.
+  `closer` is the share of draws that lie nearer than all but 1 % of the real hearts: 0.01 of draws
+  from the true distribution, near 1 of copies.
   """
   of_drawn, of_real = (cdist(x, train).min(axis=1) for x in (drawn, real))
-  return {"nearest_drawn": float(np.median(of_drawn)), "nearest_real": float(np.median(of_real)),
-          "closer": float((of_drawn < np.quantile(of_real, 0.01)).mean())}
+  return {
+    "nearest_drawn": float(np.median(of_drawn)),
+    "nearest_real": float(np.median(of_real)),
+    "closer": float((of_drawn < np.quantile(of_real, 0.01)).mean()),
+  }

@@ -5,21 +5,34 @@ from scipy.ndimage import gaussian_filter
 
 
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Peak signal-to-noise ratio of [N, ...] in [0, 1], in dB [N]: 10 log10(1 / mean squared difference)."""
+  """Peak signal-to-noise ratio of [N, ...] in [0, 1], in dB [N]: 10 log10(1 / mean squared
+  difference)."""
   return -10 * np.log10(np.square(x.astype(np.float64) - y).reshape(len(x), -1).mean(axis=1))
 
 
 def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Structural similarity of [N, ..., H, W] in [0, 1], the mean over all images of a heart [N] (Wang et al. 2004).
+  """Structural similarity of [N, ..., H, W] in [0, 1], the mean over all images of a heart [N]
+  (Wang et al. 2004).
 
   Gaussian windows of SD 1.5 pixels, 11 x 11, that lie within the image; C1 = 0.01^2, C2 = 0.03^2.
   """
-  window = lambda a: gaussian_filter(a, (*[0] * (a.ndim - 2), 1.5, 1.5), truncate=3.5)[..., 5:-5, 5:-5]
+
+  def window(a):
+    return gaussian_filter(a, (*[0] * (a.ndim - 2), 1.5, 1.5), truncate=3.5)[..., 5:-5, 5:-5]
+
   found = []
   for a, b in zip(x.astype(np.float64), y.astype(np.float64)):
     mean_a, mean_b = window(a), window(b)
-    var_a, var_b, cov = window(a * a) - mean_a**2, window(b * b) - mean_b**2, window(a * b) - mean_a * mean_b
-    similar = (2 * mean_a * mean_b + 1e-4) * (2 * cov + 9e-4) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+    var_a, var_b, cov = (
+      window(a * a) - mean_a**2,
+      window(b * b) - mean_b**2,
+      window(a * b) - mean_a * mean_b,
+    )
+    similar = (
+      (2 * mean_a * mean_b + 1e-4)
+      * (2 * cov + 9e-4)
+      / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+    )
     found.append(similar.mean())
   return np.array(found)
 

@@ -1,7 +1,8 @@
-"""Probes fitted on a part of the labelled training subjects: what an embedding is worth where labels are few.
+"""Probes fitted on a part of the labelled training subjects: what an embedding is worth where
+labels are few.
 
-Only train is thinned out, by the people of whom a label is known; strengths are chosen on the whole validation split, and
-test is the same for all.
+Only train is thinned out, by the people of whom a label is known; strengths are chosen on the whole
+validation split, and test is the same for all.
 """
 
 import numpy as np
@@ -12,8 +13,11 @@ SHARES, SEEDS = (0.01, 0.1), 5
 MODELS = ("embedding", "random_encoder", "covariates")
 
 
-def evaluate(features: dict, groups: dict[str, list[int]], scored: list[int], whole: dict[str, list[float]]) -> dict:
-  """Mean R2 of groups of phenotypes and mean AUROC of diseases, by the share of training subjects with labels.
+def evaluate(
+  features: dict, groups: dict[str, list[int]], scored: list[int], whole: dict[str, list[float]]
+) -> dict:
+  """Mean R2 of groups of phenotypes and mean AUROC of diseases, by the share of training subjects
+  with labels.
 
   Args:
     features: {split: {name: array}}, see phenotypes.inputs.
@@ -22,39 +26,66 @@ def evaluate(features: dict, groups: dict[str, list[int]], scored: list[int], wh
     whole: {MODEL: `scores` of the probes of all training rows}, which are fitted anyway.
 
   Returns:
-    {MODEL: {GROUP: [{share, subjects, mean, sd, seeds}]}}, shares rising up to 1; mean and SD over SEEDS random subsets
-    of subjects (one, `whole`, and SD 0 at share 1). What a subset knows nothing of is predicted by a constant: AUROC 0.5
-    of a disease without a case, R2 0 of a phenotype without a label.
+    {MODEL: {GROUP: [{share, subjects, mean, sd, seeds}]}}, shares rising up to 1; mean and SD over
+    SEEDS random subsets of subjects (one, `whole`, and SD 0 at share 1). What a subset knows
+    nothing of is predicted by a constant: AUROC 0.5 of a disease without a case, R2 0 of a
+      phenotype without a label.
   """
   train, test = features["train"], features["test"]
-  labelled = np.isfinite(train["phenotypes"]).any(axis=1) | np.isfinite(train["diseases"]).any(axis=1)
+  labelled = np.isfinite(train["phenotypes"]).any(axis=1) | np.isfinite(train["diseases"]).any(
+    axis=1
+  )
   _, row_subject = np.unique(train["subject"], axis=0, return_inverse=True)
   row_subject, people = row_subject.ravel(), np.unique(row_subject.ravel()[labelled])
   models = {name: x for name, x in phenotypes.inputs(features).items() if name in MODELS}
-  found = {model: {group: [] for group in (*groups, *(["diseases (AUROC)"] if scored else []))} for model in models}
+  found = {
+    model: {group: [] for group in (*groups, *(["diseases (AUROC)"] if scored else []))}
+    for model in models
+  }
   for share in SHARES:
     count = min(max(2, round(share * len(people))), len(people))
-    kept = [np.isin(row_subject, np.random.default_rng(seed).permutation(people)[:count]) for seed in range(SEEDS)]
+    kept = [
+      np.isin(row_subject, np.random.default_rng(seed).permutation(people)[:count])
+      for seed in range(SEEDS)
+    ]
     for model, x in models.items():
       drawn = [scores(x, features, rows, groups, scored) for rows in kept]
       for group, values in zip(found[model], zip(*drawn)):
-        found[model][group].append({"share": share, "subjects": count, "mean": float(np.mean(values)),
-                                    "sd": float(np.std(values, ddof=1)), "seeds": SEEDS})
+        found[model][group].append(
+          {
+            "share": share,
+            "subjects": count,
+            "mean": float(np.mean(values)),
+            "sd": float(np.std(values, ddof=1)),
+            "seeds": SEEDS,
+          }
+        )
   for model in models:
     for group, value in zip(found[model], whole[model]):
-      found[model][group].append({"share": 1.0, "subjects": len(people), "mean": float(value), "sd": 0.0, "seeds": 1})
+      found[model][group].append(
+        {"share": 1.0, "subjects": len(people), "mean": float(value), "sd": 0.0, "seeds": 1}
+      )
   return found
 
 
-def scores(x: dict, features: dict, rows: np.ndarray, groups: dict, scored: list[int]) -> list[float]:
-  """Mean R2 of every group, then mean AUROC, of probes fitted on the training rows `rows` (bool)."""
+def scores(
+  x: dict, features: dict, rows: np.ndarray, groups: dict, scored: list[int]
+) -> list[float]:
+  """Mean R2 of every group, then mean AUROC, of probes fitted on the training rows `rows`
+  (bool)."""
   train, val, test = (features[split] for split in ("train", "val", "test"))
-  probe = phenotypes.fit_probe(x["train"][rows], train["phenotypes"][rows], x["val"], val["phenotypes"])
+  probe = phenotypes.fit_probe(
+    x["train"][rows], train["phenotypes"][rows], x["val"], val["phenotypes"]
+  )
   r2 = statistics.r2(test["phenotypes"].astype(np.float64), phenotypes.predict(probe, x["test"]))
   r2 = np.where(np.isnan(probe["intercept"]), 0.0, r2)
   found = [r2[columns].mean() for columns in groups.values()]
   if scored:
-    probe = diseases.fit_probe(x["train"][rows], train["diseases"][rows][:, scored], x["val"], val["diseases"][:, scored])
+    probe = diseases.fit_probe(
+      x["train"][rows], train["diseases"][rows][:, scored], x["val"], val["diseases"][:, scored]
+    )
     said = np.nan_to_num(diseases.predict(probe, x["test"]), nan=0.5)
-    found.append(np.mean([statistics.auroc(test["diseases"][:, c], said[:, i]) for i, c in enumerate(scored)]))
+    found.append(
+      np.mean([statistics.auroc(test["diseases"][:, c], said[:, i]) for i, c in enumerate(scored)])
+    )
   return found

@@ -1,7 +1,8 @@
-"""An MLP on frozen embeddings, one a label: D - D/2 - D/4 - 1 with GELU, dual-phase's 576-288-144-1 by rule.
+"""An MLP on frozen embeddings, one a label: D - D/2 - D/4 - 1 with GELU, dual-phase's 576-288-144-1
+by rule.
 
-All labels are fitted at once, each with weights of its own along a leading axis, and each keeps the epoch of its least loss
-on validation. Letters: N rows, D features, K labels.
+All labels are fitted at once, each with weights of its own along a leading axis, and each keeps the
+epoch of its least loss on validation. Letters: N rows, D features, K labels.
 """
 
 import functools
@@ -19,14 +20,22 @@ ROWS = 4096  # predicted at a time
 BATCH, RATE, WEIGHT_DECAY, EPOCHS, PATIENCE = 256, 1e-3, 1e-2, 100, 5
 
 
-def predict(train: np.ndarray, labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, test: np.ndarray,
-            binary: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+def predict(
+  train: np.ndarray,
+  labels: np.ndarray,
+  val: np.ndarray,
+  val_labels: np.ndarray,
+  test: np.ndarray,
+  binary: bool = False,
+  seed: int = 0,
+) -> dict[str, np.ndarray]:
   """Fits on train, stops on validation, predicts both `val` and `test`.
 
   Args:
     train, val, test: features [N, D], finite.
     labels, val_labels: [N, K], NaN = unknown.
-    binary: labels are 0 or 1 and probabilities are wanted (cross-entropy); else least squares of standardised labels.
+    binary: labels are 0 or 1 and probabilities are wanted (cross-entropy); else least squares of
+      standardised labels.
     seed: of the first weights and the order of the rows.
 
   Returns:
@@ -36,7 +45,10 @@ def predict(train: np.ndarray, labels: np.ndarray, val: np.ndarray, val_labels: 
   x, x_val, x_test = (jnp.asarray((x - mean) / scale, jnp.float32) for x in (train, val, test))
   usable = np.isfinite(labels).any(axis=0) & np.isfinite(val_labels).any(axis=0)
   if not usable.any():
-    return {split: np.full((len(x), labels.shape[1]), np.nan) for split, x in (("val", val), ("test", test))}
+    return {
+      split: np.full((len(x), labels.shape[1]), np.nan)
+      for split, x in (("val", val), ("test", test))
+    }
   centre, spread = np.zeros(labels.shape[1]), np.ones(labels.shape[1])
   if not binary:
     centre[usable] = np.nanmean(labels[:, usable], axis=0, dtype=np.float64)
@@ -47,17 +59,31 @@ def predict(train: np.ndarray, labels: np.ndarray, val: np.ndarray, val_labels: 
   params = start(jax.random.key(seed), x.shape[1], labels.shape[1])
   opt_state = optimizer().init(params)
   best, least, waited = params, jnp.full(labels.shape[1], jnp.inf), 0
-  for epoch in tqdm(range(EPOCHS), "MLP, at most", unit="epoch", mininterval=1, leave=False, disable=jax.process_index() > 0):
+  for epoch in tqdm(
+    range(EPOCHS),
+    "MLP, at most",
+    unit="epoch",
+    mininterval=1,
+    leave=False,
+    disable=jax.process_index() > 0,
+  ):
     key = jax.random.fold_in(jax.random.key(seed), epoch)
     params, opt_state, loss = run_epoch(params, opt_state, x, y, x_val, y_val, key, binary)
     better = loss < least
-    best = jax.tree.map(lambda old, new: jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old), best, params)
+    best = jax.tree.map(
+      lambda old, new: jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old), best, params
+    )
     least, waited = jnp.where(better, loss, least), 0 if better.any() else waited + 1
     if waited == PATIENCE:
       break
 
   def said(x):
-    y = np.concatenate([np.asarray(forward(best, part), np.float64) for part in np.array_split(x, -(-len(x) // ROWS))])
+    y = np.concatenate(
+      [
+        np.asarray(forward(best, part), np.float64)
+        for part in np.array_split(x, -(-len(x) // ROWS))
+      ]
+    )
     return np.where(usable, expit(y) if binary else y * spread + centre, np.nan)
 
   return {"val": said(x_val), "test": said(x_test)}
@@ -67,8 +93,13 @@ def start(key, width: int, labels: int) -> dict:
   """Weights [K, I, O] and biases [K, O] of the three layers, Glorot-uniform and zero."""
   widths = (width, max(width // 2, 1), max(width // 4, 1), 1)
   glorot = jax.nn.initializers.glorot_uniform(batch_axis=0)
-  return {f"fc{i}": {"kernel": glorot(jax.random.fold_in(key, i), (labels, a, b)), "bias": jnp.zeros((labels, b))}
-          for i, (a, b) in enumerate(zip(widths, widths[1:]))}
+  return {
+    f"fc{i}": {
+      "kernel": glorot(jax.random.fold_in(key, i), (labels, a, b)),
+      "bias": jnp.zeros((labels, b)),
+    }
+    for i, (a, b) in enumerate(zip(widths, widths[1:]))
+  }
 
 
 def optimizer():
@@ -80,7 +111,10 @@ def forward(params, x):
   """x [N, D] -> [N, K]."""
   x = jnp.einsum("nd,kde->kne", x, params["fc0"]["kernel"]) + params["fc0"]["bias"][:, None]
   for name in ("fc1", "fc2"):
-    x = jnp.einsum("knd,kde->kne", jax.nn.gelu(x, approximate=False), params[name]["kernel"]) + params[name]["bias"][:, None]
+    x = (
+      jnp.einsum("knd,kde->kne", jax.nn.gelu(x, approximate=False), params[name]["kernel"])
+      + params[name]["bias"][:, None]
+    )
   return x[..., 0].T
 
 
@@ -94,9 +128,10 @@ def losses(params, x, y, binary):
 
 @functools.partial(jax.jit, static_argnames="binary")
 def run_epoch(params, opt_state, x, y, x_val, y_val, key, binary):
-  """One pass over the rows in a random order (the rest of the last batch waits): parameters, and the loss [K] on validation."""
+  """One pass over the rows in a random order (the rest of the last batch waits): parameters, and
+  the loss [K] on validation."""
   batch = min(BATCH, len(x))
-  order = jax.random.permutation(key, len(x))[:len(x) // batch * batch].reshape(-1, batch)
+  order = jax.random.permutation(key, len(x))[: len(x) // batch * batch].reshape(-1, batch)
 
   def step(carry, rows):
     params, opt_state = carry

@@ -1,7 +1,8 @@
-"""The model card of an ECG encoder, in the sections of Mitchell et al. 2019, "Model Cards for Model Reporting".
+"""The model card of an ECG encoder, in the sections of Mitchell et al. 2019, "Model Cards for Model
+Reporting".
 
-Its facts come from the run: the config, the manifest of the checkpoint, and what `mmcl evaluate` measured. It names no
-participant and no path: a cohort is named by its source and its fingerprint.
+Its facts come from the run: the config, the manifest of the checkpoint, and what `mmcl evaluate`
+measured. It names no participant and no path: a cohort is named by its source and its fingerprint.
 """
 
 import hashlib
@@ -56,11 +57,18 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
     manifest: of the checkpoint (training.checkpoint).
     results: what `mmcl evaluate` wrote for the checkpoint (results.json); None: not evaluated.
   """
-  sections = {"Model details": details(config, manifest), "Intended use": USE, "Factors": factors(manifest, results),
-              "Metrics": metrics(results), "Evaluation data": evaluation_data(manifest, results),
-              "Training data": training_data(manifest, results), "Quantitative analyses": scores(results),
-              "Ethical considerations": ETHICS, "Caveats and recommendations": caveats(results),
-              "How to load it": loader(config, results)}
+  sections = {
+    "Model details": details(config, manifest),
+    "Intended use": USE,
+    "Factors": factors(manifest, results),
+    "Metrics": metrics(results),
+    "Evaluation data": evaluation_data(manifest, results),
+    "Training data": training_data(manifest, results),
+    "Quantitative analyses": scores(results),
+    "Ethical considerations": ETHICS,
+    "Caveats and recommendations": caveats(results),
+    "How to load it": loader(config, results),
+  }
   told = (results.get("note"), results.get("seen_people", {}).get("note")) if results else ()
   notes = [RESEARCH_ONLY, *map(escaped, filter(None, told))]
   head = [f"# Model card: ECG encoder, step {manifest['step']}", *(f"**{note}**" for note in notes)]
@@ -72,37 +80,60 @@ def details(config, manifest):
   width, depth, heads, *_ = vit.numbers(c.size)
   rate, whole = preprocess_ecg.rate_hz(profile), preprocess_ecg.samples(profile)
   size = f", size {code(c.size)}" if isinstance(c.size, str) else ""
-  mean = f" at a time; the embedding is the mean over the {whole // window} of a recording" if window < whole else ""
+  mean = (
+    f" at a time; the embedding is the mean over the {whole // window} of a recording"
+    if window < whole
+    else ""
+  )
   origin = manifest.get("origin")
   facts = {
-      "Input": f"12-lead ECG, {whole / rate:g} s at {rate} Hz, normalised by the profile `{profile}`: float32 "
-               f"[B, {len(schema.LEADS)}, {whole}]",
-      "Output": f"embedding, float32 [B, {width}]",
-      "Encoder": f"vision transformer{size}: {depth} blocks of width {width}, {heads} heads; patches of {c.patch} samples "
-                 f"of one lead; {c.pool} pooling; {config.model.dtype}",
-      "Window": f"{window / rate:g} s{mean}",
-      "Parameters": f"{parameters(config):,}",
-      **({"Weights": f"converted from {code(origin)}; the run does not know how they were trained"} if origin else
-         trained(config, manifest)),
-      "SHA-256 of the run's config.json": hashlib.sha256(configuration.as_text(config).encode()).hexdigest(),
-      "Software": ", ".join(escaped(f"{name} {version}") for name, version in manifest["packages"].items()),
-      "Licence, contact": "to be added by whoever passes the model on; the run does not know them"}
+    "Input": f"12-lead ECG, {whole / rate:g} s at {rate} Hz, normalised by the profile `{profile}`: float32 "
+    f"[B, {len(schema.LEADS)}, {whole}]",
+    "Output": f"embedding, float32 [B, {width}]",
+    "Encoder": f"vision transformer{size}: {depth} blocks of width {width}, {heads} heads; patches of {c.patch} samples "
+    f"of one lead; {c.pool} pooling; {config.model.dtype}",
+    "Window": f"{window / rate:g} s{mean}",
+    "Parameters": f"{parameters(config):,}",
+    **(
+      {"Weights": f"converted from {code(origin)}; the run does not know how they were trained"}
+      if origin
+      else trained(config, manifest)
+    ),
+    "SHA-256 of the run's config.json": hashlib.sha256(
+      configuration.as_text(config).encode()
+    ).hexdigest(),
+    "Software": ", ".join(
+      escaped(f"{name} {version}") for name, version in manifest["packages"].items()
+    ),
+    "Licence, contact": "to be added by whoever passes the model on; the run does not know them",
+  }
   return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
 def trained(config, manifest):
-  """How the weights came about: updates, objectives, the towers beside the encoder, and what it started from."""
-  weight = lambda w: f"weight {w:g}" if isinstance(w, (int, float)) else "weight by a schedule"
-  objectives = [f"{code(name)} ({one.fn}, {weight(one.get('weight', 1.0))})" for name, one in config.objectives.items()]
-  towers = [f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})"
-            for name, one in config.model.cmr.items()]
+  """How the weights came about: updates, objectives, the towers beside the encoder, and what it
+  started from."""
+
+  def weight(w):
+    return f"weight {w:g}" if isinstance(w, (int, float)) else "weight by a schedule"
+
+  objectives = [
+    f"{code(name)} ({one.fn}, {weight(one.get('weight', 1.0))})"
+    for name, one in config.objectives.items()
+  ]
+  towers = [
+    f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})"
+    for name, one in config.model.cmr.items()
+  ]
   chose = (manifest.get("best") or {}).get("step") is not None
   best = f", the best of them on validation by {code(config.stop_on)}" if chose else ""
   stages = ", ".join(name for name, workdir in config.init_from.items() if workdir)
-  return {"Training": f"{manifest['step']:,} of {config.steps:,} updates of {config.batch:,} recordings{best}, seed "
-                      f"{config.seed}, from {f'weights of earlier runs ({stages})' if stages else 'random weights'}",
-          "Objectives": ", ".join(objectives),
-          "CMR encoders, in training alone": ", ".join(towers) or "none"}
+  return {
+    "Training": f"{manifest['step']:,} of {config.steps:,} updates of {config.batch:,} recordings{best}, seed "
+    f"{config.seed}, from {f'weights of earlier runs ({stages})' if stages else 'random weights'}",
+    "Objectives": ", ".join(objectives),
+    "CMR encoders, in training alone": ", ".join(towers) or "none",
+  }
 
 
 def parameters(config) -> int:
@@ -115,10 +146,19 @@ def parameters(config) -> int:
 
 def factors(manifest, results):
   known = ", ".join(map(escaped, manifest["scales"]["covariates"])) or "nothing"
-  about = "" if manifest.get("origin") else f"Beside phenotypes and diseases the training data has of its people: {known}. "
-  scored = ("The scores below are of all test people together; none was taken by sex, age, ethnicity, illness, recorder or "
-            "site.")
-  return prose(about + (scored if results else "Nothing was scored, neither of all people nor of groups of them."))
+  about = (
+    ""
+    if manifest.get("origin")
+    else f"Beside phenotypes and diseases the training data has of its people: {known}. "
+  )
+  scored = (
+    "The scores below are of all test people together; none was taken by sex, age, ethnicity, illness, recorder or "
+    "site."
+  )
+  return prose(
+    about
+    + (scored if results else "Nothing was scored, neither of all people nor of groups of them.")
+  )
 
 
 def metrics(results):
@@ -126,20 +166,36 @@ def metrics(results):
     return "No metrics were measured: `mmcl evaluate` had not been run on this checkpoint when this card was written."
   parts = []
   if results["phenotypes"]:
-    parts.append("R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen embedding")
+    parts.append(
+      "R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen embedding"
+    )
   if any(results.get("diseases", {}).values()):
-    parts.append("area under the ROC curve (AUROC) and under the precision-recall curve (AUPRC), balanced accuracy and "
-                 "expected calibration error (ECE) of every disease, by logistic regression on the frozen embedding")
+    parts.append(
+      "area under the ROC curve (AUROC) and under the precision-recall curve (AUPRC), balanced accuracy and "
+      "expected calibration error (ECE) of every disease, by logistic regression on the frozen embedding"
+    )
   if results.get("retrieval"):
     parts.append("retrieval of a person's CMR by their ECG, and back, among all test people")
-  own = "; `own head`, what the network itself says" if "own_head" in results.get("readouts", {}) else ""
-  ceiling = "; `ceiling`, the parameters that the synthetic ECGs were made from" if results.get("ceiling") else ""
-  return "\n\n".join(prose(text) for text in (
+  own = (
+    "; `own head`, what the network itself says"
+    if "own_head" in results.get("readouts", {})
+    else ""
+  )
+  ceiling = (
+    "; `ceiling`, the parameters that the synthetic ECGs were made from"
+    if results.get("ceiling")
+    else ""
+  )
+  return "\n\n".join(
+    prose(text)
+    for text in (
       f"{'; '.join(parts)}. Regressions are fitted on train, their strength and thresholds chosen on validation, and the "
       "scores taken on test. Brackets are 95 % intervals over test people (bootstrap); training runs of other seeds may "
       "differ by more.",
       "Beside the embedding: `random`, the same network untrained; `covariates`, what is known of the people without an "
-      f"ECG; `emb + cov`, the embedding with these{own}{ceiling}."))
+      f"ECG; `emb + cov`, the embedding with these{own}{ceiling}.",
+    )
+  )
 
 
 def evaluation_data(manifest, results):
@@ -147,8 +203,10 @@ def evaluation_data(manifest, results):
     return "None."
   counts, times = results["counts"], results.get("test_scored")
   often = {None: "an unrecorded number of times", 1: "once"}.get(times, f"{times} times")
-  splits = (f"{counts['val']:,} recordings of the validation split to choose by, {counts['test']:,} of the test split to "
-            f"score. Test was scored {often} from the workdir of this run.")
+  splits = (
+    f"{counts['val']:,} recordings of the validation split to choose by, {counts['test']:,} of the test split to "
+    f"score. Test was scored {often} from the workdir of this run."
+  )
   if results["cohort_fingerprint"] == manifest["cohort"]:
     return prose(f"Of the cohort it was trained on, {splits}")
   cohort = f"Fingerprint of the cohort: {escaped(results['cohort_fingerprint'])}"
@@ -159,12 +217,18 @@ def training_data(manifest, results):
   if manifest.get("origin"):
     return "The weights come from elsewhere; the run does not know what they were trained on."
   mixed = manifest.get("mixed", [])
-  more = f" Mixed into its batches, the cohorts of fingerprint {', '.join(map(escaped, mixed))}." if mixed else ""
+  more = (
+    f" Mixed into its batches, the cohorts of fingerprint {', '.join(map(escaped, mixed))}."
+    if mixed
+    else ""
+  )
   cohort = f"Fingerprint of the cohort: {escaped(manifest['cohort'])}.{more}"
   if not results or results["cohort_fingerprint"] != manifest["cohort"]:
     return prose(f"{cohort} What it holds is told here after `mmcl evaluate` on it.")
-  return prose(f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it started from weights "
-               "of earlier runs (model details), those had learned before, from data that is not told here.") + data_tables(results)
+  return prose(
+    f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it started from weights "
+    "of earlier runs (model details), those had learned before, from data that is not told here."
+  ) + data_tables(results)
 
 
 def source_of(results):
@@ -172,9 +236,12 @@ def source_of(results):
 
 
 def data_tables(results):
-  """The data card of an evaluation: records, labels and cases by split; what was read, and what left out."""
+  """The data card of an evaluation: records, labels and cases by split; what was read, and what
+  left out."""
   sections = report.data_sections(results.get("data", {}), results["counts"])
-  return "".join(f"\n\n{title.removeprefix('Data: ').capitalize()}:\n\n{table(rows)}" for title, rows in sections)
+  return "".join(
+    f"\n\n{title.removeprefix('Data: ').capitalize()}:\n\n{table(rows)}" for title, rows in sections
+  )
 
 
 def scores(results):
@@ -183,35 +250,61 @@ def scores(results):
   sections = []
   if results["phenotypes"]:
     errors = ["MAE", *(report.number(score["mae"]) for score in results["phenotypes"].values())]
-    sections.append(("Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit",
-                     [[*row, error] for row, error in zip(report.headline(results), errors)]))
-  if diseases := {model: found for model, found in results.get("diseases", {}).items() if found and model not in report.READOUTS}:
-    sections.append(("Diseases on test (few cases: counted, not scored)", report.disease_rows(diseases)))
+    sections.append(
+      (
+        "Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit",
+        [[*row, error] for row, error in zip(report.headline(results), errors)],
+      )
+    )
+  if diseases := {
+    model: found
+    for model, found in results.get("diseases", {}).items()
+    if found and model not in report.READOUTS
+  }:
+    sections.append(
+      ("Diseases on test (few cases: counted, not scored)", report.disease_rows(diseases))
+    )
   if results.get("retrieval"):
     sections.append(("Retrieval over the test split", report.retrieval_rows(results["retrieval"])))
   tables = [f"{title}:\n\n{table(rows)}" for title, rows in sections]
-  return "\n\n".join([*tables[:1], *gains(results.get("differences", {})), *tables[1:]]) or "Nothing was scored."
+  return (
+    "\n\n".join([*tables[:1], *gains(results.get("differences", {})), *tables[1:]])
+    or "Nothing was scored."
+  )
 
 
 def gains(differences):
-  """In how many phenotypes the embedding beats what stands beside it: a paragraph, or none where that is not known."""
-  told = {"embedding_minus_random_encoder": "the embedding over the untrained network",
-          "embedding_minus_covariates": "the embedding over the covariates",
-          "with_covariates_minus_covariates": "the embedding with the covariates over the covariates alone"}
+  """In how many phenotypes the embedding beats what stands beside it: a paragraph, or none where
+  that is not known."""
+  told = {
+    "embedding_minus_random_encoder": "the embedding over the untrained network",
+    "embedding_minus_covariates": "the embedding over the covariates",
+    "with_covariates_minus_covariates": "the embedding with the covariates over the covariates alone",
+  }
   parts = []
   for name, words in told.items():
     lows = [one["ci"][0] for one in differences.get(name, {}).values()]
-    parts += [f"{words} in {sum(low is not None and low > 0 for low in lows)} of {len(lows)} phenotypes"] * bool(lows)
-  return [prose(f"R2 is higher, by a difference whose own 95 % interval lies above 0: {'; '.join(parts)}.")] * bool(parts)
+    parts += [
+      f"{words} in {sum(low is not None and low > 0 for low in lows)} of {len(lows)} phenotypes"
+    ] * bool(lows)
+  return [
+    prose(
+      f"R2 is higher, by a difference whose own 95 % interval lies above 0: {'; '.join(parts)}."
+    )
+  ] * bool(parts)
 
 
 def caveats(results):
   parts = [report.LIMITS.format(encoder="ECG")]
   if results and results.get("test_scored", 1) > 1:
-    parts.append("Test was scored more than once: a run that was chosen by it looks better here than it is.")
+    parts.append(
+      "Test was scored more than once: a run that was chosen by it looks better here than it is."
+    )
   if not results:
-    parts = ["Nothing is known of how well this encoder does. Evaluate it on people like those it is meant for before use: "
-             "`mmcl evaluate`."]
+    parts = [
+      "Nothing is known of how well this encoder does. Evaluate it on people like those it is meant for before use: "
+      "`mmcl evaluate`."
+    ]
   return "\n\n".join(prose(part) for part in parts)
 
 
@@ -219,8 +312,11 @@ def loader(config, results):
   outputs = {"embedding": vit.numbers(config.model.ecg.size)[0]}
   if results and results["phenotypes"]:
     outputs["phenotypes"] = len(results["phenotypes"])
-  return LOADER.format(leads=len(schema.LEADS), samples=preprocess_ecg.samples(config.data.ecg_profile),
-                       outputs=f"{{{', '.join(f'{name!r}: [B, {n}]' for name, n in outputs.items())}}}")
+  return LOADER.format(
+    leads=len(schema.LEADS),
+    samples=preprocess_ecg.samples(config.data.ecg_profile),
+    outputs=f"{{{', '.join(f'{name!r}: [B, {n}]' for name, n in outputs.items())}}}",
+  )
 
 
 def prose(text: str) -> str:
@@ -232,11 +328,14 @@ def prose(text: str) -> str:
 def table(rows: list[list[str]]) -> str:
   """Rows of text, headings first, as a Markdown table; the first column flush left."""
   head, *body = [[escaped(cell) for cell in row] for row in rows]
-  return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body))
+  return "\n".join(
+    f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body)
+  )
 
 
 def escaped(text: str) -> str:
-  """A user's text as plain text in Markdown: no cell, tag, link, emphasis or formula begins in it."""
+  """A user's text as plain text in Markdown: no cell, tag, link, emphasis or formula begins in
+  it."""
   return re.sub(r"[\\`*_|~$&#]|\](?=[\[(:])", r"\\\g<0>", one_line(text)).replace("<", "&lt;")
 
 

@@ -16,15 +16,23 @@ from mmcl_jax.training import parallel, steps
 
 
 def build(config, model, objectives, cohort, source, scales, mesh) -> list[Callable]:
-  """The evaluators that `config.evaluators` names; `source` are the records of the validation split."""
-  return [EVALUATORS[name](config, model, objectives, cohort, source, scales, mesh) for name in config.evaluators]
+  """The evaluators that `config.evaluators` names; `source` are the records of the validation
+  split."""
+  return [
+    EVALUATORS[name](config, model, objectives, cohort, source, scales, mesh)
+    for name in config.evaluators
+  ]
 
 
 def check(config) -> None:
   if unknown := [name for name in config.evaluators if name not in EVALUATORS]:
-    raise UserError(f"config.evaluators has {', '.join(unknown)}; expected some of {', '.join(EVALUATORS)}")
+    raise UserError(
+      f"config.evaluators has {', '.join(unknown)}; expected some of {', '.join(EVALUATORS)}"
+    )
   if "phenotypes" in config.evaluators and not config.model.ecg.size and not config.model.cmr:
-    raise UserError("config.evaluators has phenotypes, and this model has no embedding to probe; set evaluators=('losses',)")
+    raise UserError(
+      "config.evaluators has phenotypes, and this model has no embedding to probe; set evaluators=('losses',)"
+    )
 
 
 def losses(config, model, objectives, cohort, source, scales, mesh):
@@ -36,8 +44,14 @@ def losses(config, model, objectives, cohort, source, scales, mesh):
 
   def run(state):
     total = None
-    for rows in pipeline.one_pass(source, batch=config.batch, fields=pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
-                                  host=jax.process_index(), hosts=jax.process_count(), threads=config.loader.threads):
+    for rows in pipeline.one_pass(
+      source,
+      batch=config.batch,
+      fields=pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+      threads=config.loader.threads,
+    ):
       found = step(state, parallel.to_global(rows, mesh))
       total = found if total is None else {name: total[name].merge(x) for name, x in found.items()}
     for name, average in total.items():
@@ -49,21 +63,32 @@ def losses(config, model, objectives, cohort, source, scales, mesh):
 def phenotype_probes(config, model, objectives, cohort, source, scales, mesh):
   """`validation/r2/NAME`: ridge probes fitted on one half of validation and scored on the other.
 
-  Rough (strength is chosen on the half that is scored) and cheap: for watching a run, not for a paper.
+  Rough (strength is chosen on the half that is scored) and cheap: for watching a run, not for a
+  paper.
   """
   embed = jax.jit(steps.make_embed(model, config, scales))
   names = list(cohort.info["phenotypes"])
   reads_ecg = bool(config.model.ecg.size)
   if not names:
     if jax.process_index() == 0:
-      print(f"no validation/r2 will be told: the cohort {cohort.path} has no phenotypes", flush=True)
+      print(
+        f"no validation/r2 will be told: the cohort {cohort.path} has no phenotypes", flush=True
+      )
     return lambda state: iter(())
 
   def run(state):
-    found = embeddings.collect(embed, state.variables, source, mesh=mesh, batch=config.batch,
-                               needs="has_ecg" if reads_ecg else "has_cmr",
-                               fields=() if reads_ecg else pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
-                               threads=config.loader.threads)
+    found = embeddings.collect(
+      embed,
+      state.variables,
+      source,
+      mesh=mesh,
+      batch=config.batch,
+      needs="has_ecg" if reads_ecg else "has_cmr",
+      fields=()
+      if reads_ecg
+      else pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
+      threads=config.loader.threads,
+    )
     x, y = found["embedding"].astype(np.float64), found["phenotypes"]
     half = found["subject"][:, 0] % 2 == 0  # by subject: visits of one person stay on one side
     probe = phenotypes.fit_probe(x[half], y[half], x[~half], y[~half])

@@ -1,4 +1,5 @@
-"""Retrieval across modalities: given a subject's ECG, where does the subject's own CMR rank among all, and back.
+"""Retrieval across modalities: given a subject's ECG, where does the subject's own CMR rank among
+all, and back.
 
 Letters: N rows (recordings with both an ECG and a CMR), P phases, E projection width.
 """
@@ -19,15 +20,16 @@ def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[di
     subject: [N, 2]; rows of one subject are correct answers for each other.
 
   Returns:
-    {'ecg_to_cmr': ..., 'cmr_to_ecg': ...}, each {r@1, r@5, r@10, median_rank, n_candidates, chance_r@10}; and the same
-    directions, each with the ranks [N] behind it, of `ranks`.
+    {'ecg_to_cmr': ..., 'cmr_to_ecg': ...}, each {r@1, r@5, r@10, median_rank, n_candidates,
+    chance_r@10}; and the same directions, each with the ranks [N] behind it, of `ranks`.
   """
   found = ranks(ecg, cmr, subject)
   return {direction: summary(places, subject) for direction, places in found.items()}, found
 
 
 def ranks(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
-  """{direction: int [N]}: rank (1 = first) of each row's best correct answer among the rows of other subjects."""
+  """{direction: int [N]}: rank (1 = first) of each row's best correct answer among the rows of
+  other subjects."""
   ecg = unit(ecg)
   cmr = unit(cmr).mean(axis=1)  # the mean of cosines is the product with the mean of unit vectors
   person = np.unique(subject, axis=0, return_inverse=True)[1].ravel()
@@ -39,21 +41,28 @@ def summary(found: np.ndarray, subject: np.ndarray) -> dict:
   n = len(found)
   _, person, rows = np.unique(subject, axis=0, return_inverse=True, return_counts=True)
   others = n - rows[person.ravel()]
-  # Chance: the first ten places, drawn without replacement, all go to other subjects with probability `missed`.
+  # Chance: the first ten places, drawn without replacement, all go to other subjects with
+  # probability `missed`.
   places = np.arange(min(10, n))
   missed = np.prod(np.maximum(others[:, None] - places, 0) / (n - places), axis=1)
-  return {**{f"r@{depth}": float(np.mean(found <= depth)) for depth in DEPTHS},
-          "median_rank": float(np.median(found)), "n_candidates": n, "chance_r@10": float(np.mean(1 - missed))}
+  return {
+    **{f"r@{depth}": float(np.mean(found <= depth)) for depth in DEPTHS},
+    "median_rank": float(np.median(found)),
+    "n_candidates": n,
+    "chance_r@10": float(np.mean(1 - missed)),
+  }
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-  """Vectors of length 1 along the last axis; a zero vector stays zero and so scores 0 against all."""
+  """Vectors of length 1 along the last axis; a zero vector stays zero and so scores 0 against
+  all."""
   x = np.asarray(x, np.float64)
   return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 def _ranks(queries, gallery, person):
-  """Ranks [N] by blocks of queries. Not below counts as above, so ties (a collapsed encoder) and NaN never help."""
+  """Ranks [N] by blocks of queries. Not below counts as above, so ties (a collapsed encoder) and
+  NaN never help."""
   block = max(1, BLOCK_SCORES // max(1, len(gallery)))
   found = np.empty(len(queries), np.int64)
   for start in range(0, len(queries), block):

@@ -1,7 +1,9 @@
-"""Incident disease: Cox proportional hazards (Cox 1972, Efron's ties) on frozen embeddings, scored by Harrell's C-index.
+"""Incident disease: Cox proportional hazards (Cox 1972, Efron's ties) on frozen embeddings, scored
+by Harrell's C-index.
 
-The fit is scikit-survival's (extra `survival`), on the first principal components of the standardised features, because
-its Newton steps take minutes at several hundred features. Letters: N rows, D features, C diseases, R bootstrap draws.
+The fit is scikit-survival's (extra `survival`), on the first principal components of the
+standardised features, because its Newton steps take minutes at several hundred features. Letters: N
+rows, D features, C diseases, R bootstrap draws.
 """
 
 import importlib.util
@@ -14,7 +16,7 @@ from mmcl_jax.evaluators.phenotypes import inputs, standardisation
 
 COMPONENTS = 64
 STRENGTHS = np.logspace(4, -1, 6)  # of the ridge penalty, strongest first
-FEWEST_EVENTS = 30                 # in train and in test, below which nothing is fitted or scored
+FEWEST_EVENTS = 30  # in train and in test, below which nothing is fitted or scored
 MODELS = ("embedding", "random_encoder", "covariates", "with_covariates")
 
 
@@ -23,14 +25,20 @@ def installed() -> bool:
 
 
 def times(features: dict) -> tuple[np.ndarray, np.ndarray]:
-  """Years under observation and whether the disease came: float64 [N, C] (NaN = not at risk, or not followed), bool [N, C].
+  """Years under observation and whether the disease came: float64 [N, C] (NaN = not at risk, or not
+  followed), bool [N, C].
 
-  At risk is who did not have it by the visit. Who had it first after the end of follow-up counts as not having had it.
+  At risk is who did not have it by the visit. Who had it first after the end of follow-up counts as
+  not having had it.
   """
-  first, end = features["event_years"].astype(np.float64), features["followed_years"].astype(np.float64)[:, None]
+  first, end = (
+    features["event_years"].astype(np.float64),
+    features["followed_years"].astype(np.float64)[:, None],
+  )
   happened = (first > 0) & (first <= end)
   years = np.where(happened, first, end)
-  without = ~(first <= 0) & ((features["diseases"] == 0) | np.isfinite(first))  # NaN and 1 without a date: when is not known
+  # NaN and 1 without a date: when is not known
+  without = ~(first <= 0) & ((features["diseases"] == 0) | np.isfinite(first))
   return np.where(without & (years > 0), years, np.nan), happened
 
 
@@ -38,13 +46,15 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
   """A Cox model of every disease from every input of MODELS that is there, scored on test.
 
   Args:
-    features: {split: {name: array}}, see phenotypes.inputs; and event_years [N, C], followed_years [N] (data/schema.py).
+    features: {split: {name: array}}, see phenotypes.inputs; and event_years [N, C], followed_years
+      [N] (data/schema.py).
     names: C, of the columns of `diseases`.
 
   Returns:
-    results: {model: {NAME: {events, n, train_events, median_years, ...}}} and, with FEWEST_EVENTS in train and test,
-      c_index, c_index_ci and strength.
-    predictions: `subject`, `years`, `happened` and log-hazard ratios [N, C] per model, NaN where nothing was fitted.
+    results: {model: {NAME: {events, n, train_events, median_years, ...}}} and, with FEWEST_EVENTS
+      in train and test, c_index, c_index_ci and strength.
+    predictions: `subject`, `years`, `happened` and log-hazard ratios [N, C] per model, NaN where
+      nothing was fitted.
   """
   when = {split: times(x) for split, x in features.items()}
   weights = statistics.bootstrap_weights(features["test"]["subject"], draws, seed)
@@ -59,21 +69,43 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
       known = {split: np.isfinite(t[:, c]) for split, (t, _) in when.items()}
       events = {split: int((when[split][1][:, c] & known[split]).sum()) for split in when}
       of = known["test"]
-      found = {"events": events["test"], "n": int(of.sum()), "train_events": events["train"],
-               "median_years": float(np.median(years[of, c])) if of.any() else np.nan}
+      found = {
+        "events": events["test"],
+        "n": int(of.sum()),
+        "train_events": events["train"],
+        "median_years": float(np.median(years[of, c])) if of.any() else np.nan,
+      }
       if min(events["train"], events["test"]) >= FEWEST_EVENTS:
-        part = {split: (x[split][known[split]], when[split][0][known[split], c], when[split][1][known[split], c])
-                for split in when}
+        part = {
+          split: (
+            x[split][known[split]],
+            when[split][0][known[split], c],
+            when[split][1][known[split], c],
+          )
+          for split in when
+        }
         risk, found["strength"] = fit(part["train"], part["val"], x["test"])
         predicted[model][:, c] = risk
-        score = lambda w=None: statistics.c_index(years[of, c], happened[of, c], risk[of], w)
-        found |= {"c_index": float(score()), "c_index_ci": statistics.interval(score(weights[:, of])).tolist()}
+
+        def score(w=None):
+          return statistics.c_index(years[of, c], happened[of, c], risk[of], w)
+
+        found |= {
+          "c_index": float(score()),
+          "c_index_ci": statistics.interval(score(weights[:, of])).tolist(),
+        }
       results[model][name] = found
-  return results, {"subject": features["test"]["subject"], "years": years, "happened": happened, **predicted}
+  return results, {
+    "subject": features["test"]["subject"],
+    "years": years,
+    "happened": happened,
+    **predicted,
+  }
 
 
 def components(x: dict) -> dict:
-  """Standardised features, or the first COMPONENTS principal components where there are more; of train's fit."""
+  """Standardised features, or the first COMPONENTS principal components where there are more; of
+  train's fit."""
   mean, scale = standardisation(x["train"])
   z = {split: (a - mean) / scale for split, a in x.items()}
   if z["train"].shape[1] <= COMPONENTS:
@@ -83,16 +115,20 @@ def components(x: dict) -> dict:
 
 
 def fit(train: tuple, val: tuple, test: np.ndarray) -> tuple[np.ndarray, float]:
-  """Log-hazard ratios of `test` [N, D], and the strength: of best C-index on validation, ties to the strongest.
+  """Log-hazard ratios of `test` [N, D], and the strength: of best C-index on validation, ties to
+  the strongest.
 
   Args:
     train, val: (features [N, D], years [N], happened [N]).
   """
   from sksurv.linear_model import CoxPHSurvivalAnalysis
   from sksurv.util import Surv
+
   best = (-np.inf, None, None)
   for strength in STRENGTHS:
-    model = CoxPHSurvivalAnalysis(alpha=strength, ties="efron").fit(train[0], Surv.from_arrays(train[2], train[1]))
+    model = CoxPHSurvivalAnalysis(alpha=strength, ties="efron").fit(
+      train[0], Surv.from_arrays(train[2], train[1])
+    )
     score = statistics.c_index(val[1], val[2], model.predict(val[0])) if len(val[1]) else np.nan
     if np.nan_to_num(score, nan=-1.0) > best[0]:
       best = (np.nan_to_num(score, nan=-1.0), model, strength)

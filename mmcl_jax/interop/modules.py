@@ -1,4 +1,5 @@
-"""Which module each key of a state dict belongs to, and which published layout an encoder's keys follow."""
+"""Which module each key of a state dict belongs to, and which published layout an encoder's keys
+follow."""
 
 import collections
 import re
@@ -10,47 +11,60 @@ from mmcl_jax.errors import UserError
 
 # Keys that no module of ours takes, and what they are. They are told, never dropped silently.
 IGNORED = (
-    (r"(^|\.)num_batches_tracked$", "counters of batches"),
-    (r"(^|\.)(classifier|classifier_criterion|criterion\w*|output_layer|ecg_predict)\.", "classifiers and losses"),
-    (r"^(online_network\.)?(projector|predictor)\.(?!layers\.)", "siamese heads"),
-    (r"^target_network\.", "the target network"),
+  (r"(^|\.)num_batches_tracked$", "counters of batches"),
+  (
+    r"(^|\.)(classifier|classifier_criterion|criterion\w*|output_layer|ecg_predict)\.",
+    "classifiers and losses",
+  ),
+  (r"^(online_network\.)?(projector|predictor)\.(?!layers\.)", "siamese heads"),
+  (r"^target_network\.", "the target network"),
 )
 # Prefix -> module; "*" is the only encoder of a file, head_* its projection head.
 MODULES = (
-    (r"(encoder_ecg|ecg_encoder|ECG_encoder|ecg)\.", "ecg"),
-    (r"CMR_encoder1\.", "cmr_sax"),
-    (r"CMR_encoder2\.", "cmr_lax"),
-    (r"encoder_imaging\.", "cmr_image"),
-    (r"cmr_encoder(_diastole)?\.", "cmr_ed"),
-    (r"cmr_encoder_systole\.", "cmr_es"),
-    (r"(projection_head|projector)_ecg\.", "head_ecg"),
-    (r"(projection_head|projector)_imaging\.", "head_image"),
-    (r"(projection_head|projector)_(diastole|cmr)\.", "head_ed"),
-    (r"(projection_head|projector)_systole\.", "head_es"),
-    (r"(projection_head|projector)\.", "head_*"),
-    (r"(?P<ours>(cmr|head)_\w+)\.", ""),
-    (r"(online_network\.)?", "*"),
+  (r"(encoder_ecg|ecg_encoder|ECG_encoder|ecg)\.", "ecg"),
+  (r"CMR_encoder1\.", "cmr_sax"),
+  (r"CMR_encoder2\.", "cmr_lax"),
+  (r"encoder_imaging\.", "cmr_image"),
+  (r"cmr_encoder(_diastole)?\.", "cmr_ed"),
+  (r"cmr_encoder_systole\.", "cmr_es"),
+  (r"(projection_head|projector)_ecg\.", "head_ecg"),
+  (r"(projection_head|projector)_imaging\.", "head_image"),
+  (r"(projection_head|projector)_(diastole|cmr)\.", "head_ed"),
+  (r"(projection_head|projector)_systole\.", "head_es"),
+  (r"(projection_head|projector)\.", "head_*"),
+  (r"(?P<ours>(cmr|head)_\w+)\.", ""),
+  (r"(online_network\.)?", "*"),
 )
-# Keys that are idle where the file has others: what a key begins with -> what the others begin with, and what it is.
+# Keys that are idle where the file has others: what a key begins with -> what the others begin
+# with, and what it is.
 IDLE = (
-    ("projection_head_cmr.", "projection_head_diastole.",
-     "a head that the dual-phase system's three-pair model neither trains nor uses"),
-    ("temporal_mlp.", "cmr_encoder.", "a second name of an encoder's Linear over slices"),
+  (
+    "projection_head_cmr.",
+    "projection_head_diastole.",
+    "a head that the dual-phase system's three-pair model neither trains nor uses",
+  ),
+  ("temporal_mlp.", "cmr_encoder.", "a second name of an encoder's Linear over slices"),
 )
 LAYOUTS = {  # kind -> what it is called, and keys that tell of it
-    "vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
-    "st_mem": ("ST-MEM's encoder", r"^block\d+\.attn\.fn\.to_qkv\.weight$"),
-    "slow_resnet": ("a slow ResNet with PyTorchVideo's keys", r"(^|\.)res_blocks\.\d+\.branch2\."),
-    "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
+  "vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
+  "st_mem": ("ST-MEM's encoder", r"^block\d+\.attn\.fn\.to_qkv\.weight$"),
+  "slow_resnet": ("a slow ResNet with PyTorchVideo's keys", r"(^|\.)res_blocks\.\d+\.branch2\."),
+  "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
 }
 OF_ECG = ("vit", "st_mem")
 # What an encoder without a name is called.
 DEFAULT = {"vit": "ecg", "st_mem": "ecg", "slow_resnet": "ed", "resnet": "image"}
-RENAMED = {  # the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a Linear
-    "vit": (),
-    "st_mem": (),
-    "resnet": ((r"^0\.", "conv1."), (r"^1\.", "bn1."), (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}.")),
-    "slow_resnet": ((r"^(\d)\.", r"blocks.\1."), (r"^blocks\.5\.proj\.", "fc.")),
+# the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a
+# Linear
+RENAMED = {
+  "vit": (),
+  "st_mem": (),
+  "resnet": (
+    (r"^0\.", "conv1."),
+    (r"^1\.", "bn1."),
+    (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
+  ),
+  "slow_resnet": ((r"^(\d)\.", r"blocks.\1."), (r"^blocks\.5\.proj\.", "fc.")),
 }
 
 
@@ -79,8 +93,8 @@ class Options(NamedTuple):
 class Modules(NamedTuple):
   """arrays: module -> {key within it: array}; kinds: encoder -> its layout, in the file's order.
 
-  theirs: "MODULE.KEY" -> the file's key; prefixes: module -> what the file writes in front of its keys; ignored: what
-  it is -> keys of the file.
+  theirs: "MODULE.KEY" -> the file's key; prefixes: module -> what the file writes in front of its
+  keys; ignored: what it is -> keys of the file.
   """
 
   arrays: dict[str, dict[str, np.ndarray]]
@@ -97,7 +111,8 @@ class Modules(NamedTuple):
 
 
 def split(state: dict[str, np.ndarray], options: Options, path) -> Modules:
-  """Raises UserError where a key belongs to no module, or the user must say which tower is wanted."""
+  """Raises UserError where a key belongs to no module, or the user must say which tower is
+  wanted."""
   found = leave_others(assign(state, options, path), options)
   for module in found.arrays:
     if not module.startswith("head_"):
@@ -106,7 +121,8 @@ def split(state: dict[str, np.ndarray], options: Options, path) -> Modules:
 
 
 def leave_others(found: Modules, options: Options) -> Modules:
-  """Takes out the encoders beside a named one that is wanted, which may be of any layout, and their heads."""
+  """Takes out the encoders beside a named one that is wanted, which may be of any layout, and their
+  heads."""
   towers = {module: module.removeprefix("cmr_").removeprefix("head_") for module in found.arrays}
   encoders = {tower for module, tower in towers.items() if not module.startswith("head_")}
   if options.tower in encoders:
@@ -118,12 +134,19 @@ def leave_others(found: Modules, options: Options) -> Modules:
 
 
 def assign(state, options, path) -> Modules:
-  """Every key to its module, kinds still unknown. A key may stand twice where its arrays are equal."""
+  """Every key to its module, kinds still unknown. A key may stand twice where its arrays are
+  equal."""
   found = Modules(collections.defaultdict(dict), {}, {}, {}, collections.defaultdict(list))
   # Without the parts that wrappers put into a name.
-  plains = {key: ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod")) for key in state}
-  idle = [(beginning, what) for beginning, others, what in IDLE
-          if any(plain.startswith(others) for plain in plains.values())]
+  plains = {
+    key: ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
+    for key in state
+  }
+  idle = [
+    (beginning, what)
+    for beginning, others, what in IDLE
+    if any(plain.startswith(others) for plain in plains.values())
+  ]
   for key, array in state.items():
     plain = plains[key]
     reasons = [f"--ignore={regex}" for regex in options.ignore if re.search(regex, key)]
@@ -132,14 +155,17 @@ def assign(state, options, path) -> Modules:
     if reasons:
       found.ignored[reasons[0]].append(key)
       continue
-    match, module = next((match, module) for regex, module in MODULES if (match := re.match(regex, plain)))
+    match, module = next(
+      (match, module) for regex, module in MODULES if (match := re.match(regex, plain))
+    )
     module = module or match["ours"]
-    rest = re.sub(r"^(model|encoder|backbone)\.", "", plain[match.end():])
+    rest = re.sub(r"^(model|encoder|backbone)\.", "", plain[match.end() :])
     arrays = found.arrays[module]
     if rest in arrays and not np.array_equal(arrays[rest], array):
       raise UserError(
-          f"{path} has {found.theirs[f'{module}.{rest}']} and {key}, which both are {module}.{rest} and differ; "
-          "leave one out with --ignore=REGEX")
+        f"{path} has {found.theirs[f'{module}.{rest}']} and {key}, which both are {module}.{rest} and differ; "
+        "leave one out with --ignore=REGEX"
+      )
     arrays[rest], found.theirs[f"{module}.{rest}"] = array, key
     found.prefixes.setdefault(module, key.removesuffix(rest))
   return found
@@ -148,15 +174,25 @@ def assign(state, options, path) -> Modules:
 def layout(found: Modules, module: str, path) -> str:
   """Tells the kind of an encoder, and brings its keys to the names that `naming` knows."""
   keys = found.arrays[module]
-  kind = next((kind for kind, (_, regex) in LAYOUTS.items() if any(re.search(regex, key) for key in keys)), None)
+  kind = next(
+    (kind for kind, (_, regex) in LAYOUTS.items() if any(re.search(regex, key) for key in keys)),
+    None,
+  )
   if kind is None:
     shown = sorted(found.theirs[f"{module}.{key}"] for key in keys)
     more = f" and {len(shown) - 5} more keys" if len(shown) > 5 else ""
-    others = [other.removeprefix("cmr_") for other in found.arrays if not other.startswith("head_") and other != module]
-    advice = f"take another encoder alone with --tower=, one of {', '.join(others)}, or " if others else ""
+    others = [
+      other.removeprefix("cmr_")
+      for other in found.arrays
+      if not other.startswith("head_") and other != module
+    ]
+    advice = (
+      f"take another encoder alone with --tower=, one of {', '.join(others)}, or " if others else ""
+    )
     raise UserError(
-        f"{path} has {', '.join(shown[:5])}{more}, which no layout explains; expected "
-        f"{', '.join(text for text, _ in LAYOUTS.values())}; {advice}leave out with --ignore=REGEX what is no encoder")
+      f"{path} has {', '.join(shown[:5])}{more}, which no layout explains; expected "
+      f"{', '.join(text for text, _ in LAYOUTS.values())}; {advice}leave out with --ignore=REGEX what is no encoder"
+    )
   for key in list(keys):
     renamed = key
     for pattern, text in RENAMED[kind]:
@@ -171,33 +207,56 @@ def call(found: Modules, options: Options, path) -> Modules:
   """Gives the only encoder of a file its name, and its head the same."""
   if len(found.kinds) != 1:
     return found
-  (module, kind), = found.kinds.items()
+  ((module, kind),) = found.kinds.items()
   default = DEFAULT[kind] if module == "*" else module.removeprefix("cmr_")
   tower = options.tower or default
   if (kind in OF_ECG) != (tower == "ecg"):
-    what, advice = ("an ECG", "leave --tower out") if kind in OF_ECG else ("a CMR", "give it another with --tower=NAME")
+    what, advice = (
+      ("an ECG", "leave --tower out")
+      if kind in OF_ECG
+      else ("a CMR", "give it another with --tower=NAME")
+    )
     raise UserError(f"{path} holds {what} encoder, which the name {tower} is not for; {advice}")
   if not re.fullmatch(r"\w+", tower):
     raise UserError(f"--tower={tower}; expected a name of letters, digits and underscores")
   renamed = {module: "ecg" if kind in OF_ECG else f"cmr_{tower}"} | dict.fromkeys(
-      ("head_*", f"head_{default}"), f"head_{tower}")
-  name = lambda module: renamed.get(module, module)
-  theirs = {f"{name(key.partition('.')[0])}.{key.partition('.')[2]}": theirs for key, theirs in found.theirs.items()}
-  arrays, kinds, prefixes = ({name(module): value for module, value in of.items()}
-                             for of in (found.arrays, found.kinds, found.prefixes))
+    ("head_*", f"head_{default}"), f"head_{tower}"
+  )
+
+  def name(module):
+    return renamed.get(module, module)
+
+  theirs = {
+    f"{name(key.partition('.')[0])}.{key.partition('.')[2]}": theirs
+    for key, theirs in found.theirs.items()
+  }
+  arrays, kinds, prefixes = (
+    {name(module): value for module, value in of.items()}
+    for of in (found.arrays, found.kinds, found.prefixes)
+  )
   return Modules(arrays, kinds, theirs, prefixes, found.ignored)
 
 
 def check(found: Modules, options: Options, path) -> Modules:
-  """`found`, whose encoders are what they are named, with the tower that the user wants among them."""
-  wrong = [module for module, kind in found.kinds.items() if module == "*" or (kind in OF_ECG) != (module == "ecg")]
-  strange = sorted(found.theirs[f"{module}.{key}"] for module in wrong for key in found.arrays[module])
+  """`found`, whose encoders are what they are named, with the tower that the user wants among
+  them."""
+  wrong = [
+    module
+    for module, kind in found.kinds.items()
+    if module == "*" or (kind in OF_ECG) != (module == "ecg")
+  ]
+  strange = sorted(
+    found.theirs[f"{module}.{key}"] for module in wrong for key in found.arrays[module]
+  )
   if not found.kinds or strange:
     raise UserError(
-        f"{path} holds {', '.join(strange[:5]) or 'no encoder'}; expected an encoder of the ECG (a ViT), encoders "
-        "of CMR (ResNets), or both under names such as encoder_ecg. and encoder_imaging.; leave out with "
-        "--ignore=REGEX what is none of them")
+      f"{path} holds {', '.join(strange[:5]) or 'no encoder'}; expected an encoder of the ECG (a ViT), encoders "
+      "of CMR (ResNets), or both under names such as encoder_ecg. and encoder_imaging.; leave out with "
+      "--ignore=REGEX what is none of them"
+    )
   towers = [module.removeprefix("cmr_") for module in found.kinds]
   if options.tower and options.tower not in towers:
-    raise UserError(f"{path} holds the towers {', '.join(towers)}; --tower={options.tower} is none of them")
+    raise UserError(
+      f"{path} holds the towers {', '.join(towers)}; --tower={options.tower} is none of them"
+    )
   return found

@@ -1,10 +1,13 @@
-"""Names and layouts of parameters: ours <-> timm (ViT, MAE), torchvision (ResNet), PyTorchVideo (slow_r50), lightly.
+"""Names and layouts of parameters: ours <-> timm (ViT, MAE), torchvision (ResNet), PyTorchVideo
+(slow_r50), lightly.
 
-A key has the name of its module in front (`ecg.blocks.0.attn.qkv.weight`, `head_ecg.layers.0.weight`).
+A key has the name of its module in front (`ecg.blocks.0.attn.qkv.weight`,
+`head_ecg.layers.0.weight`).
 
-torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out]. Our 3-D convolutions are over the
-plane, [h, w, in, out], or over s slices, [s * in, out] with the slices' channels one after the other. All of them are
-torch's numbers with the axes in the order *window, in, out, and the axes of 1 left out.
+torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out]. Our 3-D
+convolutions are over the plane, [h, w, in, out], or over s slices, [s * in, out] with the slices'
+channels one after the other. All of them are torch's numbers with the axes in the order *window,
+in, out, and the axes of 1 left out.
 """
 
 import re
@@ -18,7 +21,8 @@ from mmcl_jax.models import resnet
 
 
 class Name(NamedTuple):
-  """Where a leaf of ours stands in torch: its key, its shape there, and the axes that bring it into our order."""
+  """Where a leaf of ours stands in torch: its key, its shape there, and the axes that bring it into
+  our order."""
 
   key: str
   shape: tuple[int, ...]
@@ -28,62 +32,71 @@ class Name(NamedTuple):
     return np.ascontiguousarray(x.transpose(self.axes)).reshape(shape)
 
   def to_torch(self, x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes)))
+    return np.ascontiguousarray(
+      x.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
+    )
 
 
 VIT = (  # timm, and MAE's decoder; attention_pool is MMCL's torch.nn.MultiheadAttention
-    (r"^(decoder/)?block(\d+)/(qkv|proj)/", r"\1blocks/\2/attn/\3/"),
-    (r"^(decoder/)?block(\d+)/(fc1|fc2)/", r"\1blocks/\2/mlp/\3/"),
-    (r"^(decoder/)?block(\d+)/", r"\1blocks/\2/"),
-    (r"^decoder/mask_token$", "mask_token"),
-    (r"^decoder/", "decoder_"),
-    (r"^patch_embed/", "patch_embed/proj/"),
-    (r"^pool/qkv/kernel$", "attention_pool/in_proj_weight"),
-    (r"^pool/qkv/bias$", "attention_pool/in_proj_bias"),
-    (r"^pool/proj/", "attention_pool/out_proj/"),
-    (r"^film/fc/", "fcs/0/"),  # CardiacNets
+  (r"^(decoder/)?block(\d+)/(qkv|proj)/", r"\1blocks/\2/attn/\3/"),
+  (r"^(decoder/)?block(\d+)/(fc1|fc2)/", r"\1blocks/\2/mlp/\3/"),
+  (r"^(decoder/)?block(\d+)/", r"\1blocks/\2/"),
+  (r"^decoder/mask_token$", "mask_token"),
+  (r"^decoder/", "decoder_"),
+  (r"^patch_embed/", "patch_embed/proj/"),
+  (r"^pool/qkv/kernel$", "attention_pool/in_proj_weight"),
+  (r"^pool/qkv/bias$", "attention_pool/in_proj_bias"),
+  (r"^pool/proj/", "attention_pool/out_proj/"),
+  (r"^film/fc/", "fcs/0/"),  # CardiacNets
 )
 ST_MEM = (  # its own keys, after vit-pytorch's
-    (r"^patch_norm/", "to_patch_embedding/1/"),
-    (r"^patch_embed/", "to_patch_embedding/2/"),
-    (r"^embed_norm/", "to_patch_embedding/3/"),
-    (r"^pos_embed$", "pos_embedding"),
-    (r"^sep_embed$", "sep_embedding"),
-    (r"^lead_embed(\d+)$", r"lead_embeddings/\1"),
-    (r"^(block\d+)/norm1/", r"\1/attn/norm/"),
-    (r"^(block\d+)/qkv/", r"\1/attn/fn/to_qkv/"),
-    (r"^(block\d+)/proj/", r"\1/attn/fn/to_out/0/"),
-    (r"^(block\d+)/norm2/", r"\1/ff/norm/"),
-    (r"^(block\d+)/fc1/", r"\1/ff/fn/net/0/"),
-    (r"^(block\d+)/fc2/", r"\1/ff/fn/net/3/"),
+  (r"^patch_norm/", "to_patch_embedding/1/"),
+  (r"^patch_embed/", "to_patch_embedding/2/"),
+  (r"^embed_norm/", "to_patch_embedding/3/"),
+  (r"^pos_embed$", "pos_embedding"),
+  (r"^sep_embed$", "sep_embedding"),
+  (r"^lead_embed(\d+)$", r"lead_embeddings/\1"),
+  (r"^(block\d+)/norm1/", r"\1/attn/norm/"),
+  (r"^(block\d+)/qkv/", r"\1/attn/fn/to_qkv/"),
+  (r"^(block\d+)/proj/", r"\1/attn/fn/to_out/0/"),
+  (r"^(block\d+)/norm2/", r"\1/ff/norm/"),
+  (r"^(block\d+)/fc1/", r"\1/ff/fn/net/0/"),
+  (r"^(block\d+)/fc2/", r"\1/ff/fn/net/3/"),
 )
 RESNET = (  # torchvision
-    (r"^backbone/stem/", "conv1/"),
-    (r"^backbone/stem_norm/", "bn1/"),
-    (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"layer{int(m[1]) + 1}/{m[2]}/"),
-    (r"/norm(\d)/", r"/bn\1/"),
-    (r"/skip/", "/downsample/0/"),
-    (r"/skip_norm/", "/downsample/1/"),
+  (r"^backbone/stem/", "conv1/"),
+  (r"^backbone/stem_norm/", "bn1/"),
+  (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"layer{int(m[1]) + 1}/{m[2]}/"),
+  (r"/norm(\d)/", r"/bn\1/"),
+  (r"/skip/", "/downsample/0/"),
+  (r"/skip_norm/", "/downsample/1/"),
 )
 SLOW = (  # PyTorchVideo; temporal_mlp is the dual-phase system's Linear over slices
-    (r"^backbone/stem/", "blocks/0/conv/"),
-    (r"^backbone/stem_norm/", "blocks/0/norm/"),
-    (r"^backbone/slice_pool/", "temporal_mlp/"),
-    (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"blocks/{int(m[1]) + 1}/res_blocks/{m[2]}/"),
-    (r"/(conv|norm)(\d)/", lambda m: f"/branch2/{m[1]}_{'abc'[int(m[2]) - 1]}/"),
-    (r"/skip/", "/branch1_conv/"),
-    (r"/skip_norm/", "/branch1_norm/"),
+  (r"^backbone/stem/", "blocks/0/conv/"),
+  (r"^backbone/stem_norm/", "blocks/0/norm/"),
+  (r"^backbone/slice_pool/", "temporal_mlp/"),
+  (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"blocks/{int(m[1]) + 1}/res_blocks/{m[2]}/"),
+  (r"/(conv|norm)(\d)/", lambda m: f"/branch2/{m[1]}_{'abc'[int(m[2]) - 1]}/"),
+  (r"/skip/", "/branch1_conv/"),
+  (r"/skip_norm/", "/branch1_norm/"),
 )
 HEAD = ((r"^fc1/", "layers/0/"), (r"^fc2/", "layers/2/"))  # lightly's SimCLRProjectionHead
-NORMED_HEAD = ((r"^fc1/", "layers/0/"), (r"^norm1/", "layers/1/"), (r"^fc2/", "layers/3/"), (r"^norm2/", "layers/4/"))
+NORMED_HEAD = (
+  (r"^fc1/", "layers/0/"),
+  (r"^norm1/", "layers/1/"),
+  (r"^fc2/", "layers/3/"),
+  (r"^norm2/", "layers/4/"),
+)
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) -> Iterator[tuple[tuple[str, str], Name]]:
+def names(
+  shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict
+) -> Iterator[tuple[tuple[str, str], Name]]:
   """(collection, path) -> Name, of every leaf that the layouts know.
 
-  Not known: read-outs of phenotypes (whose names no layout holds), siamese heads, FiLM before the blocks, video
-  transformers, the learned temperature.
+  Not known: read-outs of phenotypes (whose names no layout holds), siamese heads, FiLM before the
+  blocks, video transformers, the learned temperature.
 
   Args:
     shapes: (collection, path) -> shape of the model's variables.
@@ -91,13 +104,21 @@ def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) ->
   """
   for (collection, path), shape in shapes.items():
     module, _, rest = path.partition("/")
-    kind = config.ecg.get("kind", "vit") if module == "ecg" else "head" if module.startswith("head_") else ""
+    kind = (
+      config.ecg.get("kind", "vit")
+      if module == "ecg"
+      else "head"
+      if module.startswith("head_")
+      else ""
+    )
     if module.startswith("cmr_"):
       kind = config.cmr[module.removeprefix("cmr_")].kind
     if kind == "head":
       rules = NORMED_HEAD if config.projection.norm else HEAD
     elif kind == "vit" and module == "ecg":
-      if rest.startswith("siamese") or (rest.startswith("film/") and not config.ecg.get("film_after", False)):
+      if rest.startswith("siamese") or (
+        rest.startswith("film/") and not config.ecg.get("film_after", False)
+      ):
         continue
       rules = VIT
     elif kind == "st_mem":
@@ -113,7 +134,10 @@ def names(shapes: dict[tuple[str, str], tuple[int, ...]], config: ConfigDict) ->
     key = ".".join([module, *layers, LEAVES.get(leaf, leaf)])
     there = torch_shape(rest, shape, config, module, kind)
     axes = range(len(there))
-    yield (collection, path), Name(key, there, (*axes[2:], 1, 0) if rest.endswith("/kernel") else tuple(axes))
+    yield (
+      (collection, path),
+      Name(key, there, (*axes[2:], 1, 0) if rest.endswith("/kernel") else tuple(axes)),
+    )
 
 
 def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ from mmcl_jax.models import resnet, vit
 
 L = len(schema.LEADS)
 MAX_DEPTH, MAX_WIDTH = 200, 16384  # beyond them it is no model but a way to take memory
-# Width and blocks -> attention heads, of published encoders: our sizes; MMCL's and CardiacNets' small, medium, big and
-# huge (ECGEncoder.py); timm's ViT-Ti and ViT-S. The same of decoders: ours, and that of MMCL's big.
+# Width and blocks -> attention heads, of published encoders: our sizes; MMCL's and CardiacNets'
+# small, medium, big and huge (ECGEncoder.py); timm's ViT-Ti and ViT-S. The same of decoders: ours,
+# and that of MMCL's big.
 HEADS = {(width, depth): heads for width, depth, heads, *_ in vit.SIZES.values()}
 HEADS |= {(512, 4): 8, (640, 6): 8, (768, 8): 8, (1280, 32): 16, (192, 12): 3, (384, 12): 6}
 DECODER_HEADS = {(width, depth): heads for *_, width, depth, heads in vit.SIZES.values()}
@@ -26,7 +27,8 @@ DECODER_HEADS |= {(256, 4): 8, (512, 8): 16}
 class Found(NamedTuple):
   """config: of the model; samples: of an ECG; modules: the arrays that are to become its variables.
 
-  fresh: paths of parameters that the file does not have -> what they are set to; troubles: what makes it unusable;
+  fresh: paths of parameters that the file does not have -> what they are set to; troubles: what
+  makes it unusable;
   notes: what the user is told; covariates: how many the ECG encoder takes (FiLM).
   """
 
@@ -39,7 +41,9 @@ class Found(NamedTuple):
   covariates: int = 0
 
 
-def recognise(state: dict[str, np.ndarray], metadata: dict[str, str], options: Options, path) -> Found:
+def recognise(
+  state: dict[str, np.ndarray], metadata: dict[str, str], options: Options, path
+) -> Found:
   """Raises UserError where no layout is known, or where the user must say more."""
   c = configuration.defaults(batch=32, steps=1)
   modules = split(state, options, path)
@@ -71,7 +75,9 @@ def last_axis(keys, regex: str) -> int:
 
 def count(keys, regex: str) -> int:
   """One more than the largest number that the regex's group finds."""
-  number = max((int(match[1][:9]) for key in keys if (match := re.search(regex, key))), default=-1) + 1
+  number = (
+    max((int(match[1][:9]) for key in keys if (match := re.search(regex, key))), default=-1) + 1
+  )
   if number > MAX_DEPTH:
     raise UserError(f"the file numbers {number} blocks; expected at most {MAX_DEPTH}")
   return number
@@ -79,17 +85,26 @@ def count(keys, regex: str) -> int:
 
 # ---- the ECG encoder
 
+
 def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
-  """Config of the ECG tower, its samples, the width that its projection head sees. Takes out what are fixed tables."""
+  """Config of the ECG tower, its samples, the width that its projection head sees. Takes out what
+  are fixed tables."""
   keys, head = found.modules.arrays["ecg"], found.modules.arrays.get("head_ecg", {})
   decodes = any(key.startswith(("decoder_", "mask_token")) for key in keys)
-  width, depth, heads = size = transformer(keys, "", r"cls_token|pos_embed|norm\.weight|fc_norm\.weight", options,
-                                           metadata)
+  width, depth, heads = size = transformer(
+    keys, "", r"cls_token|pos_embed|norm\.weight|fc_norm\.weight", options, metadata
+  )
   if decodes:
-    size += transformer(keys, "decoder_", r"decoder_embed\.bias|mask_token|decoder_norm\.weight", options, metadata)
+    size += transformer(
+      keys, "decoder_", r"decoder_embed\.bias|mask_token|decoder_norm\.weight", options, metadata
+    )
     found.notes.append("mask ratio 0.8, which the file does not say (config.model.ecg.mask_ratio)")
-  named = next((name for name, numbers in vit.SIZES.items() if numbers[:len(size)] == size), None)
-  patch = last_axis(keys, r"^patch_embed\.proj\.weight$") or last_axis(keys, r"^decoder_pred\.bias$") or 100
+  named = next((name for name, numbers in vit.SIZES.items() if numbers[: len(size)] == size), None)
+  patch = (
+    last_axis(keys, r"^patch_embed\.proj\.weight$")
+    or last_axis(keys, r"^decoder_pred\.bias$")
+    or 100
+  )
   spec = {"size": named or size, "patch": patch, "mask_ratio": 0.8 if decodes else 0.0, "head": 0}
   spec["positions"], samples = positions(found, width, patch, options)
   if "decoder_pos_embed" in keys:
@@ -99,76 +114,118 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   if modulated:
     spec |= {"film": True, "film_after": True}
     covariates = last_axis(keys, "fcs.0.weight")
-    found.notes.append(f"its tokens are modulated by {covariates} covariates, standardised, in the file's order")
+    found.notes.append(
+      f"its tokens are modulated by {covariates} covariates, standardised, in the file's order"
+    )
 
   if "head.weight" in keys:
     out = len(keys["head.weight"])
     if "layers.0.weight" in head and head["layers.0.weight"].shape[-1] != out:
-      found.modules.ignore("ecg", "head., which the projection head passes by", "head.")  # as in MMCL
+      # as in MMCL
+      found.modules.ignore("ecg", "head., which the projection head passes by", "head.")
     else:
       spec["head"] = out
       spec["head_norm"] = spec["pool"] == "attention" and not head and not modulated
   decoder = f", decoder {size[3]} wide, {size[4]} blocks, {size[5]} heads" if decodes else ""
   found.notes.insert(
-      0, f"ECG encoder: {'MAE' if decodes else 'ViT'} with timm's keys, {width} wide, {depth} blocks, {heads} "
-      f"heads{decoder} (size {named or 'of its own'}), patches of {patch} samples, {samples} samples, "
-      f"{spec['positions']} positions, pool {spec['pool']}" + f", head {spec['head']}" * bool(spec["head"]))
+    0,
+    f"ECG encoder: {'MAE' if decodes else 'ViT'} with timm's keys, {width} wide, {depth} blocks, {heads} "
+    f"heads{decoder} (size {named or 'of its own'}), patches of {patch} samples, {samples} samples, "
+    f"{spec['positions']} positions, pool {spec['pool']}"
+    + f", head {spec['head']}"
+    * bool(spec["head"]),
+  )
   if spec.get("head_norm"):
-    found.notes.append("its head sees the embedding through fc_norm once more, as in MMCL's code for fine-tuning")
+    found.notes.append(
+      "its head sees the embedding through fc_norm once more, as in MMCL's code for fine-tuning"
+    )
   return spec, samples, spec["head"] or width
 
 
 def transformer(keys, prefix: str, others: str, options: Options, metadata) -> tuple[int, int, int]:
-  """Width, depth and heads of the blocks under a prefix; `others` are further keys that are as wide as they.
+  """Width, depth and heads of the blocks under a prefix; `others` are further keys that are as wide
+  as they.
 
-  A fused qkv does not tell its heads: they are given, told by the metadata of our own files, or those of the published
-  encoder of this width and depth. Of the width alone they would be a guess: 768 has 12 heads in ViT-B, 8 in MMCL's big.
+  A fused qkv does not tell its heads: they are given, told by the metadata of our own files, or
+  those of the published encoder of this width and depth. Of the width alone they would be a guess:
+  768 has 12 heads in ViT-B, 8 in MMCL's big.
   """
-  width = last_axis(keys, rf"^({others}|{prefix}blocks\.\d+\.(norm1|norm2|attn\.proj)\.(weight|bias))$")
+  width = last_axis(
+    keys, rf"^({others}|{prefix}blocks\.\d+\.(norm1|norm2|attn\.proj)\.(weight|bias))$"
+  )
   if not 0 < width <= MAX_WIDTH or width % 4:
     raise UserError(
-        f"{prefix}blocks are {width} wide; expected a multiple of 4 (sin-cos positions), at most {MAX_WIDTH}")
+      f"{prefix}blocks are {width} wide; expected a multiple of 4 (sin-cos positions), at most {MAX_WIDTH}"
+    )
   known, flag = (DECODER_HEADS, "decoder_heads") if prefix else (HEADS, "heads")
   told = metadata.get(flag, "")
   depth = count(keys, rf"^{prefix}blocks\.(\d+)\.")
-  heads = getattr(options, flag) or (int(told) if re.fullmatch(r"\d{1,4}", told) else known.get((width, depth)))
+  heads = getattr(options, flag) or (
+    int(told) if re.fullmatch(r"\d{1,4}", told) else known.get((width, depth))
+  )
   if not heads:
-    published = "; ".join(f"{width} wide, {depth} blocks: {heads}" for (width, depth), heads in sorted(known.items()))
+    published = "; ".join(
+      f"{width} wide, {depth} blocks: {heads}" for (width, depth), heads in sorted(known.items())
+    )
     raise UserError(
-        f"the weights do not tell how many attention heads {depth} blocks of a width of {width} have, and no published "
-        f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in "
-        f"Python {flag}=")
+      f"the weights do not tell how many attention heads {depth} blocks of a width of {width} have, and no published "
+      f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in "
+      f"Python {flag}="
+    )
   if heads < 1 or width % heads:
     raise UserError(f"{flag} is {heads}, which does not divide the width of {width}")
   return width, depth, heads
 
 
 def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
-  """`ecg` of ST-MEM's encoder. Its heads are 64 wide; the decoder of a whole autoencoder is left out."""
-  found.modules.ignore("ecg", "ST-MEM's decoder, which works lead by lead", "to_decoder_embedding.", "mask_embedding",
-                       "decoder_")
+  """`ecg` of ST-MEM's encoder. Its heads are 64 wide; the decoder of a whole autoencoder is left
+  out."""
+  found.modules.ignore(
+    "ecg",
+    "ST-MEM's decoder, which works lead by lead",
+    "to_decoder_embedding.",
+    "mask_embedding",
+    "decoder_",
+  )
   keys = found.modules.arrays["ecg"]
   width = last_axis(keys, r"^(sep_embedding|lead_embeddings\.\d+|norm\.weight)$")
   told = metadata.get("heads", "")
   heads = options.heads or (int(told) if re.fullmatch(r"\d{1,4}", told) else width // 64)
   if not 0 < width <= MAX_WIDTH or not heads or width % heads:
-    raise UserError(f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of at "
-                    f"most {MAX_WIDTH}, give them with --heads=")
+    raise UserError(
+      f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of at "
+      f"most {MAX_WIDTH}, give them with --heads="
+    )
   depth, patch = count(keys, r"^block(\d+)\."), last_axis(keys, r"^to_patch_embedding\.2\.weight$")
-  columns = keys["pos_embedding"].shape[1] - 2 if getattr(keys.get("pos_embedding"), "ndim", 0) == 3 else 0
+  columns = (
+    keys["pos_embedding"].shape[1] - 2 if getattr(keys.get("pos_embedding"), "ndim", 0) == 3 else 0
+  )
   if columns < 1 or not patch:
-    raise UserError("ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or to_patch_embedding.2.weight "
-                    "is missing; was the file cut off?")
+    raise UserError(
+      "ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or to_patch_embedding.2.weight "
+      "is missing; was the file cut off?"
+    )
   samples = columns * patch
   if options.samples not in (None, samples):
-    raise UserError(f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are others")
+    raise UserError(
+      f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are others"
+    )
   size = (width, depth, heads)
   named = next((name for name, numbers in vit.SIZES.items() if numbers[:3] == size), None)
   head = len(keys["head.weight"]) if "head.weight" in keys else 0
-  found.notes.append(f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads "
-                     f"(size {named or 'of its own'}), "
-                     f"patches of {patch} samples, {samples} samples" + f", head {head}" * bool(head))
-  spec = {"kind": "st_mem", "size": named or size, "patch": patch, "positions": "learned", "pool": "mean", "head": head}
+  found.notes.append(
+    f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads "
+    f"(size {named or 'of its own'}), "
+    f"patches of {patch} samples, {samples} samples" + f", head {head}" * bool(head)
+  )
+  spec = {
+    "kind": "st_mem",
+    "size": named or size,
+    "patch": patch,
+    "positions": "learned",
+    "pool": "mean",
+    "head": head,
+  }
   return spec, samples, head or width
 
 
@@ -179,7 +236,12 @@ def table(columns: int, width: int) -> np.ndarray:
 
 def has_positions(x, width: int) -> bool:
   """Is x [1, 1 + L n, width]?"""
-  return x.ndim == 3 and (x.shape[0], x.shape[2]) == (1, width) and x.shape[1] > L and x.shape[1] % L == 1
+  return (
+    x.ndim == 3
+    and (x.shape[0], x.shape[2]) == (1, width)
+    and x.shape[1] > L
+    and x.shape[1] % L == 1
+  )
 
 
 def is_table(x, width: int) -> bool:
@@ -188,11 +250,15 @@ def is_table(x, width: int) -> bool:
 
 
 def positions(found: Found, width: int, patch: int, options: Options) -> tuple[str, int]:
-  """"sincos" or "learned", and how many samples the encoder sees."""
+  """ "sincos" or "learned", and how many samples the encoder sees."""
   keys, theirs = found.modules.arrays["ecg"], found.modules.theirs
   x = keys.get("pos_embed")
   if x is None or not has_positions(x, width):
-    what = "missing: pos_embed" if x is None else f"of another shape: {theirs['ecg.pos_embed']} {x.shape}"
+    what = (
+      "missing: pos_embed"
+      if x is None
+      else f"of another shape: {theirs['ecg.pos_embed']} {x.shape}"
+    )
     found.troubles.append(f"{what}, expected (1, 1 + {L} n, {width})")
     keys.pop("pos_embed", None)
     return "sincos", 50 * patch
@@ -201,10 +267,14 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
     del keys["pos_embed"]
     return "sincos", options.samples or samples
   if options.samples not in (None, samples):
-    raise UserError(f"the encoder has learned positions for {samples} samples, --samples={options.samples} are others; "
-                    "convert it as it is, and let config.init_from interpolate them for a later stage")
-  found.notes.append("positions of its own (trained): a later stage takes them with "
-                     "--config.model.ecg.positions=learned")
+    raise UserError(
+      f"the encoder has learned positions for {samples} samples, --samples={options.samples} are others; "
+      "convert it as it is, and let config.init_from interpolate them for a later stage"
+    )
+  found.notes.append(
+    "positions of its own (trained): a later stage takes them with "
+    "--config.model.ecg.positions=learned"
+  )
   return "learned", samples
 
 
@@ -213,16 +283,22 @@ def decoder_positions(found: Found, width: int) -> None:
   x = found.modules.arrays["ecg"].pop("decoder_pos_embed")
   if not is_table(x, width):
     found.troubles.append(
-        f"of another value: {found.modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the fixed "
-        f"sin-cos table of (1, 1 + {L} n, {width}), the only one that the decoder has")
+      f"of another value: {found.modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the fixed "
+      f"sin-cos table of (1, 1 + {L} n, {width}), the only one that the decoder has"
+    )
 
 
 def pooling(found: Found, decodes: bool, options: Options) -> str:
   """mean, attention or cls; takes out what that does not use."""
   keys, ignore = found.modules.arrays["ecg"], found.modules.ignore
-  has = lambda beginning: any(key.startswith(beginning) for key in keys)
+
+  def has(beginning):
+    return any(key.startswith(beginning) for key in keys)
+
   classifies = "head.weight" in keys and not (has("attention_pool.") or has("fc_norm.") or decodes)
-  pool = options.pool or ("attention" if has("attention_pool.") else "cls" if classifies else "mean")
+  pool = options.pool or (
+    "attention" if has("attention_pool.") else "cls" if classifies else "mean"
+  )
   if pool == "cls":
     ignore("ecg", "the pooling that --pool=cls does not use", "fc_norm.", "attention_pool.")
     return pool
@@ -233,17 +309,22 @@ def pooling(found: Found, decodes: bool, options: Options) -> str:
   if not has("fc_norm."):
     found.fresh.update({"ecg/fc_norm/scale": "1", "ecg/fc_norm/bias": "0"})
     found.notes.append(
-        f"fc_norm is not in the file: identity after {pool} pooling (--pool=cls takes the CLS token instead)")
+      f"fc_norm is not in the file: identity after {pool} pooling (--pool=cls takes the CLS token instead)"
+    )
   return pool
 
 
 # ---- CMR encoders
 
+
 def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int]:
   """Config of a CMR tower, and the width of its embedding."""
   keys, slow = found.modules.arrays[f"cmr_{name}"], kind == "slow_resnet"
-  stem, first = ("blocks.0.conv.weight", r"blocks\.{}\.res_blocks\.\d+\.branch2\.(conv_a|norm_a)\.") if slow else (
-      "conv1.weight", r"layer{}\.\d+\.(conv1|bn1)\.")
+  stem, first = (
+    ("blocks.0.conv.weight", r"blocks\.{}\.res_blocks\.\d+\.branch2\.(conv_a|norm_a)\.")
+    if slow
+    else ("conv1.weight", r"layer{}\.\d+\.(conv1|bn1)\.")
+  )
   size = match_size(keys, slow, stem, first, name)
   x, known = keys.get(stem), resnet.SLOW_SIZES if slow else resnet.SIZES
   _, block, stages = known[size]
@@ -254,11 +335,18 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
     if channels > 1:
       keys[stem] = x.sum(axis=1, keepdims=True)
       found.notes.append(
-          f"cmr_{name}: the stem's {channels} input channels are summed to one, the same for a grey image")
+        f"cmr_{name}: the stem's {channels} input channels are summed to one, the same for a grey image"
+      )
     if not any(key.startswith("temporal_mlp.") for key in keys):
       found.fresh.update(
-          {f"cmr_{name}/backbone/slice_pool/kernel": "1 / planes", f"cmr_{name}/backbone/slice_pool/bias": "0"})
-      found.notes.append(f"cmr_{name}: the Linear over slices is not in the file: the mean over {planes} of them")
+        {
+          f"cmr_{name}/backbone/slice_pool/kernel": "1 / planes",
+          f"cmr_{name}/backbone/slice_pool/bias": "0",
+        }
+      )
+      found.notes.append(
+        f"cmr_{name}: the Linear over slices is not in the file: the mean over {planes} of them"
+      )
   else:
     planes = channels
   view = options.view or default_view(name, slow, planes)
@@ -268,10 +356,20 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
   width = last_axis(keys, r"^fc\.bias$") or (len(keys["fc.weight"]) if "fc.weight" in keys else 0)
   linear = f", a Linear to {width} after them" if width else ""
   found.notes.append(
-      f"CMR encoder {name}: {LAYOUTS[kind][0]}, size {size}, {planes} {'slices' if slow else 'channels'} seen of "
-      f"the view {view}, {features} features{linear}")
-  return dict(kind=kind, size=size, view=view, planes=planes, width=width, patch=(1, 16, 16), mask_ratio=0.0,
-              drop_path=0.0, frozen=False), width or features
+    f"CMR encoder {name}: {LAYOUTS[kind][0]}, size {size}, {planes} {'slices' if slow else 'channels'} seen of "
+    f"the view {view}, {features} features{linear}"
+  )
+  return dict(
+    kind=kind,
+    size=size,
+    view=view,
+    planes=planes,
+    width=width,
+    patch=(1, 16, 16),
+    mask_ratio=0.0,
+    drop_path=0.0,
+    frozen=False,
+  ), width or features
 
 
 def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
@@ -282,19 +380,32 @@ def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
     first: regex, with the stage to be filled in, of the layers that are as wide as their stage.
   """
   known = resnet.SLOW_SIZES if slow else resnet.SIZES
-  width = lambda i: common((x.shape[0] for key, x in keys.items() if re.match(first.format(i), key) and x.ndim), 0)
-  widths = [width(i) for i in range(1, count(keys, r"^blocks\.(\d+)\." if slow else r"^layer(\d+)\."))]
+
+  def width(i):
+    return common(
+      (x.shape[0] for key, x in keys.items() if re.match(first.format(i), key) and x.ndim), 0
+    )
+
+  widths = [
+    width(i) for i in range(1, count(keys, r"^blocks\.(\d+)\." if slow else r"^layer(\d+)\."))
+  ]
   channels = len(keys[stem]) if stem in keys and keys[stem].ndim else 0
   bottleneck = slow or any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in keys)
   for size, (stem_channels, block, stages) in known.items():
-    if (block is resnet.Bottleneck) == bottleneck and [stage[0] for stage in stages
-                                                       ] == widths and channels in (0, stem_channels):
+    if (
+      (block is resnet.Bottleneck) == bottleneck
+      and [stage[0] for stage in stages] == widths
+      and channels in (0, stem_channels)
+    ):
       return size
-  sizes = "; ".join(f"{size}: {stem_channels}, {', '.join(str(stage[0]) for stage in stages)}"
-                    for size, (stem_channels, _, stages) in known.items())
+  sizes = "; ".join(
+    f"{size}: {stem_channels}, {', '.join(str(stage[0]) for stage in stages)}"
+    for size, (stem_channels, _, stages) in known.items()
+  )
   raise UserError(
-      f"the encoder {name} has a stem of {channels} channels, {'bottleneck' if bottleneck else 'basic'} blocks and "
-      f"stages of {', '.join(map(str, widths)) or 'no'} channels; expected one of these sizes: {sizes}")
+    f"the encoder {name} has a stem of {channels} channels, {'bottleneck' if bottleneck else 'basic'} blocks and "
+    f"stages of {', '.join(map(str, widths)) or 'no'} channels; expected one of these sizes: {sizes}"
+  )
 
 
 def default_view(name: str, slow: bool, planes: int) -> str:
@@ -305,37 +416,52 @@ def default_view(name: str, slow: bool, planes: int) -> str:
 
 # ---- projection heads
 
+
 def projection(found: Found, widths: dict[str, int], path) -> dict:
-  """config.model.projection, which all towers share: as in the file, or, where it has no head, the identity.
+  """config.model.projection, which all towers share: as in the file, or, where it has no head, the
+  identity.
 
   Args:
     widths: tower -> width of what its head sees.
   """
   arrays = found.modules.arrays
-  strange = sorted(found.modules.theirs[f"{module}.{key}"] for module in arrays for key in arrays[module]
-                   if module.startswith("head_") and module.removeprefix("head_") not in widths)
+  strange = sorted(
+    found.modules.theirs[f"{module}.{key}"]
+    for module in arrays
+    for key in arrays[module]
+    if module.startswith("head_") and module.removeprefix("head_") not in widths
+  )
   if strange:
-    raise UserError(f"{path} has {', '.join(strange[:5])}, a projection head of no encoder in it; leave it out with "
-                    "--ignore=REGEX")
+    raise UserError(
+      f"{path} has {', '.join(strange[:5])}, a projection head of no encoder in it; leave it out with "
+      "--ignore=REGEX"
+    )
   sizes = {name: head_size(keys) for name in widths if (keys := arrays.get(f"head_{name}"))}
   if not sizes:
     width = max(widths.values())
     for name in widths:
-      found.fresh.update({
+      found.fresh.update(
+        {
           f"head_{name}/fc{i}/{leaf}": value
           for i in (1, 2)
           for leaf, value in (("kernel", "(1, -1)"), ("bias", "0"))
-      })
-    found.notes.append("no projection head in the file: the projections are the embeddings as they are")
+        }
+      )
+    found.notes.append(
+      "no projection head in the file: the projections are the embeddings as they are"
+    )
     return dict(hidden=2 * width, width=width, norm=False)
   own = sizes.get("ecg")
   size, *others = [size for name, size in sizes.items() if name != "ecg"] or [own]
   if any(other != size for other in others) or (own and own | {"hidden": size["hidden"]} != size):
-    shown = ", ".join(f"{name} {one['hidden']}, {one['width']}{', batch norm' * one['norm']}"
-                      for name, one in sizes.items())
+    shown = ", ".join(
+      f"{name} {one['hidden']}, {one['width']}{', batch norm' * one['norm']}"
+      for name, one in sizes.items()
+    )
     raise UserError(
-        f"{path} has projection heads of different sizes ({shown}), and one run has them alike, but for the hidden "
-        "width of the ECG's; convert one tower at a time with --tower=NAME")
+      f"{path} has projection heads of different sizes ({shown}), and one run has them alike, but for the hidden "
+      "width of the ECG's; convert one tower at a time with --tower=NAME"
+    )
   shown = "; ".join(f"{name} {one['hidden']} to {one['width']}" for name, one in sizes.items())
   found.notes.append(f"projection heads: {shown}{', with batch norm' * size['norm']}")
   return size | {"ecg_hidden": own["hidden"] if own and own != size else 0}
@@ -343,5 +469,12 @@ def projection(found: Found, widths: dict[str, int], path) -> dict:
 
 def head_size(keys) -> dict:
   norm = any(key.startswith(("layers.1.", "layers.4.")) for key in keys)
-  rows = lambda key: len(keys[key]) if key in keys and keys[key].ndim else 1
-  return dict(hidden=rows("layers.0.weight"), width=rows("layers.3.weight" if norm else "layers.2.weight"), norm=norm)
+
+  def rows(key):
+    return len(keys[key]) if key in keys and keys[key].ndim else 1
+
+  return dict(
+    hidden=rows("layers.0.weight"),
+    width=rows("layers.3.weight" if norm else "layers.2.weight"),
+    norm=norm,
+  )

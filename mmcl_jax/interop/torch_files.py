@@ -1,4 +1,5 @@
-"""Weights of a file of torch.save (.pth, .pt, .ckpt) or safetensors: arrays by key, nothing of the file is executed."""
+"""Weights of a file of torch.save (.pth, .pt, .ckpt) or safetensors: arrays by key, nothing of the
+file is executed."""
 
 import json
 import math
@@ -16,17 +17,33 @@ from mmcl_jax import files
 from mmcl_jax.data.readers import mmcl_pt
 from mmcl_jax.errors import BadRecord, UserError
 
-MAX_BYTES = 16 * 2**30         # of a file: 4 billion weights, or 1.3 billion with the moments of Adam
-MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file; a tensor takes about 100 bytes: 160,000 tensors
-MAX_AXES = 64                  # as NumPy's
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
-          "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-          "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
-WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")  # where checkpoints keep their weights
+# of a file: 4 billion weights, or 1.3 billion with the moments of Adam
+MAX_BYTES = 16 * 2**30
+# of a safetensors file; a tensor takes about 100 bytes: 160,000 tensors
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_AXES = 64  # as NumPy's
+DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "BOOL": np.bool_,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+}
+# where checkpoints keep their weights
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")
 
 
 class Weights(NamedTuple):
-  """state: key -> array; beside: names of what else the file holds; metadata: of a safetensors file, text by name."""
+  """state: key -> array; beside: names of what else the file holds; metadata: of a safetensors
+  file, text by name."""
 
   state: dict[str, np.ndarray]
   beside: list[str]
@@ -48,7 +65,9 @@ def read(path) -> Weights:
         return read_safetensors(file)
     return find(mmcl_pt.load_checkpoint(path), path)
   except BadRecord as error:
-    raise UserError(f"{path}: {error}; expected a file of torch.save (.pth, .pt, .ckpt) or safetensors") from None
+    raise UserError(
+      f"{path}: {error}; expected a file of torch.save (.pth, .pt, .ckpt) or safetensors"
+    ) from None
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -56,7 +75,8 @@ def read(path) -> Weights:
 def read_safetensors(file) -> Weights:
   """The arrays of a safetensors file, mapped: what a header claims takes no memory.
 
-  Format: https://huggingface.co/docs/safetensors, 8 bytes with the length of a JSON header, the header, the values.
+  Format: https://huggingface.co/docs/safetensors, 8 bytes with the length of a JSON header, the
+  header, the values.
 
   Raises:
     BadRecord: damaged, or a tensor of a type without an equivalent in NumPy.
@@ -64,22 +84,28 @@ def read_safetensors(file) -> Weights:
   content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   start = 8 + int.from_bytes(content[:8], "little")
   if start > min(len(content), 8 + MAX_HEADER_BYTES):
-    raise BadRecord(f"no safetensors file, or a damaged one: a header of {start - 8:,} bytes, the file has "
-                    f"{len(content):,}; at most {MAX_HEADER_BYTES:,} are read")
+    raise BadRecord(
+      f"no safetensors file, or a damaged one: a header of {start - 8:,} bytes, the file has "
+      f"{len(content):,}; at most {MAX_HEADER_BYTES:,} are read"
+    )
   state, end = {}, start
   try:
     header = json.loads(content[8:start])
     metadata = header.pop("__metadata__", {})
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
       if (name := entry["dtype"]) not in DTYPES:
-        raise BadRecord(f"{key[:80]!r} is of the type {str(name)[:20]!r}, which is not read; save it as float32")
+        raise BadRecord(
+          f"{key[:80]!r} is of the type {str(name)[:20]!r}, which is not read; save it as float32"
+        )
       shape, dtype = entry["shape"], np.dtype(DTYPES[name])
       if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {key[:80]!r} is not in form")
       begin, count = end, math.prod(shape)
       end += count * dtype.itemsize
       if entry["data_offsets"] != [begin - start, end - start] or end > len(content):
-        raise ValueError(f"the place of {key[:80]!r} does not match its shape, or is outside the file")
+        raise ValueError(
+          f"the place of {key[:80]!r} does not match its shape, or is outside the file"
+        )
       state[key] = np.frombuffer(content, dtype, count, begin).reshape(shape)
   except BadRecord:
     raise
@@ -90,21 +116,35 @@ def read_safetensors(file) -> Weights:
 
 def find(tree, path) -> Weights:
   """The state dict of what torch.save wrote: the whole, or under one of WRAPPERS."""
-  holds = lambda x: isinstance(x, dict) and any(isinstance(value, np.ndarray) for value in x.values())
+
+  def holds(x):
+    return isinstance(x, dict) and any(isinstance(value, np.ndarray) for value in x.values())
+
   found = [name for name in WRAPPERS if isinstance(tree, dict) and holds(tree.get(name))]
   if len(found) > 1:
-    raise UserError(f"{path} holds weights under {' and '.join(found)}; save the one that is wanted alone")
+    raise UserError(
+      f"{path} holds weights under {' and '.join(found)}; save the one that is wanted alone"
+    )
   state = tree[found[0]] if found else tree
   if not holds(state):
-    raise UserError(f"{path} holds no weights, neither plain nor under {', '.join(WRAPPERS)}; was a whole model saved? "
-                    "Save its model.state_dict() instead")
-  beside = [str(key) for x in ([tree, state] if found else [tree]) for key, value in x.items()
-            if not isinstance(value, np.ndarray) and key not in found]
-  return filled({str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}, beside, {})
+    raise UserError(
+      f"{path} holds no weights, neither plain nor under {', '.join(WRAPPERS)}; was a whole model saved? "
+      "Save its model.state_dict() instead"
+    )
+  beside = [
+    str(key)
+    for x in ([tree, state] if found else [tree])
+    for key, value in x.items()
+    if not isinstance(value, np.ndarray) and key not in found
+  ]
+  return filled(
+    {str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}, beside, {}
+  )
 
 
 def filled(state: dict[str, np.ndarray], beside: list[str], metadata: dict[str, str]) -> Weights:
-  """Arrays without a value, whose shapes may announce anything, count as something beside the weights."""
+  """Arrays without a value, whose shapes may announce anything, count as something beside the
+  weights."""
   weights = {key: x for key, x in state.items() if x.size}
   if not weights:
     raise BadRecord("no tensor in it has a value")

@@ -24,26 +24,32 @@ class Loaded(NamedTuple):
 def load(path, **options):
   """A model and its variables from PyTorch weights.
 
-  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder, ST-MEM's encoder,
-  torchvision's ResNet-18 and -50 (also as nn.Sequential), PyTorchVideo's slow_r50, Lightning checkpoints of several
-  towers with projection heads, and what `save` wrote. Sizes and options are read off keys and shapes.
+  Understood, plain or inside checkpoints: the MMCL files, timm's ViT, MAE with its decoder,
+  ST-MEM's encoder, torchvision's ResNet-18 and -50 (also as nn.Sequential), PyTorchVideo's
+  slow_r50, Lightning checkpoints of several towers with projection heads, and what `save` wrote.
+  Sizes and options are read off keys and shapes.
 
   Args:
     path: a file of torch.save or safetensors; weights only, nothing in it is executed.
-    tower: which tower to take of a file with several ("ecg", "image", ...), or how to call the only CMR encoder.
+    tower: which tower to take of a file with several ("ecg", "image", ...), or how to call the only
+    CMR encoder.
     heads, decoder_heads: attention heads, where no published encoder has this width and depth.
     pool: mean | attention | cls, where it is not what the keys tell (fc_norm: mean; head and norm alone: cls).
-    samples: length of the ECGs that it is for, where positions are fixed and it is not the one it was trained on.
+    samples: length of the ECGs that it is for, where positions are fixed and it is not the one it
+      was trained on.
     view: which view a CMR encoder looks at (schema.VIEWS).
     ignore: regexes of keys that shall be left out.
     dtype: "float32" (default) or "float64", of the variables and of the computation.
 
   Returns:
-    model: a flax module; model.config is the config.model that builds it, model.samples its ECG length.
-    variables: params and batch_stats, host arrays; model.apply(variables, ...) as in models.pretrainer.
+    model: a flax module; model.config is the config.model that builds it, model.samples its ECG
+      length.
+    variables: params and batch_stats, host arrays; model.apply(variables, ...) as in
+      models.pretrainer.
 
   Raises:
-    UserError: not such a file, or one that does not fit: every missing, superfluous and misshapen key is listed.
+    UserError: not such a file, or one that does not fit: every missing, superfluous and misshapen
+      key is listed.
   """
   return read(path, **options)[:2]
 
@@ -59,14 +65,18 @@ def read(path, dtype: str = "float32", **options) -> Loaded:
   variables, troubles = fill(model, found, dtype)
   if troubles:
     raise UserError(
-        f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: {'; '.join(troubles)}. Leave keys "
-        "out by --ignore=REGEX; what is missing cannot be made up")
+      f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: {'; '.join(troubles)}. Leave keys "
+      "out by --ignore=REGEX; what is missing cannot be made up"
+    )
   return Loaded(model, unflatten(variables), report(path, weights, found, variables))
 
 
 def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
-  """(collection, path) -> array of every variable, and what stands against that: every key that does not fit."""
-  arrays = {f"{module}.{key}": x for module, keys in found.modules.arrays.items() for key, x in keys.items()}
+  """(collection, path) -> array of every variable, and what stands against that: every key that
+  does not fit."""
+  arrays = {
+    f"{module}.{key}": x for module, keys in found.modules.arrays.items() for key, x in keys.items()
+  }
   theirs, prefixes = found.modules.theirs, found.modules.prefixes
   expected = shapes(model, found.covariates)
   names = dict(naming.names(expected, model.config))
@@ -77,7 +87,10 @@ def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
       continue
     name = names[place]
     module, _, rest = name.key.partition(".")
-    key, x = theirs.get(name.key, prefixes.get(module, f"{module}.") + rest), arrays.pop(name.key, None)
+    key, x = (
+      theirs.get(name.key, prefixes.get(module, f"{module}.") + rest),
+      arrays.pop(name.key, None),
+    )
     if x is None:
       troubles["missing"].append(f"{key} {name.shape}")
     elif x.shape != name.shape:
@@ -90,14 +103,21 @@ def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
       if not np.isfinite(variables[place]).all():
         troubles["not finite"].append(key)
   troubles["not expected"] = [f"{theirs[key]} {x.shape}" for key, x in arrays.items()]
-  return variables, found.troubles + [f"{what}: {', '.join(keys)}" for what, keys in troubles.items() if keys]
+  return variables, found.troubles + [
+    f"{what}: {', '.join(keys)}" for what, keys in troubles.items() if keys
+  ]
 
 
 def report(path, weights, found: recognise.Found, variables) -> list[str]:
   size = sum(x.size for place, x in variables.items() if place[1] not in found.fresh)
-  lines = [*found.notes, f"{len(variables) - len(found.fresh)} arrays of {size:,} numbers loaded from {path}"]
+  lines = [
+    *found.notes,
+    f"{len(variables) - len(found.fresh)} arrays of {size:,} numbers loaded from {path}",
+  ]
   if found.fresh:
-    lines.append(f"left at identity: {', '.join(f'{name} = {value}' for name, value in found.fresh.items())}")
+    lines.append(
+      f"left at identity: {', '.join(f'{name} = {value}' for name, value in found.fresh.items())}"
+    )
   lines += [f"ignored, {what}: {', '.join(keys)}" for what, keys in found.modules.ignored.items()]
   if weights.beside:
     lines.append(f"ignored, beside the weights: {', '.join(weights.beside)}")
@@ -105,7 +125,8 @@ def report(path, weights, found: recognise.Found, variables) -> list[str]:
 
 
 def fresh(path: str, shape, dtype) -> np.ndarray:
-  """What a parameter is set to that leaves its module the identity (a LayerNorm: without scale; slices: their mean)."""
+  """What a parameter is set to that leaves its module the identity (a LayerNorm: without scale;
+  slices: their mean)."""
   if path.endswith("/fc1/kernel"):  # relu(x) - relu(-x) = x
     return np.eye(*shape, dtype=dtype) - np.eye(*shape, k=shape[1] // 2, dtype=dtype)
   if path.endswith("/fc2/kernel"):
@@ -117,20 +138,32 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
 
 
 def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
-  """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many FiLM takes."""
-  array = lambda *shape: jnp.zeros((1, *shape))
-  cmr = lambda: {field: array(*shape) for field, shape in image_shapes(model.config).items()}
+  """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many
+  FiLM takes."""
+
+  def array(*shape):
+    return jnp.zeros((1, *shape))
+
+  def cmr():
+    return {field: array(*shape) for field, shape in image_shapes(model.config).items()}
 
   def init():
-    batch = {"ecg": array(len(schema.LEADS), model.samples), "cmr": cmr(), "conditions": array(covariates)}
+    batch = {
+      "ecg": array(len(schema.LEADS), model.samples),
+      "cmr": cmr(),
+      "conditions": array(covariates),
+    }
     batch |= {name: array() for name in ("mask", "has_ecg", "has_cmr")}
-    return model.init({"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False)
+    return model.init(
+      {"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False
+    )
 
   return {place: leaf.shape for place, leaf in flatten(jax.eval_shape(init)).items()}
 
 
 def image_shapes(config) -> dict[str, list[int]]:
-  """Stored field -> a shape that has the planes which the CMR towers see; how large images are is the cohort's."""
+  """Stored field -> a shape that has the planes which the CMR towers see; how large images are is
+  the cohort's."""
   found = {}
   for spec in config.cmr.values():
     field = schema.VIEWS[spec.view]
@@ -141,8 +174,11 @@ def image_shapes(config) -> dict[str, list[int]]:
 
 def flatten(variables) -> dict[tuple[str, str], Any]:
   """{(collection, path): leaf}."""
-  return {(collection, "/".join(key.key for key in path)): leaf for collection in ("params", "batch_stats")
-          for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))}
+  return {
+    (collection, "/".join(key.key for key in path)): leaf
+    for collection in ("params", "batch_stats")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))
+  }
 
 
 def unflatten(flat) -> dict[str, Any]:
@@ -161,11 +197,11 @@ def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarr
 
   Args:
     model, variables: as `load` returns them, or of a run (training.restore.load_run).
-    tower: "ecg": the encoder, for strict=True of timm's VisionTransformer (global_pool "avg", with fc_norm, or
-      "token"); "ecg_mae": the masked autoencoder with its decoder, as in He et al. 2022; a CMR tower: torchvision's
-      ResNet, `fc` its Linear, or PyTorchVideo's slow_r50 without its last block, beside `temporal_mlp` (Linear over
-      slices) and `fc`; None: all of them and the projection heads, each key with its module in front (`ecg.`,
-      `cmr_NAME.`, `head_NAME.`).
+    tower: "ecg": the encoder, for strict=True of timm's VisionTransformer (global_pool "avg", with
+      fc_norm, or "token"); "ecg_mae": the masked autoencoder with its decoder, as in He et al.
+      2022; a CMR tower: torchvision's ResNet, `fc` its Linear, or PyTorchVideo's slow_r50 without
+      its last block, beside `temporal_mlp` (Linear over slices) and `fc`; None: all of them and the
+      projection heads, each key with its module in front (`ecg.`, `cmr_NAME.`, `head_NAME.`).
 
   Returns:
     key -> array; num_batches_tracked, which nothing here counts, is 0.
@@ -183,14 +219,21 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
   flat = {place: np.asarray(x) for place, x in flatten(variables).items()}
   names = dict(naming.names({place: x.shape for place, x in flat.items()}, c))
   state = {name.key: name.to_torch(flat[place]) for place, name in names.items()}
-  state |= {f"{key.removesuffix('running_mean')}num_batches_tracked": np.zeros((), np.int64) for key in state
-            if key.endswith(".running_mean")}
+  state |= {
+    f"{key.removesuffix('running_mean')}num_batches_tracked": np.zeros((), np.int64)
+    for key in state
+    if key.endswith(".running_mean")
+  }
   if c.ecg.size:
     state |= tables(model, flat["params", "ecg/patch_embed/kernel"].dtype)
   module, unwanted = "", ()
   if tower in ("ecg", "ecg_mae"):
-    module, unwanted = "ecg.", ("fc_norm.", "attention_pool.", "head.") if tower == "ecg_mae" else ("decoder_",
-                                                                                                    "mask_token")
+    module, unwanted = (
+      "ecg.",
+      ("fc_norm.", "attention_pool.", "head.")
+      if tower == "ecg_mae"
+      else ("decoder_", "mask_token"),
+    )
     if tower == "ecg" and c.ecg.pool != "cls" and not pretrainer.is_st_mem(c):
       unwanted += ("norm.",)  # the decoder's
   elif tower:
@@ -210,12 +253,14 @@ def check_tower(c, tower: str | None) -> None:
   for name in towers if tower is None else [tower.removesuffix("_mae")]:
     if name == "ecg" and c.ecg.film and not c.ecg.get("film_after", False):
       raise UserError(
-          "the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no "
-          "layer; train one without")
+        "the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no "
+        "layer; train one without"
+      )
     if name != "ecg" and c.cmr[name].kind == "vit":
       raise UserError(
-          f"the tower {name} is a video transformer, which has no PyTorch layout here; name another --tower, such "
-          "as ecg")
+        f"the tower {name} is a video transformer, which has no PyTorch layout here; name another --tower, such "
+        "as ecg"
+      )
 
 
 def tables(model, dtype) -> dict[str, np.ndarray]:
@@ -237,6 +282,8 @@ def save(model, variables, path, tower: str | None = None) -> list[str]:
   metadata = {}
   if model.config.ecg.size and tower in (None, "ecg", "ecg_mae"):
     numbers = vit.numbers(model.config.ecg.size, model.config.ecg.get("decoder", ()))
-    metadata = {"heads": str(numbers[2])} | ({"decoder_heads": str(numbers[5])} if model.config.ecg.mask_ratio else {})
+    metadata = {"heads": str(numbers[2])} | (
+      {"decoder_heads": str(numbers[5])} if model.config.ecg.mask_ratio else {}
+    )
   torch_files.save(state, path, metadata)
   return left

@@ -1,4 +1,5 @@
-"""The ECG tower: a vision transformer over patches of one lead, its pooling, and its masked-autoencoder decoder.
+"""The ECG tower: a vision transformer over patches of one lead, its pooling, and its
+masked-autoencoder decoder.
 
 Letters: B batch, L leads, T samples, N tokens, D width.
 """
@@ -21,7 +22,8 @@ SIMSIAM = 1024, 128  # hidden widths of projector and predictor in MMCL's and du
 
 
 class EcgTower(nn.Module):
-  """ViT over patches of one lead x `patch` samples, with a CLS token and 2-D positions (lead, time).
+  """ViT over patches of one lead x `patch` samples, with a CLS token and 2-D positions (lead,
+  time).
 
   Built from `config.model.ecg`; `samples` is the length T that it is made for.
   """
@@ -45,7 +47,10 @@ class EcgTower(nn.Module):
     self.cls_token = self.param("cls_token", normal(1e-6 if timm else 0.02), (1, 1, width))
     if c.positions == "learned":
       table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
-      as_table = lambda *_: jnp.pad(table, ((1, 0), (0, 0)))[None]
+
+      def as_table(*_):
+        return jnp.pad(table, ((1, 0), (0, 0)))[None]
+
       begin = normal(0.02) if timm else as_table
       self.pos_embed = self.param("pos_embed", begin, (1, 1 + tokens, width))
     self.dropout = c.get("dropout", 0.0)  # absent from the configs of older runs, as film_after
@@ -67,8 +72,10 @@ class EcgTower(nn.Module):
       self.decoder = mae.Decoder(*decoder, c.patch, self.dtype, self.remat, self.scan)
     if c.siamese:
       projector, predictor = SIMSIAM
-      self.siamese = {"projector": Projection(projector, width, norm=True, last="plain"),
-                      "predictor": Projection(predictor, width, norm=True, last="none")}
+      self.siamese = {
+        "projector": Projection(projector, width, norm=True, last="plain"),
+        "predictor": Projection(predictor, width, norm=True, last="none"),
+      }
 
   def sincos(self, tokens, width):
     return vit.sincos_2d(len(schema.LEADS), tokens // len(schema.LEADS), width)
@@ -84,7 +91,9 @@ class EcgTower(nn.Module):
     N, width = L * T // self.config.patch, self.patch_embed.features
     x = ecg.reshape(B, N, self.config.patch)
     learned = self.config.positions == "learned"
-    position = self.pos_embed[:, 1:] if learned else jnp.asarray(self.sincos(N, width), x.dtype)[None]
+    position = (
+      self.pos_embed[:, 1:] if learned else jnp.asarray(self.sincos(N, width), x.dtype)[None]
+    )
     if keep is not None:  # masking first: hidden patches need no embedding
       x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
       position = position[0][keep]
@@ -105,10 +114,13 @@ class EcgTower(nn.Module):
     if self.config.pool == "cls":
       return self.norm(tokens)[:, 0]
     patches = tokens[:, 1:]
-    return self.fc_norm(self.pool(patches) if self.config.pool == "attention" else patches.mean(axis=1))
+    return self.fc_norm(
+      self.pool(patches) if self.config.pool == "attention" else patches.mean(axis=1)
+    )
 
   def locate(self, tokens):
-    """tokens [B, N, D] of patches -> [B, N, D]: the embedding that each would give if all tokens, CLS too, were like it."""
+    """tokens [B, N, D] of patches -> [B, N, D]: the embedding that each would give if all tokens,
+    CLS too, were like it."""
     alone = tokens.reshape(-1, 1, tokens.shape[-1])
     return self.pooled(jnp.repeat(alone, 2, axis=1)).reshape(tokens.shape)
 
@@ -119,40 +131,53 @@ class EcgTower(nn.Module):
     return self.head(embedding) if self.config.head else embedding
 
   def __call__(self, ecg, keys=None, conditions=None, seen=None):
-    """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]; with a glimpse `seen`, those of its visible patches."""
+    """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]; with a glimpse `seen`, those of
+    its visible patches."""
     tokens = seen["visible"] if seen else self.tokens(ecg, keys=keys, conditions=conditions)
     return at_least_float32(tokens[:, 1:]), self.pooled(tokens)
 
   def fill_in(self, ecg, keep, restore, conditions=None):
-    """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives it."""
+    """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives
+    it."""
     return self.decode(self.tokens(ecg, keep, conditions=conditions), restore)
 
   def decode(self, visible, restore):
     return self.decoder(self.norm(visible), restore, len(schema.LEADS))
 
   def glimpse(self, ecg, mask_keys, conditions=None, keys=None):
-    """Hides patches by mask_keys [B] and encodes the others, as the masked autoencoder does (He et al. 2022).
+    """Hides patches by mask_keys [B] and encodes the others, as the masked autoencoder does (He et
+    al. 2022).
 
     With keys [B] drop-path is in it, and so in what the decoder gets.
 
-    Returns: visible tokens [B, 1 + M, D] before any final norm; restore and mask [B, N] of mae.random_mask.
+    Returns: visible tokens [B, 1 + M, D] before any final norm; restore and mask [B, N] of
+    mae.random_mask.
     """
     B, L, T = ecg.shape
-    keep, restore, mask = mae.random_mask(mask_keys, L * T // self.config.patch, self.config.mask_ratio)
+    keep, restore, mask = mae.random_mask(
+      mask_keys, L * T // self.config.patch, self.config.mask_ratio
+    )
     return {"visible": self.tokens(ecg, keep, keys, conditions), "restore": restore, "mask": mask}
 
   def reconstruct(self, ecg, mask_keys, conditions=None, rows=None, train=False, seen=None):
-    """Fills in what a glimpse at the ECG leaves hidden; `seen` is that glimpse where it was had already.
+    """Fills in what a glimpse at the ECG leaves hidden; `seen` is that glimpse where it was had
+    already.
 
     Returns:
-      reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden); with `siamese` also siamese.{projection,
-      prediction} [2, B, E] of two random masks (SimSiam, Chen & He 2021), as in MMCL's later code.
+      reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden); with `siamese` also
+      siamese.{projection, prediction} [2, B, E] of two random masks (SimSiam, Chen & He 2021), as
+        in MMCL's later code.
     """
     B, L, _ = ecg.shape
     seen = seen or self.glimpse(ecg, mask_keys, conditions)
-    outputs = {"reconstruction": self.decode(seen["visible"], seen["restore"]), "patch_mask": seen["mask"].reshape(B, L, -1)}
+    outputs = {
+      "reconstruction": self.decode(seen["visible"], seen["restore"]),
+      "patch_mask": seen["mask"].reshape(B, L, -1),
+    }
     if self.config.siamese:
-      other = self.glimpse(ecg, jax.vmap(lambda key: jax.random.fold_in(key, 1))(mask_keys), conditions)
+      other = self.glimpse(
+        ecg, jax.vmap(lambda key: jax.random.fold_in(key, 1))(mask_keys), conditions
+      )
       views = [self.norm(x["visible"])[:, 1:].mean(axis=1) for x in (seen, other)]
       z = [self.siamese["projector"](view, rows, train) for view in views]  # statistics: of a view
       p = [self.siamese["predictor"](x, rows, train) for x in z]

@@ -1,11 +1,12 @@
 """Functions with a derivative of their own, where the one that JAX derives loses time or memory.
 
-What is as good everywhere has one form. What helps a CPU alone is chosen when a program is lowered, by its platform
-(jax.lax.platform_dependent), so that a TPU's program is the same wherever it was compiled. They have no forward-mode
-derivative (jax.jvp). Letters: B batch, N tokens, H heads, D width of a head.
+What is as good everywhere has one form. What helps a CPU alone is chosen when a program is lowered,
+by its platform (jax.lax.platform_dependent), so that a TPU's program is the same wherever it was
+compiled. They have no forward-mode derivative (jax.jvp). Letters: B batch, N tokens, H heads, D
+width of a head.
 
-OWN names those in use. To measure one (docs/performance.md), take its name out before anything is traced: JAX's form
-takes its place.
+OWN names those in use. To measure one (docs/performance.md), take its name out before anything is
+traced: JAX's form takes its place.
 """
 
 import functools
@@ -24,13 +25,16 @@ def at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# -------------------------------------------------------------------------------------------------------------- linear
+# --------------------------------------------------------------------------------------------------------------
+# linear
+
 
 def linear(x, w, b=None):
   """x [..., I] @ w [I, O] + b [O], all of one dtype; None: no bias.
 
-  Rows are flattened, since a CPU would take the weight's gradient of a 3-D x from a transposed copy of it. What makes
-  the incoming gradient would be computed once more, with strided access, in that product, were it not for the barrier.
+  Rows are flattened, since a CPU would take the weight's gradient of a 3-D x from a transposed copy
+  of it. What makes the incoming gradient would be computed once more, with strided access, in that
+  product, were it not for the barrier.
   """
   if "linear" not in OWN:
     y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
@@ -46,15 +50,21 @@ def gradient_barrier(x):
 
 
 gradient_barrier.defvjp(
-    lambda x: (x, None), lambda _, g: (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),))
+  lambda x: (x, None),
+  lambda _, g: (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),),
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------- GELU
+# ----------------------------------------------------------------------------------------------------------------
+# GELU
+
 
 def gelu(x):
-  """Exact GELU, x Phi(x) (Hendrycks & Gimpel 2016); the forward pass saves its derivative instead of x.
+  """Exact GELU, x Phi(x) (Hendrycks & Gimpel 2016); the forward pass saves its derivative instead
+  of x.
 
-  Both are computed in at least float32, where an absolute error of 3e-7 stands against x Phi(x) at -6 < x < 6.
+  Both are computed in at least float32, where an absolute error of 3e-7 stands against x Phi(x) at
+  -6 < x < 6.
   """
   return own_gelu(x) if "gelu" in OWN else jax.nn.gelu(x, approximate=False)
 
@@ -74,10 +84,13 @@ def gelu_and_derivative(x):
 own_gelu.defvjp(gelu_and_derivative, lambda derivative, g: (g * derivative,))
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# -----------------------------------------------------------------------------------------------------------
+# attention
+
 
 def attention(q, k, v):
-  """Softmax attention: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; the softmax in at least float32.
+  """Softmax attention: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; the softmax in at
+  least float32.
 
   On a CPU `own_attention`. On NVIDIA's GPUs in half precision cuDNN's flash attention, which
   keeps no N x M weights. Elsewhere jax.nn.dot_product_attention as XLA compiles it, on a TPU too:
@@ -95,7 +108,7 @@ class Gpu(NamedTuple):
   """One of NVIDIA's, as a program is traced for it."""
 
   capability: tuple[int, int]  # compute capability, (9, 0): Hopper
-  cudnn: int                   # version, 91200: 9.12.0
+  cudnn: int  # version, 91200: 9.12.0
 
 
 def gpu_at_hand() -> Gpu | None:
@@ -104,6 +117,7 @@ def gpu_at_hand() -> Gpu | None:
   if device.platform != "gpu" or "cuda" not in device.client.platform_version:
     return None
   from jax._src.cudnn import fused_attention_stablehlo as wrapper
+
   capability = tuple(int(part) for part in device.compute_capability.split("."))
   return Gpu(capability, wrapper.check_cudnn_version())
 
@@ -119,8 +133,13 @@ def suits_cudnn(q, k, gpu: Gpu | None) -> bool:
     return False
   runs = gpu.capability >= (8, 0) and (gpu.capability != (10, 3) or gpu.cudnn >= 91100)
   width = q.shape[-1]
-  return (runs and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
-          and q.shape[1] > 1)
+  return (
+    runs
+    and q.dtype in (jnp.bfloat16, jnp.float16)
+    and width % 8 == 0
+    and width <= 128
+    and q.shape[1] > 1
+  )
 
 
 def padded_attention(q, k, v, implementation="cudnn"):
@@ -129,6 +148,7 @@ def padded_attention(q, k, v, implementation="cudnn"):
   In training cuDNN's wrapper takes even numbers of tokens alone, and patches with CLS are odd. Not
   to be mapped (jax.vmap): in jax 0.10 the wrapper's rule for that cannot take the lengths.
   """
+
   def pad(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
@@ -136,14 +156,20 @@ def padded_attention(q, k, v, implementation="cudnn"):
     return jnp.full(x.shape[0], x.shape[1], jnp.int32)
 
   out = jax.nn.dot_product_attention(
-      pad(q), pad(k), pad(v), query_seq_lengths=lengths(q), key_value_seq_lengths=lengths(k),
-      implementation=implementation)
-  return out[:, :q.shape[1]]
+    pad(q),
+    pad(k),
+    pad(v),
+    query_seq_lengths=lengths(q),
+    key_value_seq_lengths=lengths(k),
+    implementation=implementation,
+  )
+  return out[:, : q.shape[1]]
 
 
 @jax.custom_vjp
 def own_attention(q, k, v):
-  """Attention whose backward pass has no product of a transposed [N, M], which a CPU does at half the speed.
+  """Attention whose backward pass has no product of a transposed [N, M], which a CPU does at half
+  the speed.
 
   It keeps the exponentials [N, M] and their sums; all other divisions and scalings are of [N, D].
   """
@@ -175,13 +201,16 @@ def attention_backward(saved, g):
 own_attention.defvjp(attention_forward, attention_backward)
 
 
-# --------------------------------------------------------------------------------------------------------- permutation
+# ---------------------------------------------------------------------------------------------------------
+# permutation
+
 
 def permute(x, order):
-  """x [B, N, D] with row i of the result x[b, order[b, i]]; order [B, N] is a permutation in every b.
+  """x [B, N, D] with row i of the result x[b, order[b, i]]; order [B, N] is a permutation in every
+  b.
 
-  Its gradient is a gather by the inverse permutation, where that of a gather in general is a scatter that adds: slow
-  on a CPU, and in no fixed order on a GPU.
+  Its gradient is a gather by the inverse permutation, where that of a gather in general is a
+  scatter that adds: slow on a CPU, and in no fixed order on a GPU.
   """
   return own_permute(x, order) if "permute" in OWN else gather(x, order)
 
@@ -191,19 +220,27 @@ def gather(x, order):
 
 
 own_permute = jax.custom_vjp(gather)
-own_permute.defvjp(lambda x, order: (gather(x, order), order),
-                   lambda order, g: (gather(g, jnp.argsort(order, axis=1)), None))
+own_permute.defvjp(
+  lambda x, order: (gather(x, order), order),
+  lambda order, g: (gather(g, jnp.argsort(order, axis=1)), None),
+)
 
 
-# --------------------------------------------------------------------------------------------------------- convolution
+# ---------------------------------------------------------------------------------------------------------
+# convolution
+
 
 def convolve(x, w, strides, padding, **more):
   """lax.conv_general_dilated of x [B, H, W, C] with w [h, k, C, O], as flax's Conv calls it.
 
-  A CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's convolution runs on one core
-  for the most part. The patches, h k times as large as x, are cut again in the backward pass, so that none are kept.
+  A CPU multiplies the patches of x [B H' W', h k C] by the kernel as a matrix, because XLA's
+  convolution runs on one core for the most part. The patches, h k times as large as x, are cut
+  again in the backward pass, so that none are kept.
   """
-  whole = lambda x, w: lax.conv_general_dilated(x, w, strides, padding, **more)
+
+  def whole(x, w):
+    return lax.conv_general_dilated(x, w, strides, padding, **more)
+
   if "convolve" not in OWN:
     return whole(x, w)
   cut = jax.checkpoint(functools.partial(by_patches, strides=strides, padding=padding))
@@ -214,5 +251,8 @@ def by_patches(x, w, strides, padding):
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   (h, k), (a, b) = w.shape[:2], strides
   rows, columns = (x.shape[1] - h) // a + 1, (x.shape[2] - k) // b + 1
-  patches = jnp.concatenate([x[:, i:i + a * rows:a, j:j + b * columns:b] for i in range(h) for j in range(k)], axis=-1)
+  patches = jnp.concatenate(
+    [x[:, i : i + a * rows : a, j : j + b * columns : b] for i in range(h) for j in range(k)],
+    axis=-1,
+  )
   return linear(patches, w.reshape(-1, w.shape[-1]))

@@ -8,14 +8,18 @@ from mmcl_jax.models import kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
 
 
-def random_mask(keys: jax.Array, tokens: int, ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def random_mask(
+  keys: jax.Array, tokens: int, ratio: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Hides a share `ratio` of the tokens, independently per sample.
 
   Args:
-    keys: [B] random keys, one a sample: the mask of a sample does not depend on its neighbours in the batch.
+    keys: [B] random keys, one a sample: the mask of a sample does not depend on its neighbours in
+      the batch.
 
   Returns:
-    keep [B, M] visible tokens; restore [B, N] where each token stands in (visible, hidden); mask [B, N], 1 = hidden.
+    keep [B, M] visible tokens; restore [B, N] where each token stands in (visible, hidden); mask
+      [B, N], 1 = hidden.
   """
   noise = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys)
   order = jnp.argsort(noise, axis=1)
@@ -25,7 +29,8 @@ def random_mask(keys: jax.Array, tokens: int, ratio: float) -> tuple[jax.Array, 
 
 
 class Decoder(nn.Module):
-  """Visible tokens -> the whole signal: mask tokens in the gaps, a few blocks, one linear to samples."""
+  """Visible tokens -> the whole signal: mask tokens in the gaps, a few blocks, one linear to
+  samples."""
 
   width: int
   depth: int
@@ -37,7 +42,8 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, restore, leads):
-    """Args: tokens [B, 1 + M, D] CLS first, normed; restore [B, N]; leads L. Returns: signal [B, L, T], at least float32."""
+    """Args: tokens [B, 1 + M, D] CLS first, normed; restore [B, N]; leads L. Returns: signal [B, L,
+    T], at least float32."""
     B, N = restore.shape
     x = vit.Dense(self.width, self.dtype, name="embed")(tokens)
     hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
@@ -45,7 +51,9 @@ class Decoder(nn.Module):
     patches = kernels.permute(jnp.concatenate([x[:, 1:], hidden], axis=1), restore)
     patches += jnp.asarray(vit.sincos_2d(leads, N // leads, self.width), x.dtype)
     x = jnp.concatenate([x[:, :1], patches], axis=1)
-    blocks = [vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)]
+    blocks = [
+      vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)
+    ]
     x = vit.through(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
     x = vit.Dense(self.patch, self.dtype, name="pred")(x)

@@ -1,8 +1,10 @@
-"""Latents of a heart drawn a few tokens at a time: masked autoregression (MAR, Li et al. 2024), CardioNets' generator.
+"""Latents of a heart drawn a few tokens at a time: masked autoregression (MAR, Li et al. 2024),
+CardioNets' generator.
 
-A transformer looks at the ECG and at those latent tokens that are known, and tells of each of the others what it may be; a
-small network makes that token of noise, by a flow of its own (models.generator; MAR has a diffusion there). Hearts are drawn in
-rounds, in an order left to chance: few tokens at first, which decide what the heart is like, and many at the end. Letters: B
+A transformer looks at the ECG and at those latent tokens that are known, and tells of each of the
+others what it may be; a small network makes that token of noise, by a flow of its own
+(models.generator; MAR has a diffusion there). Hearts are drawn in rounds, in an order left to
+chance: few tokens at first, which decide what the heart is like, and many at the end. Letters: B
 batch, N latent tokens of C numbers, M of them drawn in a round, D width.
 """
 
@@ -19,7 +21,8 @@ ROUNDS = 16  # of drawing; MAR has 64 and more, each of them a look of the trans
 
 
 class TokenFlow(nn.Module):
-  """The velocity of tokens, each at its own time on its way from noise, by what the transformer tells of it: an MLP."""
+  """The velocity of tokens, each at its own time on its way from noise, by what the transformer
+  tells of it: an MLP."""
 
   width: int
   channels: int
@@ -28,17 +31,28 @@ class TokenFlow(nn.Module):
   @nn.compact
   def __call__(self, x, time, told):
     """x [B, M, C], time [B, M] in [0, 1], told [B, M, D] -> velocity [B, M, C]."""
-    dense = lambda width, name, **more: vit.Dense(width, self.dtype, name=name, **more)
+
+    def dense(width, name, **more):
+      return vit.Dense(width, self.dtype, name=name, **more)
+
     still = dict(kernel_init=nn.initializers.zeros)
 
     def norm(x, shift, scale, name):
-      return nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, dtype=self.dtype, name=name)(x) * (1 + scale) + shift
+      return (
+        nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, dtype=self.dtype, name=name)(x)
+        * (1 + scale)
+        + shift
+      )
 
-    when = dense(self.width, "time2")(nn.silu(dense(self.width, "time1")(generator.waves(time).astype(self.dtype))))
+    when = dense(self.width, "time2")(
+      nn.silu(dense(self.width, "time1")(generator.waves(time).astype(self.dtype)))
+    )
     by = nn.silu(when + dense(self.width, "told")(told.astype(self.dtype)))
     x = dense(self.width, "embed")(x.astype(self.dtype))
     for i in range(DEPTH):
-      shift, scale, gate = jnp.split(dense(3 * self.width, f"modulation{i}", **still)(by), 3, axis=-1)
+      shift, scale, gate = jnp.split(
+        dense(3 * self.width, f"modulation{i}", **still)(by), 3, axis=-1
+      )
       y = nn.silu(dense(self.width, f"fc1_{i}")(norm(x, shift, scale, f"norm{i}")))
       x = x + gate * dense(self.width, f"fc2_{i}")(y)
     x = norm(x, *jnp.split(dense(2 * self.width, "modulation", **still)(by), 2, axis=-1), "norm")
@@ -56,27 +70,35 @@ class MaskedGenerator(nn.Module):
   remat: str = "none"
 
   def setup(self):
-    # Its time is the share of tokens that are known, its velocities are what the flow of a token is told.
-    self.trunk = generator.Generator(self.width, self.depth, self.heads, self.width, self.dtype, self.remat)
+    # Its time is the share of tokens that are known, its velocities are what the flow of a token is
+    # told.
+    self.trunk = generator.Generator(
+      self.width, self.depth, self.heads, self.width, self.dtype, self.remat
+    )
     self.token = TokenFlow(self.width, self.channels, self.dtype)
 
   def tell(self, latents, hidden, tokens, given, grid, covariates=None):
-    """latents [B, N, C], of which those with hidden [B, N] = 1 are not looked at -> told [B, N, D]; the rest: Generator."""
+    """latents [B, N, C], of which those with hidden [B, N] = 1 are not looked at -> told [B, N, D];
+    the rest: Generator."""
     hidden = hidden[..., None]
     x = jnp.concatenate([jnp.where(hidden > 0, 0, latents), hidden], axis=-1)
     return self.trunk(x, 1 - hidden.mean(axis=(1, 2)), tokens, given, grid, covariates)
 
 
 def hide(keys, tokens: int):
-  """hidden [B, tokens] by its own key [B]: a share of them anywhere, as before a random one of many rounds (known_after).
+  """hidden [B, tokens] by its own key [B]: a share of them anywhere, as before a random one of many
+  rounds (known_after).
 
-  MAR hides 0.7 of them or more, which spares its encoder most of them. Here the transformer is told the share, so it must have
-  met all that drawing goes through.
+  MAR hides 0.7 of them or more, which spares its encoder most of them. Here the transformer is told
+  the share, so it must have met all that drawing goes through.
   """
+
   def one(key):
     share_key, place_key = jax.random.split(key)
     share = jnp.cos(np.pi / 2 * jax.random.uniform(share_key))
-    return (jax.random.permutation(place_key, tokens) < jnp.ceil(share * tokens)).astype(jnp.float32)
+    return (jax.random.permutation(place_key, tokens) < jnp.ceil(share * tokens)).astype(
+      jnp.float32
+    )
 
   return jax.vmap(one)(keys)
 
@@ -87,7 +109,9 @@ def known_after(tokens: int, rounds: int) -> np.ndarray:
   Hidden ones fall like a cosine (MaskGIT, Chang et al. 2022), by at least one a round.
   """
   i = np.arange(rounds + 1)
-  return np.clip(np.round(tokens * (1 - np.cos(np.pi / 2 * i / rounds))), i, tokens - rounds + i).astype(int)
+  return np.clip(
+    np.round(tokens * (1 - np.cos(np.pi / 2 * i / rounds))), i, tokens - rounds + i
+  ).astype(int)
 
 
 def draw(tell, velocity, noise, order, steps: int, rounds: int = ROUNDS):
@@ -113,9 +137,16 @@ def draw(tell, velocity, noise, order, steps: int, rounds: int = ROUNDS):
     turn = start + jnp.arange(at_once)
     places = jax.lax.dynamic_slice_in_dim(order, start, at_once, axis=1)
     told = jax.tree.map(lambda x: take(x, places), tell(latents, hidden))
-    along = lambda x, time: velocity(x, jnp.broadcast_to(time[:, None], x.shape[:2]), told)
+
+    def along(x, time):
+      return velocity(x, jnp.broadcast_to(time[:, None], x.shape[:2]), told)
+
     fresh = ((turn >= known[i]) & (turn < known[i + 1]))[None, :, None]
-    drawn = jnp.where(fresh, generator.integrate(along, take(noise, places), steps), take(latents, places))
-    return put(latents, places, drawn), put(hidden, places, jnp.where(fresh[..., 0], 0.0, take(hidden, places)))
+    drawn = jnp.where(
+      fresh, generator.integrate(along, take(noise, places), steps), take(latents, places)
+    )
+    return put(latents, places, drawn), put(
+      hidden, places, jnp.where(fresh[..., 0], 0.0, take(hidden, places))
+    )
 
   return jax.lax.fori_loop(0, rounds, one_round, (jnp.zeros_like(noise), jnp.ones((B, N))))[0]

@@ -1,4 +1,5 @@
-"""Attention pooling of tokens, and their modulation by covariates (FiLM). Letters: B batch, N tokens, D width."""
+"""Attention pooling of tokens, and their modulation by covariates (FiLM). Letters: B batch, N
+tokens, D width."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -7,10 +8,11 @@ from mmcl_jax.models import kernels, vit
 
 
 class AttentionPool(nn.Module):
-  """Tokens [B, N, D] -> [B, D]: multi-head attention whose query is the mean token, keys and values the tokens.
+  """Tokens [B, N, D] -> [B, D]: multi-head attention whose query is the mean token, keys and values
+  the tokens.
 
-  As MMCL fine-tunes (Turgut et al. 2025), with torch.nn.MultiheadAttention's parameters: `qkv` [D, 3D] in the order
-  q, k, v, and `proj` [D, D], both with bias.
+  As MMCL fine-tunes (Turgut et al. 2025), with torch.nn.MultiheadAttention's parameters: `qkv` [D,
+  3D] in the order q, k, v, and `proj` [D, D], both with bias.
   """
 
   heads: int
@@ -19,21 +21,30 @@ class AttentionPool(nn.Module):
   @nn.compact
   def __call__(self, tokens):
     B, N, D = tokens.shape
-    dense = lambda width, name: vit.Dense(width, self.dtype, name=name)
-    q, k, v = jnp.moveaxis(dense(3 * D, "qkv")(tokens).reshape(B, N, 3, self.heads, D // self.heads), 2, 0)
-    q = q.mean(axis=1, keepdims=True)  # a Linear of the mean token is the mean of the tokens' Linear
+
+    def dense(width, name):
+      return vit.Dense(width, self.dtype, name=name)
+
+    q, k, v = jnp.moveaxis(
+      dense(3 * D, "qkv")(tokens).reshape(B, N, 3, self.heads, D // self.heads), 2, 0
+    )
+    # a Linear of the mean token is the mean of the tokens' Linear
+    q = q.mean(axis=1, keepdims=True)
     return dense(D, "proj")(kernels.attention(q, k, v).reshape(B, D))
 
 
 class FiLM(nn.Module):
-  """tokens * (1 + scale) + shift, both a Linear of the row's covariates (Perez et al. 2018); starts as the identity."""
+  """tokens * (1 + scale) + shift, both a Linear of the row's covariates (Perez et al. 2018); starts
+  as the identity."""
 
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, tokens, covariates):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
-    fc = nn.Dense(2 * tokens.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="fc")
+    fc = nn.Dense(
+      2 * tokens.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="fc"
+    )
     scale, shift = jnp.split(fc(with_unknown(covariates))[:, None], 2, axis=-1)
     return tokens * (1 + scale) + shift
 
@@ -51,13 +62,17 @@ class GatedFiLM(nn.Module):
   def __call__(self, tokens, covariates):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
     start = vit.torch_uniform(covariates.shape[-1])
-    fc = nn.Dense(2 * tokens.shape[-1], kernel_init=start, bias_init=start, dtype=self.dtype,
-                  name="fc")
+    fc = nn.Dense(
+      2 * tokens.shape[-1], kernel_init=start, bias_init=start, dtype=self.dtype, name="fc"
+    )
     gain, shift = jnp.split(nn.relu(fc(jnp.nan_to_num(covariates)))[:, None], 2, axis=-1)
     return gain * tokens + shift
 
 
 def with_unknown(covariates):
-  """covariates [B, V] standardised, NaN = unknown -> [B, 2 V]: an unknown one is the mean, and a column of its own says so."""
+  """covariates [B, V] standardised, NaN = unknown -> [B, 2 V]: an unknown one is the mean, and a
+  column of its own says so."""
   unknown = jnp.isnan(covariates)
-  return jnp.concatenate([jnp.where(unknown, 0, covariates), unknown.astype(covariates.dtype)], axis=1)
+  return jnp.concatenate(
+    [jnp.where(unknown, 0, covariates), unknown.astype(covariates.dtype)], axis=1
+  )

@@ -1,7 +1,8 @@
-"""The whole pre-training model, assembled from `config.model`: an ECG tower, any number of CMR towers, their heads.
+"""The whole pre-training model, assembled from `config.model`: an ECG tower, any number of CMR
+towers, their heads.
 
-Parameters of a tower stand under its name: `ecg`, `cmr_NAME`, with `head_NAME` (projection), `regression_NAME`
-and `classification_NAME`; beside them `tokenizer`, `segmenter` and `generator`.
+Parameters of a tower stand under its name: `ecg`, `cmr_NAME`, with `head_NAME` (projection),
+`regression_NAME` and `classification_NAME`; beside them `tokenizer`, `segmenter` and `generator`.
 """
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ from mmcl_jax.models import backbones, ecg, generator, mar, segmenter, st_mem, t
 from mmcl_jax.models.heads import Projection
 from mmcl_jax.models.kernels import at_least_float32
 
-TOWER = ("kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen")  # keys of model.cmr.NAME
+# keys of model.cmr.NAME
+TOWER = ("kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen")
 DTYPES = ("float32", "bfloat16", "float64")
 GENERATOR = 1 << 20  # use of a row's keys (`fold`), beyond those of any tower
 
@@ -35,7 +37,8 @@ class CmrTower(nn.Module):
       self.fc = nn.Dense(self.config.width)
 
   def features(self, planes, rows, train=False, keys=None):
-    """planes [B, Z, H, W] in [0, 1] -> features [B, F]. A frozen backbone runs in evaluation mode, without gradient."""
+    """planes [B, Z, H, W] in [0, 1] -> features [B, F]. A frozen backbone runs in evaluation mode,
+    without gradient."""
     if self.config.frozen:
       return jax.lax.stop_gradient(self.backbone(planes, rows, False, None))
     return self.backbone(planes, rows, train, keys)
@@ -46,7 +49,8 @@ class CmrTower(nn.Module):
     return self.fc(features) if self.config.width else features
 
   def locate(self, planes):
-    """planes [B, Z, H, W] -> [B, Z', H', W', D]: the embedding if all of the feature map were like that cell."""
+    """planes [B, Z, H, W] -> [B, Z', H', W', D]: the embedding if all of the feature map were like
+    that cell."""
     return self.embed(self.backbone.feature_map(planes))
 
   def reconstruct(self, planes, keys):
@@ -56,18 +60,18 @@ class CmrTower(nn.Module):
 class Pretrainer(nn.Module):
   """Built by `build`.
 
-  Outputs, a dict of what an objective or evaluator may want (jit removes what nobody uses); a key is missing where the
-  config does not ask for it:
-    ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E]; in training with ecg.masked_view, of the M
-    visible patches alone: ecg_tokens [B, M, D],
-    reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden), siamese.{projection, prediction} [2, B, E],
-    cmr.NAME.{features [B, F], embedding [B, D], projection [B, E]} and, of a masked video transformer, {patches,
-    reconstruction [B, N, P], patch_mask [B, N]},
+  Outputs, a dict of what an objective or evaluator may want (jit removes what nobody uses); a key
+  is missing where the config does not ask for it:
+    ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E]; in training with
+    ecg.masked_view, of the M visible patches alone: ecg_tokens [B, M, D],
+    reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden), siamese.{projection,
+    prediction} [2, B, E], cmr.NAME.{features [B, F], embedding [B, D], projection [B, E]} and, of a
+    masked video transformer, {patches, reconstruction [B, N, P], patch_mask [B, N]},
     regression.NAME [B, K], classification.NAME [B, C] (log-odds),
     again.{ecg_embedding, ecg_projection, cmr.NAME.{...}} of the second augmentation,
     tokenizer.{latent_mean, latent_log_variance [B, N, C], reconstruction [B, P, Z, H, W]},
-    segmentation [B, P, Z, H, W, labels] (log-odds), generator.{velocity, target [B, N, C]} and, of a masked one, hidden [B, N],
-    log_scale [] (learned 1 / temperature), bias [].
+    segmentation [B, P, Z, H, W, labels] (log-odds), generator.{velocity, target [B, N, C]} and, of
+    a masked one, hidden [B, N], log_scale [] (learned 1 / temperature), bias [].
   """
 
   config: ConfigDict
@@ -88,37 +92,52 @@ class Pretrainer(nn.Module):
         self.ecg = ecg.EcgTower(c.ecg, self.samples, dtype, *depth)
       names.append("ecg")
     self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
-    self.head = {name: Projection(hidden[name], c.projection.width, c.projection.norm) for name in names}
+    self.head = {
+      name: Projection(hidden[name], c.projection.width, c.projection.norm) for name in names
+    }
     self.regression = {name: nn.Dense(self.targets) for name in c.regression}
     self.classification = {name: nn.Dense(self.diseases) for name in c.get("classification", ())}
     if c.get("tokenizer"):
       spec = c.tokenizer
-      self.tokenizer = tokenizer.Tokenizer(*tokenizer.SIZES[spec.size], tuple(spec.patch), spec.channels, dtype, *depth)
+      self.tokenizer = tokenizer.Tokenizer(
+        *tokenizer.SIZES[spec.size], tuple(spec.patch), spec.channels, dtype, *depth
+      )
     if c.get("segmenter"):
-      self.segmenter = segmenter.Segmenter(segmenter.SIZES[c.segmenter.size], len(schema.LABELS), dtype)
+      self.segmenter = segmenter.Segmenter(
+        segmenter.SIZES[c.segmenter.size], len(schema.LABELS), dtype
+      )
     if c.get("generator"):
       kind = mar.MaskedGenerator if masked(c) else generator.Generator
-      self.generator = kind(*generator.SIZES[c.generator.size], c.tokenizer.channels, dtype, depth[0])
+      self.generator = kind(
+        *generator.SIZES[c.generator.size], c.tokenizer.channels, dtype, depth[0]
+      )
     if c.learned_temperature:
-      self.log_scale = self.param("log_scale", nn.initializers.constant(-jnp.log(c.learned_temperature)), ())
+      self.log_scale = self.param(
+        "log_scale", nn.initializers.constant(-jnp.log(c.learned_temperature)), ()
+      )
     if c.learned_bias:
       self.bias = self.param("bias", nn.initializers.constant(c.learned_bias), ())
 
   def encode_ecg(self, ecg, conditions=None, keys=None, rows=None, train=False, seen=None):
-    """ecg [B, L, T], conditions [B, V] (standardised covariates, for FiLM) -> ecg_{tokens, embedding, projection}.
+    """ecg [B, L, T], conditions [B, V] (standardised covariates, for FiLM) -> ecg_{tokens,
+    embedding, projection}.
 
     seen: a glimpse (models.ecg) that takes the place of a look at the whole ECG.
     """
     tokens, embedding = self.ecg(ecg, keys, conditions, seen)
-    return {"ecg_tokens": tokens, "ecg_embedding": embedding,
-            "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train)}
+    return {
+      "ecg_tokens": tokens,
+      "ecg_embedding": embedding,
+      "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train),
+    }
 
   def embed_ecg(self, ecg, conditions=None):
     """ecg_embedding of encode_ecg alone."""
     return {"ecg_embedding": self.ecg(ecg, None, conditions)[1]}
 
   def encode_cmr(self, batch, keys=None, train=False, only=None):
-    """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken where the batch has them."""
+    """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken
+    where the batch has them."""
     rows, cached, found = batch["mask"] * batch["has_cmr"], batch.get("features", {}), {}
     for i, (name, tower) in enumerate(self.cmr.items()):
       if only is not None and name not in only:
@@ -126,9 +145,15 @@ class Pretrainer(nn.Module):
       if name in cached:
         features = cached[name]
       else:
-        features = tower.features(look(batch["cmr"], self.config.cmr[name]), rows, train, fold(keys, i + 1))
+        features = tower.features(
+          look(batch["cmr"], self.config.cmr[name]), rows, train, fold(keys, i + 1)
+        )
       embedding = tower.embed(features)
-      found[name] = {"features": features, "embedding": embedding, "projection": self.head[name](embedding, rows, train)}
+      found[name] = {
+        "features": features,
+        "embedding": embedding,
+        "projection": self.head[name](embedding, rows, train),
+      }
     return found
 
   def locate_ecg(self, ecg, conditions=None):
@@ -137,18 +162,29 @@ class Pretrainer(nn.Module):
     return self.head["ecg"](self.ecg.features(self.ecg.locate(tokens)))
 
   def locate_cmr(self, cmr):
-    """cmr {field: [B, ...]} -> {tower: [B, Z', H', W', E]}: the projection of every cell of the tower's feature map."""
-    return {name: self.head[name](tower.locate(look(cmr, self.config.cmr[name]))) for name, tower in self.cmr.items()}
+    """cmr {field: [B, ...]} -> {tower: [B, Z', H', W', E]}: the projection of every cell of the
+    tower's feature map."""
+    return {
+      name: self.head[name](tower.locate(look(cmr, self.config.cmr[name])))
+      for name, tower in self.cmr.items()
+    }
 
   def flow(self, batch, tokens, latents, keys, train):
-    """The velocity of `latents` [B, N, C] at a random place on their way, and what it should be, given the ECG's `tokens`.
+    """The velocity of `latents` [B, N, C] at a random place on their way, and what it should be,
+    given the ECG's `tokens`.
 
-    With a masked generator it is that of the hidden tokens, given also those that are not; with covariates, given these too.
+    With a masked generator it is that of the hidden tokens, given also those that are not; with
+    covariates, given these too.
     """
     dropout, by_token = self.config.generator.dropout if train else 0.0, masked(self.config)
-    latents, shape, conditions = jax.lax.stop_gradient(latents), batch["cmr"]["ed_es_volumes"].shape[2:], batch.get("conditions")
+    latents, shape, conditions = (
+      jax.lax.stop_gradient(latents),
+      batch["cmr"]["ed_es_volumes"].shape[2:],
+      batch.get("conditions"),
+    )
     x, time, target, kept = generator.on_the_line(latents, keys, dropout, each_token=by_token)
-    if "generator.covariates" in takes_covariates(self.config):  # withheld by a chance of their own: some know no covariates
+    # withheld by a chance of their own: some know no covariates
+    if "generator.covariates" in takes_covariates(self.config):
       told = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout))(fold(keys, GENERATOR + 1))
       conditions = jnp.where(told[:, None], conditions, jnp.nan)
     condition = tokens, kept * batch["has_ecg"], shape, conditions
@@ -159,7 +195,8 @@ class Pretrainer(nn.Module):
     return {"velocity": velocity, "target": target, "hidden": hidden}
 
   def condition(self, tokens, given, shape, conditions=None):
-    """What a generator takes last, from the shape (Z, H, W) of a stack and covariates [B, V], for one that asks for them."""
+    """What a generator takes last, from the shape (Z, H, W) of a stack and covariates [B, V], for
+    one that asks for them."""
     covariates = conditions if self.config.generator.get("covariates", False) else None
     return tokens, given, tokenizer.grid_of(shape, self.config.tokenizer.patch), covariates
 
@@ -176,7 +213,8 @@ class Pretrainer(nn.Module):
     return self.ecg.reconstruct(ecg, keys, conditions, rows, train, seen)
 
   def encode(self, batch, keys, train, mask_keys=None):
-    """With mask_keys [B] the ECG is embedded from a glimpse at it, which goes along as `glimpse` (FLIP, Li et al. 2023)."""
+    """With mask_keys [B] the ECG is embedded from a glimpse at it, which goes along as `glimpse`
+    (FLIP, Li et al. 2023)."""
     outputs, keys = {}, keys if train else None
     if self.config.ecg.size:
       rows, conditions, seen = batch["mask"] * batch["has_ecg"], batch.get("conditions"), None
@@ -188,15 +226,26 @@ class Pretrainer(nn.Module):
     return outputs
 
   def __call__(self, batch, keys, train=False):
-    """Args: batch on the device (training.steps); keys [B] random keys, one a sample; train: drop-path, batch statistics."""
+    """Args: batch on the device (training.steps); keys [B] random keys, one a sample; train:
+    drop-path, batch statistics."""
     c = self.config
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     masked_view = train and bool(c.ecg.size) and c.ecg.get("masked_view", False)
-    if "again" in batch:  # both augmentations go through together, so that batch statistics are of both
-      both = lambda keys, i: interleave(keys, fold(keys, len(self.cmr) + i))
-      whole = self.encode(interleave(batch, batch | batch["again"]), both(path_keys, 1), train,
-                          both(mask_keys, 2) if masked_view else None)
-      outputs, again = (jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i], whole) for i in (0, 1))
+    # both augmentations go through together, so that batch statistics are of both
+    if "again" in batch:
+
+      def both(keys, i):
+        return interleave(keys, fold(keys, len(self.cmr) + i))
+
+      whole = self.encode(
+        interleave(batch, batch | batch["again"]),
+        both(path_keys, 1),
+        train,
+        both(mask_keys, 2) if masked_view else None,
+      )
+      outputs, again = (
+        jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i], whole) for i in (0, 1)
+      )
       again.pop("glimpse", None)
       outputs["again"] = again
     else:
@@ -207,52 +256,71 @@ class Pretrainer(nn.Module):
       embeddings["ecg"] = outputs["ecg_embedding"]
       if c.ecg.mask_ratio:
         rows = batch["mask"] * batch["has_ecg"]
-        outputs |= self.reconstruct(batch["ecg"], mask_keys, batch.get("conditions"), rows, train, seen)
+        outputs |= self.reconstruct(
+          batch["ecg"], mask_keys, batch.get("conditions"), rows, train, seen
+        )
     for i, (name, spec) in enumerate(c.cmr.items()):
       if spec.mask_ratio and not spec.frozen:
-        outputs["cmr"][name] |= self.cmr[name].reconstruct(look(batch["cmr"], spec), fold(mask_keys, i + 1))
+        outputs["cmr"][name] |= self.cmr[name].reconstruct(
+          look(batch["cmr"], spec), fold(mask_keys, i + 1)
+        )
     if c.get("tokenizer"):
-      outputs["tokenizer"] = self.tokenizer(batch["cmr"]["ed_es_volumes"], path_keys if train else None)
+      outputs["tokenizer"] = self.tokenizer(
+        batch["cmr"]["ed_es_volumes"], path_keys if train else None
+      )
     if c.get("generator"):
       latents, tokens = outputs["tokenizer"]["latent_mean"], outputs["ecg_tokens"]
       outputs["generator"] = self.flow(batch, tokens, latents, fold(path_keys, GENERATOR), train)
     if c.get("segmenter"):
       outputs["segmentation"] = self.segmenter(batch["cmr"]["ed_es_volumes"])
-    for kind, read_outs in (("regression", self.regression), ("classification", self.classification)):
+    for kind, read_outs in (
+      ("regression", self.regression),
+      ("classification", self.classification),
+    ):
       if read_outs:
         outputs[kind] = {name: read_out(embeddings[name]) for name, read_out in read_outs.items()}
-    outputs |= {name: getattr(self, name) for name, on in (("log_scale", c.learned_temperature), ("bias", c.learned_bias)) if on}
+    outputs |= {
+      name: getattr(self, name)
+      for name, on in (("log_scale", c.learned_temperature), ("bias", c.learned_bias))
+      if on
+    }
     return outputs
 
 
 def fold(keys, i: int):
-  """Other keys [B] for the i-th use of the same ones, as by the i-th tower; those of the 0th are the keys themselves."""
+  """Other keys [B] for the i-th use of the same ones, as by the i-th tower; those of the 0th are
+  the keys themselves."""
   return keys if keys is None or not i else jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
 
 def interleave(a, b):
-  """Rows of two batches in turn, [2B, ...]: every row stays on its device, as a concatenation's would not."""
+  """Rows of two batches in turn, [2B, ...]: every row stays on its device, as a concatenation's
+  would not."""
   a = {name: x for name, x in a.items() if name != "again"} if isinstance(a, dict) else a
   b = {name: b[name] for name in a} if isinstance(a, dict) else b
   return jax.tree.map(lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:]), a, b)
 
 
 def look(cmr: dict, spec) -> jax.Array:
-  """The planes [B, Z, H, W] that a tower sees: the middle slices of a stack, or frames evenly spread over the beat."""
+  """The planes [B, Z, H, W] that a tower sees: the middle slices of a stack, or frames evenly
+  spread over the beat."""
   x = cmr[schema.VIEWS[spec.view]]
   if spec.view in ("ed_volume", "es_volume", "ed_slice"):
     x = x[:, int(spec.view == "es_volume")]
     planes = 1 if spec.view == "ed_slice" else spec.planes
     first = (x.shape[1] - planes) // 2
-    return x[:, first:first + planes]
+    return x[:, first : first + planes]
   if spec.view in ("cine_slice", "lax"):
     return x[:, [i * x.shape[1] // spec.planes for i in range(spec.planes)]]
   return x
 
 
 def fields(config: ConfigDict, only=None) -> tuple[str, ...]:
-  """Stored fields of the cohort that the model looks at, or of its CMR towers those of the towers `only`."""
-  found = {schema.VIEWS[spec.view] for name, spec in config.cmr.items() if only is None or name in only}
+  """Stored fields of the cohort that the model looks at, or of its CMR towers those of the towers
+  `only`."""
+  found = {
+    schema.VIEWS[spec.view] for name, spec in config.cmr.items() if only is None or name in only
+  }
   found |= {"ed_es_volumes"} if config.get("tokenizer") or config.get("segmenter") else set()
   return tuple(sorted(found | ({"labels"} if config.get("segmenter") else set())))
 
@@ -268,7 +336,8 @@ def masked(config: ConfigDict) -> bool:
 
 
 def noise_shape(config: ConfigDict, shape: tuple[int, int, int]) -> tuple[int, int]:
-  """Of the noise that a heart of (Z, H, W) grows from: tokens, and their numbers; one more says in which order (models.mar)."""
+  """Of the noise that a heart of (Z, H, W) grows from: tokens, and their numbers; one more says in
+  which order (models.mar)."""
   tokens = int(np.prod(tokenizer.grid_of(shape, config.tokenizer.patch)))
   return tokens, config.tokenizer.channels + masked(config)
 
@@ -281,7 +350,10 @@ def takes_covariates(config: ConfigDict) -> list[str]:
 
 def sees_all(config: ConfigDict, batch: dict) -> bool:
   """Does the batch hold what every CMR tower needs: its view, or its cached features?"""
-  return all(name in batch.get("features", {}) or schema.VIEWS[spec.view] in batch["cmr"] for name, spec in config.cmr.items())
+  return all(
+    name in batch.get("features", {}) or schema.VIEWS[spec.view] in batch["cmr"]
+    for name, spec in config.cmr.items()
+  )
 
 
 def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0) -> Pretrainer:
@@ -295,30 +367,51 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
     raise UserError(f"config.model.dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}")
   if (remat := config.get("remat", "none")) not in vit.REMAT:
     raise UserError(f"config.model.remat is {remat!r}; expected one of {', '.join(vit.REMAT)}")
-  if not config.ecg.size and not config.cmr and not config.get("tokenizer") and not config.get("segmenter"):
-    raise UserError("config.model names no tower; set model.ecg.size, an entry in model.cmr, or model.tokenizer")
+  if (
+    not config.ecg.size
+    and not config.cmr
+    and not config.get("tokenizer")
+    and not config.get("segmenter")
+  ):
+    raise UserError(
+      "config.model names no tower; set model.ecg.size, an entry in model.cmr, or model.tokenizer"
+    )
   if config.ecg.size:
     check_ecg(config.ecg, samples)
   known = [*config.cmr, *(["ecg"] if config.ecg.size else [])]
   if "ecg" in config.cmr:
-    raise UserError("config.model.cmr names a tower 'ecg', which is the name of the ECG tower; take another one")
-  for kind, there, what in (("regression", targets, "phenotypes, the cohort has none of config.data.targets"),
-                            ("classification", diseases, "diseases, the cohort has none")):
+    raise UserError(
+      "config.model.cmr names a tower 'ecg', which is the name of the ECG tower; take another one"
+    )
+  for kind, there, what in (
+    ("regression", targets, "phenotypes, the cohort has none of config.data.targets"),
+    ("classification", diseases, "diseases, the cohort has none"),
+  ):
     read_outs = config.get(kind, ())
     if unknown := [name for name in read_outs if name not in known]:
-      raise UserError(f"config.model.{kind} names {', '.join(unknown)}; expected some of {', '.join(known)}")
+      raise UserError(
+        f"config.model.{kind} names {', '.join(unknown)}; expected some of {', '.join(known)}"
+      )
     if read_outs and not there:
       raise UserError(f"config.model.{kind} asks for {what}")
   for name, spec in config.cmr.items():
     if lacking := sorted(set(TOWER) - set(spec)) + sorted(set(spec) - set(TOWER)):
-      raise UserError(f"config.model.cmr.{name} lacks, or does not know, {', '.join(lacking)}; a tower has {', '.join(TOWER)}")
+      raise UserError(
+        f"config.model.cmr.{name} lacks, or does not know, {', '.join(lacking)}; a tower has {', '.join(TOWER)}"
+      )
     if spec.view not in schema.VIEWS:
-      raise UserError(f"config.model.cmr.{name}.view is {spec.view!r}; expected one of {', '.join(schema.VIEWS)}")
+      raise UserError(
+        f"config.model.cmr.{name}.view is {spec.view!r}; expected one of {', '.join(schema.VIEWS)}"
+      )
   if config.get("tokenizer"):
     check_tokenizer(config.tokenizer)
-  if (spec := config.get("segmenter")) and (list(spec) != ["size"] or spec.size not in segmenter.SIZES):
-    raise UserError(f"config.model.segmenter is {spec.to_dict()}; expected dict(size=S), S one of {', '.join(segmenter.SIZES)}, or "
-                    "{} for none")
+  if (spec := config.get("segmenter")) and (
+    list(spec) != ["size"] or spec.size not in segmenter.SIZES
+  ):
+    raise UserError(
+      f"config.model.segmenter is {spec.to_dict()}; expected dict(size=S), S one of {', '.join(segmenter.SIZES)}, or "
+      "{} for none"
+    )
   if config.get("generator"):
     check_generator(config)
   return Pretrainer(config, samples, targets, diseases)
@@ -326,21 +419,34 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
 
 def check_generator(config: ConfigDict):
   c = config.generator
-  if not {"size", "dropout"} <= set(c) <= {"size", "dropout", "masked", "covariates"}:  # older runs have the first two
-    raise UserError(f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, or {{}} for none")
+  # older runs have the first two
+  if not {"size", "dropout"} <= set(c) <= {"size", "dropout", "masked", "covariates"}:
+    raise UserError(
+      f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, or {{}} for none"
+    )
   if c.size not in generator.SIZES:
-    raise UserError(f"config.model.generator.size is {c.size!r}; expected one of {', '.join(generator.SIZES)}")
+    raise UserError(
+      f"config.model.generator.size is {c.size!r}; expected one of {', '.join(generator.SIZES)}"
+    )
   if not config.get("tokenizer") or not config.ecg.size:
-    raise UserError("config.model.generator makes latents of the tokenizer from an ECG; it needs model.tokenizer and model.ecg.size")
+    raise UserError(
+      "config.model.generator makes latents of the tokenizer from an ECG; it needs model.tokenizer and model.ecg.size"
+    )
   if config.ecg.get("masked_view", False):
-    raise UserError("config.model.generator looks at all tokens of an ECG; set model.ecg.masked_view=False")
+    raise UserError(
+      "config.model.generator looks at all tokens of an ECG; set model.ecg.masked_view=False"
+    )
 
 
 def check_tokenizer(c: ConfigDict):
   if sorted(c) != ["channels", "patch", "size"]:
-    raise UserError(f"config.model.tokenizer has {', '.join(c)}; expected size, patch and channels, or {{}} for none")
+    raise UserError(
+      f"config.model.tokenizer has {', '.join(c)}; expected size, patch and channels, or {{}} for none"
+    )
   if c.size not in tokenizer.SIZES:
-    raise UserError(f"config.model.tokenizer.size is {c.size!r}; expected one of {', '.join(tokenizer.SIZES)}")
+    raise UserError(
+      f"config.model.tokenizer.size is {c.size!r}; expected one of {', '.join(tokenizer.SIZES)}"
+    )
 
 
 def is_st_mem(config: ConfigDict) -> bool:
@@ -352,34 +458,55 @@ def check_ecg(c: ConfigDict, samples: int):
   if c.get("kind", "vit") not in ecg.KINDS:
     raise UserError(f"config.model.ecg.kind is {c.kind!r}; expected one of {', '.join(ecg.KINDS)}")
   if c.get("kind", "vit") == "st_mem":
-    others = {"pool": "mean", "positions": "learned", "mask_ratio": 0.0, "film": False, "siamese": False,
-              "masked_view": False, "dropout": 0.0}
+    others = {
+      "pool": "mean",
+      "positions": "learned",
+      "mask_ratio": 0.0,
+      "film": False,
+      "siamese": False,
+      "masked_view": False,
+      "dropout": 0.0,
+    }
     if wrong := [f"{name}={c[name]!r}" for name, value in others.items() if c[name] != value]:
-      raise UserError(f"config.model.ecg has kind='st_mem' and {', '.join(wrong)}; ST-MEM's encoder has "
-                      f"{', '.join(f'{name}={value!r}' for name, value in others.items())}: set them, or kind='vit'")
+      raise UserError(
+        f"config.model.ecg has kind='st_mem' and {', '.join(wrong)}; ST-MEM's encoder has "
+        f"{', '.join(f'{name}={value!r}' for name, value in others.items())}: set them, or kind='vit'"
+      )
   for key, known in (("size", vit.SIZES), ("pool", ecg.POOLS), ("positions", ecg.POSITIONS)):
     if isinstance(c[key], str) and c[key] not in known:
       raise UserError(f"config.model.ecg.{key} is {c[key]!r}; expected one of {', '.join(known)}")
   if samples % c.patch:
-    raise UserError(f"config.model.ecg.patch is {c.patch}, which does not divide config.data.samples = {samples}")
+    raise UserError(
+      f"config.model.ecg.patch is {c.patch}, which does not divide config.data.samples = {samples}"
+    )
   tokens = len(schema.LEADS) * samples // c.patch
   if not 0 <= c.mask_ratio < 1 or (c.mask_ratio and not 0 < round(tokens * c.mask_ratio) < tokens):
-    raise UserError(f"config.model.ecg.mask_ratio is {c.mask_ratio} of {tokens} patches; expected a number from 0 (no decoder) to "
-                    "below 1 that hides at least one patch and leaves one")
+    raise UserError(
+      f"config.model.ecg.mask_ratio is {c.mask_ratio} of {tokens} patches; expected a number from 0 (no decoder) to "
+      "below 1 that hides at least one patch and leaves one"
+    )
   if c.get("film_after", False) and not c.film:
-    raise UserError("config.model.ecg.film_after says where covariates modulate the tokens; it "
-                    "needs model.ecg.film=True")
+    raise UserError(
+      "config.model.ecg.film_after says where covariates modulate the tokens; it "
+      "needs model.ecg.film=True"
+    )
   if c.get("masked_view", False) and not c.mask_ratio:
-    raise UserError("config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
-                    "model.ecg.mask_ratio above 0")
+    raise UserError(
+      "config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
+      "model.ecg.mask_ratio above 0"
+    )
   decoder = tuple(c.get("decoder", ()))  # absent from the configs of older runs
   fits = len(decoder) == 3 and not (decoder[0] % 4 or decoder[0] % decoder[2])
   if decoder and not (fits and c.mask_ratio):
-    raise UserError(f"config.model.ecg.decoder is {decoder}; expected width (a multiple of 4 and of "
-                    "the heads), blocks and heads of the masked autoencoder's decoder, or () for that "
-                    "of the size; it needs model.ecg.mask_ratio above 0")
+    raise UserError(
+      f"config.model.ecg.decoder is {decoder}; expected width (a multiple of 4 and of "
+      "the heads), blocks and heads of the masked autoencoder's decoder, or () for that "
+      "of the size; it needs model.ecg.mask_ratio above 0"
+    )
   if c.siamese and not c.mask_ratio:
-    raise UserError("config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0")
+    raise UserError(
+      "config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0"
+    )
 
 
 def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
@@ -389,13 +516,21 @@ def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
     planes = {"ed_slice": 1, "three_frames": 3}.get(spec.view, spec.planes)
     held = shape[-3]
     if not 1 <= planes <= held:
-      raise UserError(f"{where}.planes is {spec.planes}; the cohort's {spec.view} has {held} planes")
+      raise UserError(
+        f"{where}.planes is {spec.planes}; the cohort's {spec.view} has {held} planes"
+      )
     backbones.check(spec, (planes, *shape[-2:]), where)
   if config.get("tokenizer"):
     shape, patch = shapes["ed_es_volumes"][1:], tuple(config.tokenizer.patch)
-    if len(patch) != 3 or any(not isinstance(side, int) or side < 1 or length % side for side, length in zip(patch, shape)):
-      raise UserError(f"config.model.tokenizer.patch is {patch}; expected divisors of the cohort's {shape[0]} slices and of the sides "
-                      f"of their {shape[1]} x {shape[2]} pixels")
+    if len(patch) != 3 or any(
+      not isinstance(side, int) or side < 1 or length % side for side, length in zip(patch, shape)
+    ):
+      raise UserError(
+        f"config.model.tokenizer.patch is {patch}; expected divisors of the cohort's {shape[0]} slices and of the sides "
+        f"of their {shape[1]} x {shape[2]} pixels"
+      )
   if config.get("segmenter") and any(side % 8 for side in shapes["ed_es_volumes"][2:]):
-    raise UserError(f"config.model.segmenter halves an image three times; the cohort's have {shapes['ed_es_volumes'][2:]} pixels: "
-                    "prepare it with a --size that 8 divides")
+    raise UserError(
+      f"config.model.segmenter halves an image three times; the cohort's have {shapes['ed_es_volumes'][2:]} pixels: "
+      "prepare it with a --size that 8 divides"
+    )

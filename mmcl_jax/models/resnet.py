@@ -1,8 +1,10 @@
-"""ResNets for CMR: 2-D (He et al. 2016) and 'slow' 3-D (slow_r50, Feichtenhofer et al. 2019; slices are its time axis).
+"""ResNets for CMR: 2-D (He et al. 2016) and 'slow' 3-D (slow_r50, Feichtenhofer et al. 2019; slices
+are its time axis).
 
-Both are one body over x [B, Z, H, W, C]. The slow kernels span either the plane or the slice axis, never both, so every
-layer is a 2-D convolution over folded slices or a matrix product over neighbouring slices: the same numbers as 3-D
-convolutions, several times faster on a CPU. A 2-D image is a stack of one slice.
+Both are one body over x [B, Z, H, W, C]. The slow kernels span either the plane or the slice axis,
+never both, so every layer is a 2-D convolution over folded slices or a matrix product over
+neighbouring slices: the same numbers as 3-D convolutions, several times faster on a CPU. A 2-D
+image is a stack of one slice.
 """
 
 import functools
@@ -16,7 +18,8 @@ import numpy as np
 from mmcl_jax.models import kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
 
-kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, as torchvision has it
+# He et al. 2015, as torchvision has it
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def per_slice(layer, x):
@@ -28,21 +31,24 @@ def per_slice(layer, x):
 def max_pool(x):
   """3x3 max over every second pixel of x [B, H, W, C], as a maximum of shifted copies.
 
-  The same numbers as nn.max_pool with padding 1; its gradient is a select, which a CPU does four times faster than the
-  scatter that pooling windows lead to.
+  The same numbers as nn.max_pool with padding 1; its gradient is a select, which a CPU does four
+  times faster than the scatter that pooling windows lead to.
   """
   H, W = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-  return functools.reduce(jnp.maximum, (x[:, i:i + H:2, j:j + W:2] for i in range(3) for j in range(3)))
+  return functools.reduce(
+    jnp.maximum, (x[:, i : i + H : 2, j : j + W : 2] for i in range(3) for j in range(3))
+  )
 
 
 class BatchNorm(nn.Module):
   """Batch normalisation of x [B, ..., C] (Ioffe & Szegedy 2015).
 
-  Rows of weight 0 (padding, no CMR) count for nothing in the statistics; a batch of nothing else is normalised by the
-  running ones and leaves them as they are. Under jit the mean over a sharded axis is that over all devices, so the
-  statistics are of the global batch. As in torch, running statistics keep 0.9 of themselves at every step, and the
-  running variance is the unbiased one (n - 1), where flax's own BatchNorm keeps the biased one.
+  Rows of weight 0 (padding, no CMR) count for nothing in the statistics; a batch of nothing else is
+  normalised by the running ones and leaves them as they are. Under jit the mean over a sharded axis
+  is that over all devices, so the statistics are of the global batch. As in torch, running
+  statistics keep 0.9 of themselves at every step, and the running variance is the unbiased one (n -
+  1), where flax's own BatchNorm keeps the biased one.
   """
 
   dtype: jnp.dtype
@@ -61,7 +67,10 @@ class BatchNorm(nn.Module):
     if train:
       counted = rows.reshape(-1, *[1] * (x.ndim - 1)) > 0
       n = counted.sum(dtype=x.dtype) * math.prod(x.shape[1:-1])
-      average = lambda x: x.sum(axis=range(x.ndim - 1), where=counted) / jnp.maximum(n, 1)
+
+      def average(x):
+        return x.sum(axis=range(x.ndim - 1), where=counted) / jnp.maximum(n, 1)
+
       keep = jnp.where(n > 0, 0.9, 1.0)
       mean = jnp.where(n > 0, average(x), mean)
       var = jnp.where(n > 0, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0), var)
@@ -72,7 +81,8 @@ class BatchNorm(nn.Module):
 
 
 class Residual(nn.Module):
-  """relu(skip(x) + branch(x)) over x [B, Z, H, W, C]; the skip is a strided 1x1 convolution where the shapes differ."""
+  """relu(skip(x) + branch(x)) over x [B, Z, H, W, C]; the skip is a strided 1x1 convolution where
+  the shapes differ."""
 
   width: int
   stride: int = 1
@@ -81,18 +91,32 @@ class Residual(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, train):
-    norm = lambda name, **kwargs: functools.partial(BatchNorm(self.dtype, **kwargs, name=name), rows=rows, train=train)
+    def norm(name, **kwargs):
+      return functools.partial(BatchNorm(self.dtype, **kwargs, name=name), rows=rows, train=train)
+
     y = self.branch(x, norm)
     if self.stride > 1 or x.shape[-1] != y.shape[-1]:
-      x = norm("skip_norm")(self.pointwise(y.shape[-1], "skip")(x[:, :, ::self.stride, ::self.stride]))
+      x = norm("skip_norm")(
+        self.pointwise(y.shape[-1], "skip")(x[:, :, :: self.stride, :: self.stride])
+      )
     return nn.relu(x + y)
 
   def pointwise(self, width, name):
-    return vit.Dense(width, self.dtype, use_bias=False, kernel_init=kernel_init, name=name)  # a 1x1 convolution
+    # a 1x1 convolution
+    return vit.Dense(width, self.dtype, use_bias=False, kernel_init=kernel_init, name=name)
 
   def plane(self, stride, name):
-    conv = nn.Conv(self.width, (3, 3), (stride, stride), padding=1, use_bias=False, kernel_init=kernel_init,
-                   dtype=self.dtype, conv_general_dilated=kernels.convolve, name=name)
+    conv = nn.Conv(
+      self.width,
+      (3, 3),
+      (stride, stride),
+      padding=1,
+      use_bias=False,
+      kernel_init=kernel_init,
+      dtype=self.dtype,
+      conv_general_dilated=kernels.convolve,
+      name=name,
+    )
     return functools.partial(per_slice, conv)
 
 
@@ -101,41 +125,48 @@ class Basic(Residual):
 
   def branch(self, x, norm):
     y = nn.relu(norm("norm1")(self.plane(self.stride, "conv1")(x)))
-    return norm("norm2", scale_init=nn.initializers.zeros)(self.plane(1, "conv2")(y))  # a block starts as identity
+    # a block starts as identity
+    return norm("norm2", scale_init=nn.initializers.zeros)(self.plane(1, "conv2")(y))
 
 
 class Bottleneck(Residual):
-  """1x1 over `span` slices -> 3x3 with the stride -> 1x1 to 4 times the width, of ResNet-50 and slow_r50."""
+  """1x1 over `span` slices -> 3x3 with the stride -> 1x1 to 4 times the width, of ResNet-50 and
+  slow_r50."""
 
   def branch(self, x, norm):
     Z = x.shape[1]
     if self.span > 1:  # neighbours along the slice axis beside each other, then one matrix product
       reach = self.span // 2
       x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
-      x = jnp.concatenate([x[:, i:i + Z] for i in range(self.span)], axis=-1)
+      x = jnp.concatenate([x[:, i : i + Z] for i in range(self.span)], axis=-1)
     y = nn.relu(norm("norm1")(self.pointwise(self.width, "conv1")(x)))
     y = nn.relu(norm("norm2")(self.plane(self.stride, "conv2")(y)))
-    return norm("norm3", scale_init=nn.initializers.zeros)(self.pointwise(4 * self.width, "conv3")(y))
+    return norm("norm3", scale_init=nn.initializers.zeros)(
+      self.pointwise(4 * self.width, "conv3")(y)
+    )
 
 
 # name -> stem channels, block, then (width, blocks) a stage.
 SIZES = {
-    "test": (4, Basic, ((4, 1), (8, 1))),
-    "demo": (16, Basic, ((16, 1), (32, 1), (64, 1))),
-    "r18": (64, Basic, ((64, 2), (128, 2), (256, 2), (512, 2))),
-    "r50": (64, Bottleneck, ((64, 3), (128, 4), (256, 6), (512, 3))),  # v1.5, as torchvision's: MMCL
+  "test": (4, Basic, ((4, 1), (8, 1))),
+  "demo": (16, Basic, ((16, 1), (32, 1), (64, 1))),
+  "r18": (64, Basic, ((64, 2), (128, 2), (256, 2), (512, 2))),
+  # v1.5, as torchvision's: MMCL
+  "r50": (64, Bottleneck, ((64, 3), (128, 4), (256, 6), (512, 3))),
 }
 
 # name -> stem channels, block, then (width, blocks, slices that a kernel spans) a stage.
 SLOW_SIZES = {
-    "test": (4, Bottleneck, ((4, 1, 3),)),
-    "demo": (8, Bottleneck, ((8, 1, 1), (16, 1, 3), (32, 1, 3))),
-    "r50": (64, Bottleneck, ((64, 3, 1), (128, 4, 1), (256, 6, 3), (512, 3, 3))),  # slow_r50: dual-phase
+  "test": (4, Bottleneck, ((4, 1, 3),)),
+  "demo": (8, Bottleneck, ((8, 1, 1), (16, 1, 3), (32, 1, 3))),
+  # slow_r50: dual-phase
+  "r50": (64, Bottleneck, ((64, 3, 1), (128, 4, 1), (256, 6, 3), (512, 3, 3))),
 }
 
 
 class Body(nn.Module):
-  """From the image to the last feature map; the two networks below differ in what goes in and how it is pooled."""
+  """From the image to the last feature map; the two networks below differ in what goes in and how
+  it is pooled."""
 
   stem: int
   block: type[Residual]
@@ -145,10 +176,21 @@ class Body(nn.Module):
 
   @nn.compact
   def body(self, x, rows, train):
-    """x [B, Z, H, W, C] -> [B, Z, H', W', F], at least float32; every stage halves H and W, the stem by four."""
-    stem = nn.Conv(self.stem, (7, 7), (2, 2), padding=3, use_bias=False, kernel_init=kernel_init, dtype=self.dtype,
-                   name="stem")
-    x = nn.relu(BatchNorm(self.dtype, name="stem_norm")(per_slice(stem, x.astype(self.dtype)), rows, train))
+    """x [B, Z, H, W, C] -> [B, Z, H', W', F], at least float32; every stage halves H and W, the
+    stem by four."""
+    stem = nn.Conv(
+      self.stem,
+      (7, 7),
+      (2, 2),
+      padding=3,
+      use_bias=False,
+      kernel_init=kernel_init,
+      dtype=self.dtype,
+      name="stem",
+    )
+    x = nn.relu(
+      BatchNorm(self.dtype, name="stem_norm")(per_slice(stem, x.astype(self.dtype)), rows, train)
+    )
     x = per_slice(max_pool, x)
     block = self.block
     if self.remat != "none":
@@ -160,7 +202,8 @@ class Body(nn.Module):
     return at_least_float32(x)
 
   def every(self, length):
-    """Pixels of a side that the cells of the last feature map are centred on: every stride-th, as all kernels are odd."""
+    """Pixels of a side that the cells of the last feature map are centred on: every stride-th, as
+    all kernels are odd."""
     return np.arange(0, length, 2 ** (1 + len(self.stages)))
 
 
@@ -171,7 +214,8 @@ class ResNet(Body):
   """
 
   def __call__(self, image, rows, train, keys=None):
-    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them; keys: unused."""
+    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them;
+    keys: unused."""
     return self.body(jnp.moveaxis(image, 1, -1)[:, None], rows, train).mean(axis=(1, 2, 3))
 
   def feature_map(self, image):
@@ -185,15 +229,19 @@ class ResNet(Body):
 class SlowResNet(Body):
   """Volume [B, Z, H, W] in [0, 1] -> features [B, F].
 
-  Intensities are taken to [-1, 1]; spatial mean, then one Linear(Z -> 1) over the slices, as in the dual-phase system.
+  Intensities are taken to [-1, 1]; spatial mean, then one Linear(Z -> 1) over the slices, as in the
+  dual-phase system.
   """
 
   def setup(self):
-    starts_as_mean = lambda key, shape, dtype: jnp.full(shape, 1 / shape[0], dtype)
+    def starts_as_mean(key, shape, dtype):
+      return jnp.full(shape, 1 / shape[0], dtype)
+
     self.slice_pool = nn.Dense(1, kernel_init=starts_as_mean)
 
   def __call__(self, volume, rows, train, keys=None):
-    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them; keys: unused."""
+    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them;
+    keys: unused."""
     x = self.body((2 * volume - 1)[..., None], rows, train).mean(axis=(2, 3))  # [B, Z, F]
     return self.slice_pool(x.swapaxes(1, 2))[..., 0]
 

@@ -1,9 +1,10 @@
-"""KL autoencoder of the heart at two moments: its short-axis stacks at ED and ES <-> a few latent tokens.
+"""KL autoencoder of the heart at two moments: its short-axis stacks at ED and ES <-> a few latent
+tokens.
 
-The first half of latent generation (Rombach et al. 2022), of CardioNets' too (Ding et al. 2026). As in ViT-VQGAN (Yu et al.
-2022) encoder and decoder are transformers over patches, whose products a CPU, a GPU and a TPU do alike; a patch spans the
-same place at both phases, so that one token says how that place moves. Letters: B batch, P phases, Z slices, H W pixels,
-N tokens, C numbers a token.
+The first half of latent generation (Rombach et al. 2022), of CardioNets' too (Ding et al. 2026). As
+in ViT-VQGAN (Yu et al. 2022) encoder and decoder are transformers over patches, whose products a
+CPU, a GPU and a TPU do alike; a patch spans the same place at both phases, so that one token says
+how that place moves. Letters: B batch, P phases, Z slices, H W pixels, N tokens, C numbers a token.
 """
 
 import flax.linen as nn
@@ -15,19 +16,21 @@ from mmcl_jax.models import video, vit
 from mmcl_jax.models.kernels import at_least_float32
 
 PHASES = 2
-LOG_VARIANCE = (-20.0, 10.0)  # of a latent: its exponential is finite in float32 and far from the ends
+# of a latent: its exponential is finite in float32 and far from the ends
+LOG_VARIANCE = (-20.0, 10.0)
 
 # name -> width, depth, heads of the encoder and of the decoder. Widths are multiples of 16.
 SIZES = {
-    "test": (16, 1, 2),
-    "demo": (128, 2, 4),   # for a laptop
-    "small": (384, 6, 6),
-    "base": (768, 12, 12),
+  "test": (16, 1, 2),
+  "demo": (128, 2, 4),  # for a laptop
+  "small": (384, 6, 6),
+  "base": (768, 12, 12),
 }
 
 
 class Tokenizer(nn.Module):
-  """Stacks [B, P, Z, H, W] in [0, 1] <-> latents [B, N, C]; Z, H, W are multiples of `patch`'s sides."""
+  """Stacks [B, P, Z, H, W] in [0, 1] <-> latents [B, N, C]; Z, H, W are multiples of `patch`'s
+  sides."""
 
   width: int
   depth: int
@@ -39,10 +42,21 @@ class Tokenizer(nn.Module):
   scan: bool = False
 
   def setup(self):
-    blocks = lambda: [vit.Block(self.heads, i, dtype=self.dtype) for i in range(self.depth)]
-    norm = lambda: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
-    dense = lambda width: vit.Dense(width, self.dtype)
-    self.patch_embed, self.encoder, self.encoder_norm, self.posterior = dense(self.width), blocks(), norm(), dense(2 * self.channels)
+    def blocks():
+      return [vit.Block(self.heads, i, dtype=self.dtype) for i in range(self.depth)]
+
+    def norm():
+      return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+
+    def dense(width):
+      return vit.Dense(width, self.dtype)
+
+    self.patch_embed, self.encoder, self.encoder_norm, self.posterior = (
+      dense(self.width),
+      blocks(),
+      norm(),
+      dense(2 * self.channels),
+    )
     self.latent_embed, self.decoder, self.decoder_norm = dense(self.width), blocks(), norm()
     self.pixels = dense(PHASES * int(np.prod(self.patch)))
 
@@ -51,28 +65,37 @@ class Tokenizer(nn.Module):
     return norm(vit.through(blocks, x, None, self.remat, self.scan))
 
   def encode(self, stacks):
-    """stacks [B, P, Z, H, W] -> mean and log-variance [B, N, C] of the latents, at least float32."""
+    """stacks [B, P, Z, H, W] -> mean and log-variance [B, N, C] of the latents, at least
+    float32."""
     patches = [video.patchify(2 * stacks[:, phase] - 1, self.patch) for phase in range(PHASES)]
     x = self.patch_embed(jnp.concatenate(patches, axis=-1).astype(self.dtype))
-    x = self.posterior(self.transform(x, grid_of(stacks.shape[2:], self.patch), self.encoder, self.encoder_norm))
+    x = self.posterior(
+      self.transform(x, grid_of(stacks.shape[2:], self.patch), self.encoder, self.encoder_norm)
+    )
     mean, log_variance = jnp.split(at_least_float32(x), 2, axis=-1)
     return mean, jnp.clip(log_variance, *LOG_VARIANCE)
 
   def decode(self, latents, shape):
-    """latents [B, N, C] -> stacks [B, P, Z, H, W], `shape` = (Z, H, W); in [0, 1] as far as it has learned to."""
+    """latents [B, N, C] -> stacks [B, P, Z, H, W], `shape` = (Z, H, W); in [0, 1] as far as it has
+    learned to."""
     x = self.latent_embed(latents.astype(self.dtype))
     x = self.transform(x, grid_of(shape, self.patch), self.decoder, self.decoder_norm)
     phases = jnp.split(at_least_float32(self.pixels(x)), PHASES, axis=-1)
     return 0.5 + 0.5 * jnp.stack([video.unpatchify(x, shape, self.patch) for x in phases], axis=1)
 
   def __call__(self, stacks, keys=None):
-    """stacks [B, P, Z, H, W] and back. keys [B]: latents are drawn (training); None: they are their mean.
+    """stacks [B, P, Z, H, W] and back. keys [B]: latents are drawn (training); None: they are their
+    mean.
 
     Returns: latent_mean, latent_log_variance [B, N, C], reconstruction [B, P, Z, H, W].
     """
     mean, log_variance = self.encode(stacks)
     latents = mean if keys is None else draw(mean, log_variance, keys)
-    return {"latent_mean": mean, "latent_log_variance": log_variance, "reconstruction": self.decode(latents, stacks.shape[2:])}
+    return {
+      "latent_mean": mean,
+      "latent_log_variance": log_variance,
+      "reconstruction": self.decode(latents, stacks.shape[2:]),
+    }
 
 
 def draw(mean, log_variance, keys):

@@ -1,8 +1,10 @@
-"""Video transformer for CMR planes (frames of a cine or slices of a stack), and its masked autoencoder.
+"""Video transformer for CMR planes (frames of a cine or slices of a stack), and its masked
+autoencoder.
 
-As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over space and time, and
-a small decoder. Like VideoMAE (Tong et al. 2022) it has fixed positions and no CLS token: features are the mean over
-the tokens. Letters: B batch, T H W planes, rows, columns; N tokens, P pixels of a patch, D width.
+As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over
+space and time, and a small decoder. Like VideoMAE (Tong et al. 2022) it has fixed positions and no
+CLS token: features are the mean over the tokens. Letters: B batch, T H W planes, rows, columns; N
+tokens, P pixels of a patch, D width.
 """
 
 import flax.linen as nn
@@ -14,20 +16,25 @@ from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.mae import random_mask
 from mmcl_jax.models.vit import sincos_2d
 
-# name -> width, depth, heads of the encoder; (width, depth, heads) of the MAE decoder. Widths are multiples of 16.
+# name -> width, depth, heads of the encoder; (width, depth, heads) of the MAE decoder. Widths are
+# multiples of 16.
 SIZES = {
-    "test": (16, 1, 2, (16, 1, 2)),
-    "demo": (96, 2, 2, (64, 1, 2)),         # for a laptop
-    "small": (384, 12, 6, (192, 4, 3)),     # ViT-S; decoder of VideoMAE
-    "base": (768, 12, 12, (512, 8, 16)),    # ViT-B: CardioNets, Ding et al. 2026; decoder of He et al. 2022
+  "test": (16, 1, 2, (16, 1, 2)),
+  "demo": (96, 2, 2, (64, 1, 2)),  # for a laptop
+  "small": (384, 12, 6, (192, 4, 3)),  # ViT-S; decoder of VideoMAE
+  # ViT-B: CardioNets, Ding et al. 2026; decoder of He et al. 2022
+  "base": (768, 12, 12, (512, 8, 16)),
 }
 
 
 def patchify(x, patch: tuple[int, int, int]):
-  """[B, T, H, W] -> [B, N, P]: patches in the order (plane, row, column), and so the pixels of each."""
+  """[B, T, H, W] -> [B, N, P]: patches in the order (plane, row, column), and so the pixels of
+  each."""
   B, *lengths = x.shape
   (t, h, w), (a, b, c) = patch, (length // side for length, side in zip(lengths, patch))
-  return x.reshape(B, a, t, b, h, c, w).transpose(0, 1, 3, 5, 2, 4, 6).reshape(B, a * b * c, t * h * w)
+  return (
+    x.reshape(B, a, t, b, h, c, w).transpose(0, 1, 3, 5, 2, 4, 6).reshape(B, a * b * c, t * h * w)
+  )
 
 
 def unpatchify(patches, shape: tuple[int, int, int], patch: tuple[int, int, int]):
@@ -39,16 +46,21 @@ def unpatchify(patches, shape: tuple[int, int, int], patch: tuple[int, int, int]
 def sincos_3d(planes: int, rows: int, columns: int, width: int) -> np.ndarray:
   """Fixed sine-cosine positions [planes * rows * columns, width].
 
-  A quarter of the width for the plane, three eighths each for column and row (vit.sincos_2d), with frequencies
-  10000^(-2i/w) in a part w wide. One plane alone gets plain 2-D positions.
+  A quarter of the width for the plane, three eighths each for column and row (vit.sincos_2d), with
+  frequencies 10000^(-2i/w) in a part w wide. One plane alone gets plain 2-D positions.
   """
   if planes == 1:
     return sincos_2d(rows, columns, width)
   if width % 16:
     raise ValueError(f"3-D sin-cos positions need a width divisible by 16, got {width}")
-  plane = sincos_2d(1, planes, width // 2)[:, :width // 4]  # its first half is of the column
-  return np.concatenate([np.repeat(plane, rows * columns, axis=0),
-                         np.tile(sincos_2d(rows, columns, 3 * width // 4), (planes, 1))], axis=1)
+  plane = sincos_2d(1, planes, width // 2)[:, : width // 4]  # its first half is of the column
+  return np.concatenate(
+    [
+      np.repeat(plane, rows * columns, axis=0),
+      np.tile(sincos_2d(rows, columns, 3 * width // 4), (planes, 1)),
+    ],
+    axis=1,
+  )
 
 
 class Decoder(nn.Module):
@@ -64,16 +76,21 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, restore, grid):
-    """Args: tokens [B, M, D] normed; restore [B, N] (random_mask); grid of patches (planes, rows, columns).
+    """Args: tokens [B, M, D] normed; restore [B, N] (random_mask); grid of patches (planes, rows,
+    columns).
 
     Returns: patches [B, N, P], at least float32.
     """
     x = vit.Dense(self.width, self.dtype, name="embed")(tokens)
-    hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32).astype(x.dtype)
+    hidden = self.param(
+      "mask_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32
+    ).astype(x.dtype)
     B, N = restore.shape
     x = jnp.concatenate([x, jnp.broadcast_to(hidden, (B, N - x.shape[1], self.width))], axis=1)
     x = kernels.permute(x, restore) + jnp.asarray(sincos_3d(*grid, self.width), x.dtype)
-    blocks = [vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)]
+    blocks = [
+      vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)
+    ]
     x = vit.through(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
     return at_least_float32(vit.Dense(self.pixels, self.dtype, name="pred")(x))
@@ -102,13 +119,16 @@ class VideoViT(nn.Module):
       setattr(self, f"block{i}", vit.Block(self.heads, i, rate, self.dtype))
     self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
     if self.decoder:
-      self.mae_decoder = Decoder(*self.decoder, int(np.prod(self.patch)), self.dtype, self.remat, self.scan, name="decoder")
+      self.mae_decoder = Decoder(
+        *self.decoder, int(np.prod(self.patch)), self.dtype, self.remat, self.scan, name="decoder"
+      )
 
   def grid(self, x):
     return tuple(length // side for length, side in zip(x.shape[1:], self.patch))
 
   def tokens(self, x, keep=None, keys=None):
-    """Args: x [B, T, H, W]; keep [B, M] patches to look at (None: all); keys [B] for drop-path (None: none).
+    """Args: x [B, T, H, W]; keep [B, M] patches to look at (None: all); keys [B] for drop-path
+    (None: none).
 
     Returns: tokens [B, M, D] after the final norm.
     """
@@ -123,7 +143,8 @@ class VideoViT(nn.Module):
     return self.norm(vit.through(blocks, tokens, keys, self.remat, self.scan))
 
   def __call__(self, x, rows, train, keys=None):
-    """x [B, T, H, W] -> features [B, D], at least float32. rows: unused; keys [B]: drop-path where `train`."""
+    """x [B, T, H, W] -> features [B, D], at least float32. rows: unused; keys [B]: drop-path where
+    `train`."""
     return at_least_float32(self.tokens(x, keys=keys if train else None)).mean(axis=1)
 
   def feature_map(self, x):
@@ -131,14 +152,20 @@ class VideoViT(nn.Module):
     return at_least_float32(self.tokens(x)).reshape(len(x), *self.grid(x), self.width)
 
   def centres(self, *shape):
-    return tuple((np.arange(length // side) + 0.5) * side - 0.5 for length, side in zip(shape, self.patch))
+    return tuple(
+      (np.arange(length // side) + 0.5) * side - 0.5 for length, side in zip(shape, self.patch)
+    )
 
   def reconstruct(self, x, keys, ratio):
     """Hides a share `ratio` of the patches by `keys` [B] and fills them in (He et al. 2022).
 
-    Returns: patches, reconstruction [B, N, P] in the intensities of x; patch_mask [B, N], 1 = hidden.
+    Returns: patches, reconstruction [B, N, P] in the intensities of x; patch_mask [B, N], 1 =
+    hidden.
     """
     patches = at_least_float32(patchify(x, self.patch))
     keep, restore, mask = random_mask(keys, patches.shape[1], ratio)
-    return {"patches": patches, "reconstruction": self.mae_decoder(self.tokens(x, keep), restore, self.grid(x)),
-            "patch_mask": mask}
+    return {
+      "patches": patches,
+      "reconstruction": self.mae_decoder(self.tokens(x, keep), restore, self.grid(x)),
+      "patch_mask": mask,
+    }

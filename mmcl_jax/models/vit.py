@@ -1,4 +1,5 @@
-"""Vision-transformer parts. Letters: B batch, N tokens, D width. Parameter names follow timm's structure."""
+"""Vision-transformer parts. Letters: B batch, N tokens, D width. Parameter names follow timm's
+structure."""
 
 import functools
 
@@ -11,12 +12,13 @@ from mmcl_jax.models import kernels
 
 # name -> width, depth, heads of the encoder; width, depth, heads of the MAE decoder.
 SIZES = {
-    "test": (16, 1, 2, 16, 1, 2),
-    "demo": (96, 2, 2, 64, 1, 2),           # for a laptop
-    "tiny": (384, 3, 6, 256, 2, 8),         # MMCL, Turgut et al. 2025: 5.4 M parameters
-    "medium": (576, 12, 8, 256, 2, 8),      # dual-phase, Alvarez-Florez et al. 2026 ("mediumDeep")
-    "base": (768, 12, 12, 256, 2, 8),
-    "large": (1024, 24, 16, 512, 8, 16),    # CardiacNets, Ding et al. 2024 (decoder of He et al. 2022)
+  "test": (16, 1, 2, 16, 1, 2),
+  "demo": (96, 2, 2, 64, 1, 2),  # for a laptop
+  "tiny": (384, 3, 6, 256, 2, 8),  # MMCL, Turgut et al. 2025: 5.4 M parameters
+  "medium": (576, 12, 8, 256, 2, 8),  # dual-phase, Alvarez-Florez et al. 2026 ("mediumDeep")
+  "base": (768, 12, 12, 256, 2, 8),
+  # CardiacNets, Ding et al. 2024 (decoder of He et al. 2022)
+  "large": (1024, 24, 16, 512, 8, 16),
 }
 
 DROPOUT = 1 << 16  # uses of a row's keys by dropout, beyond those of drop-path and of towers
@@ -32,7 +34,8 @@ def numbers(size, decoder=()) -> tuple[int, ...]:
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
-  """Fixed 2-D sine-cosine positions, float64 [rows * columns, width]; half the width for the column, half for the row.
+  """Fixed 2-D sine-cosine positions, float64 [rows * columns, width]; half the width for the
+  column, half for the row.
 
   As in the code of MAE (He et al. 2022), the column first: frequencies 10000^(-2i/(width/2)).
   """
@@ -49,7 +52,8 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 def drop_path(x: jax.Array, keys: jax.Array | None, rate, layer) -> jax.Array:
-  """Drops a residual branch per sample with probability `rate` (Huang et al. 2016); keys [B] or None (evaluation).
+  """Drops a residual branch per sample with probability `rate` (Huang et al. 2016); keys [B] or
+  None (evaluation).
 
   `rate` and `layer` are numbers, or traced inside a loop over the layers.
   """
@@ -66,14 +70,17 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place) -> jax.Arr
   """
   if keys is None or not rate:
     return x
-  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+
+  def draw(key):
+    return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+
   keys = jax.vmap(lambda key: jax.random.fold_in(key, DROPOUT + place))(keys)
   return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
 
 
 def torch_uniform(inputs: int) -> nn.initializers.Initializer:
   """Where torch's Linear and Conv start, weight and bias alike: U(-1, 1) / sqrt(inputs)."""
-  bound = inputs ** -0.5
+  bound = inputs**-0.5
   return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -111,9 +118,15 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, keys=None):
     B, N, D = x.shape
-    dense = lambda width, name: Dense(width, self.dtype, kernel_init=self.kernel_init, name=name)
-    norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
-    drop = lambda x, i: dropout(x, keys, self.dropout, 3 * self.layer + i)
+
+    def dense(width, name):
+      return Dense(width, self.dtype, kernel_init=self.kernel_init, name=name)
+
+    def norm(name):
+      return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
+
+    def drop(x, i):
+      return dropout(x, keys, self.dropout, 3 * self.layer + i)
 
     y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
     y = kernels.attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
@@ -122,16 +135,22 @@ class Block(nn.Module):
     return x + drop_path(drop(dense(D, "fc2")(y), 3), keys, self.drop_path, 2 * self.layer + 1)
 
 
-# ---------------------------------------------------------------------------------------------------- blocks in a row
+# ----------------------------------------------------------------------------------------------------
+# blocks in a row
 
-REMAT = ("none", "blocks", "dots")  # what a backward pass computes again: nothing, whole blocks, all but their products
+# what a backward pass computes again: nothing, whole blocks, all but their products
+REMAT = ("none", "blocks", "dots")
 
 
 def remat_policy(remat: str):
-  """For jax.checkpoint. "dots" keeps products with parameters and convolutions, but not attention's, which are [N, N]."""
+  """For jax.checkpoint. "dots" keeps products with parameters and convolutions, but not
+  attention's, which are [N, N]."""
+
   def keeps(primitive, *args, **params):
-    return (primitive is jax.lax.conv_general_dilated_p
-            or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params))
+    return (
+      primitive is jax.lax.conv_general_dilated_p
+      or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    )
 
   return keeps if remat == "dots" else None
 
@@ -141,7 +160,8 @@ def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool =
 
   Args:
     remat: of REMAT. A block then keeps its input alone, or also its products with parameters.
-    scan: compiles one block and loops over the parameters of all, stacked here; they stay one block's each outside.
+    scan: compiles one block and loops over the parameters of all, stacked here; they stay one
+      block's each outside.
   """
   if not blocks or blocks[0].is_initializing() or (remat == "none" and not scan):
     for block in blocks:
@@ -149,14 +169,20 @@ def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool =
     return x
 
   def run(x, params, layer, rate):
-    return blocks[0].clone(parent=None, layer=layer, drop_path=rate).apply({"params": params}, x, keys)
+    return (
+      blocks[0].clone(parent=None, layer=layer, drop_path=rate).apply({"params": params}, x, keys)
+    )
 
   def again(f):
-    return f if remat == "none" else jax.checkpoint(f, policy=remat_policy(remat), prevent_cse=not scan)
+    return (
+      f if remat == "none" else jax.checkpoint(f, policy=remat_policy(remat), prevent_cse=not scan)
+    )
 
   if not scan:
     for block in blocks:
-      x = again(functools.partial(run, layer=block.layer, rate=block.drop_path))(x, block.variables["params"])
+      x = again(functools.partial(run, layer=block.layer, rate=block.drop_path))(
+        x, block.variables["params"]
+      )
     return x
   keys = keys if any(block.drop_path or block.dropout for block in blocks) else None
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compute_params, blocks))
@@ -167,6 +193,10 @@ def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool =
 
 
 def compute_params(block: Block):
-  """Its parameters in the dtype that it computes with; those of the norms stay, as they are used in float32."""
-  cast = lambda path, x: x if path[0].key.startswith("norm") else x.astype(block.dtype)
+  """Its parameters in the dtype that it computes with; those of the norms stay, as they are used in
+  float32."""
+
+  def cast(path, x):
+    return x if path[0].key.startswith("norm") else x.astype(block.dtype)
+
   return jax.tree_util.tree_map_with_path(cast, block.variables["params"])

@@ -2,9 +2,10 @@
 
     config.objectives.NAME = dict(fn="dual_phase" | "my_package.my_module:my_loss", weight=1.0, **parameters)
 
-An objective is `fn(outputs, batch, **parameters) -> Loss`. It sees the whole global batch (sharded arrays under jit):
-its value is the same on 1 or 512 devices. `weight` is a number, or `dict(steps=(0, 1000), values=(0.0, 1.0))`, a
-schedule that is linear in between and constant beyond its ends. Nothing in the package changes for a new objective.
+An objective is `fn(outputs, batch, **parameters) -> Loss`. It sees the whole global batch (sharded
+arrays under jit): its value is the same on 1 or 512 devices. `weight` is a number, or
+`dict(steps=(0, 1000), values=(0.0, 1.0))`, a schedule that is linear in between and constant beyond
+its ends. Nothing in the package changes for a new objective.
 """
 
 import importlib
@@ -18,28 +19,29 @@ import jax.numpy as jnp
 from mmcl_jax.errors import UserError
 
 BUILT_IN = {
-    "mae": "mmcl_jax.objectives.mae:mae",
-    "dual_phase": "mmcl_jax.objectives.contrastive:dual_phase",
-    "clip": "mmcl_jax.objectives.contrastive:clip",
-    "nt_xent": "mmcl_jax.objectives.ntxent:nt_xent",
-    "siglip": "mmcl_jax.objectives.sigmoid:siglip",
-    "phenotype_weighted": "mmcl_jax.objectives.phenotypes:phenotype_weighted",
-    "soft_positive": "mmcl_jax.objectives.phenotypes:soft_positive",
-    "false_negative_removal": "mmcl_jax.objectives.phenotypes:false_negative_removal",
-    "relational": "mmcl_jax.objectives.phenotypes:relational",
-    "phenotype_regression": "mmcl_jax.objectives.supervised:phenotype_regression",
-    "disease_classification": "mmcl_jax.objectives.supervised:disease_classification",
-    "vicreg": "mmcl_jax.objectives.noncontrastive:vicreg",
-    "simsiam": "mmcl_jax.objectives.noncontrastive:simsiam",
-    "cmr_mae": "mmcl_jax.objectives.mae:cmr_mae",
-    "kl_autoencoder": "mmcl_jax.objectives.generation:kl_autoencoder",
-    "segmentation": "mmcl_jax.objectives.generation:segmentation",
-    "flow_matching": "mmcl_jax.objectives.generation:flow_matching",
+  "mae": "mmcl_jax.objectives.mae:mae",
+  "dual_phase": "mmcl_jax.objectives.contrastive:dual_phase",
+  "clip": "mmcl_jax.objectives.contrastive:clip",
+  "nt_xent": "mmcl_jax.objectives.ntxent:nt_xent",
+  "siglip": "mmcl_jax.objectives.sigmoid:siglip",
+  "phenotype_weighted": "mmcl_jax.objectives.phenotypes:phenotype_weighted",
+  "soft_positive": "mmcl_jax.objectives.phenotypes:soft_positive",
+  "false_negative_removal": "mmcl_jax.objectives.phenotypes:false_negative_removal",
+  "relational": "mmcl_jax.objectives.phenotypes:relational",
+  "phenotype_regression": "mmcl_jax.objectives.supervised:phenotype_regression",
+  "disease_classification": "mmcl_jax.objectives.supervised:disease_classification",
+  "vicreg": "mmcl_jax.objectives.noncontrastive:vicreg",
+  "simsiam": "mmcl_jax.objectives.noncontrastive:simsiam",
+  "cmr_mae": "mmcl_jax.objectives.mae:cmr_mae",
+  "kl_autoencoder": "mmcl_jax.objectives.generation:kl_autoencoder",
+  "segmentation": "mmcl_jax.objectives.generation:segmentation",
+  "flow_matching": "mmcl_jax.objectives.generation:flow_matching",
 }
 
 
 class Loss(NamedTuple):
-  """values [B] per row; weight [B], 0 for rows that do not count; metrics: name -> scalar, for the log."""
+  """values [B] per row; weight [B], 0 for rows that do not count; metrics: name -> scalar, for the
+  log."""
 
   values: jax.Array
   weight: jax.Array
@@ -55,34 +57,46 @@ class Objective(NamedTuple):
 def build(config) -> list[Objective]:
   """`config.objectives` -> objectives; a UserError names what is unknown and lists what exists."""
   if not config:
-    raise UserError("config.objectives is empty; expected at least one entry such as "
-                    "reconstruction = dict(fn='mae', weight=1.0)")
+    raise UserError(
+      "config.objectives is empty; expected at least one entry such as "
+      "reconstruction = dict(fn='mae', weight=1.0)"
+    )
   return [one(name, entry) for name, entry in sorted(config.to_dict().items())]
 
 
 def one(name: str, entry: dict) -> Objective:
   where = f"config.objectives.{name}"
   if "fn" not in entry or "weight" not in entry:
-    raise UserError(f"{where} has the keys {sorted(entry)}; expected fn, weight and the parameters of fn")
+    raise UserError(
+      f"{where} has the keys {sorted(entry)}; expected fn, weight and the parameters of fn"
+    )
   fn, weight = entry.pop("fn"), entry.pop("weight")
   loss = find(fn, where)
   known = [p.name for p in inspect.signature(loss).parameters.values()][2:]
   unknown = sorted(set(entry) - set(known))
   if unknown:
-    raise UserError(f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are "
-                    f"{', '.join(known)}")
-  return Objective(name, lambda outputs, batch: loss(outputs, batch, **entry), schedule(weight, f"{where}.weight"))
+    raise UserError(
+      f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are "
+      f"{', '.join(known)}"
+    )
+  return Objective(
+    name, lambda outputs, batch: loss(outputs, batch, **entry), schedule(weight, f"{where}.weight")
+  )
 
 
 def find(fn: str, where: str) -> Callable:
   path = BUILT_IN.get(fn, fn)
   module, _, attribute = path.partition(":")
   if not attribute:
-    raise UserError(f"{where}.fn is {fn!r}; expected one of {', '.join(BUILT_IN)}, or 'package.module:function'")
+    raise UserError(
+      f"{where}.fn is {fn!r}; expected one of {', '.join(BUILT_IN)}, or 'package.module:function'"
+    )
   try:
     return getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
-    raise UserError(f"{where}.fn is {fn!r}, which cannot be imported ({error}); is its folder on PYTHONPATH?") from None
+    raise UserError(
+      f"{where}.fn is {fn!r}, which cannot be imported ({error}); is its folder on PYTHONPATH?"
+    ) from None
 
 
 def schedule(weight, where: str) -> Callable:
@@ -93,8 +107,10 @@ def schedule(weight, where: str) -> Callable:
     if steps.ndim != 1 or steps.shape != values.shape or bool((jnp.diff(steps) <= 0).any()):
       raise ValueError
   except (KeyError, TypeError, ValueError):
-    raise UserError(f"{where} is {weight}; expected a number or dict(steps=(0, 1000), values=(0.0, 1.0)) "
-                    "with rising steps and as many values") from None
+    raise UserError(
+      f"{where} is {weight}; expected a number or dict(steps=(0, 1000), values=(0.0, 1.0)) "
+      "with rising steps and as many values"
+    ) from None
   return lambda step: jnp.interp(jnp.asarray(step, float), steps, values)
 
 

@@ -1,7 +1,8 @@
-"""What objectives share: names of projections, which rows count, distances between phenotypes, checks of parameters.
+"""What objectives share: names of projections, which rows count, distances between phenotypes,
+checks of parameters.
 
-A projection is named by its tower: "ecg", or a CMR tower of `config.model.cmr`, or either with ".again" for the second
-augmentation of the same rows (`config.augment.twice`).
+A projection is named by its tower: "ecg", or a CMR tower of `config.model.cmr`, or either with
+".again" for the second augmentation of the same rows (`config.augment.twice`).
 """
 
 import math
@@ -17,22 +18,26 @@ def at_least_float32(x) -> jax.Array:
 
 
 def tower(name: str) -> tuple[str, bool]:
-  """"image.again" -> ("image", True)."""
+  """ "image.again" -> ("image", True)."""
   tower, dot, view = name.partition(".") if isinstance(name, str) else ("", "", "")
   if not tower or (dot and view != "again"):
-    raise ValueError(f"the projection is named {name!r}; expected ecg or a CMR tower, or either followed by .again")
+    raise ValueError(
+      f"the projection is named {name!r}; expected ecg or a CMR tower, or either followed by .again"
+    )
   return tower, bool(dot)
 
 
 def projection(outputs, name: str) -> jax.Array:
-  """Projection [B, E] by its name; a KeyError where the model has no such tower or no second augmentation."""
+  """Projection [B, E] by its name; a KeyError where the model has no such tower or no second
+  augmentation."""
   which, again = tower(name)
   outputs = outputs["again"] if again else outputs
   return outputs["ecg_projection"] if which == "ecg" else outputs["cmr"][which]["projection"]
 
 
 def row_weight(batch, *names: str) -> jax.Array:
-  """[B]: 1 for rows that are no padding and have what the named projections are made of (ECG, CMR), else 0."""
+  """[B]: 1 for rows that are no padding and have what the named projections are made of (ECG, CMR),
+  else 0."""
   weight = at_least_float32(batch["mask"])
   for need in sorted({"has_ecg" if tower(name)[0] == "ecg" else "has_cmr" for name in names}):
     weight *= batch[need]
@@ -42,12 +47,15 @@ def row_weight(batch, *names: str) -> jax.Array:
 def pair(outputs, a: str, b: str) -> tuple[jax.Array, jax.Array]:
   """Both projections of a pair, which must be two."""
   if a == b:
-    raise ValueError(f"a and b are both {a!r}; expected two projections, such as ecg and a CMR tower")
+    raise ValueError(
+      f"a and b are both {a!r}; expected two projections, such as ecg and a CMR tower"
+    )
   return projection(outputs, a), projection(outputs, b)
 
 
 def inverse_temperature(outputs, temperature: float):
-  """The learned one where the model has one (config.model.learned_temperature), else 1 / temperature."""
+  """The learned one where the model has one (config.model.learned_temperature), else 1 /
+  temperature."""
   require_positive(temperature=temperature)
   return jnp.exp(outputs["log_scale"]) if "log_scale" in outputs else 1.0 / temperature
 
@@ -61,8 +69,10 @@ def targets_of(batch) -> tuple[jax.Array, jax.Array]:
   """Standardised targets [B, K] with 0 for what is unknown, and which are known [B, K]."""
   targets = at_least_float32(batch["targets"])
   if targets.ndim != 2 or not targets.shape[1]:
-    raise ValueError(f"batch.targets has the shape {targets.shape}; expected [rows, phenotypes], at least one in "
-                     "config.data.targets")
+    raise ValueError(
+      f"batch.targets has the shape {targets.shape}; expected [rows, phenotypes], at least one in "
+      "config.data.targets"
+    )
   known = ~jnp.isnan(targets)
   return jnp.where(known, targets, 0), known
 
@@ -70,16 +80,21 @@ def targets_of(batch) -> tuple[jax.Array, jax.Array]:
 def phenotype_distance(batch) -> tuple[jax.Array, jax.Array]:
   """How far apart the phenotypes of any two rows are, over the targets that both know.
 
-  Returns: d [B, B], the mean squared difference in SD^2 (a mean, so that it says the same for any number of targets),
-  0 where no target is common; common [B, B], whether any is.
+  Returns: d [B, B], the mean squared difference in SD^2 (a mean, so that it says the same for any
+  number of targets), 0 where no target is common; common [B, B], whether any is.
   """
   x, known = targets_of(batch)
   known = known.astype(x.dtype)
-  times = lambda a, b: jnp.einsum("ik,jk->ij", a, b, precision="highest")
-  # (x - y)^2 = x^2 - 2xy + y^2, each summed as a matrix product: differences one by one would be stored, [B, B, K].
+
+  def times(a, b):
+    return jnp.einsum("ik,jk->ij", a, b, precision="highest")
+
+  # (x - y)^2 = x^2 - 2xy + y^2, each summed as a matrix product: differences one by one would be
+  # stored, [B, B, K].
   both, cross = times(known, known), times(jnp.square(x), known)
   squared = jnp.maximum(cross + times(known, jnp.square(x)) - 2 * times(x, x), 0)
-  squared = jnp.where(jnp.eye(len(x), dtype=bool), 0, squared)  # of oneself: rounding left something there
+  # of oneself: rounding left something there
+  squared = jnp.where(jnp.eye(len(x), dtype=bool), 0, squared)
   return squared / jnp.maximum(both, 1), both > 0
 
 

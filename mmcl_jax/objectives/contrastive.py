@@ -1,4 +1,5 @@
-"""Softmax contrastive objectives over the global batch. All here is at least float32: low temperatures need it."""
+"""Softmax contrastive objectives over the global batch. All here is at least float32: low
+temperatures need it."""
 
 import functools
 
@@ -13,7 +14,8 @@ HIDDEN = -1e30  # logit of what is not compared; finite: its exponential is 0 an
 def normalise(z: jax.Array) -> jax.Array:
   """z / max(|z|, 1e-3) row by row.
 
-  Its gradient at z = 0 is 1,000: a smaller constant would let one dead row (all ReLUs of a head off) outweigh the rest.
+  Its gradient at z = 0 is 1,000: a smaller constant would let one dead row (all ReLUs of a head
+  off) outweigh the rest.
   """
   z = common.at_least_float32(z)
   return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-6))
@@ -22,8 +24,8 @@ def normalise(z: jax.Array) -> jax.Array:
 def may_compare(subject: jax.Array, valid: jax.Array) -> jax.Array:
   """[B, B] bool, symmetric: which rows stand in each other's denominators, and each row in its own.
 
-  Two rows of one subject are not each other's negatives; a row that does not count (padding, a missing modality) is
-  nobody's, and keeps only itself, so that its value is finite.
+  Two rows of one subject are not each other's negatives; a row that does not count (padding, a
+  missing modality) is nobody's, and keeps only itself, so that its value is finite.
   """
   same = (subject[:, None, :] == subject[None, :, :]).all(axis=-1)
   counts = (valid[:, None] > 0) & (valid[None, :] > 0)
@@ -38,7 +40,8 @@ def similarities(a: jax.Array, b: jax.Array, scale) -> jax.Array:
 def log_sum_exp(logits: jax.Array, compared: jax.Array, axis: int) -> jax.Array:
   """[B] over the compared entries of each row (axis 1) or column (axis 0).
 
-  Columns are summed where they lie: a transpose of row-sharded logits would send all of them round the devices.
+  Columns are summed where they lie: a transpose of row-sharded logits would send all of them round
+  the devices.
   """
   return jax.nn.logsumexp(jnp.where(compared, logits, HIDDEN), axis=axis)
 
@@ -50,8 +53,11 @@ def own_and_hit(logits: jax.Array, compared: jax.Array) -> tuple[jax.Array, jax.
   return own, own > jnp.where(compared & ~own_column, logits, HIDDEN).max(axis=1)
 
 
-def info_nce(a, b, scale, allowed, b_to_a: float = 0.5, log_weight=0.0) -> tuple[jax.Array, jax.Array]:
-  """InfoNCE in both directions (Oord et al. 2018; CLIP, Radford et al. 2021): with s = scale * a b^T,
+def info_nce(
+  a, b, scale, allowed, b_to_a: float = 0.5, log_weight=0.0
+) -> tuple[jax.Array, jax.Array]:
+  """InfoNCE in both directions (Oord et al. 2018; CLIP, Radford et al. 2021): with s = scale * a
+  b^T,
 
     value_i = (1 - b_to_a) log sum_k w_ik e^{s_ik} + b_to_a log sum_k w_ki e^{s_ki} - s_ii.
 
@@ -71,7 +77,8 @@ def info_nce(a, b, scale, allowed, b_to_a: float = 0.5, log_weight=0.0) -> tuple
 
 
 def among(subject: jax.Array, valid: jax.Array, ring: bool):
-  """(a, b, scale, b_to_a) -> `info_nce` among the rows that `may_compare`; `ring`: without holding [B, B] logits."""
+  """(a, b, scale, b_to_a) -> `info_nce` among the rows that `may_compare`; `ring`: without holding
+  [B, B] logits."""
   if not isinstance(ring, bool):
     raise ValueError(f"ring is {ring!r}; expected True or False")
   if ring:
@@ -79,16 +86,26 @@ def among(subject: jax.Array, valid: jax.Array, ring: bool):
   return functools.partial(info_nce, allowed=may_compare(subject, valid))
 
 
-def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: float = 1.0, temperature: float = 0.07,
-               ring: bool = False) -> Loss:
-  """Three-pair contrastive loss tying an ECG to the same heart at ED and ES (Alvarez-Florez et al. 2026).
+def dual_phase(
+  outputs,
+  batch,
+  w_ed: float = 1.0,
+  w_es: float = 1.0,
+  w_edes: float = 1.0,
+  temperature: float = 0.07,
+  ring: bool = False,
+) -> Loss:
+  """Three-pair contrastive loss tying an ECG to the same heart at ED and ES (Alvarez-Florez et al.
+  2026).
 
     L = w_ed S(u, a) + w_es S(u, b) + w_edes S(a, b),  weights divided by their sum,
 
-  with u, a, b the unit-length projections of ECG, ED and ES, and S the symmetric InfoNCE over the global batch.
+  with u, a, b the unit-length projections of ECG, ED and ES, and S the symmetric InfoNCE over the
+  global batch.
 
   Args:
-    outputs: ecg_projection [B, E], cmr.{ed,es}.projection [B, E], log_scale [] where the temperature is learned.
+    outputs: ecg_projection [B, E], cmr.{ed,es}.projection [B, E], log_scale [] where the
+      temperature is learned.
     batch: subject [B, 2], mask, has_ecg, has_cmr [B].
     w_ed, w_es, w_edes: weights of the three pairs.
     temperature: of the softmax, where the model learns none (config.model.learned_temperature).
@@ -105,19 +122,30 @@ def dual_phase(outputs, batch, w_ed: float = 1.0, w_es: float = 1.0, w_edes: flo
   for name, x, y, w in (("ed", u, a, w_ed), ("es", u, b, w_es), ("edes", a, b, w_edes)):
     pair, hit = nce(x, y, scale)
     values += w / total * pair
-    metrics |= {f"{name}_loss": common.average(pair, weight), f"{name}_r@1": common.average(hit, weight)}
+    metrics |= {
+      f"{name}_loss": common.average(pair, weight),
+      f"{name}_r@1": common.average(hit, weight),
+    }
   metrics["temperature"] = 1.0 / jnp.asarray(scale)
   return Loss(values, weight, metrics)
 
 
-def clip(outputs, batch, a: str = "ecg", b: str = "ed", b_to_a: float = 0.5, temperature: float = 0.1,
-         ring: bool = False) -> Loss:
-  """Two-tower contrastive loss (CLIP, Radford et al. 2021) with a weight for its directions (MMCL, Turgut et al. 2025).
+def clip(
+  outputs,
+  batch,
+  a: str = "ecg",
+  b: str = "ed",
+  b_to_a: float = 0.5,
+  temperature: float = 0.1,
+  ring: bool = False,
+) -> Loss:
+  """Two-tower contrastive loss (CLIP, Radford et al. 2021) with a weight for its directions (MMCL,
+  Turgut et al. 2025).
 
     L = b_to_a CE(each b among all a) + (1 - b_to_a) CE(each a among all b),
 
-  over unit-length projections at 1 / temperature. MMCL: a="ecg", b the CMR tower, b_to_a=0.75 (its lambda, the weight
-  of CMR -> ECG), temperature=0.1.
+  over unit-length projections at 1 / temperature. MMCL: a="ecg", b the CMR tower, b_to_a=0.75 (its
+  lambda, the weight of CMR -> ECG), temperature=0.1.
 
   Args:
     outputs: projections [B, E] of both, log_scale [] where the temperature is learned.
@@ -133,4 +161,6 @@ def clip(outputs, batch, a: str = "ecg", b: str = "ed", b_to_a: float = 0.5, tem
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, a, b)
   values, hit = among(batch["subject"], weight, ring)(x, y, scale, b_to_a=b_to_a)
-  return Loss(values, weight, {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)})
+  return Loss(
+    values, weight, {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)}
+  )

@@ -1,4 +1,5 @@
-"""What generation of CMR learns by: the tokenizer's evidence bound, labels for its segmenter, the flow of its generator."""
+"""What generation of CMR learns by: the tokenizer's evidence bound, labels for its segmenter, the
+flow of its generator."""
 
 import jax
 import jax.numpy as jnp
@@ -7,29 +8,38 @@ from mmcl_jax.objectives import Loss, common
 
 
 def kl_autoencoder(outputs, batch, noise: float = 0.05) -> Loss:
-  """Negative evidence lower bound of a Gaussian decoder, in nats a voxel without its constant (Kingma & Welling 2014):
+  """Negative evidence lower bound of a Gaussian decoder, in nats a voxel without its constant
+  (Kingma & Welling 2014):
 
-  [ sum over voxels (x - x_hat)^2 / (2 noise^2) + sum over latents (mean^2 + variance - log variance - 1) / 2 ] / voxels
+  [ sum over voxels (x - x_hat)^2 / (2 noise^2) + sum over latents (mean^2 + variance - log variance
+  - 1) / 2 ] / voxels
 
   Args:
     outputs: tokenizer.{reconstruction [B, P, Z, H, W], latent_mean, latent_log_variance [B, N, C]}.
     batch: cmr.ed_es_volumes [B, P, Z, H, W] in [0, 1], has_cmr, mask [B].
-    noise: SD of the grey values that need not be told, those of the scanner's noise. What it leaves unused of the latents
-      keeps the prior N(0, 1), so that latents have one scale, whatever a generator makes them from.
+    noise: SD of the grey values that need not be told, those of the scanner's noise. What it leaves
+      unused of the latents keeps the prior N(0, 1), so that latents have one scale, whatever a
+        generator makes them from.
   """
   common.require_positive(noise=noise)
   made, x = outputs["tokenizer"], common.at_least_float32(batch["cmr"]["ed_es_volumes"])
   voxels = x[0].size
   squared = jnp.square(x - common.at_least_float32(made["reconstruction"])).mean(axis=(1, 2, 3, 4))
-  mean, log_variance = (common.at_least_float32(made[name]) for name in ("latent_mean", "latent_log_variance"))
+  mean, log_variance = (
+    common.at_least_float32(made[name]) for name in ("latent_mean", "latent_log_variance")
+  )
   kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1).sum(axis=(1, 2))
   weight = common.row_weight(batch, "cmr")
-  return Loss(squared / (2 * noise ** 2) + kl / voxels, weight,
-              {"mse": common.average(squared, weight), "kl_nats": common.average(kl, weight)})
+  return Loss(
+    squared / (2 * noise**2) + kl / voxels,
+    weight,
+    {"mse": common.average(squared, weight), "kl_nats": common.average(kl, weight)},
+  )
 
 
 def segmentation(outputs, batch) -> Loss:
-  """Cross-entropy plus 1 - soft Dice, the mean over the labels but background (Milletari et al. 2016).
+  """Cross-entropy plus 1 - soft Dice, the mean over the labels but background (Milletari et al.
+  2016).
 
   Args:
     outputs: segmentation [B, P, Z, H, W, classes], log-odds.
@@ -41,21 +51,30 @@ def segmentation(outputs, batch) -> Loss:
   voxels = tuple(range(1, labels.ndim))
   cross_entropy = -(truth * log_p).sum(axis=-1).mean(axis=voxels)
   p, truth = jnp.exp(log_p)[..., 1:], truth[..., 1:]
-  overlap = (2 * (p * truth).sum(axis=voxels) + 1) / (p.sum(axis=voxels) + truth.sum(axis=voxels) + 1)  # 1 voxel: none of a label
+  # 1 voxel: none of a label
+  overlap = (2 * (p * truth).sum(axis=voxels) + 1) / (
+    p.sum(axis=voxels) + truth.sum(axis=voxels) + 1
+  )
   dice = overlap.mean(axis=-1)
   weight = common.row_weight(batch, "cmr") * (labels > 0).any(axis=voxels)
   return Loss(cross_entropy + 1 - dice, weight, {"soft_dice": common.average(dice, weight)})
 
 
 def flow_matching(outputs, batch) -> Loss:
-  """Mean squared error of the velocity from noise to latent (Lipman et al. 2023; Liu et al. 2023, rectified flow).
+  """Mean squared error of the velocity from noise to latent (Lipman et al. 2023; Liu et al. 2023,
+  rectified flow).
 
   Args:
-    outputs: generator.{velocity, target} [B, N, C] and, where only some tokens count, hidden [B, N].
+    outputs: generator.{velocity, target} [B, N, C] and, where only some tokens count, hidden [B,
+      N].
     batch: has_cmr, mask [B]. Rows without an ECG count, as rows whose ECG was withheld.
   """
   made = outputs["generator"]
-  squared = jnp.square(common.at_least_float32(made["velocity"]) - common.at_least_float32(made["target"]))
+  squared = jnp.square(
+    common.at_least_float32(made["velocity"]) - common.at_least_float32(made["target"])
+  )
   squared = squared.mean(axis=2)
-  squared = jax.vmap(common.average)(squared, made["hidden"]) if "hidden" in made else squared.mean(axis=1)
+  squared = (
+    jax.vmap(common.average)(squared, made["hidden"]) if "hidden" in made else squared.mean(axis=1)
+  )
   return Loss(squared, common.row_weight(batch, "cmr"), {})

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 from mmcl_jax.objectives import Loss, common
 
 
-def mae(outputs, batch, region: str = "masked", ncc_weight: float = 0.0,
-        norm_pix: bool = False) -> Loss:
+def mae(
+  outputs, batch, region: str = "masked", ncc_weight: float = 0.0, norm_pix: bool = False
+) -> Loss:
   """(1 - w) MSE + w (1 - NCC).
 
-  MSE is over the masked patches (He et al. 2022, region="masked") or over all of them as in MMCL's code
-  (region="all"). NCC is the mean over leads of 1 / (T - 1) sum_t zscore(x)_t zscore(x_hat)_t (MMCL: w = 0.1).
+  MSE is over the masked patches (He et al. 2022, region="masked") or over all of them as in MMCL's
+  code (region="all"). NCC is the mean over leads of 1 / (T - 1) sum_t zscore(x)_t zscore(x_hat)_t
+  (MMCL: w = 0.1).
 
   Args:
     outputs: reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden).
@@ -22,8 +24,10 @@ def mae(outputs, batch, region: str = "masked", ncc_weight: float = 0.0,
   if region not in ("masked", "all"):
     raise ValueError(f"region is {region!r}; expected masked or all")
   if norm_pix and ncc_weight:
-    raise ValueError(f"norm_pix=True with ncc_weight={ncc_weight}; patches without their own level "
-                     "make no lead that NCC could compare: expected norm_pix=False or ncc_weight=0")
+    raise ValueError(
+      f"norm_pix=True with ncc_weight={ncc_weight}; patches without their own level "
+      "make no lead that NCC could compare: expected norm_pix=False or ncc_weight=0"
+    )
   x, y = common.at_least_float32(batch["ecg"]), common.at_least_float32(outputs["reconstruction"])
   B, L, T = x.shape
   mask = outputs["patch_mask"]
@@ -35,12 +39,16 @@ def mae(outputs, batch, region: str = "masked", ncc_weight: float = 0.0,
   ncc = jnp.sum(zscore(x) * zscore(y), axis=2).mean(axis=1) / (T - 1)
   mse = masked if region == "masked" else squared.mean(axis=(1, 2, 3))
   weight = common.row_weight(batch, "ecg")
-  return Loss((1 - ncc_weight) * mse + ncc_weight * (1 - ncc), weight,
-              {"masked_mse": common.average(masked, weight), "ncc": common.average(ncc, weight)})
+  return Loss(
+    (1 - ncc_weight) * mse + ncc_weight * (1 - ncc),
+    weight,
+    {"masked_mse": common.average(masked, weight), "ncc": common.average(ncc, weight)},
+  )
 
 
 def zscore(x):
-  """Per lead, with the sample variance (T - 1), so that NCC of a signal with itself is 1; a flat lead gives zeros."""
+  """Per lead, with the sample variance (T - 1), so that NCC of a signal with itself is 1; a flat
+  lead gives zeros."""
   centred = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.square(centred).sum(axis=-1, keepdims=True) / (x.shape[-1] - 1)
   return centred / jnp.sqrt(variance + 1e-8)

@@ -1,4 +1,5 @@
-"""Objectives that draw two views together without negatives, and what keeps them from collapsing."""
+"""Objectives that draw two views together without negatives, and what keeps them from
+collapsing."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +8,24 @@ from mmcl_jax.objectives import Loss, common
 from mmcl_jax.objectives.contrastive import normalise
 
 
-def vicreg(outputs, batch, a: str = "ecg", b: str = "ed", invariance: float = 25.0, variance: float = 25.0,
-           covariance: float = 1.0) -> Loss:
-  """Variance-invariance-covariance regularisation (VICReg, Bardes et al. 2022, algorithm 1), with z of width E:
+def vicreg(
+  outputs,
+  batch,
+  a: str = "ecg",
+  b: str = "ed",
+  invariance: float = 25.0,
+  variance: float = 25.0,
+  covariance: float = 1.0,
+) -> Loss:
+  """Variance-invariance-covariance regularisation (VICReg, Bardes et al. 2022, algorithm 1), with z
+  of width E:
 
     invariance mean_e (z_i - z'_i)_e^2
     + variance   sum over z, z' of mean_e max(0, 1 - sqrt(Var z_e + 1e-4))
     + covariance sum over z, z' of 1/E sum_{e != f} Cov(z_e, z_f)^2.
 
-  The last two belong to the batch, and every row has them alike; Var and Cov are over the rows that count, by n - 1.
+  The last two belong to the batch, and every row has them alike; Var and Cov are over the rows that
+  count, by n - 1.
 
   Args:
     outputs: projections [B, E] of both, not normalised.
@@ -35,23 +45,28 @@ def vicreg(outputs, batch, a: str = "ecg", b: str = "ed", invariance: float = 25
     diagonal = jnp.eye(len(cov), dtype=bool)
     flat += jnp.maximum(1 - jnp.sqrt(jnp.diagonal(cov) + 1e-4), 0).mean()
     correlated += jnp.square(jnp.where(diagonal, 0, cov)).sum() / len(cov)
-  return Loss(invariance * apart + variance * flat + covariance * correlated, weight,
-              {"invariance": common.average(apart, weight), "variance": flat, "covariance": correlated})
+  return Loss(
+    invariance * apart + variance * flat + covariance * correlated,
+    weight,
+    {"invariance": common.average(apart, weight), "variance": flat, "covariance": correlated},
+  )
 
 
 def simsiam(outputs, batch) -> Loss:
   """Two masked views of one ECG predict each other (SimSiam, Chen & He 2021).
 
-    value_i = -1/2 cos(p1, stop_gradient(z2)) - 1/2 cos(p2, stop_gradient(z1)),  from 1 (opposite) to -1 (the same),
+    value_i = -1/2 cos(p1, stop_gradient(z2)) - 1/2 cos(p2, stop_gradient(z1)),  from 1 (opposite)
+      to -1 (the same),
 
-  with z the projections and p the predictions of row i's two views. MMCL's later code and dual-phase's add it to their
-  MAE at weight 0.1.
+  with z the projections and p the predictions of row i's two views. MMCL's later code and
+  dual-phase's add it to their MAE at weight 0.1.
 
   Args:
     outputs: siamese.{projection, prediction} [2, B, E].
     batch: has_ecg, mask [B].
 
-  Metrics: spread, sqrt(E) times the SD of unit-length projections over the batch: near 1 is healthy, 0 is collapse.
+  Metrics: spread, sqrt(E) times the SD of unit-length projections over the batch: near 1 is
+  healthy, 0 is collapse.
   """
   z, p = (normalise(outputs["siamese"][name]) for name in ("projection", "prediction"))
   weight = common.row_weight(batch, "ecg")

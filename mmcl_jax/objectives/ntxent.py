@@ -3,7 +3,14 @@
 import jax.numpy as jnp
 
 from mmcl_jax.objectives import Loss, common
-from mmcl_jax.objectives.contrastive import log_sum_exp, may_compare, normalise, own_and_hit, similarities, HIDDEN
+from mmcl_jax.objectives.contrastive import (
+  log_sum_exp,
+  may_compare,
+  normalise,
+  own_and_hit,
+  similarities,
+  HIDDEN,
+)
 
 
 def nt_xent(outputs, batch, of: str = "image", temperature: float = 0.1) -> Loss:
@@ -11,11 +18,12 @@ def nt_xent(outputs, batch, of: str = "image", temperature: float = 0.1) -> Loss
 
     l(v) = -s(v, v') + log sum_{w != v} e^{s(v, w)},  s = cosine / temperature,
 
-  with v' the other view of the same row and w over both views of every row that may be compared; a row's value is the
-  mean of l over its two views.
+  with v' the other view of the same row and w over both views of every row that may be compared; a
+  row's value is the mean of l over its two views.
 
   Args:
-    outputs: projections [B, E] of `of` and of its second augmentation, log_scale [] where the temperature is learned.
+    outputs: projections [B, E] of `of` and of its second augmentation, log_scale [] where the
+      temperature is learned.
     batch: subject [B, 2], mask, and has_ecg or has_cmr [B].
     of: "ecg" or a CMR tower.
     temperature: of the softmax, where the model learns none.
@@ -24,11 +32,15 @@ def nt_xent(outputs, batch, of: str = "image", temperature: float = 0.1) -> Loss
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, of)
   allowed = may_compare(batch["subject"], weight)
-  others = allowed & ~jnp.eye(len(allowed), dtype=bool)  # within one view a row's own logit is with itself
+  # within one view a row's own logit is with itself
+  others = allowed & ~jnp.eye(len(allowed), dtype=bool)
   xx, xy, yy = (similarities(*pair, scale) for pair in ((x, x), (x, y), (y, y)))
   first = jnp.logaddexp(log_sum_exp(xx, others, axis=1), log_sum_exp(xy, allowed, axis=1))
   second = jnp.logaddexp(log_sum_exp(yy, others, axis=1), log_sum_exp(xy, allowed, axis=0))
   own, hit = own_and_hit(xy, allowed)
   hit &= own > jnp.where(others, xx, HIDDEN).max(axis=1)
-  return Loss(0.5 * (first + second) - own, weight,
-              {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)})
+  return Loss(
+    0.5 * (first + second) - own,
+    weight,
+    {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)},
+  )

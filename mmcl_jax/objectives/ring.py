@@ -1,11 +1,13 @@
-"""InfoNCE over a global batch whose [B, B] logits nobody holds: block by block, and round the devices.
+"""InfoNCE over a global batch whose [B, B] logits nobody holds: block by block, and round the
+devices.
 
-A device keeps its B / n rows of one side. The other side's rows go round the mesh axis `data`, each with what it has
-summed up so far (ring attention, Liu et al. 2023; for contrastive losses Inf-CL, Cheng et al. 2024). Where the two meet,
-blocks of at most BLOCK x BLOCK logits are computed once and serve both directions: rows keep a running maximum and sum of
-exponentials, columns take theirs along and come home with it. The backward pass goes round once more with the finished
-logarithms, from which every block's gradient follows (as in FlashAttention, Dao et al. 2022). A device holds O(B E / n) and
-a few blocks, never O(B^2) and not even the whole other side, O(B E).
+A device keeps its B / n rows of one side. The other side's rows go round the mesh axis `data`, each
+with what it has summed up so far (ring attention, Liu et al. 2023; for contrastive losses Inf-CL,
+Cheng et al. 2024). Where the two meet, blocks of at most BLOCK x BLOCK logits are computed once and
+serve both directions: rows keep a running maximum and sum of exponentials, columns take theirs
+along and come home with it. The backward pass goes round once more with the finished logarithms,
+from which every block's gradient follows (as in FlashAttention, Dao et al. 2022). A device holds
+O(B E / n) and a few blocks, never O(B^2) and not even the whole other side, O(B E).
 """
 
 import functools
@@ -20,7 +22,8 @@ dot = functools.partial(jnp.einsum, precision="highest")
 
 
 def info_nce(a, b, scale, subject, valid, b_to_a: float = 0.5) -> tuple[jax.Array, jax.Array]:
-  """`contrastive.info_nce` among the rows that `contrastive.may_compare` allows: same values, hits and gradients.
+  """`contrastive.info_nce` among the rows that `contrastive.may_compare` allows: same values, hits
+  and gradients.
 
   Args:
     a, b: [B, E] of unit length, at least float32.
@@ -31,7 +34,8 @@ def info_nce(a, b, scale, subject, valid, b_to_a: float = 0.5) -> tuple[jax.Arra
 
   Returns: values [B]; rank-one hits [B].
   """
-  who = {"row": jnp.arange(1, len(a) + 1), "subject": subject, "valid": valid > 0}  # 0: rows that fill up a block
+  # 0: rows that fill up a block
+  who = {"row": jnp.arange(1, len(a) + 1), "subject": subject, "valid": valid > 0}
   x = scale * a
   dtype = jnp.promote_types(x.dtype, b.dtype)
   own, rows, columns, hit = sums(x.astype(dtype), b.astype(dtype), who)
@@ -40,7 +44,8 @@ def info_nce(a, b, scale, subject, valid, b_to_a: float = 0.5) -> tuple[jax.Arra
 
 @jax.custom_vjp
 def sums(x, y, who):
-  """With s = x y^T: own s_ii, log sum_k e^{s_ik}, log sum_k e^{s_ki} and whether s_ii is above all other s_ik, each [B]."""
+  """With s = x y^T: own s_ii, log sum_k e^{s_ik}, log sum_k e^{s_ki} and whether s_ii is above all
+  other s_ik, each [B]."""
   return on_own_rows(forward, x, y, who)
 
 
@@ -57,16 +62,23 @@ sums.defvjp(sums_forward, sums_backward)
 
 
 def on_own_rows(function, *args):
-  """function(devices, send, *args) on every device of the mesh axis `data`, over its own rows of arrays [B, ...].
+  """function(devices, send, *args) on every device of the mesh axis `data`, over its own rows of
+  arrays [B, ...].
 
-  Without a mesh, or with one device along `data`, all rows are own ones. Along other axes all is replicated.
+  Without a mesh, or with one device along `data`, all rows are own ones. Along other axes all is
+  replicated.
   """
   devices = jax.sharding.get_abstract_mesh().shape.get("data", 1)
   if devices == 1:
     return function(1, lambda tree: tree, *args)
   neighbours = [(i, (i + 1) % devices) for i in range(devices)]
-  send = lambda tree: jax.lax.ppermute(tree, "data", neighbours)
-  return jax.shard_map(functools.partial(function, devices, send), in_specs=P("data"), out_specs=P("data"))(*args)
+
+  def send(tree):
+    return jax.lax.ppermute(tree, "data", neighbours)
+
+  return jax.shard_map(
+    functools.partial(function, devices, send), in_specs=P("data"), out_specs=P("data")
+  )(*args)
 
 
 def forward(devices, send, x, y, who):
@@ -80,21 +92,30 @@ def forward(devices, send, x, y, who):
 
   mine, theirs = blocks({"z": x, **who}), blocks({"z": y, **who})
   zero = jnp.zeros_like(mine["z"][..., 0])
-  nobody = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero  # maximum, sum of exponentials relative to it
+  # maximum, sum of exponentials relative to it
+  nobody = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero
   (own, *rows), columns = go_round(devices, send, meet, mine, (zero, *nobody), theirs, nobody)
-  log_sum = lambda largest, total: jnp.logaddexp(own, largest + jnp.log(total))  # of others and oneself
+
+  # of others and oneself
+  def log_sum(largest, total):
+    return jnp.logaddexp(own, largest + jnp.log(total))
+
   return joined((own, log_sum(*rows), log_sum(*columns), own > rows[0]), len(x))
 
 
 def backward(devices, send, x, y, who, rows, columns, to_own, to_rows, to_columns):
-  """The gradients with respect to this device's x and y [B / n, E]; `to_own` ... are those with respect to `sums`."""
+  """The gradients with respect to this device's x and y [B / n, E]; `to_own` ... are those with
+  respect to `sums`."""
 
   def meet(theirs, d_theirs, mine, d_mine):
     logits, pair, others = compare(mine, theirs)
-    softmax = mine["to"][:, None] * jnp.exp(logits - mine["log_sum"][:, None]) \
-        + theirs["to"] * jnp.exp(logits - theirs["log_sum"])
+    softmax = mine["to"][:, None] * jnp.exp(logits - mine["log_sum"][:, None]) + theirs[
+      "to"
+    ] * jnp.exp(logits - theirs["log_sum"])
     d_logits = jnp.where(pair | others, softmax, 0) + jnp.where(pair, mine["to_own"][:, None], 0)
-    return d_theirs + dot("ij,ie->je", d_logits, mine["z"]), d_mine + dot("ij,je->ie", d_logits, theirs["z"])
+    return d_theirs + dot("ij,ie->je", d_logits, mine["z"]), d_mine + dot(
+      "ij,je->ie", d_logits, theirs["z"]
+    )
 
   mine = blocks({"z": x, "log_sum": rows, "to": to_rows, "to_own": to_own, **who})
   theirs = blocks({"z": y, "log_sum": columns, "to": to_columns, **who})
@@ -117,7 +138,9 @@ def go_round(devices, send, meet, mine, rows, theirs, columns):
 
     def one_block(rows, guest):
       theirs, columns = guest
-      columns, rows = jax.lax.scan(lambda columns, me: meet(theirs, columns, *me), columns, (mine, rows))
+      columns, rows = jax.lax.scan(
+        lambda columns, me: meet(theirs, columns, *me), columns, (mine, rows)
+      )
       return rows, columns
 
     rows, columns = jax.lax.scan(one_block, rows, (theirs, columns))
@@ -128,10 +151,15 @@ def go_round(devices, send, meet, mine, rows, theirs, columns):
 
 
 def compare(mine, theirs):
-  """Logits of two blocks, which of them are of one row with itself, and which of rows that are compared otherwise."""
+  """Logits of two blocks, which of them are of one row with itself, and which of rows that are
+  compared otherwise."""
   pair = mine["row"][:, None] == theirs["row"]
   same = (mine["subject"][:, None] == theirs["subject"]).all(axis=-1)  # so is a row to itself
-  return dot("ie,je->ij", mine["z"], theirs["z"]), pair, ~same & mine["valid"][:, None] & theirs["valid"]
+  return (
+    dot("ie,je->ij", mine["z"], theirs["z"]),
+    pair,
+    ~same & mine["valid"][:, None] & theirs["valid"],
+  )
 
 
 def add(running, logits, others, axis):
@@ -143,11 +171,15 @@ def add(running, logits, others, axis):
 
 
 def blocks(tree):
-  """Rows [R, ...] -> [blocks, rows of a block, ...], the last filled up with zeros: no row, and not valid."""
+  """Rows [R, ...] -> [blocks, rows of a block, ...], the last filled up with zeros: no row, and not
+  valid."""
   rows = len(jax.tree.leaves(tree)[0])
   many = -(-rows // BLOCK)
   size = -(-rows // many)
-  fill = lambda x: jnp.pad(x, [(0, many * size - rows)] + [(0, 0)] * (x.ndim - 1))
+
+  def fill(x):
+    return jnp.pad(x, [(0, many * size - rows)] + [(0, 0)] * (x.ndim - 1))
+
   return jax.tree.map(lambda x: fill(x).reshape(many, size, *x.shape[1:]), tree)
 
 

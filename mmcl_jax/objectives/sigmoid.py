@@ -7,13 +7,15 @@ from mmcl_jax.objectives import Loss, common
 from mmcl_jax.objectives.contrastive import may_compare, normalise, own_and_hit, similarities
 
 
-def siglip(outputs, batch, a: str = "ecg", b: str = "ed", temperature: float = 0.1, bias: float = -10.0) -> Loss:
+def siglip(
+  outputs, batch, a: str = "ecg", b: str = "ed", temperature: float = 0.1, bias: float = -10.0
+) -> Loss:
   """Sigmoid loss (SigLIP, Zhai et al. 2023): every pair of rows is a yes-or-no question.
 
     value_i = -sum_k log sigmoid(y_ik (a_i . b_k / temperature + bias)),  y_ii = 1, else -1,
 
-  over unit-length projections and the k that may be compared. The paper learns both numbers, from the defaults on; the
-  bias keeps the many negatives from ruling the first steps.
+  over unit-length projections and the k that may be compared. The paper learns both numbers, from
+  the defaults on; the bias keeps the many negatives from ruling the first steps.
 
   Args:
     outputs: projections [B, E] of both, log_scale [] and bias [] where they are learned.
@@ -32,5 +34,12 @@ def siglip(outputs, batch, a: str = "ecg", b: str = "ed", temperature: float = 0
   sign = 2.0 * jnp.eye(len(x), dtype=logits.dtype) - 1
   values = jnp.where(allowed, jax.nn.softplus(-sign * logits), 0.0).sum(axis=1)
   _, hit = own_and_hit(logits, allowed)
-  return Loss(values, weight, {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale),
-                               "bias": jnp.asarray(bias)})
+  return Loss(
+    values,
+    weight,
+    {
+      "r@1": common.average(hit, weight),
+      "temperature": 1.0 / jnp.asarray(scale),
+      "bias": jnp.asarray(bias),
+    },
+  )

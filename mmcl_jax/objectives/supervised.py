@@ -9,11 +9,12 @@ from mmcl_jax.objectives import Loss, common
 def phenotype_regression(outputs, batch, of: str = "ecg", delta: float = 0.0) -> Loss:
   """Regression of phenotypes from an embedding: the mean over a row's known targets of
 
-    (y - t)^2                                                              (delta = 0; dual-phase's CMR encoders), or
-    (y - t)^2 / 2 within delta, else delta (|y - t| - delta / 2)           (Huber 1964; delta = 1: MyoECG's SmoothL1).
+    (y - t)^2                                                              (delta = 0; dual-phase's
+    CMR encoders), or (y - t)^2 / 2 within delta, else delta (|y - t| - delta / 2)           (Huber 1964; delta = 1: MyoECG's SmoothL1).
 
-  Targets are standardised by the train split, so that each weighs alike whatever its unit (dual-phase's code regresses
-  raw units, where volumes in mL outweigh everything). A row without a known target does not count.
+  Targets are standardised by the train split, so that each weighs alike whatever its unit
+  (dual-phase's code regresses raw units, where volumes in mL outweigh everything). A row without a
+  known target does not count.
 
   Args:
     outputs: regression.NAME [B, K], in SD.
@@ -27,24 +28,33 @@ def phenotype_regression(outputs, batch, of: str = "ecg", delta: float = 0.0) ->
   targets, known = common.targets_of(batch)
   predicted = common.at_least_float32(outputs["regression"][of])
   if predicted.shape != targets.shape:
-    raise ValueError(f"outputs.regression.{of} has the shape {predicted.shape} and batch.targets {targets.shape}; "
-                     "expected the same")
+    raise ValueError(
+      f"outputs.regression.{of} has the shape {predicted.shape} and batch.targets {targets.shape}; "
+      "expected the same"
+    )
   error = jnp.where(known, predicted - targets, 0)
   squared, size = jnp.square(error), jnp.abs(error)
   each = jnp.where(size <= delta, squared / 2, delta * (size - delta / 2)) if delta else squared
   weight = common.row_weight(batch, of) * known.any(axis=1)
   unexplained, total = ((x * weight[:, None]).sum() for x in (squared, jnp.square(targets)))
-  return Loss(each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1), weight,
-              {"r2": 1 - unexplained / jnp.where(total > 0, total, 1.0)})
+  return Loss(
+    each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1),
+    weight,
+    {"r2": 1 - unexplained / jnp.where(total > 0, total, 1.0)},
+  )
 
 
 def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0.0) -> Loss:
-  """Classification of diseases from an embedding: the mean over a row's known diseases of the binary cross-entropy
+  """Classification of diseases from an embedding: the mean over a row's known diseases of the
+  binary cross-entropy
 
-    -q log p - (1 - q) log(1 - p),   q = y (1 - smoothing) + smoothing / 2      (Szegedy et al. 2016; MMCL: 0.1),
+    -q log p - (1 - q) log(1 - p),   q = y (1 - smoothing) + smoothing / 2      (Szegedy et al.
+      2016; MMCL: 0.1),
 
-  which is the cross-entropy of two classes with as much label smoothing. Every disease weighs alike, and so do cases and
-  controls: no class weights, so that probabilities keep to the prevalence. A row without a known disease does not count.
+  which is the cross-entropy of two classes with as much label smoothing. Every disease weighs
+  alike, and so do cases and
+  controls: no class weights, so that probabilities keep to the prevalence. A row without a known
+  disease does not count.
 
   Args:
     outputs: classification.NAME [B, C], log-odds.
@@ -60,8 +70,10 @@ def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0
   diseases = common.at_least_float32(batch["diseases"])
   odds = common.at_least_float32(outputs["classification"][of])
   if odds.shape != diseases.shape:
-    raise ValueError(f"outputs.classification.{of} has the shape {odds.shape} and batch.diseases {diseases.shape}; "
-                     "expected the same")
+    raise ValueError(
+      f"outputs.classification.{of} has the shape {odds.shape} and batch.diseases {diseases.shape}; "
+      "expected the same"
+    )
   known = ~jnp.isnan(diseases)
   weight = common.row_weight(batch, of) * known.any(axis=1)
 
@@ -70,4 +82,6 @@ def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0
     each = jnp.where(known, jax.nn.softplus(odds) - wanted * odds, 0)
     return each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
 
-  return Loss(cross_entropy(smoothing), weight, {"log_loss": common.average(cross_entropy(0.0), weight)})
+  return Loss(
+    cross_entropy(smoothing), weight, {"log_loss": common.average(cross_entropy(0.0), weight)}
+  )

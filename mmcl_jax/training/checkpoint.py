@@ -2,14 +2,14 @@
 
     WORKDIR/config.json                     the run's config
     WORKDIR/run                             a random name, which all its manifests repeat
-    WORKDIR/checkpoints/STEP/state          orbax arrays, restorable on any mesh and any number of hosts
-    WORKDIR/checkpoints/STEP/data           position in the data stream, JSON
+    WORKDIR/checkpoints/STEP/state          orbax arrays, restorable on any mesh and any number of
+    hosts WORKDIR/checkpoints/STEP/data           position in the data stream, JSON
     WORKDIR/checkpoints/STEP/people.npz     whom the run has learned from (training/people.py)
-    WORKDIR/checkpoints/STEP/meta/manifest.json   versions, cohort fingerprint, checksum of every file above,
-                                            its own step and run
+    WORKDIR/checkpoints/STEP/meta/manifest.json   versions, cohort fingerprint, checksum of every
+                                            file above, its own step and run
 
-The manifest is written last and makes the step count: orbax itself keeps no checksum on array data and takes any
-numbered folder for a checkpoint. Older steps go only once a newer one counts.
+The manifest is written last and makes the step count: orbax itself keeps no checksum on array data
+and takes any numbered folder for a checkpoint. Older steps go only once a newer one counts.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ BEFORE = "mmcl_jax/2"  # still read: its manifest has no checksum of itself
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. `save` returns at once; `finish` waits, writes the manifest and drops old steps.
+  """The checkpoints of one workdir. `save` returns at once; `finish` waits, writes the manifest and
+  drops old steps.
 
   `people`: {name: array}, kept as PEOPLE in every step; None: nobody knows them.
   """
@@ -45,24 +46,32 @@ class Checkpoints:
   def __init__(self, workdir: str, keep: int, people: dict[str, Any] | None = None):
     self.people = people
     self.folder, self.keep = pathlib.Path(os.path.abspath(workdir)) / "checkpoints", keep
-    self.config = [file for file in (self.folder.parent / "config.json",) if file.is_file()]  # weights alone have none
+    # weights alone have none
+    self.config = [file for file in (self.folder.parent / "config.json",) if file.is_file()]
     self.pending = None
     files.no_links(self.folder)
     self.run = name_run(self.folder.parent) if jax.process_index() == 0 else ""
     for step in unfinished(self.folder):  # of a run that was stopped while it saved
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / str(step))
-    # Errors of a save are raised here again, in one line; the log would put the stack traces of orbax's threads beside it.
+    # Errors of a save are raised here again, in one line; the log would put the stack traces of
+    # orbax's threads beside it.
     for name in ("absl", "asyncio"):
       logging.getLogger(name).addFilter(without_trace)
-    options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+      create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
     self.manager = ocp.CheckpointManager(self.folder, options=options)
 
   def save(self, step: int, state, data: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Starts to save `state` (pytree of arrays) and `data` (JSON) as `step`; meta["best"] names the best step, if any."""
+    """Starts to save `state` (pytree of arrays) and `data` (JSON) as `step`; meta["best"] names the
+    best step, if any."""
     self.finish()
     with self.saving(step):
-      self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
+      self.manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+      )
     self.pending = step, meta
 
   def poll(self) -> None:
@@ -84,7 +93,8 @@ class Checkpoints:
             np.savez(file, **self.people)
         sign(self.folder / str(step), {"run": self.run, **meta})
         for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
-          (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)  # first: half a step must not count
+          # first: half a step must not count
+          (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)
           shutil.rmtree(self.folder / str(old))
 
   def close(self) -> None:
@@ -93,7 +103,8 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def saving(self, step: int):
-    """Turns whatever orbax makes of a disk that is full, gone or not ours into a UserError; no step counts half."""
+    """Turns whatever orbax makes of a disk that is full, gone or not ours into a UserError; no step
+    counts half."""
     self.check_there()
     try:
       yield
@@ -102,29 +113,42 @@ class Checkpoints:
     except Exception as error:
       self.check_there()
       # The system's own word for it, out of several lines of paths, where there is one.
-      number = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os_error_code='(\d+)'", str(error)))), None)
-      reason = os.strerror(number) if number else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-      raise UserError(f"cannot save {self.folder / str(step)}: {reason}; the same command goes on from the last checkpoint") from error
+      number = getattr(error, "errno", None) or next(
+        iter(map(int, re.findall(r"os_error_code='(\d+)'", str(error)))), None
+      )
+      reason = (
+        os.strerror(number)
+        if number
+        else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+      )
+      raise UserError(
+        f"cannot save {self.folder / str(step)}: {reason}; the same command goes on from the last checkpoint"
+      ) from error
 
   def check_there(self) -> None:
-    """A UserError where the workdir has gone: orbax would make it anew, and training go on in a folder of few steps."""
+    """A UserError where the workdir has gone: orbax would make it anew, and training go on in a
+    folder of few steps."""
     if not self.folder.is_dir() or not all(file.is_file() for file in self.config):
-      raise UserError(f"{self.folder} is not there any more; bring the folder back, and the same command goes on from its last "
-                      "checkpoint")
+      raise UserError(
+        f"{self.folder} is not there any more; bring the folder back, and the same command goes on from its last "
+        "checkpoint"
+      )
 
 
 def name_run(folder: pathlib.Path) -> str:
   """The name of the run in a workdir; a new one gets one."""
   if not (name := run_name(folder)):
     last = latest(str(folder))
-    name = (manifest(str(folder), last) if last is not None else {}).get("run") or secrets.token_hex(8)
+    name = (manifest(str(folder), last) if last is not None else {}).get(
+      "run"
+    ) or secrets.token_hex(8)
     with files.replaced(folder / "run") as file:
       file.write(name + "\n")
   return name
 
 
 def run_name(workdir) -> str:
-  """"" where there is none, as in workdirs of earlier versions."""
+  """ "" where there is none, as in workdirs of earlier versions."""
   file = pathlib.Path(workdir) / "run"
   return file.read_text(errors="replace").strip() if file.is_file() else ""
 
@@ -139,12 +163,15 @@ def surplus(steps: list[int], keep: int, best: int | None) -> list[int]:
 
 
 def best_step(meta: dict[str, Any]) -> int | None:
-  """The step of the best evaluation by the time that a manifest was written; None: training did not look for it."""
+  """The step of the best evaluation by the time that a manifest was written; None: training did not
+  look for it."""
   return (meta.get("best") or {}).get("step")
 
 
 def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
-  packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+  packages = {
+    name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
+  }
   whole = {"format": FORMAT, "packages": packages, **meta, "files": checksums(folder)}
   whole["sha256"] = checksum_of(whole)
   (folder / "meta").mkdir(exist_ok=True)
@@ -153,13 +180,16 @@ def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
 
 
 def checksum_of(whole: dict[str, Any]) -> str:
-  """Of a manifest without its own checksum, as JSON that does not depend on the order or the white space of the file."""
+  """Of a manifest without its own checksum, as JSON that does not depend on the order or the white
+  space of the file."""
   rest = {name: x for name, x in whole.items() if name != "sha256"}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def checksums(folder: pathlib.Path) -> dict[str, str]:
-  files = sorted(file for file in folder.rglob("*") if file.is_file() and file.parent != folder / "meta")
+  files = sorted(
+    file for file in folder.rglob("*") if file.is_file() and file.parent != folder / "meta"
+  )
   return {str(file.relative_to(folder)): checksum(file) for file in files}
 
 
@@ -169,7 +199,11 @@ def checksum(file: pathlib.Path) -> str:
 
 
 def numbered(folder: pathlib.Path) -> list[int]:
-  return sorted(int(d.name) for d in folder.glob("*") if d.name.isdigit() and d.is_dir()) if folder.is_dir() else []
+  return (
+    sorted(int(d.name) for d in folder.glob("*") if d.name.isdigit() and d.is_dir())
+    if folder.is_dir()
+    else []
+  )
 
 
 def signed(folder: pathlib.Path, step: int) -> bool:
@@ -191,31 +225,43 @@ def latest(workdir: str) -> int | None:
 
 
 def chosen(workdir: str) -> int | None:
-  """The step to use where none is named: the best on validation, where training looked for it, else the last."""
+  """The step to use where none is named: the best on validation, where training looked for it, else
+  the last."""
   last = latest(workdir)
   best = None if last is None else best_step(manifest(workdir, last))
   return best if best in steps(workdir) else last
 
 
 def manifest(workdir: str, step: int) -> dict[str, Any]:
-  """What was written about a step: format, packages, cohort fingerprint, record shapes, checksums."""
+  """What was written about a step: format, packages, cohort fingerprint, record shapes,
+  checksums."""
   known = steps(workdir)
   if step not in known:
-    raise UserError(f"no checkpoint of step {step} in {workdir}; there are {', '.join(map(str, known)) or 'none'}")
+    raise UserError(
+      f"no checkpoint of step {step} in {workdir}; there are {', '.join(map(str, known)) or 'none'}"
+    )
   file = step_folder(workdir, step) / "meta" / "manifest.json"
   try:
     found = json.loads(file.read_text())
     if found["format"] not in (FORMAT, BEFORE):
-      raise UserError(f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; {way_out(workdir, step)}")
+      raise UserError(
+        f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; {way_out(workdir, step)}"
+      )
     if (found["format"] == FORMAT or "sha256" in found) and checksum_of(found) != found["sha256"]:
-      raise UserError(f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}")
+      raise UserError(
+        f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}"
+      )
     if found.get("step", step) != step:
-      raise UserError(f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give "
-                      f"every step its own name again, or {way_out(workdir, step)}")
+      raise UserError(
+        f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give "
+        f"every step its own name again, or {way_out(workdir, step)}"
+      )
     run, other = run_name(workdir), found.get("run", "")  # neither in those of earlier versions
     if run and other and run != other:
-      raise UserError(f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another "
-                      f"run, or that file changed; put back what was there, or {way_out(workdir, step)}")
+      raise UserError(
+        f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another "
+        f"run, or that file changed; put back what was there, or {way_out(workdir, step)}"
+      )
     return found
   except (ValueError, KeyError, TypeError, OSError, RecursionError):
     raise UserError(f"{file} is not readable; {way_out(workdir, step)}") from None
@@ -227,22 +273,30 @@ def step_folder(workdir: str, step: int) -> pathlib.Path:
 
 def way_out(workdir: str, step: int) -> str:
   others = [other for other in steps(workdir) if other != step]
-  return f"remove {step_folder(workdir, step)} to use step {max(others)}" if others else f"remove {workdir} and train again"
+  return (
+    f"remove {step_folder(workdir, step)} to use step {max(others)}"
+    if others
+    else f"remove {workdir} and train again"
+  )
 
 
 def check_files(workdir: str, step: int) -> dict[str, Any]:
-  """The manifest of a step, once this host's share of its files is found as it was written; else a UserError."""
+  """The manifest of a step, once this host's share of its files is found as it was written; else a
+  UserError."""
   folder, about = step_folder(workdir, step), manifest(workdir, step)
-  for name, written in sorted(about["files"].items())[jax.process_index()::jax.process_count()]:
+  for name, written in sorted(about["files"].items())[jax.process_index() :: jax.process_count()]:
     there = (folder / name).is_file()
     if not there or checksum(folder / name) != written:
-      state = "damaged: its checksum is not the one written when it was saved" if there else "missing"
+      state = (
+        "damaged: its checksum is not the one written when it was saved" if there else "missing"
+      )
       raise UserError(f"{folder / name} is {state}; {way_out(workdir, step)}")
   return about
 
 
 def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-  """Restores a step onto the shapes and shardings of `abstract`, after checking every file against the manifest.
+  """Restores a step onto the shapes and shardings of `abstract`, after checking every file against
+  the manifest.
 
   Every host checks its share of the files; an error on one ends all (training.distributed).
 
@@ -253,14 +307,21 @@ def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dic
     state, data position, manifest.
 
   Raises:
-    UserError: the step is absent, foreign, or a file of it is damaged; names the file and the way out.
+    UserError: the step is absent, foreign, or a file of it is damaged; names the file and the way
+      out.
   """
   folder, about = step_folder(workdir, step), check_files(workdir, step)
   try:
     with ocp.CheckpointManager(folder.parent) as manager:
-      items = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract),
-                                                            data=ocp.args.JsonRestore()))
+      items = manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        ),
+      )
   except Exception as error:  # whatever orbax makes of arrays that do not fit
-    raise UserError(f"{folder}/state does not fit this model ({type(error).__name__}: {str(error)[:300]}); was it saved "
-                    "by another config?") from None
+    raise UserError(
+      f"{folder}/state does not fit this model ({type(error).__name__}: {str(error)[:300]}); was it saved "
+      "by another config?"
+    ) from None
   return items["state"], items["data"], about

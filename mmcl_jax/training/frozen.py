@@ -1,9 +1,12 @@
-"""Frozen CMR towers run once: their features, in evaluation mode and without augmentation, are kept beside the cohort.
+"""Frozen CMR towers run once: their features, in evaluation mode and without augmentation, are kept
+beside the cohort.
 
-    COHORT.cache/FINGERPRINT/SPLIT.npy     float32 [N, F], one row a record of the split, in its order
+    COHORT.cache/FINGERPRINT/SPLIT.npy     float32 [N, F], one row a record of the split, in its
+      order
 
-The fingerprint is of the cohort, of what in the tower's config its features hang on, and of its weights, so that another
-tower or cohort never meets old features. Where nothing can be written beside the cohort, WORKDIR/features takes its place.
+The fingerprint is of the cohort, of what in the tower's config its features hang on, and of its
+weights, so that another tower or cohort never meets old features. Where nothing can be written
+beside the cohort, WORKDIR/features takes its place.
 """
 
 import hashlib
@@ -40,11 +43,18 @@ def fingerprint(cohort, name: str, config, variables) -> str:
 
 def whole(leaf) -> np.ndarray:
   """A parameter on the host, wherever its parts lie."""
-  return np.asarray(leaf if getattr(leaf, "is_fully_replicated", True) else multihost_utils.process_allgather(leaf, tiled=True))
+  return np.asarray(
+    leaf
+    if getattr(leaf, "is_fully_replicated", True)
+    else multihost_utils.process_allgather(leaf, tiled=True)
+  )
 
 
-def with_features(cohort, split: str, model, variables, mesh, workdir: str, batch: int, threads: int = 2):
-  """The records of a split with the features of all frozen towers; runs the towers whose features are not kept yet.
+def with_features(
+  cohort, split: str, model, variables, mesh, workdir: str, batch: int, threads: int = 2
+):
+  """The records of a split with the features of all frozen towers; runs the towers whose features
+  are not kept yet.
 
   Args:
     workdir: of the run, for features that cannot be kept beside the cohort.
@@ -58,19 +68,37 @@ def with_features(cohort, split: str, model, variables, mesh, workdir: str, batc
   if not frozen or not len(source):
     return source
   root = folder(cohort, workdir)
-  places = {name: root / fingerprint(cohort, name, model.config, variables) / f"{split}.npy" for name in frozen}
+  places = {
+    name: root / fingerprint(cohort, name, model.config, variables) / f"{split}.npy"
+    for name in frozen
+  }
   # One host may have what another lacks, and all must run the towers together or not at all.
   lacking = np.array([not kept(file, len(source)) for file in places.values()])
-  somewhere = multihost_utils.process_allgather(lacking).any(axis=0) if jax.process_count() > 1 else lacking
+  somewhere = (
+    multihost_utils.process_allgather(lacking).any(axis=0) if jax.process_count() > 1 else lacking
+  )
   if run := [name for name, absent in zip(places, somewhere) if absent]:
     fields = pretrainer.fields(model.config, only=run)
-    found = inference.over_split(jax.jit(steps.make_features(model, run)), variables, source, mesh=mesh, batch=batch, fields=fields,
-                                 also=("mask",), threads=threads, title=f"frozen towers ({', '.join(run)}), {split}")
-    if not found["mask"].all():  # records that cannot be read today: features of nothing must not be those of tomorrow
+    found = inference.over_split(
+      jax.jit(steps.make_features(model, run)),
+      variables,
+      source,
+      mesh=mesh,
+      batch=batch,
+      fields=fields,
+      also=("mask",),
+      threads=threads,
+      title=f"frozen towers ({', '.join(run)}), {split}",
+    )
+    # records that cannot be read today: features of nothing must not be those of tomorrow
+    if not found["mask"].all():
       places |= {name: places[name].with_name(f"{split}-incomplete.npy") for name in run}
-    for turn in (True, False):  # host 0 first: where the folder is shared, the others find the files there
+    # host 0 first: where the folder is shared, the others find the files there
+    for turn in (True, False):
       for name in run:
-        if (jax.process_index() == 0) is turn and (not found["mask"].all() or not kept(places[name], len(source))):
+        if (jax.process_index() == 0) is turn and (
+          not found["mask"].all() or not kept(places[name], len(source))
+        ):
           write(places[name], found[name].astype(np.float32))
       multihost_utils.sync_global_devices(f"features of {split}")
   return pipeline.WithFeatures(source, {name: str(file) for name, file in places.items()})
@@ -86,7 +114,9 @@ def folder(cohort, workdir: str) -> pathlib.Path:
   except OSError:
     pass
   if jax.process_index() == 0:
-    print(f"{beside} cannot be written; features of frozen towers go to {workdir}/features", flush=True)
+    print(
+      f"{beside} cannot be written; features of frozen towers go to {workdir}/features", flush=True
+    )
   return pathlib.Path(workdir) / "features"
 
 
@@ -111,7 +141,9 @@ def write(file: pathlib.Path, features: np.ndarray) -> None:
       np.save(f, features)
     partial.rename(file)
   except OSError as error:
-    raise UserError(f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make room, or set "
-                    "config.model.cmr.NAME.frozen=False to run the tower in every step") from None
+    raise UserError(
+      f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make room, or set "
+      "config.model.cmr.NAME.frozen=False to run the tower in every step"
+    ) from None
   finally:
     partial.unlink(missing_ok=True)

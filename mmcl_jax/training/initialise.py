@@ -1,8 +1,10 @@
-"""A stage that starts from earlier ones: modules taken from their checkpoints, every parameter accounted for."""
+"""A stage that starts from earlier ones: modules taken from their checkpoints, every parameter
+accounted for."""
 
 import collections
 import re
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,9 +18,11 @@ FRESH = "fresh"
 
 
 class Report(NamedTuple):
-  """Where everything came from. Paths are those of this model; batch statistics stand under `batch_stats/`.
+  """Where everything came from. Paths are those of this model; batch statistics stand under
+  `batch_stats/`.
 
-  origin: path of every parameter and statistic -> "loaded from W...", "fresh", "fresh (config.init_except)", ...
+  origin: path of every parameter and statistic -> "loaded from W...", "fresh", "fresh
+  (config.init_except)", ...
   shapes: path -> shape, of the same.
   left_over: path -> what an earlier stage has there and this one does not take.
   """
@@ -29,33 +33,41 @@ class Report(NamedTuple):
 
 
 def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[str, Any]]):
-  """Loads the modules that `config.init_from` names from the workdirs it gives; the optimiser starts fresh.
+  """Loads the modules that `config.init_from` names from the workdirs it gives; the optimiser
+  starts fresh.
 
-  A module is a top-level name of the parameters (`ecg`, `cmr_ed`, `head_ecg`); a workdir's only CMR tower serves for
-  any CMR tower. `ecg/pos_embed` of another length is interpolated (`resize_positions`).
+  A module is a top-level name of the parameters (`ecg`, `cmr_ed`, `head_ecg`); a workdir's only CMR
+  tower serves for any CMR tower. `ecg/pos_embed` of another length is interpolated
+  (`resize_positions`).
 
   Args:
     state: a fresh state; its dtypes and shardings stay.
-    load: workdir -> {"params", "batch_stats"} of its best or last checkpoint, host arrays, and its "config".
+    load: workdir -> {"params", "batch_stats"} of its best or last checkpoint, host arrays, and its
+      "config".
 
   Returns:
     state, Report.
 
   Raises:
-    UserError: a parameter or statistic that has no counterpart of its shape and that no regex of `config.init_except`
-      names (all of them are listed), a module or regex that matches nothing, regexes but no workdir, a tower of another
-      view under another name, or random weights in a frozen tower.
+    UserError: a parameter or statistic that has no counterpart of its shape and that no regex of
+      `config.init_except` names (all of them are listed), a module or regex that matches nothing,
+      regexes but no workdir, a tower of another view under another name, or random weights in a
+        frozen tower.
   """
   target = flatten({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
   modules = sorted({top(key) for key in target})
   if unknown := [module for module in wanted if module not in modules]:
-    raise UserError(f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}")
+    raise UserError(
+      f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}"
+    )
   excepted = state_room.regexes(config.init_except, "config.init_except")
   if excepted and not wanted:
-    raise UserError(f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and "
-                    f"config.init_from ({', '.join(config.init_from)}) names none; give its workdir, such as "
-                    "--config.init_from.ecg=W, or set init_except=() to start from nothing")
+    raise UserError(
+      f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and "
+      f"config.init_from ({', '.join(config.init_from)}) names none; give its workdir, such as "
+      "--config.init_from.ecg=W, or set init_except=() to start from nothing"
+    )
   sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
   loaded = {workdir: flatten(source) for workdir, source in sources.items()}
 
@@ -81,15 +93,23 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
         before, after = columns(source[key].shape), columns(here[key].shape)
         origin[key] = f"loaded from {where}, interpolated from {before} to {after} columns a lead"
       else:
-        note = f" (expected 1 + {len(schema.LEADS)} n positions, n > 1, of one width)" * (key[1] == "ecg/pos_embed")
-        troubles.append(f"{label(key)} is {source[key].shape} in {where} and {here[key].shape} here{note}")
+        note = f" (expected 1 + {len(schema.LEADS)} n positions, n > 1, of one width)" * (
+          key[1] == "ecg/pos_embed"
+        )
+        troubles.append(
+          f"{label(key)} is {source[key].shape} in {where} and {here[key].shape} here{note}"
+        )
   if troubles:
-    raise UserError(f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in config.init_except, "
-                    "by regex, what shall be left behind there and start fresh here")
+    raise UserError(
+      f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in config.init_except, "
+      "by regex, what shall be left behind there and start fresh here"
+    )
   for regex in excepted:
     if not any(re.search(regex, path) for path in seen):
-      raise UserError(f"config.init_except has {regex!r}, which matches no parameter of {', '.join(wanted)}, neither "
-                      f"here nor in {', '.join(loaded)}; correct or remove it")
+      raise UserError(
+        f"config.init_except has {regex!r}, which matches no parameter of {', '.join(wanted)}, neither "
+        f"here nor in {', '.join(loaded)}; correct or remove it"
+      )
   check_frozen(config, origin)
   for path, treatment in state_room.treatments(config, state.params).items():
     if treatment.frozen and origin["params", path].startswith(FRESH):
@@ -100,11 +120,17 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
       key = collection, state_room.path_name(path)
       # A copy of its own: the step donates its buffers, and two modules may come from one array.
       return jax.device_put(np.array(new[key], old.dtype), old.sharding) if key in new else old
+
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
-  state = state.replace(params=place("params", state.params), statistics=place("batch_stats", state.statistics))
-  return state, Report({label(key): text for key, text in origin.items()},
-                       {label(key): leaf.shape for key, leaf in target.items()}, left_over)
+  state = state.replace(
+    params=place("params", state.params), statistics=place("batch_stats", state.statistics)
+  )
+  return state, Report(
+    {label(key): text for key, text in origin.items()},
+    {label(key): leaf.shape for key, leaf in target.items()},
+    left_over,
+  )
 
 
 def describe(report: Report) -> str:
@@ -112,18 +138,28 @@ def describe(report: Report) -> str:
   groups = collections.defaultdict(list)
   for path, origin in report.origin.items():
     groups[path.removeprefix("batch_stats/").split("/")[0], origin].append(path)
-  size = lambda paths: sum(int(np.prod(report.shapes[path])) for path in paths)
-  lines = [f"{module}: {len(paths)} arrays of {size(paths):,} numbers {origin}"
-           for (module, origin), paths in sorted(groups.items())]
+
+  def size(paths):
+    return sum(int(np.prod(report.shapes[path])) for path in paths)
+
+  lines = [
+    f"{module}: {len(paths)} arrays of {size(paths):,} numbers {origin}"
+    for (module, origin), paths in sorted(groups.items())
+  ]
   if report.left_over:
-    lines.append(f"left behind: {', '.join(f'{path} {text}' for path, text in sorted(report.left_over.items()))}")
+    lines.append(
+      f"left behind: {', '.join(f'{path} {text}' for path, text in sorted(report.left_over.items()))}"
+    )
   return "\n".join(lines)
 
 
 def flatten(variables) -> dict[tuple[str, str], Any]:
   """{(collection, path): leaf}."""
-  return {(collection, state_room.path_name(path)): leaf for collection in ("params", "batch_stats")
-          for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))}
+  return {
+    (collection, state_room.path_name(path)): leaf
+    for collection in ("params", "batch_stats")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))
+  }
 
 
 def label(key: tuple[str, str]) -> str:
@@ -139,16 +175,24 @@ def module_of(source, module: str, workdir: str):
   """The module's leaves under this model's name for it, and how to call where they lie."""
   have = sorted({top(key) for key in source})
   towers = [other for other in have if other.startswith("cmr_")]
-  found = module if module in have or not module.startswith("cmr_") or len(towers) != 1 else towers[0]
+  found = (
+    module if module in have or not module.startswith("cmr_") or len(towers) != 1 else towers[0]
+  )
   if found not in have:
-    raise UserError(f"config.init_from.{module} is {workdir}, which has no {module}; it has {', '.join(have)}")
-  leaves = {(collection, module + path.removeprefix(found)): np.asarray(leaf)
-            for (collection, path), leaf in source.items() if path.split("/")[0] == found}
+    raise UserError(
+      f"config.init_from.{module} is {workdir}, which has no {module}; it has {', '.join(have)}"
+    )
+  leaves = {
+    (collection, module + path.removeprefix(found)): np.asarray(leaf)
+    for (collection, path), leaf in source.items()
+    if path.split("/")[0] == found
+  }
   return leaves, workdir if found == module else f"{workdir} ({found})"
 
 
 def difference(config, earlier, module: str, where: str, workdir: str) -> str:
-  """What an encoder looked at in the earlier stage, where that is something else than here; "" where it is the same."""
+  """What an encoder looked at in the earlier stage, where that is something else than here; ""
+  where it is the same."""
   if module == "ecg" and earlier.data.ecg_profile != config.data.ecg_profile:
     return f" (whose ECGs had the profile {earlier.data.ecg_profile}, these have {config.data.ecg_profile})"
   if not module.startswith("cmr_"):
@@ -159,8 +203,10 @@ def difference(config, earlier, module: str, where: str, workdir: str) -> str:
   if before == here:
     return ""
   if where != workdir:
-    raise UserError(f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at {here}; "
-                    f"give the workdir of a tower of that view, or call the tower there {name}")
+    raise UserError(
+      f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at {here}; "
+      f"give the workdir of a tower of that view, or call the tower there {name}"
+    )
   return f" (which looked at {before}, here at {here})"
 
 
@@ -171,15 +217,21 @@ def columns(shape) -> int:
 
 def resizable(old, new) -> bool:
   """Are both [1, 1 + L n, D] with one D, whole rows of L leads, and n of at least 2?"""
-  return (len(old) == len(new) == 3 and (old[0], old[2]) == (new[0], new[2])
-          and all((shape[1] - 1) % len(schema.LEADS) == 0 and columns(shape) > 1 for shape in (old, new)))
+  return (
+    len(old) == len(new) == 3
+    and (old[0], old[2]) == (new[0], new[2])
+    and all((shape[1] - 1) % len(schema.LEADS) == 0 and columns(shape) > 1 for shape in (old, new))
+  )
 
 
 def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
-  """Position embeddings [1, 1 + L n, D] -> [1, tokens, D], interpolated along time within the row of each lead.
+  """Position embeddings [1, 1 + L n, D] -> [1, tokens, D], interpolated along time within the row
+  of each lead.
 
-  A cubic spline (not-a-knot) through the n columns of a row, read at evenly spaced places from the first column to the
-  last: nothing is extrapolated, and no lead's row touches another's. The class token's position is kept.
+  A cubic spline (not-a-knot) through the n columns of a row, read at evenly spaced places from the
+  first column to the
+  last: nothing is extrapolated, and no lead's row touches another's. The class token's position is
+  kept.
   """
   width, leads = positions.shape[2], len(schema.LEADS)
   rows = positions[0, 1:].reshape(leads, -1, width).astype(np.float64)
@@ -187,20 +239,34 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
   if m == n:
     return positions
   rows = CubicSpline(np.arange(n), rows, axis=1)(np.linspace(0, n - 1, m))
-  return np.concatenate([positions[:, :1], rows.reshape(1, -1, width).astype(positions.dtype)], axis=1)
+  return np.concatenate(
+    [positions[:, :1], rows.reshape(1, -1, width).astype(positions.dtype)], axis=1
+  )
 
 
 def check_frozen(config, origin) -> None:
-  """No tower is frozen at random weights, and no generator learns the latents of a random tokenizer."""
+  """No tower is frozen at random weights, and no generator learns the latents of a random
+  tokenizer."""
   for tower, spec in config.model.cmr.items():
-    fresh = [label(key) for key, text in origin.items()
-             if spec.frozen and key[1].startswith(f"cmr_{tower}/backbone/") and text.startswith(FRESH)]
+    fresh = [
+      label(key)
+      for key, text in origin.items()
+      if spec.frozen and key[1].startswith(f"cmr_{tower}/backbone/") and text.startswith(FRESH)
+    ]
     if fresh:
-      raise UserError(f"config.model.cmr.{tower}.frozen would freeze random weights ({len(fresh)} arrays, such as "
-                      f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the tower, "
-                      "and nothing of its backbone to config.init_except")
-  random = [module for module in ("tokenizer", "segmenter", "ecg") if config.model.get("generator")
-            and any(top(key) == module and text.startswith(FRESH) for key, text in origin.items())]
+      raise UserError(
+        f"config.model.cmr.{tower}.frozen would freeze random weights ({len(fresh)} arrays, such as "
+        f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the tower, "
+        "and nothing of its backbone to config.init_except"
+      )
+  random = [
+    module
+    for module in ("tokenizer", "segmenter", "ecg")
+    if config.model.get("generator")
+    and any(top(key) == module and text.startswith(FRESH) for key, text in origin.items())
+  ]
   if random:
-    raise UserError(f"config.model.generator would learn from, or be judged by, the random weights of {' and '.join(random)}; give "
-                    f"config.init_from.{random[0]} the workdir of a stage that trained {'them' if len(random) > 1 else 'it'}")
+    raise UserError(
+      f"config.model.generator would learn from, or be judged by, the random weights of {' and '.join(random)}; give "
+      f"config.init_from.{random[0]} the workdir of a stage that trained {'them' if len(random) > 1 else 'it'}"
+    )

@@ -1,6 +1,8 @@
-"""Where metrics go: JSON lines, TensorBoard and the terminal, through the interface of clu's metric writers.
+"""Where metrics go: JSON lines, TensorBoard and the terminal, through the interface of clu's metric
+writers.
 
-clu's own writers cannot be imported without TensorFlow; these have the same methods and need tensorboardX only.
+clu's own writers cannot be imported without TensorFlow; these have the same methods and need
+tensorboardX only.
 """
 
 import contextlib
@@ -12,23 +14,28 @@ import time
 
 from mmcl_jax import files
 
-# tensorboardX loads torch where it is installed, seconds of start-up for tensors that it is never given.
+# tensorboardX loads torch where it is installed, seconds of start-up for tensors that it is never
+# given.
 without_torch = "torch" not in sys.modules
 if without_torch:
   sys.modules["torch"] = None
 import tensorboardX
+
 if without_torch:
   del sys.modules["torch"]
 
 
 class JsonlWriter:
-  """One line a call: {"step": ..., "name": value, ...}. Opened for appending; a resumed run continues the file."""
+  """One line a call: {"step": ..., "name": value, ...}. Opened for appending; a resumed run
+  continues the file."""
 
   def __init__(self, file: pathlib.Path):
     self.file = open(files.opened(file, os.O_WRONLY | os.O_APPEND), "a")
 
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-    self.file.write(json.dumps({"step": step, **{name: float(x) for name, x in scalars.items()}}) + "\n")
+    self.file.write(
+      json.dumps({"step": step, **{name: float(x) for name, x in scalars.items()}}) + "\n"
+    )
     self.file.flush()
 
   def flush(self) -> None:
@@ -39,7 +46,8 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-  """Begins its file with the first number: of a run that is refused before that, Python 3.12 would print a trace at its exit."""
+  """Begins its file with the first number: of a run that is refused before that, Python 3.12 would
+  print a trace at its exit."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder, self.writer = folder, None
@@ -117,6 +125,9 @@ class Progress:
     rate = (step - self.step) / max(now - self.time, 1e-9)
     left = round((self.end - step) / rate) if rate else 0
     values = "  ".join(f"{name} {x:.4g}" for name, x in scalars.items())
-    print(f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {rate * self.batch:.0f} recordings/s  "
-          f"ETA {left // 60}:{left % 60:02d}", flush=True)
+    print(
+      f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {rate * self.batch:.0f} recordings/s  "
+      f"ETA {left // 60}:{left % 60:02d}",
+      flush=True,
+    )
     self.step, self.time = step, now

@@ -1,18 +1,21 @@
 """Devices: the mesh, which parameter lies where, and host arrays becoming global ones.
 
-Axes are Auto, so the partitioner places the collectives; the model and the objectives are written for the global batch.
+Axes are Auto, so the partitioner places the collectives; the model and the objectives are written
+for the global batch.
 
-`config.sharding` says what is split, by rules (regex, spec) on the paths of parameters, statistics and optimiser. A spec
-gives a mesh axis or None to every dimension, or is a word:
+`config.sharding` says what is split, by rules (regex, spec) on the paths of parameters, statistics
+and optimiser. A spec gives a mesh axis or None to every dimension, or is a word:
 
-  fsdp         the longest dimension that the data axis divides, over `data`; arrays of less than FSDP_FROM numbers stay
-               whole. (('.*', 'fsdp'),) is ZeRO-3, (('^opt_state/', 'fsdp'),) ZeRO-1 (Rajbhandari et al. 2020)
-  tensor       the matrices of transformer blocks, over `model` (TENSOR; Megatron-LM, Shoeybi et al. 2019), for heads
-               that the model axis divides
+  fsdp         the longest dimension that the data axis divides, over `data`; arrays of less than
+               FSDP_FROM numbers stay whole. (('.*', 'fsdp'),) is ZeRO-3, (('^opt_state/', 'fsdp'),)
+                 ZeRO-1 (Rajbhandari et al. 2020)
+  tensor       the matrices of transformer blocks, over `model` (TENSOR; Megatron-LM, Shoeybi et al.
+               2019), for heads that the model axis divides
   tensor+fsdp  the same matrices over both axes
 
-The first rule that finds an array decides about it. A word leaves what it does not split to the rules that follow, so
-(('.*', 'tensor'), ('.*', 'fsdp')) splits blocks over `model` and the rest over `data`.
+The first rule that finds an array decides about it. A word leaves what it does not split to the
+rules that follow, so (('.*', 'tensor'), ('.*', 'fsdp')) splits blocks over `model` and the rest
+over `data`.
 """
 
 import dataclasses
@@ -31,15 +34,18 @@ from mmcl_jax.training import backend
 
 WORDS = ("fsdp", "tensor", "tensor+fsdp")
 FSDP_FROM = 2**16  # numbers; what is smaller costs more time to gather than it takes room
-TENSOR = (  # parameter of a transformer block -> axes: heads and hidden units over `model`, one sum at the end of each half
-    (r"block\d+/(qkv|fc1)/kernel$", (None, "model")),
-    (r"block\d+/(qkv|fc1)/bias$", ("model",)),
-    (r"block\d+/(proj|fc2)/kernel$", ("model", None)),
+# parameter of a transformer block -> axes: heads and hidden units over `model`, one sum at the end
+# of each half
+TENSOR = (
+  (r"block\d+/(qkv|fc1)/kernel$", (None, "model")),
+  (r"block\d+/(qkv|fc1)/bias$", ("model",)),
+  (r"block\d+/(proj|fc2)/kernel$", ("model", None)),
 )
 
 
 def make_mesh(data: int, model: int, devices=None) -> Mesh:
-  """Mesh with axes `data` (batch) and `model` (tensor parallelism); -1 takes the devices that are left.
+  """Mesh with axes `data` (batch) and `model` (tensor parallelism); -1 takes the devices that are
+  left.
 
   A row of the mesh computes one part of the batch, and lies on the one host that feeds it. `data`
   goes through one slice after the other, so that what neighbours exchange seldom crosses the slow
@@ -53,19 +59,28 @@ def make_mesh(data: int, model: int, devices=None) -> Mesh:
   """
   devices = backend.devices() if devices is None else devices
   if model < 1 or (data < 1 and data != -1):
-    raise UserError(f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all devices")
+    raise UserError(
+      f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all devices"
+    )
   if data != -1 and data * model != len(devices):
-    raise UserError(f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are {len(devices)}; "
-                    "set config.mesh.data=-1 or a mesh of that size")
+    raise UserError(
+      f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are {len(devices)}; "
+      "set config.mesh.data=-1 or a mesh of that size"
+    )
   hosts = grouped(devices, lambda device: (slice_of(device), device.process_index))
   for host in hosts:
     if len(host) % model:
       node = [other for other in hosts if slice_of(other[0]) == slice_of(host[0])]
-      advice = ("; one process a node has all of its GPUs (docs/multi_host.md)"
-                if host[0].platform == "gpu" and len(node) > 1 else "")
-      raise UserError(f"config.mesh asks for model={model} devices a part of the batch, which must "
-                      f"be on one host, and host {host[0].process_index} has {len(host)}; expected "
-                      f"config.mesh.model to divide {len(host)}{advice}")
+      advice = (
+        "; one process a node has all of its GPUs (docs/multi_host.md)"
+        if host[0].platform == "gpu" and len(node) > 1
+        else ""
+      )
+      raise UserError(
+        f"config.mesh asks for model={model} devices a part of the batch, which must "
+        f"be on one host, and host {host[0].process_index} has {len(host)}; expected "
+        f"config.mesh.model to divide {len(host)}{advice}"
+      )
   groups = hosts if model > 1 else [in_a_ring(one) for one in grouped(devices, slice_of)]
   order = np.array([device for group in groups for device in group])
   return Mesh(order.reshape(-1, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -92,17 +107,22 @@ def in_a_ring(devices: list) -> list:
 def check_batch(batch: int, mesh: Mesh) -> None:
   shards = mesh.shape["data"]
   if batch < 1 or batch % shards:
-    raise UserError(f"config.batch is {batch}, which does not divide over {shards} devices of the mesh's data axis; "
-                    f"take {max(batch // shards, 1) * shards} or {(batch // shards + 1) * shards}")
+    raise UserError(
+      f"config.batch is {batch}, which does not divide over {shards} devices of the mesh's data axis; "
+      f"take {max(batch // shards, 1) * shards} or {(batch // shards + 1) * shards}"
+    )
 
 
 def shardings(tree, rules, mesh: Mesh):
-  """Sharding of every leaf: the first rule of `config.sharding` that finds it decides; none means replicated.
+  """Sharding of every leaf: the first rule of `config.sharding` that finds it decides; none means
+  replicated.
 
   Args:
-    tree: arrays or ShapeDtypeStructs, such as a TrainState. A path reads like `params/ecg/block0/qkv/kernel`, that of a
-      moment of the optimiser `opt_state/.../mu/ecg/block0/qkv/kernel`.
-    rules: (regex, spec) pairs; spec names a mesh axis or None a dimension, or is a word (see the module).
+    tree: arrays or ShapeDtypeStructs, such as a TrainState. A path reads like
+      `params/ecg/block0/qkv/kernel`, that of a moment of the optimiser
+        `opt_state/.../mu/ecg/block0/qkv/kernel`.
+    rules: (regex, spec) pairs; spec names a mesh axis or None a dimension, or is a word (see the
+      module).
 
   Raises:
     UserError: a rule is malformed, does not fit an array that it finds, or decides nothing.
@@ -126,7 +146,8 @@ def shardings(tree, rules, mesh: Mesh):
 
 
 def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None:
-  """Mesh axes a dimension of the array; None where a word does not split it, and leaves it to the rules that follow."""
+  """Mesh axes a dimension of the array; None where a word does not split it, and leaves it to the
+  rules that follow."""
   if not isinstance(spec, str):
     return spec
   axes = (None,) * len(shape)
@@ -134,7 +155,9 @@ def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None
     axes = next((axes for regex, axes in TENSOR if re.search(regex, name)), None)
     if axes is None or spec == "tensor":
       return axes
-  free = [i for i, length in enumerate(shape) if axes[i] is None and length % mesh.shape["data"] == 0]
+  free = [
+    i for i, length in enumerate(shape) if axes[i] is None and length % mesh.shape["data"] == 0
+  ]
   if not free or math.prod(shape) < FSDP_FROM:
     return axes if any(axes) else None
   longest = max(free, key=lambda i: shape[i])  # the first of equals
@@ -142,12 +165,20 @@ def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None
 
 
 def check_rules(rules) -> list[tuple[str, tuple | str]]:
-  pairs = [tuple(rule) if isinstance(rule, (tuple, list)) else () for rule in rules] if isinstance(rules, (tuple, list)) else [()]
+  pairs = (
+    [tuple(rule) if isinstance(rule, (tuple, list)) else () for rule in rules]
+    if isinstance(rules, (tuple, list))
+    else [()]
+  )
   for pair in pairs:
     regex, spec = pair if len(pair) == 2 else (None, None)
-    if not isinstance(regex, str) or not (spec in WORDS if isinstance(spec, str) else isinstance(spec, (tuple, list))):
-      raise UserError(f"config.sharding is {rules!r}; expected pairs of a regex and a spec, mesh axes or None a dimension or one "
-                      f"of the words {', '.join(WORDS)}, such as (('.*', 'fsdp'),) or (('qkv/kernel', (None, 'model')),)")
+    if not isinstance(regex, str) or not (
+      spec in WORDS if isinstance(spec, str) else isinstance(spec, (tuple, list))
+    ):
+      raise UserError(
+        f"config.sharding is {rules!r}; expected pairs of a regex and a spec, mesh axes or None a dimension or one "
+        f"of the words {', '.join(WORDS)}, such as (('.*', 'fsdp'),) or (('qkv/kernel', (None, 'model')),)"
+      )
     try:
       re.compile(regex)
     except re.error as error:
@@ -157,28 +188,42 @@ def check_rules(rules) -> list[tuple[str, tuple | str]]:
 
 def check_fit(axes: tuple, name: str, shape: tuple[int, ...], mesh: Mesh, regex: str) -> None:
   named = [axis for axis in axes if axis is not None]
-  if any(not isinstance(axis, str) or axis not in mesh.shape for axis in named) or len(set(named)) < len(named) or len(axes) > len(shape):
-    raise UserError(f"config.sharding rule {regex!r} gives {axes} to {name} of shape {shape}; expected at most {len(shape)} "
-                    f"entries out of {tuple(mesh.shape)} and None, no axis twice")
+  if (
+    any(not isinstance(axis, str) or axis not in mesh.shape for axis in named)
+    or len(set(named)) < len(named)
+    or len(axes) > len(shape)
+  ):
+    raise UserError(
+      f"config.sharding rule {regex!r} gives {axes} to {name} of shape {shape}; expected at most {len(shape)} "
+      f"entries out of {tuple(mesh.shape)} and None, no axis twice"
+    )
   for axis, length in zip(axes, shape):
     if axis is not None and length % mesh.shape[axis]:
-      raise UserError(f"config.sharding rule {regex!r} splits {name} of shape {shape} over {mesh.shape[axis]} devices of "
-                      f"{axis!r}, which does not divide {length}")
+      raise UserError(
+        f"config.sharding rule {regex!r} splits {name} of shape {shape} over {mesh.shape[axis]} devices of "
+        f"{axis!r}, which does not divide {length}"
+      )
 
 
 def decides_nothing(tree, rules, i: int, mesh: Mesh) -> str:
   """Why rule i has nothing to decide."""
   regex, spec = rules[i]
-  leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  leaves = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   found = [name for name in leaves if re.search(regex, name)]
   shown = [name for name in found or leaves if leaves[name].ndim > 1] or list(leaves)
-  shown = f"{', '.join(shown[::max(len(shown) // 3, 1)][:3])}, ..."
+  shown = f"{', '.join(shown[:: max(len(shown) // 3, 1)][:3])}, ..."
   where = f"config.sharding rule {regex!r}"
   if not found:
     return f"{where} matches nothing; correct or remove it; paths are such as {shown}"
   if all(axes_of(spec, name, leaves[name].shape, mesh) is None for name in found):
-    wanted = (f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} devices divide" if spec == "fsdp"
-              else "matrix of a transformer block")
+    wanted = (
+      f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} devices divide"
+      if spec == "fsdp"
+      else "matrix of a transformer block"
+    )
     return f"{where} finds no {wanted} for {spec!r} to split, only what {shown} are; correct or remove it"
   return f"{where} has nothing left to decide: rules before it take all that it finds, such as {shown}; put it first, or remove it"
 
@@ -195,7 +240,8 @@ class Row:
 
 
 def table(tree, where, most: int | None = None) -> str:
-  """Which array lies where, and what a device holds of it: clu's table, and sums of every part of the tree.
+  """Which array lies where, and what a device holds of it: clu's table, and sums of every part of
+  the tree.
 
   Args:
     tree: a TrainState of arrays or ShapeDtypeStructs.
@@ -203,16 +249,25 @@ def table(tree, where, most: int | None = None) -> str:
     most: rows, those that take most of a device; None: all, in the order of the tree.
   """
   parts, rows = {}, []
-  for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(where), strict=True):
+  for (path, leaf), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(where), strict=True
+  ):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    row = Row(name, leaf.shape, str(leaf.dtype), tuple(sharding.spec),
-              math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
+    row = Row(
+      name,
+      leaf.shape,
+      str(leaf.dtype),
+      tuple(sharding.spec),
+      math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+    )
     rows.append(row)
     for part in (name.split("/")[0], "all"):
       numbers, whole, here = parts.get(part, (0, 0, 0))
       parts[part] = numbers + leaf.size, whole + leaf.size * leaf.dtype.itemsize, here + row.bytes
-  sums = [f"{part}: {numbers:,} numbers of {whole:,} bytes, {here:,} bytes on each device"
-          for part, (numbers, whole, here) in sorted(parts.items(), key=lambda item: item[0] == "all")]
+  sums = [
+    f"{part}: {numbers:,} numbers of {whole:,} bytes, {here:,} bytes on each device"
+    for part, (numbers, whole, here) in sorted(parts.items(), key=lambda item: item[0] == "all")
+  ]
   if most is not None:
     rows = sorted(rows, key=lambda row: -row.bytes)[:most]
   return "\n".join([parameter_overview.make_table(rows), *sums])

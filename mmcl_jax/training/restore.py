@@ -28,7 +28,8 @@ class Run(NamedTuple):
 
 
 class Encoder(NamedTuple):
-  """A trained ECG encoder; `embed` takes normalised ECGs float32 [B, L, T] and gives float32 [B, D].
+  """A trained ECG encoder; `embed` takes normalised ECGs float32 [B, L, T] and gives float32 [B,
+  D].
 
   `checkpoint` is as of `checksum`.
   """
@@ -40,7 +41,8 @@ class Encoder(NamedTuple):
 
 
 def choose(workdir: str, step: int | None = None) -> int:
-  """`step`, or where it is None the best on validation, of a run that stops early, which is told; else the last."""
+  """`step`, or where it is None the best on validation, of a run that stops early, which is told;
+  else the last."""
   if step is not None:
     return step
   step, last = checkpoint.chosen(workdir), checkpoint.latest(workdir)
@@ -62,37 +64,51 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   check_config(workdir, step, about, config)
   scales = scales_from_json(about["scales"])
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
+  model = pretrainer.build(
+    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+  )
   example = steps.example(config, about["shapes"], len(scales.names), 1)
-  abstract, where = state_room.abstract(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
+  abstract, where = state_room.abstract(
+    model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=()
+  )
   with jax.set_mesh(mesh):
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where
+    )
     state, _, manifest = checkpoint.restore(workdir, step, abstract)
   return Run(config, model, mesh, step, state, scales, manifest)
 
 
 def checksum(workdir: str, step: int) -> str:
-  """A checkpoint's: the first 16 hexadecimal digits of that of its manifest, which holds those of its files."""
+  """A checkpoint's: the first 16 hexadecimal digits of that of its manifest, which holds those of
+  its files."""
   return checkpoint.checksum(checkpoint.step_folder(workdir, step) / "meta" / "manifest.json")[:16]
 
 
 def check_config(workdir: str, step: int, manifest: dict[str, Any], config: ConfigDict) -> None:
   """Raises a UserError where `config` is not the one that the manifest of a step holds."""
-  trained = ConfigDict(manifest.get("config") or config)  # absent from the checkpoints of older runs
+  # absent from the checkpoints of older runs
+  trained = ConfigDict(manifest.get("config") or config)
   if differing := configuration.differences(trained, config):
-    raise UserError(f"{workdir}/config.json is damaged or was changed: it is not the one that step {step} was trained with "
-                    f"({'; '.join(differing[:4])}); put it back")
+    raise UserError(
+      f"{workdir}/config.json is damaged or was changed: it is not the one that step {step} was trained with "
+      f"({'; '.join(differing[:4])}); put it back"
+    )
 
 
 def untrained(run: Run) -> dict:
-  """params and batch_stats drawn from the run's seed, of no training at all: the untrained encoder of the baselines."""
+  """params and batch_stats drawn from the run's seed, of no training at all: the untrained encoder
+  of the baselines."""
   example = steps.example(run.config, run.manifest["shapes"], len(run.scales.names), 1)
   everywhere = NamedSharding(run.mesh, P())
-  return jax.jit(lambda: state_room.variables(run.model, example, run.config.seed), out_shardings=everywhere)()
+  return jax.jit(
+    lambda: state_room.variables(run.model, example, run.config.seed), out_shardings=everywhere
+  )()
 
 
 def load_variables(workdir: str) -> dict:
-  """params and batch_stats of the checkpoint of `choose`, on the host, and the run's config: where a later stage starts."""
+  """params and batch_stats of the checkpoint of `choose`, on the host, and the run's config: where
+  a later stage starts."""
   run = load_run(workdir)
   return jax.device_get(run.state.variables) | {"config": run.config}
 
@@ -101,10 +117,14 @@ def load_ecg_run(workdir: str, step: int | None = None) -> Run:
   """A run whose ECG encoder asks for nothing but an ECG."""
   run = load_run(workdir, step)
   if not run.config.model.ecg.size:
-    raise UserError(f"{workdir} has no ECG encoder (config.model.ecg.size is empty); take a run that has one")
+    raise UserError(
+      f"{workdir} has no ECG encoder (config.model.ecg.size is empty); take a run that has one"
+    )
   if run.config.model.ecg.film:
-    raise UserError(f"the ECG encoder of {workdir} also takes covariates (config.model.ecg.film), which ECG files do not hold; "
-                    "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False")
+    raise UserError(
+      f"the ECG encoder of {workdir} also takes covariates (config.model.ecg.film), which ECG files do not hold; "
+      "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False"
+    )
   return run
 
 
@@ -114,11 +134,16 @@ def load_encoder(workdir: str, step: int | None = None) -> Encoder:
   embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
   # On one device of this host: every host embeds recordings of its own, at its own pace.
   variables = jax.device_put(jax.device_get(run.state.variables), jax.local_devices()[0])
-  embed = lambda ecg: np.asarray(embed_ecg(variables, ecg)["ecg_embedding"])
+
+  def embed(ecg):
+    return np.asarray(embed_ecg(variables, ecg)["ecg_embedding"])
+
   return Encoder(run.config, run.step, checksum(workdir, run.step), embed)
 
 
-def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str) -> None:
+def write_run(
+  workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str
+) -> None:
   """A workdir with one checkpoint, step 0, made of weights that were trained elsewhere.
 
   Args:
@@ -127,28 +152,56 @@ def write_run(workdir: str, config: ConfigDict, variables: dict, shapes: dict, s
     origin: where the weights come from, for the manifest.
   """
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names), len(scales.diseases))
+  model = pretrainer.build(
+    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+  )
   with jax.set_mesh(mesh):
     example = steps.example(config, shapes, len(scales.names), 1)
-    state, _ = state_room.create(model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=())
-    state = state.replace(params=jax.device_put(variables["params"], jax.tree.map(lambda x: x.sharding, state.params)),
-                          statistics=variables["batch_stats"])
+    state, _ = state_room.create(
+      model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=()
+    )
+    state = state.replace(
+      params=jax.device_put(variables["params"], jax.tree.map(lambda x: x.sharding, state.params)),
+      statistics=variables["batch_stats"],
+    )
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpoints(workdir, keep=1)
-    checkpoints.save(0, state, data={"next_step": 0}, meta=meta(0, "", shapes, scales, origin=origin))
+    checkpoints.save(
+      0, state, data={"next_step": 0}, meta=meta(0, "", shapes, scales, origin=origin)
+    )
     checkpoints.close()
   configuration.save(config, workdir)
 
 
 def meta(step: int, cohort: str, shapes: dict, scales: steps.Scales, **more) -> dict:
   """What the manifest of a checkpoint says beside its checksums."""
-  numbers = {name: [np.asarray(x, float).tolist() for x in getattr(scales, name)] for name in ("target", "covariate")}
-  return {"step": step, "cohort": cohort, "shapes": shapes, "devices": jax.device_count(),
-          "scales": numbers | {name: list(getattr(scales, name)) for name in ("names", "covariates", "columns", "diseases")},
-          **more}
+  numbers = {
+    name: [np.asarray(x, float).tolist() for x in getattr(scales, name)]
+    for name in ("target", "covariate")
+  }
+  return {
+    "step": step,
+    "cohort": cohort,
+    "shapes": shapes,
+    "devices": jax.device_count(),
+    "scales": numbers
+    | {
+      name: list(getattr(scales, name)) for name in ("names", "covariates", "columns", "diseases")
+    },
+    **more,
+  }
 
 
 def scales_from_json(found: dict) -> steps.Scales:
-  pair = lambda name: tuple(np.asarray(x, np.float32) for x in found[name])
-  return steps.Scales(tuple(found["names"]), tuple(found["covariates"]), tuple(found["columns"]), pair("target"),
-                      pair("covariate"), tuple(found.get("diseases", ())))  # absent from the checkpoints of older runs
+  def pair(name):
+    return tuple(np.asarray(x, np.float32) for x in found[name])
+
+  return steps.Scales(
+    tuple(found["names"]),
+    tuple(found["covariates"]),
+    tuple(found["columns"]),
+    pair("target"),
+    # absent from the checkpoints of older runs
+    pair("covariate"),
+    tuple(found.get("diseases", ())),
+  )

@@ -1,7 +1,9 @@
-"""Signals that ask a program to end: Ctrl-C, and those of schedulers and of a terminal that is closed (processes.ENDS).
+"""Signals that ask a program to end: Ctrl-C, and those of schedulers and of a terminal that is
+closed (processes.ENDS).
 
-They end a program as Ctrl-C does, cleaning up; training saves first (`stops`). Python handles a signal only between two
-of its own instructions, so one that comes while XLA compiles may wait for minutes: `watched` answers it.
+They end a program as Ctrl-C does, cleaning up; training saves first (`stops`). Python handles a
+signal only between two of its own instructions, so one that comes while XLA compiles may wait for
+minutes: `watched` answers it.
 """
 
 import contextlib
@@ -22,7 +24,8 @@ heard = -float("inf")  # when Python heard the last one, time.monotonic()
 
 @contextlib.contextmanager
 def handled(handler):
-  """Within, `handler(signum, frame)` gets all of SIGNALS but those that were ignored when the program began (nohup)."""
+  """Within, `handler(signum, frame)` gets all of SIGNALS but those that were ignored when the
+  program began (nohup)."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -33,7 +36,9 @@ def handled(handler):
     handler(signum, frame)
 
   before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-  before = {signum: found for signum, found in before.items() if found not in (signal.SIG_IGN, None)}
+  before = {
+    signum: found for signum, found in before.items() if found not in (signal.SIG_IGN, None)
+  }
   for signum in before:
     signal.signal(signum, hear)
   try:
@@ -44,13 +49,15 @@ def handled(handler):
 
 
 def interrupt(signum, frame):
-  """Ends a program in order; a second Ctrl-C ends it at once, other signals find it ending already."""
+  """Ends a program in order; a second Ctrl-C ends it at once, other signals find it ending
+  already."""
   for other in ENDS:
     signal.signal(other, lambda *_: None)
   signal.signal(signal.SIGINT, lambda *_: end_at_once())
   if signum == signal.SIGHUP:
     for stream in (1, 2):
-      if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal, to which nothing can be written any more
+      # the terminal, to which nothing can be written any more
+      if stat.S_ISCHR(os.fstat(stream).st_mode):
         mute(stream)
   raise KeyboardInterrupt(signum)
 
@@ -68,7 +75,8 @@ def end_at_once():
 
 @contextlib.contextmanager
 def stops():
-  """For training: within, only a second Ctrl-C ends anything; yields a function that tells whether a signal has come.
+  """For training: within, only a second Ctrl-C ends anything; yields a function that tells whether
+  a signal has come.
 
   Output that cannot be written (a closed terminal, `| head`) counts as one: the run shall save, not fail.
   """
@@ -90,7 +98,8 @@ def stops():
 
 
 class Output:
-  """A standard stream that outlives its reader: the first failure calls `lost`, and all later text is dropped."""
+  """A standard stream that outlives its reader: the first failure calls `lost`, and all later text
+  is dropped."""
 
   def __init__(self, stream, lost):
     self.stream, self.lost = stream, lost
@@ -114,13 +123,15 @@ class Output:
 
 @contextlib.contextmanager
 def watched():
-  """Within, a signal that Python cannot handle for BUSY_S is answered; a second Ctrl-C then ends all at once."""
+  """Within, a signal that Python cannot handle for BUSY_S is answered; a second Ctrl-C then ends
+  all at once."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
   told, tell = os.pipe()
   os.set_blocking(tell, False)
-  before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # a byte, the signal's number, from outside Python
+  # a byte, the signal's number, from outside Python
+  before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
   threading.Thread(target=watch, args=(told,), daemon=True).start()
   try:
     yield

@@ -14,7 +14,8 @@ from mmcl_jax.training import parallel
 
 @flax.struct.dataclass
 class TrainState:
-  """step int32 [] counts updates; params and statistics are the model's variables; opt_state is optax's."""
+  """step int32 [] counts updates; params and statistics are the model's variables; opt_state is
+  optax's."""
 
   step: jax.Array
   params: Any
@@ -23,12 +24,14 @@ class TrainState:
 
   @property
   def variables(self):
-    """What evaluation looks at: the running mean of the parameters where the optimiser keeps one (config.optimizer.ema)."""
+    """What evaluation looks at: the running mean of the parameters where the optimiser keeps one
+    (config.optimizer.ema)."""
     return {"params": averaged(self.params, self.opt_state), "batch_stats": self.statistics}
 
 
 class Treatment(NamedTuple):
-  """What the optimiser does to one parameter; `factor` multiplies its learning rate, and with it its weight decay."""
+  """What the optimiser does to one parameter; `factor` multiplies its learning rate, and with it
+  its weight decay."""
 
   frozen: bool
   decayed: bool
@@ -38,7 +41,9 @@ class Treatment(NamedTuple):
 def learning_rate(config):
   """Linear warm-up, then a half cosine to 0 at `config.steps`."""
   c = config.optimizer
-  return optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup, max(config.steps, c.warmup + 1))
+  return optax.warmup_cosine_decay_schedule(
+    0.0, c.learning_rate, c.warmup, max(config.steps, c.warmup + 1)
+  )
 
 
 def path_name(path) -> str:
@@ -47,16 +52,19 @@ def path_name(path) -> str:
 
 
 def decayed(params):
-  """Weight decay on matrices and kernels only: not on biases, norms, tokens, positions or the temperature."""
+  """Weight decay on matrices and kernels only: not on biases, norms, tokens, positions or the
+  temperature."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
-  """Clip by the global norm of the trained parameters (clip 0: none), then AdamW; frozen parameters get updates of 0.
+  """Clip by the global norm of the trained parameters (clip 0: none), then AdamW; frozen parameters
+  get updates of 0.
 
-  AdamW (Loshchilov & Hutter 2019), eps 1e-8: p -= rate(step) factor (m / (sqrt(v) + eps) + weight_decay p). Moments are
-  kept for trained parameters only, in their dtype. With config.optimizer.l2 it is Adam with an L2 penalty, as
-  torch.optim.Adam has it: weight_decay p is added to the gradient of every parameter.
+  AdamW (Loshchilov & Hutter 2019), eps 1e-8: p -= rate(step) factor (m / (sqrt(v) + eps) +
+  weight_decay p). Moments are kept for trained parameters only, in their dtype. With
+  config.optimizer.l2 it is Adam with an L2 penalty, as torch.optim.Adam has it: weight_decay p is
+  added to the gradient of every parameter.
 
   Args:
     params: the model's parameters, arrays or ShapeDtypeStructs.
@@ -66,67 +74,94 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
     UserError: see `treatments`.
   """
   c, treatment = config.optimizer, treatments(config, params, statistics)
-  by_path = lambda f, tree: jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
+
+  def by_path(f, tree):
+    return jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
+
   l2 = c.get("l2", False)  # absent from the configs of older runs
   adam = optax.scale_by_adam(b1=c.b1, b2=c.b2)
   decay = optax.add_decayed_weights(c.weight_decay, mask=None if l2 else decayed)
   trained = optax.chain(
-      optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
-      *((decay, adam) if l2 else (adam, decay)),
-      optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
-      optax.scale_by_learning_rate(learning_rate(config)),
-      *([keep_average(c.ema)] if c.get("ema", 0.0) else []))  # absent from the configs of older runs
-  return optax.partition({"trained": trained, "frozen": optax.set_to_zero()},
-                         lambda tree: by_path(lambda t, _: "frozen" if t.frozen else "trained", tree))
+    optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
+    *((decay, adam) if l2 else (adam, decay)),
+    optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
+    optax.scale_by_learning_rate(learning_rate(config)),
+    # absent from the configs of older runs
+    *([keep_average(c.ema)] if c.get("ema", 0.0) else []),
+  )
+  return optax.partition(
+    {"trained": trained, "frozen": optax.set_to_zero()},
+    lambda tree: by_path(lambda t, _: "frozen" if t.frozen else "trained", tree),
+  )
 
 
 class Average(NamedTuple):
-  """mean: of the parameters after every update so far, weighted by what adds up to `weight` float32 []."""
+  """mean: of the parameters after every update so far, weighted by what adds up to `weight` float32
+  []."""
 
   weight: jax.Array
   mean: Any
 
 
 def keep_average(decay: float) -> optax.GradientTransformation:
-  """Last of a chain: updates pass as they are, and a running mean of the parameters after them is kept beside (Polyak).
+  """Last of a chain: updates pass as they are, and a running mean of the parameters after them is
+  kept beside (Polyak).
 
-  It starts at 0 and is divided by its weight, 1 - decay^updates, where it is read, as Adam's moments are: nothing of the first,
-  random parameters is in it.
+  It starts at 0 and is divided by its weight, 1 - decay^updates, where it is read, as Adam's
+  moments are: nothing of the first, random parameters is in it.
   """
 
   def update(updates, state, params):
-    mean = jax.tree.map(lambda mean, x, change: decay * mean + (1 - decay) * (x + change), state.mean, params, updates)
+    mean = jax.tree.map(
+      lambda mean, x, change: decay * mean + (1 - decay) * (x + change), state.mean, params, updates
+    )
     return updates, Average(decay * state.weight + 1 - decay, mean)
 
-  return optax.GradientTransformation(lambda params: Average(jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), update)
+  return optax.GradientTransformation(
+    lambda params: Average(jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), update
+  )
 
 
 def averaged(params, opt_state):
-  """The running mean where the optimiser keeps one and has taken an update in; of frozen parameters, themselves."""
-  is_average, is_masked = (lambda x, kind=kind: isinstance(x, kind) for kind in (Average, optax.MaskedNode))
+  """The running mean where the optimiser keeps one and has taken an update in; of frozen
+  parameters, themselves."""
+  is_average, is_masked = (
+    lambda x, kind=kind: isinstance(x, kind) for kind in (Average, optax.MaskedNode)
+  )
   kept = [x for x in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(x)]
   if not kept:
     return params
   weight, mean = kept[0]
-  so_far = lambda mean, x: jnp.where(weight > 0, mean / jnp.maximum(weight, 1e-30), x).astype(x.dtype)
-  return jax.tree.map(lambda mean, x: x if is_masked(mean) else so_far(mean, x), mean, params, is_leaf=is_masked)
+
+  def so_far(mean, x):
+    return jnp.where(weight > 0, mean / jnp.maximum(weight, 1e-30), x).astype(x.dtype)
+
+  return jax.tree.map(
+    lambda mean, x: x if is_masked(mean) else so_far(mean, x), mean, params, is_leaf=is_masked
+  )
 
 
 def stop_frozen(params, treatment: dict[str, Treatment]):
-  """The same parameters, no gradient into the frozen ones: none is computed, and none counts in a norm."""
+  """The same parameters, no gradient into the frozen ones: none is computed, and none counts in a
+  norm."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: jax.lax.stop_gradient(x) if treatment[path_name(path)].frozen else x, params)
+    lambda path, x: jax.lax.stop_gradient(x) if treatment[path_name(path)].frozen else x, params
+  )
 
 
 def treatments(config, params, statistics=None) -> dict[str, Treatment]:
-  """Path of every parameter -> whether it is frozen, whether it decays, what multiplies its learning rate.
+  """Path of every parameter -> whether it is frozen, whether it decays, what multiplies its
+  learning rate.
 
-  Frozen: what a regex of `config.freeze` finds, and the backbones of the towers with `config.model.cmr.NAME.frozen`.
-  Factor: of the first entry of `config.optimizer.rates` whose regex is found, times `layer_factors`.
+  Frozen: what a regex of `config.freeze` finds, and the backbones of the towers with
+  `config.model.cmr.NAME.frozen`.
+  Factor: of the first entry of `config.optimizer.rates` whose regex is found, times
+  `layer_factors`.
 
   Args:
     params: arrays or ShapeDtypeStructs.
-    statistics: batch statistics, likewise. Where given, a regex of `config.freeze` must not touch a module that has
+    statistics: batch statistics, likewise. Where given, a regex of `config.freeze` must not touch a
+      module that has
       some: it would stay in training mode, and its statistics would go on changing.
 
   Raises:
@@ -134,57 +169,88 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
   """
   paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   decays = dict(zip(paths, jax.tree.leaves(decayed(params)), strict=True))
-  shown = f"{', '.join(paths[::max(len(paths) // 5, 1)][:5])}, ..."
+  shown = f"{', '.join(paths[:: max(len(paths) // 5, 1)][:5])}, ..."
 
-  towers = [f"^cmr_{re.escape(name)}/backbone/" for name, tower in config.model.cmr.items() if tower.frozen]
+  towers = [
+    f"^cmr_{re.escape(name)}/backbone/" for name, tower in config.model.cmr.items() if tower.frozen
+  ]
   frozen = {path for path in paths if any(re.search(regex, path) for regex in towers)}
   for regex in regexes(config.freeze, "config.freeze"):
     found = [path for path in paths if re.search(regex, path)]
     if not found:
-      raise UserError(f"config.freeze has {regex!r}, which matches no parameter; parameters are {shown}")
+      raise UserError(
+        f"config.freeze has {regex!r}, which matches no parameter; parameters are {shown}"
+      )
     check_statistics(regex, sorted(set(found) - frozen), statistics)
     frozen |= set(found)
   if len(frozen) == len(paths):
-    raise UserError(f"config.freeze {tuple(config.freeze)} and config.model.cmr.*.frozen leave no parameter to train; "
-                    f"parameters are {shown}")
+    raise UserError(
+      f"config.freeze {tuple(config.freeze)} and config.model.cmr.*.frozen leave no parameter to train; "
+      f"parameters are {shown}"
+    )
 
   factors, taken = {}, set()
   for regex, factor in rates(config.optimizer.rates):
     found = {path for path in paths if re.search(regex, path)} - frozen - taken
     if not found:
-      raise UserError(f"config.optimizer.rates has {regex!r}, which matches no trained parameter that an entry before "
-                      f"it has not taken; parameters are {shown}")
+      raise UserError(
+        f"config.optimizer.rates has {regex!r}, which matches no trained parameter that an entry before "
+        f"it has not taken; parameters are {shown}"
+      )
     taken |= found
     factors |= dict.fromkeys(found, factor)
   layers = layer_factors(config.optimizer.layer_decay, paths)
-  return {path: Treatment(path in frozen, decays[path], factors.get(path, 1.0) * layers[path]) for path in paths}
+  return {
+    path: Treatment(path in frozen, decays[path], factors.get(path, 1.0) * layers[path])
+    for path in paths
+  }
 
 
 def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
-  """Layer-wise learning-rate decay of the ECG tower (BEiT, Bao et al. 2022): decay^(depth + 1 - layer).
+  """Layer-wise learning-rate decay of the ECG tower (BEiT, Bao et al. 2022): decay^(depth + 1 -
+  layer).
 
-  patch_embed, cls_token and pos_embed are layer 0, block i is layer i + 1, all else of the tower is layer depth + 1. So
-  are the other modules, whose factor is 1: heads, read-outs, and the CMR towers, which have no layer decay.
+  patch_embed, cls_token and pos_embed are layer 0, block i is layer i + 1, all else of the tower is
+  layer depth + 1. So are the other modules, whose factor is 1: heads, read-outs, and the CMR
+  towers, which have no layer decay.
   """
   blocks = {path: int(found[1]) for path in paths if (found := re.match(r"ecg/block(\d+)/", path))}
   if decay < 1 and not blocks:
-    raise UserError(f"config.optimizer.layer_decay is {decay}, but this model has no ECG tower; set it to 1.0")
+    raise UserError(
+      f"config.optimizer.layer_decay is {decay}, but this model has no ECG tower; set it to 1.0"
+    )
   depth = max(blocks.values(), default=-1) + 1
-  first = lambda path: re.match("ecg/(patch_embed|cls_token|pos_embed)(/|$)", path)
-  return {path: decay ** (depth + 1 - (0 if first(path) else blocks.get(path, depth) + 1)) for path in paths}
+
+  def first(path):
+    return re.match("ecg/(patch_embed|cls_token|pos_embed)(/|$)", path)
+
+  return {
+    path: decay ** (depth + 1 - (0 if first(path) else blocks.get(path, depth) + 1))
+    for path in paths
+  }
 
 
 def check_statistics(regex: str, found: list[str], statistics) -> None:
   """Refuses to freeze by regex what has batch statistics: `cmr_NAME/backbone`, `head_ecg/norm1`."""
-  part = lambda path: "/".join(path.split("/")[:2])
-  moving = {part(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(statistics or {})}
+
+  def part(path):
+    return "/".join(path.split("/")[:2])
+
+  moving = {
+    part(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(statistics or {})
+  }
   if touched := [path for path in found if part(path) in moving]:
     module = part(touched[0])
     tower = re.fullmatch("cmr_(.+)/backbone", module)
-    way_out = (f"set config.model.cmr.{tower[1]}.frozen=True, which keeps all of it in evaluation mode" if tower else
-               "leave it out of config.freeze")
-    raise UserError(f"config.freeze has {regex!r}, which freezes {touched[0]}, but the batch statistics of {module} "
-                    f"would go on changing; {way_out}")
+    way_out = (
+      f"set config.model.cmr.{tower[1]}.frozen=True, which keeps all of it in evaluation mode"
+      if tower
+      else "leave it out of config.freeze"
+    )
+    raise UserError(
+      f"config.freeze has {regex!r}, which freezes {touched[0]}, but the batch statistics of {module} "
+      f"would go on changing; {way_out}"
+    )
 
 
 def regexes(entries, key: str) -> tuple[str, ...]:
@@ -200,20 +266,28 @@ def regexes(entries, key: str) -> tuple[str, ...]:
 
 
 def rates(entries) -> list[tuple[str, float]]:
-  pairs = [tuple(entry) if isinstance(entry, (tuple, list)) else () for entry in entries] \
-      if isinstance(entries, (tuple, list)) else [()]
+  pairs = (
+    [tuple(entry) if isinstance(entry, (tuple, list)) else () for entry in entries]
+    if isinstance(entries, (tuple, list))
+    else [()]
+  )
   if not all(len(pair) == 2 and isinstance(pair[1], (int, float)) for pair in pairs):
-    raise UserError(f"config.optimizer.rates is {entries!r}; expected pairs of a regex and a positive factor, such as "
-                    "(('^ecg/', 0.1),); to keep parameters as they are, name them in config.freeze")
+    raise UserError(
+      f"config.optimizer.rates is {entries!r}; expected pairs of a regex and a positive factor, such as "
+      "(('^ecg/', 0.1),); to keep parameters as they are, name them in config.freeze"
+    )
   regexes([regex for regex, _ in pairs], "config.optimizer.rates")
   return pairs
 
 
 def variables(model, example, seed: int = 0):
-  """Fresh params and batch_stats for a float batch `example` (arrays or shapes); under jax.eval_shape, their shapes."""
+  """Fresh params and batch_stats for a float batch `example` (arrays or shapes); under
+  jax.eval_shape, their shapes."""
   keys = jax.random.split(jax.random.key(0), example["mask"].shape[0])
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
-  return {"batch_stats": {}} | model.init({"params": jax.random.key(seed)}, zeros, keys, train=False)
+  return {"batch_stats": {}} | model.init(
+    {"params": jax.random.key(seed)}, zeros, keys, train=False
+  )
 
 
 def optimizer_for(model, example, config) -> optax.GradientTransformation:
@@ -247,6 +321,11 @@ def fresh(model, tx, example, seed: int) -> TrainState:
 
 
 def cap_temperature(params, max_scale: float):
-  """Projects a learned 1/temperature back under its cap after the update; a clamp in the forward pass could not return."""
+  """Projects a learned 1/temperature back under its cap after the update; a clamp in the forward
+  pass could not return."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: jnp.minimum(x, jnp.log(max_scale)) if re.fullmatch("log_scale", path[-1].key) else x, params)
+    lambda path, x: (
+      jnp.minimum(x, jnp.log(max_scale)) if re.fullmatch("log_scale", path[-1].key) else x
+    ),
+    params,
+  )

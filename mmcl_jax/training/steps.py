@@ -20,10 +20,11 @@ WORST = 4  # rows of a batch that a spike of the loss names
 
 
 class Scales(NamedTuple):
-  """How labels are standardised: the train split's mean and SD of the targets [K] and of the covariates [V].
+  """How labels are standardised: the train split's mean and SD of the targets [K] and of the
+  covariates [V].
 
-  `names` [K] are the targets, `columns` [K] their places among the cohort's phenotypes, `covariates` [V] its covariates,
-  `diseases` [C] its diseases, which are 0 or 1 as they are.
+  `names` [K] are the targets, `columns` [K] their places among the cohort's phenotypes,
+  `covariates` [V] its covariates, `diseases` [C] its diseases, which are 0 or 1 as they are.
   """
 
   names: tuple[str, ...]
@@ -35,7 +36,8 @@ class Scales(NamedTuple):
 
 
 def to_float(batch, scales: Scales | None = None):
-  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1]; `labels` of its voxels as they are.
+  """The compact host batch (int16 ECG with its scale, uint8 CMR) -> float32, CMR in [0, 1];
+  `labels` of its voxels as they are.
 
   With `scales` also targets [B, K] and conditions [B, V], standardised, NaN = not measured.
   """
@@ -43,24 +45,40 @@ def to_float(batch, scales: Scales | None = None):
   batch["ecg"] = batch["ecg"].astype(jnp.float32) * batch.pop("ecg_scale")[:, None, None]
   if "labels" in batch["cmr"]:
     batch["labels"] = batch["cmr"]["labels"]
-  batch["cmr"] = {view: x.astype(jnp.float32) / 255 for view, x in batch["cmr"].items() if view != "labels"}
+  batch["cmr"] = {
+    view: x.astype(jnp.float32) / 255 for view, x in batch["cmr"].items() if view != "labels"
+  }
   for name in ("mask", "has_ecg", "has_cmr"):
     batch[name] = batch[name].astype(jnp.float32)
   if scales:
-    batch["targets"] = (batch["phenotypes"][:, list(scales.columns)] - scales.target[0]) / scales.target[1]
+    batch["targets"] = (
+      batch["phenotypes"][:, list(scales.columns)] - scales.target[0]
+    ) / scales.target[1]
     batch["conditions"] = (batch["covariates"] - scales.covariate[0]) / scales.covariate[1]
   return batch
 
 
 def example(config, shapes: dict[str, list[int]], targets: int, rows: int):
-  """Shapes of a float batch of `rows` rows, as the model sees it; `shapes` are those of the cohort's records."""
+  """Shapes of a float batch of `rows` rows, as the model sees it; `shapes` are those of the
+  cohort's records."""
   f32, u32 = jnp.float32, jnp.uint32
-  array = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype)
-  batch = {"ecg": array((shapes["ecg"][0], config.data.samples), f32), "subject": array((2,), u32), "index": array((), u32)}
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+  batch = {
+    "ecg": array((shapes["ecg"][0], config.data.samples), f32),
+    "subject": array((2,), u32),
+    "index": array((), u32),
+  }
   batch |= {name: array(shapes[name], f32) for name in ("phenotypes", "diseases", "covariates")}
   batch |= {"targets": array((targets,), f32), "conditions": array(shapes["covariates"], f32)}
   batch |= {name: array((), f32) for name in ("mask", "has_ecg", "has_cmr")}
-  batch["cmr"] = {field: array(shapes[field], f32) for field in pretrainer.fields(config.model) if field != "labels"}
+  batch["cmr"] = {
+    field: array(shapes[field], f32)
+    for field in pretrainer.fields(config.model)
+    if field != "labels"
+  }
   if "labels" in pretrainer.fields(config.model):
     batch["labels"] = array(shapes["labels"], jnp.uint8)
   if config.augment.twice:
@@ -69,27 +87,45 @@ def example(config, shapes: dict[str, list[int]], targets: int, rows: int):
 
 
 def sample_keys(seed: int, index):
-  """One key a row from (seed, position in the data stream): independent of hosts, devices and the row's place."""
+  """One key a row from (seed, position in the data stream): independent of hosts, devices and the
+  row's place."""
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
 
 
 def augment(batch, keys, config):
-  """Crops and augments every row with its own key, each device its own rows; a model without an ECG tower leaves the ECG.
+  """Crops and augments every row with its own key, each device its own rows; a model without an ECG
+  tower leaves the ECG.
 
-  Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a gather per row.
+  Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a
+  gather per row.
   """
   reads_ecg, samples, strengths = bool(config.model.ecg.size), config.data.samples, config.augment
 
   def rows(ecg, cmr, keys):
     ecg_keys, cmr_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     if reads_ecg:
-      ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **strengths.ecg))(ecg_keys, ecg)
-    # Every field by keys of its own: a rotation that two views share would tell which belong together.
-    return ecg, {field: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **strengths.cmr))(pretrainer.fold(cmr_keys, i), x)
-                 for i, (field, x) in enumerate(sorted(cmr.items()))}
+      ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **strengths.ecg))(
+        ecg_keys, ecg
+      )
+    # Every field by keys of its own: a rotation that two views share would tell which belong
+    # together.
+    return ecg, {
+      field: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **strengths.cmr))(
+        pretrainer.fold(cmr_keys, i), x
+      )
+      for i, (field, x) in enumerate(sorted(cmr.items()))
+    }
 
-  augmented = lambda keys: dict(zip(("ecg", "cmr"), jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(
-      batch["ecg"], batch["cmr"], keys)))
+  def augmented(keys):
+    return dict(
+      zip(
+        ("ecg", "cmr"),
+        jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(
+          batch["ecg"], batch["cmr"], keys
+        ),
+      )
+    )
+
   if not strengths.twice:
     return batch | augmented(keys)
   return batch | augmented(keys) | {"again": augmented(pretrainer.fold(keys, 1))}
@@ -97,6 +133,7 @@ def augment(batch, keys, config):
 
 def check_outputs(model, objectives, batch, state):
   """Finds an objective that asks for an output the model does not make, before any compile."""
+
   def forward(params, statistics, batch, keys):
     return model.apply({"params": params, "batch_stats": statistics}, batch, keys, train=False)
 
@@ -106,10 +143,14 @@ def check_outputs(model, objectives, batch, state):
     try:
       jax.eval_shape(objective.loss, outputs, batch)
     except KeyError as error:
-      names = ", ".join(jax.tree_util.keystr(path, simple=True, separator=".")
-                        for path, _ in jax.tree_util.tree_leaves_with_path(outputs))
-      raise UserError(f"config.objectives.{objective.name} asks for {error}, which this model or batch does not make; "
-                      f"outputs are {names}; batch has {', '.join(batch)}") from None
+      names = ", ".join(
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(outputs)
+      )
+      raise UserError(
+        f"config.objectives.{objective.name} asks for {error}, which this model or batch does not make; "
+        f"outputs are {names}; batch has {', '.join(batch)}"
+      ) from None
     except (TypeError, ValueError) as error:
       raise UserError(f"config.objectives.{objective.name} cannot be computed: {error}") from None
 
@@ -117,22 +158,28 @@ def check_outputs(model, objectives, batch, state):
 def total_loss(outputs, batch, objectives, step):
   """Weighted sum of the objectives, and their metrics named objective/metric.
 
-  `worst` among them, uint32 [min(WORST, B), 2], are the subjects of the rows that add most to the sum, not finite first.
+  `worst` among them, uint32 [min(WORST, B), 2], are the subjects of the rows that add most to the
+  sum, not finite first.
   """
   total, metrics, rows = 0.0, {}, jnp.zeros(len(batch["mask"]))
   for objective in objectives:
     loss = objective.loss(outputs, batch)
     value, weight = objective_room.mean(loss), objective.weight(step)
     total += weight * value
-    rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / jnp.maximum(jnp.sum(loss.weight), 1)
+    rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / jnp.maximum(
+      jnp.sum(loss.weight), 1
+    )
     metrics |= {f"{objective.name}/loss": value, f"{objective.name}/weight": weight}
     metrics |= {f"{objective.name}/{name}": x for name, x in loss.metrics.items()}
-  _, worst = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(jnp.isfinite(rows), rows, jnp.inf)), min(WORST, len(rows)))
+  _, worst = jax.lax.top_k(
+    jax.lax.stop_gradient(jnp.where(jnp.isfinite(rows), rows, jnp.inf)), min(WORST, len(rows))
+  )
   return total, metrics | {"worst": batch["subject"][worst]}
 
 
 def make_train_step(model, objectives, tx, config, scales):
-  """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is not finite.
+  """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is
+  not finite.
 
   The batch is computed in config.accumulation parts (training.accumulate).
   """
@@ -140,15 +187,24 @@ def make_train_step(model, objectives, tx, config, scales):
 
   def forward(params, statistics, batch):
     """Compact rows -> (outputs, float rows), the batch statistics after them."""
-    keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(sample_keys(config.seed, batch["index"]))
+    keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(
+      sample_keys(config.seed, batch["index"])
+    )
     batch = augment(to_float(batch, scales), keys, config)
     params = state_room.stop_frozen(params, state_room.treatments(config, params))
-    outputs, changed = model.apply({"params": params, "batch_stats": statistics}, batch, model_keys, train=True,
-                                   mutable=["batch_stats"])
+    outputs, changed = model.apply(
+      {"params": params, "batch_stats": statistics},
+      batch,
+      model_keys,
+      train=True,
+      mutable=["batch_stats"],
+    )
     return (outputs, batch), changed.get("batch_stats", {})
 
   def train_step(state, batch):
-    judge = lambda outputs, batch: total_loss(outputs, batch, objectives, state.step)
+    def judge(outputs, batch):
+      return total_loss(outputs, batch, objectives, state.step)
+
     compute = accumulate.value_and_grad(forward, judge, config.accumulation)
     (loss, metrics), statistics, grads = compute(state.params, state.statistics, batch)
     worst = jax.lax.with_sharding_constraint(metrics["worst"], P())  # every host names them
@@ -156,11 +212,19 @@ def make_train_step(model, objectives, tx, config, scales):
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = schedule(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = state_room.cap_temperature(optax.apply_updates(state.params, updates), config.model.max_scale)
+    params = state_room.cap_temperature(
+      optax.apply_updates(state.params, updates), config.model.max_scale
+    )
     new = state_room.TrainState(state.step + 1, params, statistics, opt_state)
     state = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
-    return state, metrics | {"worst": worst, "loss": loss, "gradient_norm": norm, "learning_rate": rate,
-                             "rows_left_out": jnp.sum(1.0 - batch["mask"]), "finite": finite.astype(jnp.float32)}
+    return state, metrics | {
+      "worst": worst,
+      "loss": loss,
+      "gradient_norm": norm,
+      "learning_rate": rate,
+      "rows_left_out": jnp.sum(1.0 - batch["mask"]),
+      "finite": finite.astype(jnp.float32),
+    }
 
   return train_step
 
@@ -171,9 +235,11 @@ def first_window(batch, samples: int):
 
 
 def make_loss_step(model, objectives, config, scales):
-  """(state, batch) -> clu metrics of every objective in evaluation mode, rows weighted by their mask.
+  """(state, batch) -> clu metrics of every objective in evaluation mode, rows weighted by their
+  mask.
 
-  Objectives of two augmentations see two augmentations here too: of two equal views they would say nothing.
+  Objectives of two augmentations see two augmentations here too: of two equal views they would say
+  nothing.
   """
 
   def loss_step(state, batch):
@@ -184,41 +250,60 @@ def make_loss_step(model, objectives, config, scales):
       batch = augment(whole, keys, config)
     outputs = model.apply(state.variables, batch, keys, train=False)
     losses = {objective.name: objective.loss(outputs, batch) for objective in objectives}
-    return {name: clu_metrics.Average.from_model_output(loss.values, mask=loss.weight) for name, loss in losses.items()}
+    return {
+      name: clu_metrics.Average.from_model_output(loss.values, mask=loss.weight)
+      for name, loss in losses.items()
+    }
 
   return loss_step
 
 
 def windows(ecg, conditions, samples: int):
-  """The whole windows of `samples` samples of ecg [B, L, T], [B W, L, samples], those of a recording one after the other;
-  and conditions [B, V] or None once for each."""
+  """The whole windows of `samples` samples of ecg [B, L, T], [B W, L, samples], those of a
+  recording one after the other; and conditions [B, V] or None once for each."""
   B, L, T = ecg.shape
   count = T // samples
-  ecg = ecg[:, :, :count * samples].reshape(B, L, count, samples).swapaxes(1, 2).reshape(B * count, L, samples)
+  ecg = (
+    ecg[:, :, : count * samples]
+    .reshape(B, L, count, samples)
+    .swapaxes(1, 2)
+    .reshape(B * count, L, samples)
+  )
   return ecg, None if conditions is None else jnp.repeat(conditions, count, axis=0)
 
 
 def make_embed_ecg(model, samples: int, method: str = "encode_ecg"):
-  """(variables, ecg [B, L, T], conditions [B, V] or None) -> ecg_embedding [B, D], ecg_projection [B, E].
+  """(variables, ecg [B, L, T], conditions [B, V] or None) -> ecg_embedding [B, D], ecg_projection
+  [B, E].
 
-  A recording longer than the model's window is embedded as the mean over its whole windows. By method "embed_ecg" there
-  is no projection, nor its head in the program.
+  A recording longer than the model's window is embedded as the mean over its whole windows. By
+  method "embed_ecg" there is no projection, nor its head in the program.
   """
 
   def embed_ecg(variables, ecg, conditions=None):
     outputs = model.apply(variables, *windows(ecg, conditions, samples), method=method)
-    over_windows = lambda x: x.reshape(ecg.shape[0], -1, x.shape[-1]).mean(axis=1)  # B may be symbolic (mmcl export)
-    return {name: over_windows(outputs[name]) for name in ("ecg_embedding", "ecg_projection") if name in outputs}
+
+    # B may be symbolic (mmcl export)
+    def over_windows(x):
+      return x.reshape(ecg.shape[0], -1, x.shape[-1]).mean(axis=1)
+
+    return {
+      name: over_windows(outputs[name])
+      for name in ("ecg_embedding", "ecg_projection")
+      if name in outputs
+    }
 
   return embed_ecg
 
 
 def make_embed(model, config, scales):
-  """(variables, batch) -> embedding [B, D]: of the ECG, or of a run without an ECG tower, of its CMR towers side by side.
+  """(variables, batch) -> embedding [B, D]: of the ECG, or of a run without an ECG tower, of its
+  CMR towers side by side.
 
-  Beside it ecg_projection [B, E], where there is an ECG tower, and cmr_projection [B, towers, E] where the batch has
-  CMR. What the ECG tower's own read-outs say, where it has them: own_phenotypes [B, K], the targets in their units, and
-  own_diseases [B, C], probabilities. Those of a recording of several windows are of the mean of its log-odds.
+  Beside it ecg_projection [B, E], where there is an ECG tower, and cmr_projection [B, towers, E]
+  where the batch has CMR. What the ECG tower's own read-outs say, where it has them: own_phenotypes
+  [B, K], the targets in their units, and own_diseases [B, C], probabilities. Those of a recording
+  of several windows are of the mean of its log-odds.
   """
   embed_ecg, (mean, sd) = make_embed_ecg(model, config.data.samples), scales.target
 
@@ -227,63 +312,97 @@ def make_embed(model, config, scales):
     if config.model.ecg.size:
       found = embed_ecg(variables, batch["ecg"], batch.get("conditions"))
       outputs = {"embedding": found["ecg_embedding"], "ecg_projection": found["ecg_projection"]}
+
       # Linear, so that reading out the mean over windows is the mean of reading out each.
-      read_out = lambda kind: model.apply(variables, outputs["embedding"], method=lambda m, x: getattr(m, kind)["ecg"](x))
+      def read_out(kind):
+        return model.apply(
+          variables, outputs["embedding"], method=lambda m, x: getattr(m, kind)["ecg"](x)
+        )
+
       if "ecg" in config.model.regression:
         outputs["own_phenotypes"] = mean + sd * read_out("regression")
       if "ecg" in config.model.get("classification", ()):  # absent from the configs of older runs
         outputs["own_diseases"] = jax.nn.sigmoid(read_out("classification"))
     if config.model.cmr and pretrainer.sees_all(config.model, batch):
       towers = model.apply(variables, batch, method="encode_cmr")
-      outputs["cmr_projection"] = jnp.stack([tower["projection"] for tower in towers.values()], axis=1)
+      outputs["cmr_projection"] = jnp.stack(
+        [tower["projection"] for tower in towers.values()], axis=1
+      )
       if not config.model.ecg.size:
-        outputs["embedding"] = jnp.concatenate([tower["embedding"] for tower in towers.values()], axis=1)
+        outputs["embedding"] = jnp.concatenate(
+          [tower["embedding"] for tower in towers.values()], axis=1
+        )
     return outputs
 
   return embed
 
 
 def make_generate(model, config, shape: tuple[int, int, int], steps: int, guidance: float):
-  """(variables, ecg [B, L, T], noise [B, S, *pretrainer.noise_shape], conditions [B, V] or None) -> stacks [B, S, P, Z, H, W].
+  """(variables, ecg [B, L, T], noise [B, S, *pretrainer.noise_shape], conditions [B, V] or None) ->
+  stacks [B, S, P, Z, H, W].
 
-  Each of the S hearts of a recording, in [0, 1], grows from its own noise. Of a recording longer than the model's window they
-  look at its windows in turn.
+  Each of the S hearts of a recording, in [0, 1], grows from its own noise. Of a recording longer
+  than the model's window they look at its windows in turn.
 
   Args:
     shape: (Z, H, W) of a stack.
-    steps, guidance: see models.generator.integrate and guided; with guidance 0 the ECG is not looked at.
+    steps, guidance: see models.generator.integrate and guided; with guidance 0 the ECG is not
+      looked at.
   """
 
   def generate(variables, ecg, noise, conditions=None):
     B, S = noise.shape[:2]
-    tokens = model.apply(variables, *windows(ecg, conditions, config.data.samples), method="encode_ecg")["ecg_tokens"]
+    tokens = model.apply(
+      variables, *windows(ecg, conditions, config.data.samples), method="encode_ecg"
+    )["ecg_tokens"]
     tokens = tokens.reshape(B, -1, *tokens.shape[1:])
     tokens = tokens[:, np.arange(S) % tokens.shape[1]].reshape(B * S, *tokens.shape[2:])
     conditions = None if conditions is None else jnp.repeat(conditions, S, axis=0)
     noise = noise.reshape(B * S, *noise.shape[2:])
 
     def apply(method, *inputs, given):
-      return model.apply(variables, *inputs, tokens, jnp.full(B * S, given), shape, conditions, method=method)
+      return model.apply(
+        variables, *inputs, tokens, jnp.full(B * S, given), shape, conditions, method=method
+      )
 
     if pretrainer.masked(config.model):
-      tell = lambda *known: {given: apply("tell", *known, given=given) for given in generator.looks(guidance)}
-      velocity = lambda x, time, told: generator.guided(
-          lambda given: model.apply(variables, x, time, told[given], method=lambda m, *args: m.generator.token(*args)), guidance)
+
+      def tell(*known):
+        return {given: apply("tell", *known, given=given) for given in generator.looks(guidance)}
+
+      def velocity(x, time, told):
+        return generator.guided(
+          lambda given: model.apply(
+            variables, x, time, told[given], method=lambda m, *args: m.generator.token(*args)
+          ),
+          guidance,
+        )
+
       latents = mar.draw(tell, velocity, noise[..., :-1], noise[..., -1].argsort(axis=1), steps)
     else:
-      velocity = lambda x, time: generator.guided(lambda given: apply("velocity", x, time, given=given), guidance)
+
+      def velocity(x, time):
+        return generator.guided(lambda given: apply("velocity", x, time, given=given), guidance)
+
       latents = generator.integrate(velocity, noise, steps)
-    stacks = model.apply(variables, latents, shape, method=lambda m, *args: m.tokenizer.decode(*args))
+    stacks = model.apply(
+      variables, latents, shape, method=lambda m, *args: m.tokenizer.decode(*args)
+    )
     return jnp.clip(stacks, 0, 1).reshape(B, S, *stacks.shape[1:])
 
   return generate
 
 
 def make_segment(model):
-  """(variables, stacks [B, P, Z, H, W] in [0, 1]) -> labels uint8 [B, P, Z, H, W] (schema.LABELS)."""
+  """(variables, stacks [B, P, Z, H, W] in [0, 1]) -> labels uint8 [B, P, Z, H, W]
+  (schema.LABELS)."""
 
   def segment(variables, stacks):
-    return model.apply(variables, stacks, method=lambda m, x: m.segmenter(x)).argmax(axis=-1).astype(jnp.uint8)
+    return (
+      model.apply(variables, stacks, method=lambda m, x: m.segmenter(x))
+      .argmax(axis=-1)
+      .astype(jnp.uint8)
+    )
 
   return segment
 

@@ -10,7 +10,8 @@ from mmcl_jax.errors import UserError
 
 
 class Best(NamedTuple):
-  """Step and loss of the best evaluation so far, None where no loss was finite, and the evaluations in a row since."""
+  """Step and loss of the best evaluation so far, None where no loss was finite, and the evaluations
+  in a row since."""
 
   step: int | None = None
   loss: float | None = None
@@ -32,8 +33,12 @@ def check(config) -> None:
   """Is there such a score as config.stop_on?"""
   known = [f"validation/{name}" for name in sorted(config.objectives)]
   if config.stop_after and config.stop_on not in known:
-    raise UserError(f"config.stop_on is {config.stop_on!r}; expected a loss on validation, of which lower is better: "
-                    f"{', '.join(known)}")
+    raise UserError(
+      f"config.stop_on is {config.stop_on!r}; expected a loss on validation, of which lower is better: "
+      f"{', '.join(known)}"
+    )
   if config.stop_after and "losses" not in config.evaluators:
-    raise UserError(f"config.stop_on is {config.stop_on}, which 'losses' in config.evaluators computes; it has "
-                    f"{', '.join(config.evaluators) or 'nothing'}")
+    raise UserError(
+      f"config.stop_on is {config.stop_on}, which 'losses' in config.evaluators computes; it has "
+      f"{', '.join(config.evaluators) or 'nothing'}"
+    )

@@ -1,22 +1,26 @@
-"""Damages files by the thousand and reads them: every outcome but a value, a BadRecord or a UserError is a loss.
+"""Damages files by the thousand and reads them: every outcome but a value, a BadRecord or a
+UserError is a loss.
 
     python tests/reliability/fuzz.py --inputs=2000 --out=fuzz.jsonl
     python tests/reliability/fuzz.py --only wfdb:17
 
-What is damaged and who reads it stands in fuzz_targets.py, the damage in fuzz_mutations.py. Input N of a target follows
-from --seed, the target and N alone (but for the times that orbax and tfds write into what they make). A worker process
-reads one input after the other and is started anew where it dies. An input is lost by
+What is damaged and who reads it stands in fuzz_targets.py, the damage in fuzz_mutations.py. Input N
+of a target follows from --seed, the target and N alone (but for the times that orbax and tfds write
+into what they make). A worker process reads one input after the other and is started anew where it
+dies. An input is lost by
 
   another exception    or a BadRecord that is not one line or tells a name of the person in the file
-  a crash, a time-out  --limit seconds, from a watchdog thread of C, which ends what holds Python's lock too
-  memory               --memory MiB of resident memory beyond what the worker had, by the kernel's high-water mark.
-                       Address space is limited too, generously (RLIMIT_AS, 4 GiB more than the idle worker maps), so
-                       that an allocation without bound cannot take the machine; it is no measure, for maps of files
-                       count there
-  a way out            a file opened that is neither of the input nor of Python and its packages, a file made, changed
-                       or removed outside the input's folder, a program started, a connection, code run that is in no
-                       file, a class that a pickle names. Audit hooks see what Python does, inotify on the canaries
-                       (files beside the input, where damaged paths lead) what libraries in C++ and Rust do.
+  a crash, a time-out  --limit seconds, from a watchdog thread of C, which ends what holds Python's
+  lock too
+  memory               --memory MiB of resident memory beyond what the worker had, by the kernel's
+                       high-water mark. Address space is limited too, generously (RLIMIT_AS, 4 GiB
+                       more than the idle worker maps), so that an allocation without bound cannot
+                       take the machine; it is no measure, for maps of files count there
+  a way out            a file opened that is neither of the input nor of Python and its packages, a
+                       file made, changed or removed outside the input's folder, a program started,
+                       a connection, code run that is in no file, a class that a pickle names. Audit
+                       hooks see what Python does, inotify on the canaries (files beside the input,
+                         where damaged paths lead) what libraries in C++ and Rust do.
 """
 
 import argparse
@@ -44,11 +48,19 @@ from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CANARIES = ("canary", "canary.hea", "canary.dat", "canary.mat", "canary.json", "canary.csv", "canary.npz")
+CANARIES = (
+  "canary",
+  "canary.hea",
+  "canary.dat",
+  "canary.mat",
+  "canary.json",
+  "canary.csv",
+  "canary.npz",
+)
 ADDRESS_SPACE = 4 * 2**30  # bytes beyond those of the idle worker
-TOLD = 5                   # losses of a target that are told in a line each
-SLOW = 6                   # a slow target gets a sixth of the inputs, ...
-FEWEST = 300               # ... at least so many
+TOLD = 5  # losses of a target that are told in a line each
+SLOW = 6  # a slow target gets a sixth of the inputs, ...
+FEWEST = 300  # ... at least so many
 
 
 class Target(NamedTuple):
@@ -59,6 +71,7 @@ class Target(NamedTuple):
   damaged: patterns (PurePath.match) of the files that are damaged.
   slow: gets fewer inputs.
   """
+
   make: Callable[[pathlib.Path], None]
   read: Callable[[pathlib.Path], Any]
   damaged: tuple[str, ...] = ("*",)
@@ -75,17 +88,62 @@ def inputs_of(target, inputs: int) -> int:
 class Watch:
   """Sees ways out of the input's folder while `armed`."""
 
-  DOORS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.connect",
-           "socket.getaddrinfo", "pickle.find_class", "pty.spawn", "ctypes.dlopen", "webbrowser.open")
-  CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod",
-             "os.chown", "os.utime", "shutil.rmtree", "shutil.move")
-  IN_OPEN, IN_CREATE, IN_DELETE, IN_MODIFY, IN_MOVED, IN_ISDIR = 0x20, 0x100, 0x200, 0x2, 0xC0, 0x40000000
+  DOORS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "pickle.find_class",
+    "pty.spawn",
+    "ctypes.dlopen",
+    "webbrowser.open",
+  )
+  CHANGES = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+    "shutil.rmtree",
+    "shutil.move",
+  )
+  IN_OPEN, IN_CREATE, IN_DELETE, IN_MODIFY, IN_MOVED, IN_ISDIR = (
+    0x20,
+    0x100,
+    0x200,
+    0x2,
+    0xC0,
+    0x40000000,
+  )
 
   def __init__(self, work: pathlib.Path, case: pathlib.Path):
     self.own = tuple(os.path.realpath(path) + os.sep for path in (case, work / "tmp"))
-    readable = {sys.prefix, sys.base_prefix, *sys.path, ROOT / "mmcl_jax", ROOT / "configs", "/proc", "/sys",
-                "/dev/urandom", "/usr/share/zoneinfo", "/usr/lib", "/lib", "/usr/share/fonts", "/usr/share/mime",
-                "/etc/localtime", "/etc/mime.types"}
+    readable = {
+      sys.prefix,
+      sys.base_prefix,
+      *sys.path,
+      ROOT / "mmcl_jax",
+      ROOT / "configs",
+      "/proc",
+      "/sys",
+      "/dev/urandom",
+      "/usr/share/zoneinfo",
+      "/usr/lib",
+      "/lib",
+      "/usr/share/fonts",
+      "/usr/share/mime",
+      "/etc/localtime",
+      "/etc/mime.types",
+    }
     self.readable = tuple(os.path.realpath(path) + os.sep for path in readable if path)
     self.armed, self.seen = False, []
     self.libc = ctypes.CDLL(None, use_errno=True)
@@ -110,7 +168,7 @@ class Watch:
       events = os.read(self.inotify, 2**16)
       while events:
         _, mask, _, length = struct.unpack("iIII", events[:16])
-        name, events = events[16:16 + length].rstrip(b"\0").decode(), events[16 + length:]
+        name, events = events[16 : 16 + length].rstrip(b"\0").decode(), events[16 + length :]
         if name.startswith("canary") or mask & (self.IN_CREATE | self.IN_DELETE | self.IN_MOVED):
           self.seen.append(f"inotify {mask & 0xFFF:#x} {name}")
     return list(dict.fromkeys(self.seen))
@@ -120,8 +178,12 @@ class Watch:
       return
     if event == "open":
       path, mode, flags = arguments
-      writes = (mode or "r")[0] in "wax" or "+" in (mode or "") or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
-      if isinstance(path, (str, bytes)) and not self.allowed(path, self.own if writes else self.own + self.readable):
+      writes = (
+        (mode or "r")[0] in "wax" or "+" in (mode or "") or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
+      )
+      if isinstance(path, (str, bytes)) and not self.allowed(
+        path, self.own if writes else self.own + self.readable
+      ):
         self.seen.append(f"{'writes' if writes else 'opens'} {os.fsdecode(path)[-80:]}")
     elif event in self.CHANGES:
       paths = [x for x in arguments[:2] if isinstance(x, (str, bytes, os.PathLike))]
@@ -135,7 +197,11 @@ class Watch:
       raise Forbidden(event)
     elif event == "exec":
       name = getattr(arguments[0], "co_filename", "")
-      if name not in GENERATED and not name.startswith("<frozen") and not self.allowed(name, self.readable):
+      if (
+        name not in GENERATED
+        and not name.startswith("<frozen")
+        and not self.allowed(name, self.readable)
+      ):
         self.seen.append(f"exec {name[-80:]}")
 
   def allowed(self, path, folders) -> bool:
@@ -146,7 +212,8 @@ class Watch:
     return real == os.devnull or (real + os.sep).startswith(folders)
 
 
-# File names of code that libraries make up: namedtuples, dataclasses and NumPy's, jax's and pydicom's helpers.
+# File names of code that libraries make up: namedtuples, dataclasses and NumPy's, jax's and
+# pydicom's helpers.
 GENERATED = ("<string>", "<__array_function__ internals>")
 
 
@@ -160,12 +227,14 @@ class Case:
   def __init__(self, folder: pathlib.Path, seeds: list[dict[str, bytes]]):
     self.folder, self.seeds, self.now = folder, seeds, {}
     self.escapes = escapes(folder)
-    for path in folder.iterdir():  # of the target before; the folder itself is where the worker stands
+    # of the target before; the folder itself is where the worker stands
+    for path in folder.iterdir():
       shutil.rmtree(path) if path.is_dir() else path.unlink()
 
   def put(self, number: int, seed: int, name: str, patterns: tuple[str, ...]) -> None:
     """Writes input `number`: the first ones are the seeds as they are."""
     from fuzz_mutations import damaged
+
     rng = random.Random(f"{seed} {name} {number}")
     seeds = self.seeds
     which = number if number < len(seeds) else rng.randrange(len(seeds))
@@ -213,18 +282,46 @@ class Case:
 
 
 def matching(files: dict[str, bytes], patterns: tuple[str, ...]) -> list[str]:
-  found = sorted(name for name in files if any(pathlib.PurePath(name).match(pattern) for pattern in patterns))
+  found = sorted(
+    name for name in files if any(pathlib.PurePath(name).match(pattern) for pattern in patterns)
+  )
   assert found, f"no file of a seed matches {patterns}: {sorted(files)}"
   return found
 
 
 def escapes(case: pathlib.Path) -> list[str]:
   """Path-like texts; most lead to a canary, some through a folder that is there."""
-  up = [f"{'../' * depth}{name}" for depth in (1, 2, 3, 4) for name in ("canary", "canary.dat", "canary.npz")]
-  absolute = [str(case.parent / "canary"), str(case.parent / "canary.dat"), str(case.parent.parent / "canary.hea")]
-  return [*up, *absolute, "/etc/passwd", f"file://{case.parent}/canary", "http://127.0.0.1:9/x", "~/.ssh/id_rsa", "..",
-          "/", ".", "../", "a/../../canary", "..\\canary", "/dev/stdin", "s3://127.0.0.1/x", "canary::file", "$HOME",
-          "`id`", "nul", "a" * 300]
+  up = [
+    f"{'../' * depth}{name}"
+    for depth in (1, 2, 3, 4)
+    for name in ("canary", "canary.dat", "canary.npz")
+  ]
+  absolute = [
+    str(case.parent / "canary"),
+    str(case.parent / "canary.dat"),
+    str(case.parent.parent / "canary.hea"),
+  ]
+  return [
+    *up,
+    *absolute,
+    "/etc/passwd",
+    f"file://{case.parent}/canary",
+    "http://127.0.0.1:9/x",
+    "~/.ssh/id_rsa",
+    "..",
+    "/",
+    ".",
+    "../",
+    "a/../../canary",
+    "..\\canary",
+    "/dev/stdin",
+    "s3://127.0.0.1/x",
+    "canary::file",
+    "$HOME",
+    "`id`",
+    "nul",
+    "a" * 300,
+  ]
 
 
 def memory() -> tuple[int, int]:
@@ -258,25 +355,33 @@ def worker(work: pathlib.Path, module: str, limit: float, most_mib: int) -> None
       name = job["target"]
       seeds = seeds_of(work, name, target)
       current = Case(case, seeds)
-      for number in range(len(seeds)):  # imports what is imported late, and is the proof that the seeds are good
+      # imports what is imported late, and is the proof that the seeds are good
+      for number in range(len(seeds)):
         current.put(number, 0, name, target.damaged)
         with warnings.catch_warnings():
           warnings.simplefilter("ignore")
           target.read(case)
         current.after()
       watch = watch or Watch(work, case)
-      soft = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + ADDRESS_SPACE
+      soft = (
+        int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + ADDRESS_SPACE
+      )
       resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
     for number in job["numbers"]:
       current.put(number, job["seed"], name, target.damaged)
-      answers.write(json.dumps([number, *one(target, case, watch, secrets, limit, most_mib, log, job["trace"])]) + "\n")
+      answers.write(
+        json.dumps([number, *one(target, case, watch, secrets, limit, most_mib, log, job["trace"])])
+        + "\n"
+      )
       current.after()
     answers.write("[-1]\n")
 
 
 def one(target, case, watch, secrets, limit, most_mib, log, trace) -> tuple[str, str, int]:
-  """(value, refusal or loss; what is told of it; MiB that it took) of the input that lies in `case`."""
+  """(value, refusal or loss; what is told of it; MiB that it took) of the input that lies in
+  `case`."""
   from mmcl_jax.errors import BadRecord, UserError
+
   kind, told = "value", ""
   faulthandler.dump_traceback_later(limit, exit=True, file=log)
   clear_peak()
@@ -308,6 +413,7 @@ def one(target, case, watch, secrets, limit, most_mib, log, trace) -> tuple[str,
 def wrong_words(error, secrets) -> str:
   """What must not be in the words of a refusal: line breaks in reasons, names of the person."""
   from mmcl_jax.errors import BadRecord
+
   text = str(error)
   if isinstance(error, BadRecord) and ("\n" in text or len(text) > 1000):
     return "not one line"
@@ -318,8 +424,10 @@ def frame(error) -> str:
   """The innermost line of the package that the error went through."""
   frames = traceback.extract_tb(error.__traceback__)
   frames = [one for one in frames if "/mmcl_jax/" in one.filename] or frames[-1:]
-  return " < ".join(f"{one.filename.partition('mmcl_jax/')[2] or pathlib.Path(one.filename).name}:{one.lineno}"
-                    for one in frames[:-4:-1])
+  return " < ".join(
+    f"{one.filename.partition('mmcl_jax/')[2] or pathlib.Path(one.filename).name}:{one.lineno}"
+    for one in frames[:-4:-1]
+  )
 
 
 def find_targets(module: str) -> dict[str, Target]:
@@ -335,14 +443,22 @@ def secrets_of(module: str) -> tuple[str, ...]:
 def seeds_of(work, name, target) -> list[dict[str, bytes]]:
   """The files of each seed, made once."""
   from fuzz_mutations import settled
+
   folder = work / "seeds" / name
   if not (folder / "whole").exists():
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     target.make(folder)
     (folder / "whole").touch()
-  return [{str(file.relative_to(seed)): settled(file.read_bytes()) for file in sorted(seed.rglob("*"))
-           if file.is_file()} for seed in sorted(folder.iterdir()) if seed.is_dir()]
+  return [
+    {
+      str(file.relative_to(seed)): settled(file.read_bytes())
+      for file in sorted(seed.rglob("*"))
+      if file.is_file()
+    }
+    for seed in sorted(folder.iterdir())
+    if seed.is_dir()
+  ]
 
 
 # The parent
@@ -355,14 +471,28 @@ class Workers:
     self.work, self.args, self.process, self.rest = work, args, None, b""
 
   def start(self):
-    # A heap that keeps what was freed would hide what an input takes; jax needs no second device here.
+    # A heap that keeps what was freed would hide what an input takes; jax needs no second device
+    # here.
     env = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES"}
     env |= {"TMPDIR": str(self.work / "tmp"), "JAX_PLATFORMS": "cpu"}
-    env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": "0",
-            "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, str(HERE / "fuzz.py"), f"--worker={self.work}", f"--of={self.args.of}",
-               f"--limit={self.args.limit}", f"--memory={self.args.memory}"]
-    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT)
+    env |= {
+      "OMP_NUM_THREADS": "1",
+      "OPENBLAS_NUM_THREADS": "1",
+      "TF_CPP_MIN_LOG_LEVEL": "3",
+      "PYTHONHASHSEED": "0",
+      "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [
+      sys.executable,
+      str(HERE / "fuzz.py"),
+      f"--worker={self.work}",
+      f"--of={self.args.of}",
+      f"--limit={self.args.limit}",
+      f"--memory={self.args.memory}",
+    ]
+    self.process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT
+    )
     self.rest = b""
 
   def read(self, target: str, numbers: list[int], trace: bool = False):
@@ -394,7 +524,8 @@ class Workers:
       yield numbers.pop(0), "loss", f"{kind} {where}" + (f"\n{text[-4000:]}" if trace else ""), 0
 
   def line(self):
-    """The worker's next answer; None where it has died. One that the watchdog did not end is ended here."""
+    """The worker's next answer; None where it has died. One that the watchdog did not end is ended
+    here."""
     fd = self.process.stdout.fileno()
     while b"\n" not in self.rest:
       if not select.select([fd], [], [], 120 + 2 * self.args.limit)[0]:
@@ -413,7 +544,13 @@ class Workers:
 
 def fuzz(workers: Workers, name: str, count: int, told) -> dict:
   """Reads `count` inputs of a target; the line of --out."""
-  kinds, losses, peak, start, shown = {"value": 0, "refusal": 0, "loss": 0}, [], 0, time.time(), time.time()
+  kinds, losses, peak, start, shown = (
+    {"value": 0, "refusal": 0, "loss": 0},
+    [],
+    0,
+    time.time(),
+    time.time(),
+  )
   for done, (number, kind, text, mib) in enumerate(workers.read(name, list(range(count))), 1):
     kinds[kind] += 1
     peak = max(peak, mib)
@@ -422,27 +559,43 @@ def fuzz(workers: Workers, name: str, count: int, told) -> dict:
     if time.time() - shown > 10:
       shown = time.time()
       told(f"  {name}: {done} of {count}, {done / (shown - start):.0f}/s, {kinds['loss']} lost")
-  return {"target": name, "seed": workers.args.seed, "inputs": count, "values": kinds["value"],
-          "refusals": kinds["refusal"], "losses": kinds["loss"], "first": losses[:TOLD],
-          "lost": [int(line.split()[0].rpartition(":")[2]) for line in losses],
-          "seconds": round(time.time() - start, 1), "peak_mib": peak}
+  return {
+    "target": name,
+    "seed": workers.args.seed,
+    "inputs": count,
+    "values": kinds["value"],
+    "refusals": kinds["refusal"],
+    "losses": kinds["loss"],
+    "first": losses[:TOLD],
+    "lost": [int(line.split()[0].rpartition(":")[2]) for line in losses],
+    "seconds": round(time.time() - start, 1),
+    "peak_mib": peak,
+  }
 
 
 def table(rows: list[dict]) -> str:
   """Markdown."""
-  lines = ["| target | inputs | values | refusals | losses | seconds | inputs/s | peak MiB |", "|" + "---|" * 8]
+  lines = [
+    "| target | inputs | values | refusals | losses | seconds | inputs/s | peak MiB |",
+    "|" + "---|" * 8,
+  ]
   for row in rows:
     rate = row["inputs"] / max(row["seconds"], 0.1)
     counts = " | ".join(f"{row[name]:,}" for name in ("inputs", "values", "refusals", "losses"))
-    lines.append(f"| {row['target']} | {counts} | {row['seconds']:.0f} | {rate:.0f} | {row['peak_mib']} |")
+    lines.append(
+      f"| {row['target']} | {counts} | {row['seconds']:.0f} | {rate:.0f} | {row['peak_mib']} |"
+    )
   return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def workplace():
-  """A folder with canaries; in memory where that can be, for a disk takes milliseconds to replace a file."""
+  """A folder with canaries; in memory where that can be, for a disk takes milliseconds to replace a
+  file."""
   shared = pathlib.Path("/dev/shm")
-  with tempfile.TemporaryDirectory(prefix="mmcl_fuzz_", dir=shared if os.access(shared, os.W_OK) else None) as name:
+  with tempfile.TemporaryDirectory(
+    prefix="mmcl_fuzz_", dir=shared if os.access(shared, os.W_OK) else None
+  ) as name:
     work = pathlib.Path(name).resolve()
     for folder in (work / "in", work / "tmp", work / "seeds"):
       folder.mkdir()
@@ -453,18 +606,31 @@ def workplace():
 
 
 def parse(argv):
-  parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--inputs", type=int, default=2000,
-                      help=f"of each target; a slow one gets 1/{SLOW}, at least {FEWEST}")
+  parser = argparse.ArgumentParser(
+    description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--inputs",
+    type=int,
+    default=2000,
+    help=f"of each target; a slow one gets 1/{SLOW}, at least {FEWEST}",
+  )
   parser.add_argument("--targets", nargs="+", metavar="NAME", help="default: all")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--out", help="JSON lines, one a target; those that are there are not read again")
-  parser.add_argument("--only", metavar="TARGET:N", help="one input, with its traceback; it is kept in a folder")
+  parser.add_argument(
+    "--out", help="JSON lines, one a target; those that are there are not read again"
+  )
+  parser.add_argument(
+    "--only", metavar="TARGET:N", help="one input, with its traceback; it is kept in a folder"
+  )
   parser.add_argument("--limit", type=float, default=10, help="seconds for an input")
   parser.add_argument("--memory", type=int, default=512, help="MiB for an input")
-  parser.add_argument("--of", default="fuzz_targets", metavar="MODULE",
-                      help="beside this file, with TARGETS (default %(default)s)")
+  parser.add_argument(
+    "--of",
+    default="fuzz_targets",
+    metavar="MODULE",
+    help="beside this file, with TARGETS (default %(default)s)",
+  )
   parser.add_argument("--worker", help=argparse.SUPPRESS)
   return parser.parse_args(argv)
 
@@ -500,10 +666,19 @@ def run(workers: Workers, args) -> int:
   if unknown := set(args.targets or ()) - targets.keys():
     raise SystemExit(f"no target {', '.join(sorted(unknown))}; there are {', '.join(targets)}")
   out, rows = pathlib.Path(args.out) if args.out else None, []
-  there = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+  there = (
+    [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+  )
   for name in args.targets or targets:
     count = inputs_of(targets[name], args.inputs)
-    row = next((row for row in there if (row["target"], row["seed"], row["inputs"]) == (name, args.seed, count)), None)
+    row = next(
+      (
+        row
+        for row in there
+        if (row["target"], row["seed"], row["inputs"]) == (name, args.seed, count)
+      ),
+      None,
+    )
     if row is None:
       row = fuzz(workers, name, count, lambda text: print(text, flush=True))
       if out:

@@ -1,4 +1,5 @@
-"""Damage to files, from a seeded generator: of bytes, of text, and inside zips, gzip streams, JSON, arrays, tables."""
+"""Damage to files, from a seeded generator: of bytes, of text, and inside zips, gzip streams, JSON,
+arrays, tables."""
 
 import gzip
 import io
@@ -12,29 +13,119 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-HEAD = 1024            # bytes at either end, where formats keep their structure: half of the damage falls there
-DEEP = 100_000         # levels of nesting
-MAX_TEXT = 2**17       # bytes in which words and numbers are looked for
+# bytes at either end, where formats keep their structure: half of the damage falls there
+HEAD = 1024
+DEEP = 100_000  # levels of nesting
+MAX_TEXT = 2**17  # bytes in which words and numbers are looked for
 DATE = (1980, 1, 1, 0, 0, 0)  # of zip members, so that a seed has the same bytes in every run
 NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 WORD = re.compile(rb"[\w./+-]{2,}")
-NUMBERS = (b"0", b"-1", b"1", b"2", b"-0.0", b"nan", b"inf", b"-inf", b"1e308", b"1e-308", b"1e999", b"65536",
-           str(2**31).encode(), str(2**32 - 1).encode(), str(2**63 - 1).encode(), str(-2**63).encode(), b"9" * 40,
-           b"9" * 5000, b"0x10", b"1_0", b"", b"1.5")
-INTEGERS = (0, 1, -1, 2, 127, 255, 2**15 - 1, 2**16 - 1, 2**31 - 1, -2**31, 2**32 - 1, 2**63 - 1, -2**63)
-SNIPPETS = (b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"'", b",", b";", b"\n", b"\r", b"\t", b"=", b"<", b"&", b"]]>",
-            b"{", b"}", b"[", b"]", b"%s%n", b"\xc3\x28", b"\xed\xa0\x80",
-            "é\u202e".encode(), b" " * 5000, b"A" * 70_000, b"\n" * 3000)
-NESTS = (b"[" * DEEP, b'{"a":' * DEEP, b"<a>" * DEEP, b"(" * DEEP, b"[[" * 400 + b"]]" * 400, b"-" * 5000 + b"1",
-         b"[a" + b".a" * 5000)
-VALUES = (None, True, False, 0, -1, 1, 10**30, 1e308, float("nan"), float("inf"), "", "nan", "x" * 5000, "\ud800", [],
-          {}, [[]], [None], {"": None}, [1, "a"], {"a": {"a": 1}})
+NUMBERS = (
+  b"0",
+  b"-1",
+  b"1",
+  b"2",
+  b"-0.0",
+  b"nan",
+  b"inf",
+  b"-inf",
+  b"1e308",
+  b"1e-308",
+  b"1e999",
+  b"65536",
+  str(2**31).encode(),
+  str(2**32 - 1).encode(),
+  str(2**63 - 1).encode(),
+  str(-(2**63)).encode(),
+  b"9" * 40,
+  b"9" * 5000,
+  b"0x10",
+  b"1_0",
+  b"",
+  b"1.5",
+)
+INTEGERS = (
+  0,
+  1,
+  -1,
+  2,
+  127,
+  255,
+  2**15 - 1,
+  2**16 - 1,
+  2**31 - 1,
+  -(2**31),
+  2**32 - 1,
+  2**63 - 1,
+  -(2**63),
+)
+SNIPPETS = (
+  b"\0",
+  b"\xff\xfe",
+  b"\xef\xbb\xbf",
+  b'"',
+  b"'",
+  b",",
+  b";",
+  b"\n",
+  b"\r",
+  b"\t",
+  b"=",
+  b"<",
+  b"&",
+  b"]]>",
+  b"{",
+  b"}",
+  b"[",
+  b"]",
+  b"%s%n",
+  b"\xc3\x28",
+  b"\xed\xa0\x80",
+  "é\u202e".encode(),
+  b" " * 5000,
+  b"A" * 70_000,
+  b"\n" * 3000,
+)
+NESTS = (
+  b"[" * DEEP,
+  b'{"a":' * DEEP,
+  b"<a>" * DEEP,
+  b"(" * DEEP,
+  b"[[" * 400 + b"]]" * 400,
+  b"-" * 5000 + b"1",
+  b"[a" + b".a" * 5000,
+)
+VALUES = (
+  None,
+  True,
+  False,
+  0,
+  -1,
+  1,
+  10**30,
+  1e308,
+  float("nan"),
+  float("inf"),
+  "",
+  "nan",
+  "x" * 5000,
+  "\ud800",
+  [],
+  {},
+  [[]],
+  [None],
+  {"": None},
+  [1, "a"],
+  {"a": {"a": 1}},
+)
 DTYPES = ("<f8", "<f4", "<i8", "<u1", "<c16", "<U3", "|S2", "|b1", ">f8", "<M8[D]", "<f2")
 
 
 def bomb(name: bytes) -> bytes:
   """A document type whose entities expand to 10 ** 12 letters."""
-  entities = b"".join(b'<!ENTITY e%d "%s">' % (i, b"&e%d;" % (i - 1) * 10 if i else b"ha") for i in range(12))
+  entities = b"".join(
+    b'<!ENTITY e%d "%s">' % (i, b"&e%d;" % (i - 1) * 10 if i else b"ha") for i in range(12)
+  )
   return b"<!DOCTYPE %s [%s]>" % (name, entities)
 
 
@@ -71,7 +162,7 @@ def once(rng, name, data, other, escapes) -> bytes:
 
 
 def format_of(name: str, data: bytes) -> str:
-  """"" where nothing is known of the format."""
+  """ "" where nothing is known of the format."""
   if data[:2] == b"\x1f\x8b":
     return "gzip"
   if data[:4] == b"PK\x03\x04":
@@ -102,24 +193,30 @@ def flip(rng, data, other):
   data = bytearray(data)
   for _ in range(rng.choice((1, 1, 2, 8))):
     at = place(rng, len(data) - 1) if data else 0
-    data[at:at + 1] = bytes(byte ^ 1 << rng.randrange(8) for byte in data[at:at + 1])
+    data[at : at + 1] = bytes(byte ^ 1 << rng.randrange(8) for byte in data[at : at + 1])
   return bytes(data)
 
 
 def overwrite(rng, data, other):
   at, length = place(rng, len(data)), rng.choice((1, 2, 4, 8, 64, 1000))
-  return data[:at] + rng.choice((rng.randbytes(length), bytes(length), b"\xff" * length)) + data[at + length:]
+  return (
+    data[:at]
+    + rng.choice((rng.randbytes(length), bytes(length), b"\xff" * length))
+    + data[at + length :]
+  )
 
 
 def integer(rng, data, other):
   """A number that a format may take for a size."""
   at, size = place(rng, len(data)), rng.choice((2, 4, 8))
-  value = rng.choice(INTEGERS) % 2**(8 * size)
-  return data[:at] + value.to_bytes(size, rng.choice(("little", "little", "big"))) + data[at + size:]
+  value = rng.choice(INTEGERS) % 2 ** (8 * size)
+  return (
+    data[:at] + value.to_bytes(size, rng.choice(("little", "little", "big"))) + data[at + size :]
+  )
 
 
 def truncate(rng, data, other):
-  return data[:place(rng, len(data))]
+  return data[: place(rng, len(data))]
 
 
 def insert(rng, data, other):
@@ -129,17 +226,17 @@ def insert(rng, data, other):
 
 def duplicate(rng, data, other):
   at, length = place(rng, len(data)), rng.choice((1, 16, 200, 5000))
-  return data[:at] + data[at:at + length] * rng.choice((2, 2, 50)) + data[at + length:]
+  return data[:at] + data[at : at + length] * rng.choice((2, 2, 50)) + data[at + length :]
 
 
 def remove(rng, data, other):
   at, length = place(rng, len(data)), rng.choice((1, 4, 64, 1000))
-  return data[:at] + data[at + length:]
+  return data[:at] + data[at + length :]
 
 
 def splice(rng, data, other):
   at = place(rng, len(data))
-  return data[:at] + other[rng.choice((at, place(rng, len(other)))):]
+  return data[:at] + other[rng.choice((at, place(rng, len(other)))) :]
 
 
 def in_place(rng, data):
@@ -149,8 +246,10 @@ def in_place(rng, data):
     return data
   match = rng.choice(found)
   size = len(match[0])
-  new = rng.choice((b"9" * size, b"0" * size, *(text.ljust(size) for text in (b"-1", b"nan", b"inf", b"1e99"))))
-  return data[:match.start()] + new[:size] + data[match.end():]
+  new = rng.choice(
+    (b"9" * size, b"0" * size, *(text.ljust(size) for text in (b"-1", b"nan", b"inf", b"1e99")))
+  )
+  return data[: match.start()] + new[:size] + data[match.end() :]
 
 
 BYTES = (flip, flip, overwrite, integer, integer, truncate, insert, duplicate, remove, splice)
@@ -164,7 +263,7 @@ def number(rng, data, escapes):
   if not found:
     return data + rng.choice(NUMBERS)
   match = rng.choice(found)
-  return data[:match.start()] + rng.choice(NUMBERS) + data[match.end():]
+  return data[: match.start()] + rng.choice(NUMBERS) + data[match.end() :]
 
 
 def word(rng, data, escapes):
@@ -174,7 +273,7 @@ def word(rng, data, escapes):
     return data + rng.choice(escapes).encode()
   match = rng.choice(found[:40]) if rng.random() < 0.5 else rng.choice(found)
   new = rng.choice(escapes).encode() if rng.random() < 0.5 else rng.choice(found)[0]
-  return data[:match.start()] + new + data[match.end():]
+  return data[: match.start()] + new + data[match.end() :]
 
 
 def snippet(rng, data, escapes):
@@ -183,7 +282,8 @@ def snippet(rng, data, escapes):
 
 
 def nest(rng, data, escapes):
-  """Nesting without end, or entities that expand without end or lead elsewhere, after a tag where there are tags."""
+  """Nesting without end, or entities that expand without end or lead elsewhere, after a tag where
+  there are tags."""
   if b"<?xml" in data[:100] and rng.random() < 0.6:
     declaration = data.index(b"?>") + 2 if b"?>" in data else 0
     new = rng.choice((bomb(b"CardiologyXML"), external(rng.choice(escapes))))
@@ -221,19 +321,29 @@ def in_gzip(rng, data, other, escapes):
 
 def in_zip(rng, data, other, escapes):
   """A member damaged, renamed, doubled, dropped, or compressed in another way."""
-  members, theirs = unzipped(data), dict((info.filename, content) for info, content in unzipped(other))
+  members, theirs = (
+    unzipped(data),
+    dict((info.filename, content) for info, content in unzipped(other)),
+  )
   i = rng.randrange(len(members))
   info, content = members[i]
   if (kind := rng.random()) < 0.7:
-    members[i] = info, once(rng, info.filename, content, theirs.get(info.filename, content), escapes)
+    members[i] = (
+      info,
+      once(rng, info.filename, content, theirs.get(info.filename, content), escapes),
+    )
   elif kind < 0.8:
-    info.filename = rng.choice((rng.choice(escapes), rng.choice(members)[0].filename, "a" * 3000, "\\x", "C:\\x"))
+    info.filename = rng.choice(
+      (rng.choice(escapes), rng.choice(members)[0].filename, "a" * 3000, "\\x", "C:\\x")
+    )
   elif kind < 0.85:
     members.append((zipfile.ZipInfo(rng.choice(escapes), DATE), content))
   elif kind < 0.9:
     del members[i]
   elif kind < 0.95:
-    info.compress_type = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    info.compress_type = rng.choice(
+      (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    )
   else:
     members[i] = info, bytes(2**24)  # compresses to nothing
   return zipped(members)
@@ -266,7 +376,9 @@ def changed(rng, tree, escapes):
     key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
     path.append((node, key))
     node = node[key]
-  new = rng.choice((rng.choice(VALUES), rng.choice(VALUES), rng.choice(escapes), [node], {"a": node}, str(node)))
+  new = rng.choice(
+    (rng.choice(VALUES), rng.choice(VALUES), rng.choice(escapes), [node], {"a": node}, str(node))
+  )
   if isinstance(node, (int, float)) and rng.random() < 0.5:
     new = rng.choice((-node, node + 1, node * 10**6, node / 3, float("nan"), 0))
   if not path:
@@ -286,8 +398,8 @@ def changed(rng, tree, escapes):
 def in_safetensors(rng, data, other, escapes):
   """The header changed and its length stated anew."""
   (length,) = struct.unpack("<Q", data[:8])
-  header = in_json(rng, data[8:8 + length], other, escapes)
-  return struct.pack("<Q", len(header)) + header + data[8 + length:]
+  header = in_json(rng, data[8 : 8 + length], other, escapes)
+  return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
 def in_npy(rng, data, other, escapes):
@@ -297,7 +409,9 @@ def in_npy(rng, data, other, escapes):
   if kind == 0:
     array = array.astype(rng.choice(DTYPES)) if array.dtype.kind in "biuf" else array[:-1]
   elif kind == 1:
-    array = array.reshape(rng.choice(((-1,), (1, *array.shape), (*array.shape, 1), (array.size, 1))))
+    array = array.reshape(
+      rng.choice(((-1,), (1, *array.shape), (*array.shape, 1), (array.size, 1)))
+    )
   elif kind == 2:
     part = rng.choice((slice(0), slice(1), slice(None, -1), slice(None, None, -1)))
     array = array[part] if array.ndim else array[None]
@@ -305,7 +419,11 @@ def in_npy(rng, data, other, escapes):
     array = array.T
   elif kind == 4 and array.dtype.kind in "fiu" and array.size:
     array = array.copy()
-    bad = rng.choice((np.nan, np.inf, -np.inf, 1e38)) if array.dtype.kind == "f" else rng.choice((0, 1, 127))
+    bad = (
+      rng.choice((np.nan, np.inf, -np.inf, 1e38))
+      if array.dtype.kind == "f"
+      else rng.choice((0, 1, 127))
+    )
     array[tuple(rng.choice((slice(None), rng.randrange(n))) for n in array.shape)] = bad
   else:
     array = np.concatenate([array] * 2, rng.randrange(array.ndim)) if array.ndim else array[None]
@@ -322,13 +440,25 @@ def in_parquet(rng, data, other, escapes):
   if kind == 0:
     texts = [None if x is None else str(x) for x in column.to_pylist()]
     given, n = (lambda make: [None if x is None else make(x) for x in texts]), len(texts)
-    new = rng.choice((pa.array(texts, pa.string()), pa.array(given(str.encode), pa.binary()),
-                      pa.array(given(lambda x: [x])), pa.array(texts).dictionary_encode(), pa.nulls(n),
-                      pa.array([{"a": x} for x in texts]), pa.array([7] * n, pa.timestamp("ns")),
-                      pa.array([2**62] * n), pa.array([x is None for x in texts]), pa.array([1e300] * n)))
+    new = rng.choice(
+      (
+        pa.array(texts, pa.string()),
+        pa.array(given(str.encode), pa.binary()),
+        pa.array(given(lambda x: [x])),
+        pa.array(texts).dictionary_encode(),
+        pa.nulls(n),
+        pa.array([{"a": x} for x in texts]),
+        pa.array([7] * n, pa.timestamp("ns")),
+        pa.array([2**62] * n),
+        pa.array([x is None for x in texts]),
+        pa.array([1e300] * n),
+      )
+    )
     table = table.set_column(i, name, new)
   elif kind == 1:
-    table = table.rename_columns([rng.choice((*escapes, "eid", "")) if x == name else x for x in table.column_names])
+    table = table.rename_columns(
+      [rng.choice((*escapes, "eid", "")) if x == name else x for x in table.column_names]
+    )
   elif kind == 2:
     table = table.remove_column(i)
   elif kind == 3:
@@ -342,12 +472,19 @@ def in_parquet(rng, data, other, escapes):
   return buffer.getvalue()
 
 
-INSIDE = {"gzip": in_gzip, "zip": in_zip, "json": in_json, "safetensors": in_safetensors, "npy": in_npy,
-          "parquet": in_parquet}
+INSIDE = {
+  "gzip": in_gzip,
+  "zip": in_zip,
+  "json": in_json,
+  "safetensors": in_safetensors,
+  "npy": in_npy,
+  "parquet": in_parquet,
+}
 
 
 def settled(data: bytes) -> bytes:
-  """A seed without the times at which archives were written, so that it has the same bytes in every run."""
+  """A seed without the times at which archives were written, so that it has the same bytes in every
+  run."""
   if data[:4] == b"PK\x03\x04":
     return zipped(unzipped(data))
   return gzip.compress(gzip.decompress(data), 1, mtime=0) if data[:2] == b"\x1f\x8b" else data

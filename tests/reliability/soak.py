@@ -1,11 +1,12 @@
-"""Trains for an hour beside evaluations and checkpoints, and watches what must not grow: memory, open files, disk.
+"""Trains for an hour beside evaluations and checkpoints, and watches what must not grow: memory,
+open files, disk.
 
     python tests/reliability/soak.py --minutes=60 --out=soak        # soak.jsonl, soak.svg and a table
 
-Samples the process (Linux's /proc) every few seconds; slopes are least squares over the second half, when everything has
-been compiled, drawn and cached once. The rate is that of the log of training, its drift the change of a straight line over
-the second half. Other work on the machine shows in the rate, less in the processor time of a step; the load is printed beside
-them.
+Samples the process (Linux's /proc) every few seconds; slopes are least squares over the second
+half, when everything has been compiled, drawn and cached once. The rate is that of the log of
+training, its drift the change of a straight line over the second half. Other work on the machine
+shows in the rate, less in the processor time of a step; the load is printed beside them.
 """
 
 import argparse
@@ -32,9 +33,13 @@ EVERY_S = 5.0
 
 
 def sample(process: int, workdir: pathlib.Path, start: float) -> dict:
-  """Resident MiB, open files, threads, processor seconds, MiB of the workdir and steps done, `s` seconds after the start."""
-  status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{process}/status").read_text().splitlines())
-  user, system = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]  # ticks
+  """Resident MiB, open files, threads, processor seconds, MiB of the workdir and steps done, `s`
+  seconds after the start."""
+  status = dict(
+    line.split(":", 1) for line in pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+  )
+  # ticks
+  user, system = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
   disk = 0
   for file in workdir.rglob("*"):
     try:
@@ -42,20 +47,27 @@ def sample(process: int, workdir: pathlib.Path, start: float) -> dict:
     except OSError:  # an old checkpoint that goes
       pass
   last = [record["step"] for record in metrics.read(workdir / "metrics.jsonl")][-1:] or [0]
-  return {"s": round(time.monotonic() - start, 1), "mib": int(status["VmRSS"].split()[0]) / 1024,
-          "files": len(os.listdir(f"/proc/{process}/fd")), "threads": int(status["Threads"]),
-          "cpu_s": (int(user) + int(system)) / os.sysconf("SC_CLK_TCK"), "disk_mib": round(disk / 2**20, 2), "step": last[0],
-          "load": os.getloadavg()[0]}
+  return {
+    "s": round(time.monotonic() - start, 1),
+    "mib": int(status["VmRSS"].split()[0]) / 1024,
+    "files": len(os.listdir(f"/proc/{process}/fd")),
+    "threads": int(status["Threads"]),
+    "cpu_s": (int(user) + int(system)) / os.sysconf("SC_CLK_TCK"),
+    "disk_mib": round(disk / 2**20, 2),
+    "step": last[0],
+    "load": os.getloadavg()[0],
+  }
 
 
 def slope(samples: list[dict], name: str) -> float:
   """Change of `name` an hour over the second half of the samples, by least squares."""
-  half = samples[len(samples) // 2:]
+  half = samples[len(samples) // 2 :]
   return float(np.polyfit([one["s"] / 3600 for one in half], [one[name] for one in half], 1)[0])
 
 
 def drift(samples: list[dict], name: str, by: str) -> float:
-  """Change of d name / d by from the first to the last of the samples, of its mean: a parabola's, by least squares."""
+  """Change of d name / d by from the first to the last of the samples, of its mean: a parabola's,
+  by least squares."""
   x, y = (np.array([one[key] for one in samples], float) for key in (by, name))
   if not np.ptp(x) or not np.ptp(y):
     return np.nan
@@ -68,9 +80,25 @@ def soak(minutes: float, out: pathlib.Path, flags: list[str]) -> list[dict]:
   samples = []
   with tempfile.TemporaryDirectory(prefix="soak-") as folder, open(f"{out}.log", "w") as log:
     base = pathlib.Path(folder)
-    prepare.prepare_synthetic(str(base / "cohort"), conftest.SUBJECTS, seed=7, shares=conftest.SHARES, profile="minimal", processes=2)
-    command = [sys.executable, "-m", "mmcl_jax.train", *conftest.tiny_flags(base / "cohort", base / "w"), "--config.steps=10000000",
-               "--config.every.log=10", "--config.every.save=50", "--config.every.evaluate=50", *flags]
+    prepare.prepare_synthetic(
+      str(base / "cohort"),
+      conftest.SUBJECTS,
+      seed=7,
+      shares=conftest.SHARES,
+      profile="minimal",
+      processes=2,
+    )
+    command = [
+      sys.executable,
+      "-m",
+      "mmcl_jax.train",
+      *conftest.tiny_flags(base / "cohort", base / "w"),
+      "--config.steps=10000000",
+      "--config.every.log=10",
+      "--config.every.save=50",
+      "--config.every.evaluate=50",
+      *flags,
+    ]
     running = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
     start = time.monotonic()
     try:
@@ -93,26 +121,47 @@ def soak(minutes: float, out: pathlib.Path, flags: list[str]) -> list[dict]:
 
 def summary(samples: list[dict]) -> dict:
   *samples, end = samples
-  half = samples[len(samples) // 2:]
-  return {"minutes": round(samples[-1]["s"] / 60, 1), "steps": samples[-1]["step"], "MiB at the end": round(samples[-1]["mib"]),
-          "MiB an hour": round(slope(samples, "mib"), 1), "files at the end": samples[-1]["files"],
-          "files an hour": round(slope(samples, "files"), 2), "threads an hour": round(slope(samples, "threads"), 2),
-          "disk MiB at the end": samples[-1]["disk_mib"], "disk MiB an hour": round(slope(samples, "disk_mib"), 2),
-          "steps/s": round((half[-1]["step"] - half[0]["step"]) / (half[-1]["s"] - half[0]["s"]), 2),
-          "drift of the rate": f"{drift(half, 'step', 's'):+.1%}",
-          "processor s a step": round((half[-1]["cpu_s"] - half[0]["cpu_s"]) / max(half[-1]["step"] - half[0]["step"], 1), 3),
-          "drift of it": f"{drift(half, 'cpu_s', 'step'):+.1%}",
-          "load": f"{min(one['load'] for one in half):.1f} to {max(one['load'] for one in half):.1f}", **end}
+  half = samples[len(samples) // 2 :]
+  return {
+    "minutes": round(samples[-1]["s"] / 60, 1),
+    "steps": samples[-1]["step"],
+    "MiB at the end": round(samples[-1]["mib"]),
+    "MiB an hour": round(slope(samples, "mib"), 1),
+    "files at the end": samples[-1]["files"],
+    "files an hour": round(slope(samples, "files"), 2),
+    "threads an hour": round(slope(samples, "threads"), 2),
+    "disk MiB at the end": samples[-1]["disk_mib"],
+    "disk MiB an hour": round(slope(samples, "disk_mib"), 2),
+    "steps/s": round((half[-1]["step"] - half[0]["step"]) / (half[-1]["s"] - half[0]["s"]), 2),
+    "drift of the rate": f"{drift(half, 'step', 's'):+.1%}",
+    "processor s a step": round(
+      (half[-1]["cpu_s"] - half[0]["cpu_s"]) / max(half[-1]["step"] - half[0]["step"], 1), 3
+    ),
+    "drift of it": f"{drift(half, 'cpu_s', 'step'):+.1%}",
+    "load": f"{min(one['load'] for one in half):.1f} to {max(one['load'] for one in half):.1f}",
+    **end,
+  }
 
 
 def draw(samples: list[dict], file: str) -> None:
   import matplotlib
+
   matplotlib.use("svg")
   import matplotlib.pyplot as plt
+
   figure, axes = plt.subplots(4, 1, figsize=(7, 7), sharex=True, layout="constrained")
-  for axis, (name, title) in zip(axes, (("mib", "resident MiB"), ("files", "open files"), ("disk_mib", "MiB in the workdir"),
-                                        ("step", "steps"))):
-    axis.plot([one["s"] / 60 for one in samples[:-1]], [one[name] for one in samples[:-1]], "k-", lw=1)
+  for axis, (name, title) in zip(
+    axes,
+    (
+      ("mib", "resident MiB"),
+      ("files", "open files"),
+      ("disk_mib", "MiB in the workdir"),
+      ("step", "steps"),
+    ),
+  ):
+    axis.plot(
+      [one["s"] / 60 for one in samples[:-1]], [one[name] for one in samples[:-1]], "k-", lw=1
+    )
     axis.set_ylabel(title)
     axis.set_ylim(0, None)
   axes[-1].set_xlabel("minutes of training")
@@ -120,14 +169,24 @@ def draw(samples: list[dict], file: str) -> None:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--minutes", type=float, default=60)
   parser.add_argument("--out", default="soak")
   args, flags = parser.parse_known_args()
   samples = soak(args.minutes, pathlib.Path(args.out), flags)
   draw(samples, f"{args.out}.svg")
   found = summary(samples)
-  print("| " + " | ".join(found) + " |\n|" + "---|" * len(found) + "\n| " + " | ".join(map(str, found.values())) + " |")
+  print(
+    "| "
+    + " | ".join(found)
+    + " |\n|"
+    + "---|" * len(found)
+    + "\n| "
+    + " | ".join(map(str, found.values()))
+    + " |"
+  )
 
 
 if __name__ == "__main__":

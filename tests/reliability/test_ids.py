@@ -1,8 +1,10 @@
-"""Nobody is named: from raw files with planted ids to the last output, in no byte that a program writes or prints.
+"""Nobody is named: from raw files with planted ids to the last output, in no byte that a program
+writes or prints.
 
-Raw UK Biobank files of raw_ukb go through prepare, train, evaluate, embed, export and inspect, some of them damaged.
-Then every output is searched, decompressed where it is compressed, for the participants' ids, the names, places and
-dates of birth that stand in the files' headers, and the salt. The private folder alone may hold them.
+Raw UK Biobank files of raw_ukb go through prepare, train, evaluate, embed, export and inspect, some
+of them damaged. Then every output is searched, decompressed where it is compressed, for the
+participants' ids, the names, places and dates of birth that stand in the files' headers, and the
+salt. The private folder alone may hold them.
 """
 
 import gzip
@@ -32,12 +34,27 @@ import raw_ukb_faults
 from conftest import ROOT, tiny_flags
 from mmcl_jax.data import cohort as cohort_room
 
-FAULTS = [fault for fault in raw_ukb_faults.FAULTS if fault.name in (
-    "ECG cut", "ECG with an entity bomb", "ECG with a text among samples", "ECG empty", "zip cut",
-    "zip that climbs", "DICOM of garbage", "DICOM of another size", "withdrawn, a word", "contradicting rows",
-    "garbage for a date of visit")]
+FAULTS = [
+  fault
+  for fault in raw_ukb_faults.FAULTS
+  if fault.name
+  in (
+    "ECG cut",
+    "ECG with an entity bomb",
+    "ECG with a text among samples",
+    "ECG empty",
+    "zip cut",
+    "zip that climbs",
+    "DICOM of garbage",
+    "DICOM of another size",
+    "withdrawn, a word",
+    "contradicting rows",
+    "garbage for a date of visit",
+  )
+]
 SUBJECTS = len(FAULTS) + 15
-OF_EMBED = ("path",)  # column of `mmcl embed` that holds the user's own words: the names of the files it was given
+# column of `mmcl embed` that holds the user's own words: the names of the files it was given
+OF_EMBED = ("path",)
 CODE = """
 import importlib, json, sys
 from mmcl_jax import cli
@@ -49,6 +66,7 @@ for verb, *flags in json.loads(sys.argv[1]):
 
 class Made(NamedTuple):
   """What all programs left: `printed` holds stdout and stderr of all of them."""
+
   folder: pathlib.Path
   truth: raw_ukb.Truth
   secrets: "Secrets"
@@ -56,45 +74,103 @@ class Made(NamedTuple):
 
   def outputs(self) -> list[pathlib.Path]:
     """Files and folders, but for the raw ones and the private folder."""
-    return [file for top in sorted(self.folder.iterdir()) if top.name not in ("raw", "private")
-            for file in [top, *sorted(top.rglob("*"))]]
+    return [
+      file
+      for top in sorted(self.folder.iterdir())
+      if top.name not in ("raw", "private")
+      for file in [top, *sorted(top.rglob("*"))]
+    ]
 
 
 def run(*command, fails=False) -> bytes:
   """stdout and stderr of a program in a process of its own, with those of its workers."""
-  env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") | {"PYTHONPATH": str(ROOT)}
-  done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
-                        cwd="/")
+  env = (
+    os.environ
+    | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    | {"PYTHONPATH": str(ROOT)}
+  )
+  done = subprocess.run(
+    [sys.executable, *map(str, command)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env=env,
+    cwd="/",
+  )
   assert done.returncode == (2 if fails else 0), done.stdout.decode()[-3000:]
   return done.stdout
 
 
 def prepare(raw: pathlib.Path, out, private, *more, fails=False) -> bytes:
-  return run("-m", "mmcl_jax.prepare", "ukb", "--input", raw / "Bulk", "--out", out, "--private", private,
-             "--split=0.5,0.2,0.3", "--processes=2", *more, fails=fails)
+  return run(
+    "-m",
+    "mmcl_jax.prepare",
+    "ukb",
+    "--input",
+    raw / "Bulk",
+    "--out",
+    out,
+    "--private",
+    private,
+    "--split=0.5,0.2,0.3",
+    "--processes=2",
+    *more,
+    fails=fails,
+  )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Made:
   folder = tmp_path_factory.mktemp("ids")
   raw, out, private = folder / "raw", folder / "cohort", folder / "private"
-  truth = raw_ukb.write(raw, SUBJECTS, seed=4, frames=8, slices=7, size=64, faults=tuple(FAULTS), processes=2)
+  truth = raw_ukb.write(
+    raw, SUBJECTS, seed=4, frames=8, slices=7, size=64, faults=tuple(FAULTS), processes=2
+  )
   few_phenotypes(raw / "tables/phenotypes.csv")
   private.mkdir(mode=0o700)
   (private / "salt").touch(mode=0o600)
-  (private / "salt").write_text(64 * "5" + "\n")  # the same splits in every run of the test, none of them empty
-  printed = prepare(raw, out, private, "--segmentations", raw / "Segmentations", "--withdrawn", raw / "withdrawn.csv",
-                    "--tables", *sorted((raw / "tables").iterdir()))
+  # the same splits in every run of the test, none of them empty
+  (private / "salt").write_text(64 * "5" + "\n")
+  printed = prepare(
+    raw,
+    out,
+    private,
+    "--segmentations",
+    raw / "Segmentations",
+    "--withdrawn",
+    raw / "withdrawn.csv",
+    "--tables",
+    *sorted((raw / "tables").iterdir()),
+  )
   workdir = folder / "workdir"
-  printed += run("-c", CODE, json.dumps([
-      # Without CMR towers, which take a minute to compile and leave nothing but numbers more.
-      ["train", *(flag.replace("joint.py:test", "joint.py:test,arm=mae") for flag in tiny_flags(out, workdir))],
-      ["evaluate", f"--workdir={workdir}"],
-      ["embed", f"--workdir={workdir}", f"--input={raw}/Bulk/Electrocardiogram", f"--out={folder}/embedded"],
-      ["export", f"--workdir={workdir}", f"--out={folder}/exported", "--platforms=cpu"],
-      ["inspect", str(out)],
-      *(["inspect", str(out), "--index=0", f"--split={split}", f"--out={folder}/{split}.png"]
-        for split in ("train", "test"))]))
+  printed += run(
+    "-c",
+    CODE,
+    json.dumps(
+      [
+        # Without CMR towers, which take a minute to compile and leave nothing but numbers more.
+        [
+          "train",
+          *(
+            flag.replace("joint.py:test", "joint.py:test,arm=mae")
+            for flag in tiny_flags(out, workdir)
+          ),
+        ],
+        ["evaluate", f"--workdir={workdir}"],
+        [
+          "embed",
+          f"--workdir={workdir}",
+          f"--input={raw}/Bulk/Electrocardiogram",
+          f"--out={folder}/embedded",
+        ],
+        ["export", f"--workdir={workdir}", f"--out={folder}/exported", "--platforms=cpu"],
+        ["inspect", str(out)],
+        *(
+          ["inspect", str(out), "--index=0", f"--split={split}", f"--out={folder}/{split}.png"]
+          for split in ("train", "test")
+        ),
+      ]
+    ),
+  )
   return Made(folder, truth, secrets_of(truth, (private / "salt").read_text().strip()), printed)
 
 
@@ -105,16 +181,21 @@ def few_phenotypes(file: pathlib.Path) -> None:
 
 
 class Secrets(NamedTuple):
-  """Words in lower case, of which numbers count where they are no part of a longer one; ids as numbers; the salt."""
+  """Words in lower case, of which numbers count where they are no part of a longer one; ids as
+  numbers; the salt."""
+
   words: list[bytes]
   numbers: np.ndarray  # int [N]
   salt: bytes
 
   def first(self, data: bytes) -> bytes:
-    """The first of the words, the numbers and the salt that stands in `data`; b"" where none does."""
+    """The first of the words, the numbers and the salt that stands in `data`; b"" where none
+    does."""
     lower = data.lower()
     for word in self.words:
-      if word in lower and (not word.isdigit() or re.search(rb"(?<![\d.])" + word + rb"(?!\d)", lower)):
+      if word in lower and (
+        not word.isdigit() or re.search(rb"(?<![\d.])" + word + rb"(?!\d)", lower)
+      ):
         return word
     return self.salt * (self.salt in data)
 
@@ -162,7 +243,9 @@ def found_in(file: pathlib.Path, secrets: Secrets) -> list[bytes]:
   data = file.read_bytes() if file.is_file() else b""
   texts = file.name.encode(), *contents(file.name, without_paths(data))
   seen = [word for text in texts if (word := secrets.first(text))]
-  return seen + [str(x).encode() for array in arrays(data) for x in np.intersect1d(array, secrets.numbers)]
+  return seen + [
+    str(x).encode() for array in arrays(data) for x in np.intersect1d(array, secrets.numbers)
+  ]
 
 
 def without_paths(data: bytes) -> bytes:
@@ -170,7 +253,9 @@ def without_paths(data: bytes) -> bytes:
   if data[:4] != b"PAR1":
     return data
   buffer, table = io.BytesIO(), pq.read_table(io.BytesIO(data))
-  pq.write_table(table.drop_columns([name for name in OF_EMBED if name in table.column_names]), buffer)
+  pq.write_table(
+    table.drop_columns([name for name in OF_EMBED if name in table.column_names]), buffer
+  )
   return buffer.getvalue()
 
 
@@ -178,7 +263,11 @@ def test_no_output_names_anybody(made):
   outputs = made.outputs()
   kinds = {file.suffix for file in outputs if file.is_file()}
   assert {".json", ".html", ".npz", ".parquet", ".png", ".stablehlo", ".md", ".csv"} <= kinds, kinds
-  found = {str(file.relative_to(made.folder)): seen for file in outputs if (seen := found_in(file, made.secrets))}
+  found = {
+    str(file.relative_to(made.folder)): seen
+    for file in outputs
+    if (seen := found_in(file, made.secrets))
+  }
   assert not found
 
 
@@ -196,21 +285,34 @@ def test_no_record_names_anybody(made):
 
 
 def test_nothing_printed_names_anybody(made):
-  assert all(line in made.printed for line in (b"records kept", b"trained to step", b"recordings embedded",
-                                               b"encoder.stablehlo", b"train.png"))
+  assert all(
+    line in made.printed
+    for line in (
+      b"records kept",
+      b"trained to step",
+      b"recordings embedded",
+      b"encoder.stablehlo",
+      b"train.png",
+    )
+  )
   assert not made.secrets.first(made.printed)
 
 
 def test_damaged_files_were_met_and_told_without_names(made):
-  """The proof that there was something to tell: reasons stand in the report and in the table of embeddings."""
+  """The proof that there was something to tell: reasons stand in the report and in the table of
+  embeddings."""
   quality = json.loads((made.folder / "cohort/quality.json").read_text())
   lost = [fault for fault in FAULTS if fault.lost]
   reasons = [entry["reason"] for entry in quality["rejected"]]
-  assert len(reasons) >= len(lost) and all(any(re.search(fault.report, reason) for reason in reasons) for fault in lost)
+  assert len(reasons) >= len(lost) and all(
+    any(re.search(fault.report, reason) for reason in reasons) for fault in lost
+  )
   rows = pq.read_table(made.folder / "embedded").to_pylist()
   assert 3 <= sum(row["status"] == "rejected" for row in rows) < len(rows)
   assert all(row["reason"] for row in rows if row["status"] == "rejected")
-  assert any(made.secrets.first(row["path"].encode()) for row in rows), "the paths are the user's own words"
+  assert any(made.secrets.first(row["path"].encode()) for row in rows), (
+    "the paths are the user's own words"
+  )
 
 
 def test_the_private_folder_alone_holds_them(made):
@@ -224,7 +326,13 @@ def test_the_private_folder_alone_holds_them(made):
 
 def test_a_run_that_fails_names_nobody(made, tmp_path):
   """Nothing but damaged files: what is printed, and what is left half-way, to be gone on from."""
-  names = ("ECG cut", "ECG with an entity bomb", "zip cut", "DICOM of garbage", "DICOM of another size")
+  names = (
+    "ECG cut",
+    "ECG with an entity bomb",
+    "zip cut",
+    "DICOM of garbage",
+    "DICOM of another size",
+  )
   spoilt = {visit.eid for visit in made.truth.visits if visit.fault in names}
   bulk = pathlib.Path(made.truth.folder) / "Bulk"
   for file in bulk.rglob("*_*"):
@@ -232,24 +340,35 @@ def test_a_run_that_fails_names_nobody(made, tmp_path):
       copy = tmp_path / "raw" / "Bulk" / file.relative_to(bulk)
       copy.parent.mkdir(parents=True, exist_ok=True)
       os.link(file, copy)
-  printed = prepare(tmp_path / "raw", tmp_path / "out", made.folder / "private", "--split=1,0,0", fails=True)
+  printed = prepare(
+    tmp_path / "raw", tmp_path / "out", made.folder / "private", "--split=1,0,0", fails=True
+  )
   assert b"none of the first 5 records can be read" in printed and b"Traceback" not in printed
   assert not made.secrets.first(printed)
   left = [file for file in tmp_path.rglob("*") if tmp_path / "raw" not in (file, *file.parents)]
   assert not [file for file in left if found_in(file, made.secrets)]
 
 
-@pytest.mark.parametrize("flags, text", (
-    (("--withdrawn", "list.csv"), "{id}\nnot an id, {id}\n"), (("--withdrawn", "list.csv"), "{id}\n7.38410e+07\n"),
-    (("--tables", "list.csv"), "eid,31-0.0\n{id},1,{id}\n"), (("--tables", "list.csv"), "{id},{id}\n{id},1\n"),
-    (("--tables", "list.csv"), "eid,x\n{id},1\n")))
+@pytest.mark.parametrize(
+  "flags, text",
+  (
+    (("--withdrawn", "list.csv"), "{id}\nnot an id, {id}\n"),
+    (("--withdrawn", "list.csv"), "{id}\n7.38410e+07\n"),
+    (("--tables", "list.csv"), "eid,31-0.0\n{id},1,{id}\n"),
+    (("--tables", "list.csv"), "{id},{id}\n{id},1\n"),
+    (("--tables", "list.csv"), "eid,x\n{id},1\n"),
+  ),
+)
 def test_a_table_that_cannot_be_read_is_not_quoted(made, tmp_path, flags, text):
   from mmcl_jax import prepare as program
   from mmcl_jax.errors import UserError
+
   (tmp_path / "list.csv").write_text(text.format(id=raw_ukb.eid(0)))
   flags = [str(tmp_path / flag) if flag.endswith(".csv") else flag for flag in flags]
   with pytest.raises(UserError) as caught:
-    program.main(["ukb", "--input", f"{made.truth.folder}/Bulk", "--out", f"{tmp_path}/out", *flags])
+    program.main(
+      ["ukb", "--input", f"{made.truth.folder}/Bulk", "--out", f"{tmp_path}/out", *flags]
+    )
   assert not made.secrets.first(str(caught.value).encode())
   assert not (tmp_path / "out").exists() and not (tmp_path / "out.private").exists()
 
@@ -258,18 +377,27 @@ def test_the_search_finds_what_is_hidden(made, tmp_path):
   """An id in every container that the search claims to open, also where compression hides it."""
   person, number = raw_ukb.eid(0), int(raw_ukb.eid(2))
   hidden = {
-      "a.npz": lambda file: np.savez_compressed(file, x=np.array([person] * 50, dtype="S8")),
-      "b.npz": lambda file: np.savez_compressed(file, x=np.array([1, number, 3])),
-      "c.npy": lambda file: np.save(file, np.float64([0, number])),
-      "d.json.gz": lambda file: file.write_bytes(gzip.compress(f"{person} {person}".encode())),
-      "e.zip": lambda file: zipfile.ZipFile(file, "w").writestr(f"{person}.txt", "x"),
-      "f.parquet": lambda file: pq.write_table(pa.table({"reason": [person] * 99}), file, compression="zstd"),
-      "g.parquet": lambda file: pq.write_table(pa.table({"n": [number] * 99}), file, compression="zstd"),
-      "h.parquet": lambda file: pq.write_table(pa.table({"n": [1]}).replace_schema_metadata({"run": person}), file),
-      f"{person}.txt": lambda file: file.write_text("x"),
-      "i.txt": lambda file: file.write_text(f"id {number}, "),
-      "j.bin": lambda file: file.write_bytes(bytes.fromhex((made.folder / "private/salt").read_text())),
-      "k.html": lambda file: file.write_text(f"<b>{raw_ukb.PLANTED[0].upper()}</b>")}
+    "a.npz": lambda file: np.savez_compressed(file, x=np.array([person] * 50, dtype="S8")),
+    "b.npz": lambda file: np.savez_compressed(file, x=np.array([1, number, 3])),
+    "c.npy": lambda file: np.save(file, np.float64([0, number])),
+    "d.json.gz": lambda file: file.write_bytes(gzip.compress(f"{person} {person}".encode())),
+    "e.zip": lambda file: zipfile.ZipFile(file, "w").writestr(f"{person}.txt", "x"),
+    "f.parquet": lambda file: pq.write_table(
+      pa.table({"reason": [person] * 99}), file, compression="zstd"
+    ),
+    "g.parquet": lambda file: pq.write_table(
+      pa.table({"n": [number] * 99}), file, compression="zstd"
+    ),
+    "h.parquet": lambda file: pq.write_table(
+      pa.table({"n": [1]}).replace_schema_metadata({"run": person}), file
+    ),
+    f"{person}.txt": lambda file: file.write_text("x"),
+    "i.txt": lambda file: file.write_text(f"id {number}, "),
+    "j.bin": lambda file: file.write_bytes(
+      bytes.fromhex((made.folder / "private/salt").read_text())
+    ),
+    "k.html": lambda file: file.write_text(f"<b>{raw_ukb.PLANTED[0].upper()}</b>"),
+  }
   for name, write in hidden.items():
     write(tmp_path / name)
   assert [name for name in hidden if not found_in(tmp_path / name, made.secrets)] == []

@@ -1,4 +1,5 @@
-"""Disks that are full, read-only or gone, damaged checkpoints, two runs in one workdir: one line each, and no wrong restore.
+"""Disks that are full, read-only or gone, damaged checkpoints, two runs in one workdir: one line
+each, and no wrong restore.
 
 Disks are real ones (tmpfs) where this user may mount; those tests skip elsewhere.
 """
@@ -25,8 +26,14 @@ from mmcl_jax.training import checkpoint, lock, restore
 
 
 def start(verb, *args, **kwargs):
-  return subprocess.Popen([sys.executable, "-m", f"mmcl_jax.{verb}", *map(str, args)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, **kwargs)
+  return subprocess.Popen(
+    [sys.executable, "-m", f"mmcl_jax.{verb}", *map(str, args)],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    **kwargs,
+  )
 
 
 def refused(process, status=2) -> str:
@@ -52,7 +59,9 @@ def disk(tmp_path):
   where.mkdir()
 
   def mount(size):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)], capture_output=True).returncode:
+    if subprocess.run(
+      ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)], capture_output=True
+    ).returncode:
       pytest.skip("this user may not mount")
     return where
 
@@ -65,28 +74,45 @@ def test_a_full_disk_stops_training_and_with_more_room_it_ends_the_same(cohort, 
   where = disk("20m")
   shutil.copytree(whole[0], where / "w")
   shutil.rmtree(where / "w/checkpoints/6")
-  left = shutil.disk_usage(where).free - 300_000  # a checkpoint takes 700 to 1,200 kB: orbax's files differ from save to save
+  # a checkpoint takes 700 to 1,200 kB: orbax's files differ from save to save
+  left = shutil.disk_usage(where).free - 300_000
   (where / "filler").write_bytes(bytes(left))
   line = refused(start("train", *tiny_flags(cohort.path, where / "w")))
-  assert "cannot save" in line and "No space left on device" in line and "goes on from the last checkpoint" in line
+  assert (
+    "cannot save" in line
+    and "No space left on device" in line
+    and "goes on from the last checkpoint" in line
+  )
   assert checkpoint.steps(str(where / "w")) == [3]
   (where / "filler").unlink()
   state = jax.device_get(train.train(tiny_config(cohort.path), str(where / "w")))
   jax.tree.map(np.testing.assert_array_equal, state, whole[1])
-  assert sorted(os.listdir(where / "w/checkpoints")) == ["3", "6"]  # and nothing half-written beside
+  # and nothing half-written beside
+  assert sorted(os.listdir(where / "w/checkpoints")) == ["3", "6"]
 
 
 @pytest.mark.parametrize("verb", ["prepare", "embed", "export"])
-def test_a_full_disk_is_one_line_for_every_program_and_leaves_nothing_that_looks_whole(verb, cohort, whole, disk, tmp_path):
+def test_a_full_disk_is_one_line_for_every_program_and_leaves_nothing_that_looks_whole(
+  verb, cohort, whole, disk, tmp_path
+):
   where = disk("400k" if verb == "prepare" else "20k")
-  args = {"prepare": ("synthetic", "--subjects=60", f"--out={where / 'c'}", "--processes=1"),
-          "embed": (f"--workdir={whole[0]}", f"--input={tmp_path / 'ecg'}", f"--out={where / 'out'}"),
-          "export": (f"--workdir={whole[0]}", f"--out={where / 'encoder'}")}[verb]
+  args = {
+    "prepare": ("synthetic", "--subjects=60", f"--out={where / 'c'}", "--processes=1"),
+    "embed": (f"--workdir={whole[0]}", f"--input={tmp_path / 'ecg'}", f"--out={where / 'out'}"),
+    "export": (f"--workdir={whole[0]}", f"--out={where / 'encoder'}"),
+  }[verb]
   if verb == "embed":
     (tmp_path / "ecg").mkdir()
     record = cohort.splits["train"][0]
-    wfdb.wrsamp("r", fs=500, units=["mV"] * 12, sig_name=list(schema.LEADS), fmt=["16"] * 12, write_dir=str(tmp_path / "ecg"),
-                p_signal=(record["ecg"] * record["ecg_scale"]).T.astype(float))
+    wfdb.wrsamp(
+      "r",
+      fs=500,
+      units=["mV"] * 12,
+      sig_name=list(schema.LEADS),
+      fmt=["16"] * 12,
+      write_dir=str(tmp_path / "ecg"),
+      p_signal=(record["ecg"] * record["ecg_scale"]).T.astype(float),
+    )
     with open(where / "filler", "wb") as f:
       f.write(bytes(20_480))
   line = refused(start(verb, *args))
@@ -99,11 +125,16 @@ def test_a_full_disk_is_one_line_for_every_program_and_leaves_nothing_that_looks
 def test_a_read_only_disk_is_one_line(cohort, disk):
   where = disk("20m")
   subprocess.run(["mount", "-o", "remount,ro", str(where)], check=True)
-  assert "cannot write to" in (line := refused(start("train", *tiny_flags(cohort.path, where / "w")))) and "Read-only" in line
+  assert (
+    "cannot write to" in (line := refused(start("train", *tiny_flags(cohort.path, where / "w"))))
+    and "Read-only" in line
+  )
 
 
 def test_a_workdir_that_vanishes_is_one_line(cohort, tmp_path):
-  process = start("train", *tiny_flags(cohort.path, tmp_path / "w"), "--config.steps=400", "--config.every.save=2")
+  process = start(
+    "train", *tiny_flags(cohort.path, tmp_path / "w"), "--config.steps=400", "--config.every.save=2"
+  )
   while not (tmp_path / "w/checkpoints/4").is_dir():
     assert process.poll() is None, process.stderr.read()[-2000:]
     time.sleep(0.05)
@@ -111,7 +142,8 @@ def test_a_workdir_that_vanishes_is_one_line(cohort, tmp_path):
   line = refused(process)
   assert str(tmp_path / "w") in line and ("not there any more" in line or "No such file" in line)
   steps = checkpoint.steps(str(tmp_path / "elsewhere"))
-  assert steps and restore.load_run(str(tmp_path / "elsewhere")).step == max(steps)  # what was saved is whole
+  # what was saved is whole
+  assert steps and restore.load_run(str(tmp_path / "elsewhere")).step == max(steps)
   with pytest.raises(UserError, match="no config.json|no checkpoint|holds no"):
     restore.load_run(str(tmp_path / "w"))  # whatever a late thread has put there
 
@@ -134,34 +166,55 @@ def test_a_folder_made_anew_in_place_of_one_that_vanished_does_not_count(tmp_pat
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may become somebody else")
-@pytest.mark.skipif(not all(folder.stat().st_mode & 0o5 == 0o5 for top in (ROOT, pathlib.Path(sys.prefix)) for folder in (top, *top.parents)),
-                    reason="somebody else may not read this checkout")
+@pytest.mark.skipif(
+  not all(
+    folder.stat().st_mode & 0o5 == 0o5
+    for top in (ROOT, pathlib.Path(sys.prefix))
+    for folder in (top, *top.parents)
+  ),
+  reason="somebody else may not read this checkout",
+)
 def test_a_workdir_of_somebody_else_is_one_line(cohort, whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "w")
   shutil.rmtree(tmp_path / "w/checkpoints/6")
   for folder in (tmp_path, *tmp_path.parents):
     if folder.stat().st_uid == 0 and folder != pathlib.Path("/"):
       folder.chmod(folder.stat().st_mode | 0o055)
-  code = ("import os, sys; from mmcl_jax import cli, train; from mmcl_jax.data import cohort; os.setgroups([]); os.setgid(65534); "
-          "os.setuid(65534); cli.run(train.main, sys.argv[1:])")
-  process = subprocess.Popen([sys.executable, "-c", code, *tiny_flags(cohort.path, tmp_path / "w")], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  code = (
+    "import os, sys; from mmcl_jax import cli, train; from mmcl_jax.data import cohort; os.setgroups([]); os.setgid(65534); "
+    "os.setuid(65534); cli.run(train.main, sys.argv[1:])"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code, *tiny_flags(cohort.path, tmp_path / "w")],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   assert "cannot write" in (line := refused(process)) and "Permission denied" in line
   assert checkpoint.steps(str(tmp_path / "w")) == [3]
 
 
-def test_every_file_of_a_checkpoint_is_missed_and_every_flipped_bit_is_found(cohort, whole, tmp_path):
-  """Each file of the newest step is flipped in one bit, cut and removed in turn; a restore is refused and names it."""
+def test_every_file_of_a_checkpoint_is_missed_and_every_flipped_bit_is_found(
+  cohort, whole, tmp_path
+):
+  """Each file of the newest step is flipped in one bit, cut and removed in turn; a restore is
+  refused and names it."""
   shutil.copytree(whole[0], tmp_path / "w")
   step = tmp_path / "w/checkpoints/6"
   rng, tried = np.random.default_rng(0), 0
-  files = [file for file in sorted(step.rglob("*")) if file.is_file()]  # 20 to 40: orbax's differ from save to save
+  # 20 to 40: orbax's differ from save to save
+  files = [file for file in sorted(step.rglob("*")) if file.is_file()]
   for file in files:
     content = file.read_bytes()
     flipped = bytearray(content)
     if content:
       flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-    for kind, damaged in (("flipped", bytes(flipped)), ("cut", content[:len(content) // 2]), ("removed", None)):
+    for kind, damaged in (
+      ("flipped", bytes(flipped)),
+      ("cut", content[: len(content) // 2]),
+      ("removed", None),
+    ):
       if damaged == content:
         continue
       file.unlink()
@@ -184,7 +237,9 @@ def test_a_changed_config_is_not_restored_as_if_it_were_the_run_s(whole, tmp_pat
   config = json.loads((tmp_path / "w/config.json").read_text())
   config["model"]["ecg"]["mask_ratio"] = 0.5
   (tmp_path / "w/config.json").write_text(json.dumps(config))
-  with pytest.raises(UserError, match="config.json .* it is not the one that step 6 was trained with"):
+  with pytest.raises(
+    UserError, match="config.json .* it is not the one that step 6 was trained with"
+  ):
     restore.load_run(str(tmp_path / "w"))
 
 
@@ -203,51 +258,73 @@ def copy_in(folder, other):
   shutil.copytree(other / "checkpoints/6", folder / "6")
 
 
-@pytest.mark.reported("two steps of a run that were exchanged were restored without a word",
-                      "a step that was copied from another run was restored without a word")
-@pytest.mark.parametrize("change, words",
-                         [(exchange, "6/meta/manifest.json is of step 3: its folder was renamed or exchanged"),
-                          (rename, "9/meta/manifest.json is of step 6"),
-                          (copy_in, "copied from another run")])
+@pytest.mark.reported(
+  "two steps of a run that were exchanged were restored without a word",
+  "a step that was copied from another run was restored without a word",
+)
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (exchange, "6/meta/manifest.json is of step 3: its folder was renamed or exchanged"),
+    (rename, "9/meta/manifest.json is of step 6"),
+    (copy_in, "copied from another run"),
+  ],
+)
 def test_a_step_stays_in_its_place_and_run(cohort, config, whole, tmp_path, change, words):
-  """Every program that takes the newest step, before any work; a whole workdir may be copied and moved."""
+  """Every program that takes the newest step, before any work; a whole workdir may be copied and
+  moved."""
   shutil.copytree(whole[0], tmp_path / "w")
   restore.choose(str(tmp_path / "w"))
   other = shutil.copytree(whole[0], tmp_path / "other")
   (other / "run").unlink()
   for step in checkpoint.steps(str(other)):  # as another run would have signed them
     about = checkpoint.manifest(str(other), step)
-    checkpoint.sign(other / "checkpoints" / str(step),
-                    {name: x for name, x in about.items() if name != "sha256"} | {"run": "another"})
+    checkpoint.sign(
+      other / "checkpoints" / str(step),
+      {name: x for name, x in about.items() if name != "sha256"} | {"run": "another"},
+    )
   checkpoint.check_files(str(other), 6)
   change(tmp_path / "w/checkpoints", other)
-  for run in (lambda: restore.choose(str(tmp_path / "w")), lambda: restore.load_run(str(tmp_path / "w")),
-              lambda: train.train(config, str(tmp_path / "w"))):
+  for run in (
+    lambda: restore.choose(str(tmp_path / "w")),
+    lambda: restore.load_run(str(tmp_path / "w")),
+    lambda: train.train(config, str(tmp_path / "w")),
+  ):
     with pytest.raises(UserError, match=words) as refused:
       run()
     assert "remove " in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_stranger_s_workdir_runs_no_code(whole, tmp_path, monkeypatch):
-  """Objectives of a config.json may name any module; only training, by the user's own recipe, looks for it."""
-  (tmp_path / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef loss(outputs, batch): pass\n")
+  """Objectives of a config.json may name any module; only training, by the user's own recipe, looks
+  for it."""
+  (tmp_path / "hostile.py").write_text(
+    f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef loss(outputs, batch): pass\n"
+  )
   monkeypatch.syspath_prepend(str(tmp_path))
   shutil.copytree(whole[0], tmp_path / "w")
   config = json.loads((tmp_path / "w/config.json").read_text())
   config["objectives"] = {"x": {"fn": "hostile:loss", "weight": 1.0}}
   (tmp_path / "w/config.json").write_text(json.dumps(config))
   about, step = checkpoint.manifest(str(tmp_path / "w"), 6), tmp_path / "w/checkpoints/6"
-  for file, known in ((step / "_CHECKPOINT_METADATA",
-                       "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"),
-                      (step / "state/_METADATA", "jax.Array")):
+  for file, known in (
+    (
+      step / "_CHECKPOINT_METADATA",
+      "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler",
+    ),
+    (step / "state/_METADATA", "jax.Array"),
+  ):
     assert known in (text := file.read_text())
     file.write_text(text.replace(known, "hostile.loss", 1))
-  checkpoint.sign(step, {name: x for name, x in about.items() if name != "sha256"} | {"config": config})
+  checkpoint.sign(
+    step, {name: x for name, x in about.items() if name != "sha256"} | {"config": config}
+  )
   assert restore.load_run(str(tmp_path / "w")).step == 6
   assert not (tmp_path / "ran").exists()
 
 
 # -- Two runs --
+
 
 def test_a_second_run_is_refused_and_told_who_holds_the_workdir(cohort, tmp_path):
   first = start("train", *tiny_flags(cohort.path, tmp_path / "w"), "--config.steps=5000")
@@ -260,16 +337,25 @@ def test_a_second_run_is_refused_and_told_who_holds_the_workdir(cohort, tmp_path
   asked = time.monotonic()
   first.send_signal(signal.SIGINT)
   out, err = first.communicate(timeout=600)
-  assert first.returncode == os.EX_TEMPFAIL and "asked to stop: saved" in out and "Ctrl-C again ends at once" in err
+  assert (
+    first.returncode == os.EX_TEMPFAIL
+    and "asked to stop: saved" in out
+    and "Ctrl-C again ends at once" in err
+  )
   assert checkpoint.latest(str(tmp_path / "w")) and not (tmp_path / "w/lock").exists()
   print(f"left {time.monotonic() - asked:.1f} s after Ctrl-C")
 
 
 def test_the_lock_is_free_after_a_kill_and_what_was_made_for_nothing_goes(tmp_path):
   code = "import sys, time; from mmcl_jax.training import lock\nwith lock.held(sys.argv[1]): print('held', flush=True); time.sleep(60)"
-  holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a/w")], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+  holder = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path / "a/w")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+  )
   assert holder.stdout.readline() == "held\n"
-  with pytest.raises(UserError, match=f"another run .*process {holder.pid}"), lock.held(str(tmp_path / "a/w")):
+  with (
+    pytest.raises(UserError, match=f"another run .*process {holder.pid}"),
+    lock.held(str(tmp_path / "a/w")),
+  ):
     pass
   holder.kill()
   holder.wait()

@@ -1,4 +1,5 @@
-"""What a stranger's files may do: nothing that they name is run, and no write leaves the folder that was asked for."""
+"""What a stranger's files may do: nothing that they name is run, and no write leaves the folder
+that was asked for."""
 
 import json
 import os
@@ -68,24 +69,32 @@ def test_a_new_file_takes_the_place_of_a_link(tmp_path, victim, make):
 
 
 LINKS = {  # what is written to, and the program that writes there
-    "checkpoints": lambda out: checkpoint.Checkpoints(str(out), keep=1),
-    "checkpoints/7": lambda out: checkpoint.Checkpoints(str(out), keep=1),
-    "tensorboard": lambda out: metrics.create_writer(str(out), 0, just_logging=False),
-    "metrics.jsonl": lambda out: metrics.JsonlWriter(out / "metrics.jsonl"),
-    "evaluation": lambda out: evaluate.evaluate(str(out), step=1),
-    "evaluation/7": lambda out: evaluate.evaluate(str(out), step=1),
-    "evaluation/scored.jsonl": lambda out: evaluate.evaluate(str(out), step=1),
-    "c.cache": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
-    "c.cache/0": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
-    "features": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
-    "c.partial": lambda out: prepare.main(["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]),
-    "c.partial/shards": lambda out: prepare.main(["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]),
-    "c.partial/lock": lambda out: prepare.main(["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]),
-    ".heart.partial": lambda out: generate.write_one(out / "heart", None, None, [], {}),
+  "checkpoints": lambda out: checkpoint.Checkpoints(str(out), keep=1),
+  "checkpoints/7": lambda out: checkpoint.Checkpoints(str(out), keep=1),
+  "tensorboard": lambda out: metrics.create_writer(str(out), 0, just_logging=False),
+  "metrics.jsonl": lambda out: metrics.JsonlWriter(out / "metrics.jsonl"),
+  "evaluation": lambda out: evaluate.evaluate(str(out), step=1),
+  "evaluation/7": lambda out: evaluate.evaluate(str(out), step=1),
+  "evaluation/scored.jsonl": lambda out: evaluate.evaluate(str(out), step=1),
+  "c.cache": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+  "c.cache/0": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+  "features": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+  "c.partial": lambda out: prepare.main(
+    ["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]
+  ),
+  "c.partial/shards": lambda out: prepare.main(
+    ["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]
+  ),
+  "c.partial/lock": lambda out: prepare.main(
+    ["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]
+  ),
+  ".heart.partial": lambda out: generate.write_one(out / "heart", None, None, [], {}),
 }
 
 
-@pytest.mark.reported("what a run wrote followed a link out of its workdir, cohort or output folder")
+@pytest.mark.reported(
+  "what a run wrote followed a link out of its workdir, cohort or output folder"
+)
 @pytest.mark.parametrize("name", LINKS)
 def test_no_write_follows_a_link(tmp_path, victim, name):
   elsewhere = tmp_path / "elsewhere"
@@ -123,28 +132,48 @@ def edited(file, change):
 
 HOSTILE = "hostile.Feature"
 PLACES = {
-    "the whole": lambda whole: whole.update(pythonClassName=HOSTILE),
-    "a field": lambda whole: whole["featuresDict"]["features"]["ecg"].update(pythonClassName=HOSTILE),
-    "a field of a field": lambda whole: whole["featuresDict"]["features"].update(ecg={
-        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
-        "featuresDict": {"features": {"x": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}}}}}),
-    "a sequence": lambda whole: whole["featuresDict"]["features"].update(ecg={
-        "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
-        "sequence": {"length": "-1", "feature": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}}}}),
-    "a dtype of another kind": lambda whole: whole["featuresDict"]["features"]["ecg"]["tensor"].update(dtype={}),
-    "a dtype": lambda whole: whole["featuresDict"]["features"]["ecg"]["tensor"].update(dtype=HOSTILE),
+  "the whole": lambda whole: whole.update(pythonClassName=HOSTILE),
+  "a field": lambda whole: whole["featuresDict"]["features"]["ecg"].update(pythonClassName=HOSTILE),
+  "a field of a field": lambda whole: whole["featuresDict"]["features"].update(
+    ecg={
+      "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+      "featuresDict": {
+        "features": {"x": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}}}
+      },
+    }
+  ),
+  "a sequence": lambda whole: whole["featuresDict"]["features"].update(
+    ecg={
+      "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+      "sequence": {
+        "length": "-1",
+        "feature": {"pythonClassName": HOSTILE, "jsonFeature": {"json": "{}"}},
+      },
+    }
+  ),
+  "a dtype of another kind": lambda whole: whole["featuresDict"]["features"]["ecg"][
+    "tensor"
+  ].update(dtype={}),
+  "a dtype": lambda whole: whole["featuresDict"]["features"]["ecg"]["tensor"].update(dtype=HOSTILE),
 }
 
 
 @pytest.mark.reported("opening a cohort imported the module that its features.json names")
 @pytest.mark.parametrize("place", PLACES)
 def test_opening_a_cohort_runs_no_code(copied, tmp_path, monkeypatch, place):
-  (tmp_path / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Feature: pass\n")
+  (tmp_path / "hostile.py").write_text(
+    f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Feature: pass\n"
+  )
   monkeypatch.syspath_prepend(str(tmp_path))
   edited(next(copied.glob("ecg_cmr/*/features.json")), PLACES[place])
-  edited(next(copied.glob("ecg_cmr/*/dataset_info.json")), lambda info: info.update(moduleName="hostile"))
-  opening = {"inspect": lambda: inspect.main([str(copied)]), "mix": lambda: train.load_mix([(str(copied), 0.3)]),
-             "evaluate": lambda: evaluate.evaluate("absent", step=1, cohort_path=str(copied))}
+  edited(
+    next(copied.glob("ecg_cmr/*/dataset_info.json")), lambda info: info.update(moduleName="hostile")
+  )
+  opening = {
+    "inspect": lambda: inspect.main([str(copied)]),
+    "mix": lambda: train.load_mix([(str(copied), 0.3)]),
+    "evaluate": lambda: evaluate.evaluate("absent", step=1, cohort_path=str(copied)),
+  }
   for verb, run in opening.items():
     with pytest.raises(UserError, match=r"features\.json") as refused:
       run()
@@ -168,9 +197,9 @@ def shard(folder, split):
 
 
 CHANGES = {  # of the shard of val
-    "a record is missing": lambda records: records[:-1],
-    "another order": lambda records: records[::-1],
-    "a record twice": lambda records: [records[0], *records[:-1]],
+  "a record is missing": lambda records: records[:-1],
+  "another order": lambda records: records[::-1],
+  "a record twice": lambda records: [records[0], *records[:-1]],
 }
 
 
@@ -179,8 +208,10 @@ CHANGES = {  # of the shard of val
 def test_other_records_under_the_same_description_are_refused(copied, change):
   file = shard(copied, "val")
   rewritten(file, CHANGES[change])
-  edited(copied / "cohort.json",
-         lambda info: info["files"].update({str(file.relative_to(copied)): file.stat().st_size}))
+  edited(
+    copied / "cohort.json",
+    lambda info: info["files"].update({str(file.relative_to(copied)): file.stat().st_size}),
+  )
   with pytest.raises(UserError, match="val.*is not the file that was written with this cohort"):
     cohort_room.load(str(copied))
   edited(copied / "cohort.json", lambda info: info.pop("checksums"))  # as of an earlier version
@@ -190,8 +221,9 @@ def test_other_records_under_the_same_description_are_refused(copied, change):
 
 
 @pytest.mark.reported("hosts with unlike files under one path did not find out")
-def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(cohort, copied, config, tmp_path,
-                                                                          monkeypatch):
+def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(
+  cohort, copied, config, tmp_path, monkeypatch
+):
   class Agreed(Exception):
     pass
 
@@ -204,13 +236,20 @@ def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(cohort
   monkeypatch.setattr(distributed, "agree", keep)
   for change in (lambda records: records, lambda records: records[::-1]):
     rewritten(shard(copied, "val"), change)
-    edited(copied / "cohort.json", lambda info: info["files"].update(
-        {name: (copied / name).stat().st_size for name in info["files"]}))
+    edited(
+      copied / "cohort.json",
+      lambda info: info["files"].update(
+        {name: (copied / name).stat().st_size for name in info["files"]}
+      ),
+    )
     config.data.mix = ((str(copied), 0.3),)
     with pytest.raises(Agreed):
       train.train(config, str(tmp_path / "w"))
   differing = [fact for fact in told[0] if told[0][fact] != told[1][fact]]
-  assert differing == ["the content of the cohorts' files"] and told[0]["the fingerprint of the cohorts"][1] == cohort.fingerprint
+  assert (
+    differing == ["the content of the cohorts' files"]
+    and told[0]["the fingerprint of the cohorts"][1] == cohort.fingerprint
+  )
 
 
 @pytest.mark.reported("the checksums of a cohort's files could not be compared")
@@ -225,18 +264,27 @@ def test_a_cohort_is_read_whole_on_request(copied, capsys):
     inspect.main([str(copied), "--check"])
 
 
-@pytest.mark.parametrize("name",
-                         ["../mine", "/etc/hostname", "ecg_cmr/1.0.0/ecg_cmr-train.array_record-00000-of-00001[0:1]"])
+@pytest.mark.parametrize(
+  "name",
+  ["../mine", "/etc/hostname", "ecg_cmr/1.0.0/ecg_cmr-train.array_record-00000-of-00001[0:1]"],
+)
 def test_a_description_names_no_file_outside_its_cohort(copied, name):
   edited(copied / "cohort.json", lambda info: info["files"].update({name: 1}))
   with pytest.raises(UserError, match="files is missing or not in the form"):
     cohort_room.load(str(copied))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda file: np.savez_compressed(file, train=np.zeros((10_000, 2), np.uint32)), "at most 10,000 are read"),
+@pytest.mark.parametrize(
+  "damage, words",
+  [
+    (
+      lambda file: np.savez_compressed(file, train=np.zeros((10_000, 2), np.uint32)),
+      "at most 10,000 are read",
+    ),
     (lambda file: np.savez(file, train=np.array([print], dtype=object)), "allow_pickle=False"),
-    (lambda file: file.write_bytes(pickle.dumps(print)), "no archive")])
+    (lambda file: file.write_bytes(pickle.dumps(print)), "no archive"),
+  ],
+)
 def test_archives_unfold_to_a_bound_and_hold_no_pickle(tmp_path, monkeypatch, damage, words):
   monkeypatch.setattr(files, "MOST_BYTES", 10_000)
   damage(tmp_path / "x.npz")
@@ -246,12 +294,19 @@ def test_archives_unfold_to_a_bound_and_hold_no_pickle(tmp_path, monkeypatch, da
 
 def test_no_array_is_read_with_its_pickles():
   sources = [file for file in (ROOT / "mmcl_jax").rglob("*.py")]
-  assert not [file for file in sources if re.search(r"allow_pickle\s*=\s*True|pickle\.loads?\(|import_module\(.*config", file.read_text())]
+  assert not [
+    file
+    for file in sources
+    if re.search(
+      r"allow_pickle\s*=\s*True|pickle\.loads?\(|import_module\(.*config", file.read_text()
+    )
+  ]
 
 
 def test_a_settings_file_in_the_current_folder_changes_no_figure(monkeypatch):
   """matplotlib reads ./matplotlibrc when it is imported; text.usetex starts LaTeX."""
   monkeypatch.setattr(signal, "signal", lambda *args: None)
   with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 7}):
-    assert cli.run(lambda argv: (matplotlib.rcParams["text.usetex"], matplotlib.rcParams["savefig.dpi"]),
-                   []) == (False, "figure")
+    assert cli.run(
+      lambda argv: (matplotlib.rcParams["text.usetex"], matplotlib.rcParams["savefig.dpi"]), []
+    ) == (False, "figure")

@@ -1,7 +1,9 @@
-"""From a short-axis cine of any size to what a cohort keeps: stacks at ED and ES and one slice's beat, round the heart.
+"""From a short-axis cine of any size to what a cohort keeps: stacks at ED and ES and one slice's
+beat, round the heart.
 
-Phenotypes are measured on the source's own grid. Then each in-plane axis is resampled to one pixel size; slices are
-chosen, never interpolated, for they lie 8 to 18 mm apart. Nothing is scaled to fit: size carries information.
+Phenotypes are measured on the source's own grid. Then each in-plane axis is resampled to one pixel
+size; slices are chosen, never interpolated, for they lie 8 to 18 mm apart. Nothing is scaled to
+fit: size carries information.
 """
 
 from typing import NamedTuple
@@ -14,34 +16,40 @@ from mmcl_jax.data.preprocess import motion
 from mmcl_jax.data.readers.cine import Cine
 from mmcl_jax.errors import BadRecord
 
-MIN_SLICES = 6           # as the published dual-phase system: fewer do not reach from base to apex
-MIN_FRAMES = 8           # fewer miss end-systole
-MIN_VIEW_MM = 40.0       # of the image; no adult heart is narrower
-MAX_INTENSITY = 1e9      # beyond any scanner's scale; float32 still resolves images below it
+MIN_SLICES = 6  # as the published dual-phase system: fewer do not reach from base to apex
+MIN_FRAMES = 8  # fewer miss end-systole
+MIN_VIEW_MM = 40.0  # of the image; no adult heart is narrower
+MAX_INTENSITY = 1e9  # beyond any scanner's scale; float32 still resolves images below it
 HEART_RATES = (20, 250)  # bpm
-SYSTOLE = (0.15, 0.65)   # shares of the beat between which ES is to be expected, from slow to fast heart rates
-MIN_ENCLOSED = 0.5       # share of the LV's border on myocardium; a wall read as LV has less, its outer side is longer
-STRAY = 0.1              # parts of a label map below this share of its largest part are not the heart
-MARGIN_MM = 10.0         # round the heart, within the crop
-PERCENTILES = (1, 99)    # intensities that become 0 and 255
+# shares of the beat between which ES is to be expected, from slow to fast heart rates
+SYSTOLE = (0.15, 0.65)
+# share of the LV's border on myocardium; a wall read as LV has less, its outer side is longer
+MIN_ENCLOSED = 0.5
+# parts of a label map below this share of its largest part are not the heart
+STRAY = 0.1
+MARGIN_MM = 10.0  # round the heart, within the crop
+PERCENTILES = (1, 99)  # intensities that become 0 and 255
 
 _LV, _MYO, _RV = (schema.LABELS[name] for name in ("LV", "MYO", "RV"))
 
 
 class Shape(NamedTuple):
   """What a cohort keeps of each study."""
+
   slices: int = 12
-  size: int = 64         # H = W
+  size: int = 64  # H = W
   pixel_mm: float = 2.5
-  frames: int = 25       # of `cine_slice`; 0: neither it nor `three_frames` is kept
+  frames: int = 25  # of `cine_slice`; 0: neither it nor `three_frames` is kept
 
 
 class _Axis(NamedTuple):
-  """One axis of the crop. Output pixels tile the image from its edge; the crop holds those from `start` on."""
-  start: int     # negative: the crop is larger than the image
+  """One axis of the crop. Output pixels tile the image from its edge; the crop holds those from
+  `start` on."""
+
+  start: int  # negative: the crop is larger than the image
   size: int
-  ratio: float   # output over source spacing
-  length: int    # of the source
+  ratio: float  # output over source spacing
+  length: int  # of the source
 
   @property
   def centres(self):
@@ -54,7 +62,9 @@ class _Axis(NamedTuple):
     return (self.centres >= -0.5) & (self.centres < self.length - 0.5)
 
 
-def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan")) -> tuple[dict, dict, tuple]:
+def to_record(
+  cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan")
+) -> tuple[dict, dict, tuple]:
   """The CMR part of a record.
 
   Args:
@@ -63,9 +73,9 @@ def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan
     heart_rate: bpm; NaN takes 60 / (frames * frame_s), the rate during the scan.
 
   Returns:
-    fields: as in mmcl_jax.data.schema, slices from base to apex: `ed_es_volumes` uint8 [2, slices, size, size],
-      `labels` of that shape (zeros without segmentation), `cine_slice` uint8 [frames, size, size], `three_frames`
-      uint8 [3, size, size], `spacing`.
+    fields: as in mmcl_jax.data.schema, slices from base to apex: `ed_es_volumes` uint8 [2, slices,
+      size, size], `labels` of that shape (zeros without segmentation), `cine_slice` uint8 [frames,
+      size, size], `three_frames` uint8 [3, size, size], `spacing`.
     phenotypes: all of schema.PHENOTYPES; NaN where not measured.
     flags: remarks on quality, the cine's own first.
 
@@ -106,24 +116,31 @@ def to_record(cine: Cine, shape: Shape = Shape(), heart_rate: float = float("nan
     raise BadRecord(f"constant about the heart ({darkest:g}); expected an image")
 
   def grey(image):
-    return np.rint(np.clip((image - darkest) * (255 / (brightest - darkest)), 0, 255) * inside).astype(np.uint8)
+    return np.rint(
+      np.clip((image - darkest) * (255 / (brightest - darkest)), 0, 255) * inside
+    ).astype(np.uint8)
 
-  fields = {"ed_es_volumes": np.pad(grey(stack), padding),
-            "labels": np.pad(_nearest(labels[:, kept], plane), padding),
-            "spacing": np.array((spacing[0], shape.pixel_mm, shape.pixel_mm), np.float32)}
+  fields = {
+    "ed_es_volumes": np.pad(grey(stack), padding),
+    "labels": np.pad(_nearest(labels[:, kept], plane), padding),
+    "spacing": np.array((spacing[0], shape.pixel_mm, shape.pixel_mm), np.float32),
+  }
   if shape.frames:
     if len(images) < MIN_FRAMES:
       flags.append(f"cine slice interpolated from {len(images)} frames")
     beat = _resampled(images[:, middle], plane)
     steps = (es - ed) % len(images)
-    fields["cine_slice"] = grey(_at(beat, ed + np.arange(shape.frames) * len(images) / shape.frames))
+    fields["cine_slice"] = grey(
+      _at(beat, ed + np.arange(shape.frames) * len(images) / shape.frames)
+    )
     # A frame that was recorded, the earlier of two; their mean only where there is none between.
     fields["three_frames"] = grey(_at(beat, ed + np.array((0, steps // 2 or 0.5, steps))))
   return fields, phenotypes, tuple(flags)
 
 
 def _check(cine):
-  """BadRecord where there are too few slices or frames, too small images, or images without a picture."""
+  """BadRecord where there are too few slices or frames, too small images, or images without a
+  picture."""
   frames, slices, height, width = cine.images.shape
   if slices < MIN_SLICES:
     raise BadRecord(f"{slices} slices; expected at least {MIN_SLICES}")
@@ -131,20 +148,25 @@ def _check(cine):
     raise BadRecord(f"{frames} frames, ED and ES not named; expected at least {MIN_FRAMES}")
   height_mm, width_mm = height * cine.spacing[1], width * cine.spacing[2]
   if min(height_mm, width_mm) < MIN_VIEW_MM:
-    raise BadRecord(f"images of {height_mm:.0f} x {width_mm:.0f} mm; expected at least {MIN_VIEW_MM:.0f} each way")
+    raise BadRecord(
+      f"images of {height_mm:.0f} x {width_mm:.0f} mm; expected at least {MIN_VIEW_MM:.0f} each way"
+    )
   if cine.es is not None and cine.es == (cine.ed or 0):
     raise BadRecord(f"ED and ES are both frame {cine.es}")
   darkest, brightest = cine.images.min(axis=(2, 3)), cine.images.max(axis=(2, 3))
   low, high = float(darkest.min()), float(brightest.max())
-  if not (-MAX_INTENSITY <= low and high <= MAX_INTENSITY):  # NaN is neither
-    raise BadRecord(f"intensities from {low:g} to {high:g}; expected finite ones within {MAX_INTENSITY:g}")
+  if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
+    raise BadRecord(
+      f"intensities from {low:g} to {high:g}; expected finite ones within {MAX_INTENSITY:g}"
+    )
   for frame, z in np.argwhere(darkest == brightest)[:1]:
     found = f"constant ({darkest[frame, z]:g})" if darkest[frame, z] else "all zeros"
     raise BadRecord(f"slice {z} of frame {frame} is {found}; expected an image")
 
 
 def _phases_of_labels(cine, flags):
-  """(ED, ES), as frames. ES is the source's, else the segmented frame of the least LV; never half of the frames."""
+  """(ED, ES), as frames. ES is the source's, else the segmented frame of the least LV; never half
+  of the frames."""
   frames, labelled = len(cine.images), list(cine.labelled)
   lv = np.full(frames, np.nan)
   lv[labelled] = measure.volumes(cine.labels[labelled], cine.spacing)[:, 0]
@@ -156,11 +178,15 @@ def _phases_of_labels(cine, flags):
   es = least if cine.es is None else cine.es
   for name, frame in (("ED", ed), ("ES", es)):
     if np.isnan(lv[frame]):
-      raise BadRecord(f"{name} (frame {frame}) is not segmented; {len(labelled)} of {frames} frames are")
+      raise BadRecord(
+        f"{name} (frame {frame}) is not segmented; {len(labelled)} of {frames} frames are"
+      )
     if lv[frame] == 0:
       raise BadRecord(f"no LV label at {name} (frame {frame})")
   if not lv[es] < lv[ed]:
-    raise BadRecord(f"the LV has {lv[es]:.1f} ml at ES (frame {es}), not less than {lv[ed]:.1f} ml at ED (frame {ed})")
+    raise BadRecord(
+      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), not less than {lv[ed]:.1f} ml at ED (frame {ed})"
+    )
   if empty := int(np.sum(lv == 0)):
     flags.append(f"{empty} segmented frames have no LV label")
   if largest != ed:
@@ -174,7 +200,8 @@ def _phases_of_labels(cine, flags):
 
 
 def _phases_of_images(cine, heart, flags):
-  """(ED, ES), as frames: the source's, else the first and that of the least blood pool as the images show it."""
+  """(ED, ES), as frames: the source's, else the first and that of the least blood pool as the
+  images show it."""
   ed = cine.ed or 0
   if cine.es is not None:
     return ed, cine.es
@@ -192,7 +219,8 @@ def _remark_on_timing(cine, ed, es, flags):
 
 
 def _check_label_map(labels, convention, flags):
-  """BadRecord where labels [2, Z, H, W] cannot mean what they say: conventions differ, and a wrong one is silent."""
+  """BadRecord where labels [2, Z, H, W] cannot mean what they say: conventions differ, and a wrong
+  one is silent."""
   for phase, volume in zip(("ED", "ES"), labels):
     if not (volume == _MYO).any():
       raise BadRecord(f"no myocardium label at {phase}")
@@ -201,12 +229,15 @@ def _check_label_map(labels, convention, flags):
   borders = [np.sum(measure.borders(labels, structure), axis=(1, 2)) for structure in (_LV, _RV)]
   lv, rv = (on / max(on + off, 1) for on, off in borders)
   if lv < MIN_ENCLOSED or rv >= lv:
-    raise BadRecord(f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, {rv:.0%} of the RV's "
-                    f"(read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of the RV's")
+    raise BadRecord(
+      f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, {rv:.0%} of the RV's "
+      f"(read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of the RV's"
+    )
 
 
 def _base_is_last(labels, base_first, flags):
-  """Whether labels [Z, H, W] run from apex to base: the heart tapers to its apex, and the RV ends before it."""
+  """Whether labels [Z, H, W] run from apex to base: the heart tapers to its apex, and the RV ends
+  before it."""
   areas = np.count_nonzero(labels, axis=(1, 2))
   taper = np.flatnonzero(areas) - np.flatnonzero(areas).mean()
   growth = float(taper @ areas[areas > 0])
@@ -221,7 +252,8 @@ def _turned(base_first, flags):
 
 
 def _extent(labels, flags):
-  """(first, last) int [3], indices along Z, H, W of those parts of labels [Z, H, W] that are the heart."""
+  """(first, last) int [3], indices along Z, H, W of those parts of labels [Z, H, W] that are the
+  heart."""
   parts, _ = ndimage.label(labels, np.ones((3, 3, 3)))
   sizes = np.bincount(parts.ravel())
   sizes[0] = 0
@@ -233,12 +265,22 @@ def _extent(labels, flags):
 
 
 def _crop(first, last, lengths, spacing, shape, flags):
-  """[_Axis] of Z, H and W: about the middle of the heart, yet on the image as far as the image is large enough."""
+  """[_Axis] of Z, H and W: about the middle of the heart, yet on the image as far as the image is
+  large enough."""
   output = (spacing[0], shape.pixel_mm, shape.pixel_mm)
   axes = []
   for name, low, high, length, mm, out_mm, size, margin in zip(
-      "ZHW", first, last, lengths, spacing, output, (shape.slices, shape.size, shape.size), (0, MARGIN_MM, MARGIN_MM)):
-    # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go either way.
+    "ZHW",
+    first,
+    last,
+    lengths,
+    spacing,
+    output,
+    (shape.slices, shape.size, shape.size),
+    (0, MARGIN_MM, MARGIN_MM),
+  ):
+    # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go
+    # either way.
     ratio = out_mm / round(mm, 5) if name != "Z" else 1.0
     whole = int(length / ratio + 0.5)  # output pixels on the image
     spare = whole - size
@@ -246,32 +288,40 @@ def _crop(first, last, lengths, spacing, shape, flags):
     axes.append(_Axis(min(max(start, 0), spare) if spare > 0 else spare // 2, size, ratio, length))
     need = (high + 1 - low) * mm + 2 * margin
     if spare > 0 and need > size * out_mm:
-      flags.append(f"the heart is cut by the crop: it needs {need:.0f} mm along {name}, {size * out_mm:.0f} are kept")
+      flags.append(
+        f"the heart is cut by the crop: it needs {need:.0f} mm along {name}, {size * out_mm:.0f} are kept"
+      )
   return axes
 
 
 def _resampled(images, plane):
-  """[..., H, W] -> float32 [..., size, size]: linear; where output pixels are larger, a triangle of their width."""
+  """[..., H, W] -> float32 [..., size, size]: linear; where output pixels are larger, a triangle of
+  their width."""
   rows, columns = (_weights(axis) for axis in plane)
   # In one order of memory: the sums of a product are rounded in the order that the layout suggests.
   return rows @ images.astype(np.float32, order="C") @ columns.T
 
 
 def _weights(axis):
-  """float32 [size, length] of one axis; rows sum to 1, and are 0 where they lie beyond the image."""
+  """float32 [size, length] of one axis; rows sum to 1, and are 0 where they lie beyond the
+  image."""
   distance = np.abs(np.arange(axis.length) - axis.centres[:, None]) / max(axis.ratio, 1)
   weights = np.maximum(0, 1 - distance) * axis.inside[:, None]
   return (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
 
 def _nearest(labels, plane):
-  """uint8 [..., H, W] -> uint8 [..., size, size]: the label under each centre, background beyond the image."""
-  rows, columns = (np.clip(np.floor(axis.centres + 0.5).astype(int), 0, axis.length - 1) for axis in plane)
+  """uint8 [..., H, W] -> uint8 [..., size, size]: the label under each centre, background beyond
+  the image."""
+  rows, columns = (
+    np.clip(np.floor(axis.centres + 0.5).astype(int), 0, axis.length - 1) for axis in plane
+  )
   return labels[..., rows[:, None], columns] * np.outer(*(axis.inside for axis in plane))
 
 
 def _at(images, at):
-  """float [F, H, W] of one periodic beat -> [N, H, W] at the times `at` [N], in frames; linear in time."""
+  """float [F, H, W] of one periodic beat -> [N, H, W] at the times `at` [N], in frames; linear in
+  time."""
   before = np.floor(at).astype(int)
   share = (at - before).astype(np.float32)[:, None, None]
   return (1 - share) * images[before % len(images)] + share * images[(before + 1) % len(images)]

@@ -1,4 +1,5 @@
-"""Where the heart is and when it is smallest, by its motion alone: for short-axis cines without segmentation."""
+"""Where the heart is and when it is smallest, by its motion alone: for short-axis cines without
+segmentation."""
 
 from typing import NamedTuple
 
@@ -8,19 +9,20 @@ from scipy import ndimage
 from mmcl_jax.data.readers.cine import Cine
 from mmcl_jax.errors import BadRecord
 
-STEP_MM = 4.0          # between the pixels looked at
-BLUR_MM = 6.0          # joins moving edges to one region
-SHARE = 0.3            # of the strongest motion: less is not the heart
-STILL = 1e-4           # of the range of intensities: no motion but rounding
+STEP_MM = 4.0  # between the pixels looked at
+BLUR_MM = 6.0  # joins moving edges to one region
+SHARE = 0.3  # of the strongest motion: less is not the heart
+STILL = 1e-4  # of the range of intensities: no motion but rounding
 POOL_RADIUS_MM = 40.0  # about the heart's centre, where its blood pool is measured
-POOL_BLUR = 0.03       # of the beat
+POOL_BLUR = 0.03  # of the beat
 
 
 class Motion(NamedTuple):
   """The moving heart: `first` and `last` index along H and W, and what was looked at."""
-  first: np.ndarray     # int [2], source pixels
+
+  first: np.ndarray  # int [2], source pixels
   last: np.ndarray
-  pixels: np.ndarray    # [F, Z', h, w], every `step`-th pixel of the middle half of the slices
+  pixels: np.ndarray  # [F, Z', h, w], every `step`-th pixel of the middle half of the slices
   strength: np.ndarray  # float32 [Z', h, w], amplitude of the first temporal harmonic
   step: int
 
@@ -28,16 +30,16 @@ class Motion(NamedTuple):
 def find_heart(cine: Cine) -> Motion:
   """Finds what changes with the beat, by the first temporal harmonic of each pixel.
 
-  After Lin, Cowan and Young 2006, "Automated detection of left ventricle in 4D MR images: experience from a large
-  study", MICCAI. Here the harmonics of the slices are blurred and added; the heart is the region about the strongest
-  that exceeds SHARE of it.
+  After Lin, Cowan and Young 2006, "Automated detection of left ventricle in 4D MR images:
+  experience from a large study", MICCAI. Here the harmonics of the slices are blurred and added;
+  the heart is the region about the strongest that exceeds SHARE of it.
 
   Raises:
     BadRecord: nothing moves.
   """
   frames, slices = cine.images.shape[:2]
   step = max(1, int(STEP_MM / max(cine.spacing[1:])))
-  pixels = cine.images[:, slices // 4:slices - slices // 4, ::step, ::step]
+  pixels = cine.images[:, slices // 4 : slices - slices // 4, ::step, ::step]
   angle = 2 * np.pi * np.arange(frames) / frames
   waves = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
   strength = np.hypot(*np.tensordot(waves, pixels.astype(np.float32), 1)) / frames
@@ -55,8 +57,9 @@ def find_heart(cine: Cine) -> Motion:
 def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) -> int:
   """The frame of least blood pool, `ed` apart.
 
-  Blood is what is brighter than Otsu's threshold of its slice over all frames, within POOL_RADIUS_MM of the heart's
-  centre. Its pixels count by their first harmonic: those that the walls sweep over decide, not vessels or fat.
+  Blood is what is brighter than Otsu's threshold of its slice over all frames, within
+  POOL_RADIUS_MM of the heart's centre. Its pixels count by their first harmonic: those that the
+  walls sweep over decide, not vessels or fat.
   """
   frames = len(motion.pixels)
   centre = (motion.first + motion.last) / 2
@@ -72,7 +75,8 @@ def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) ->
 
 
 def _otsu(values):
-  """The threshold that parts values into two classes with the greatest variance between them (Otsu 1979)."""
+  """The threshold that parts values into two classes with the greatest variance between them (Otsu
+  1979)."""
   counts, edges = np.histogram(values, 128)
   centres = (edges[1:] + edges[:-1]) / 2
   below, total = np.cumsum(counts), counts.sum()

@@ -9,38 +9,54 @@ from mmcl_jax.errors import BadRecord
 SPACING_MM = ((0.5, 50), (0.1, 10), (0.1, 10))  # along Z, H, W: wider than any short-axis protocol
 ED_ES_ONLY = "no cine, ED and ES only"
 TO_APEX = np.array([1, -1, -1]) / 3**0.5  # left, anterior, inferior, in DICOM's axes
-TELLS = 0.7  # cosine: stacks lie at 0.9 or more, axes of the scanner, as where nothing is known, at 0.58
+# cosine: stacks lie at 0.9 or more, axes of the scanner, as where nothing is known, at 0.58
+TELLS = 0.7
+
 
 class Cine(NamedTuple):
   """A short-axis cine as the source gives it: nothing is cropped, resampled or rescaled.
 
-  H runs along the rows of the image as the scanner shows it (`pixel_array`; NIfTI arrays are [X, Y, Z, T], so an image
-  is `volume[:, :, z, t].T`). Slices are in the source's order; mmcl_jax.data.preprocess.cmr turns them base to apex.
+  H runs along the rows of the image as the scanner shows it (`pixel_array`; NIfTI arrays are [X, Y,
+  Z, T], so an image is `volume[:, :, z, t].T`). Slices are in the source's order;
+  mmcl_jax.data.preprocess.cmr turns them base to apex.
   """
-  images: np.ndarray                  # [F, Z, H, W], int16, uint16 or float32
+
+  images: np.ndarray  # [F, Z, H, W], int16, uint16 or float32
   spacing: tuple[float, float, float]  # mm between voxel centres along Z, H, W
-  frame_s: float = float("nan")       # seconds between frames; NaN = not known
-  labels: np.ndarray | None = None    # uint8 [F, Z, H, W] in schema.LABELS; zeros in frames that are not labelled
-  labelled: tuple[int, ...] = ()      # frames with labels
-  ed: int | None = None               # frames that the source names, 0-based
+  frame_s: float = float("nan")  # seconds between frames; NaN = not known
+  # uint8 [F, Z, H, W] in schema.LABELS; zeros in frames that are not labelled
+  labels: np.ndarray | None = None
+  labelled: tuple[int, ...] = ()  # frames with labels
+  ed: int | None = None  # frames that the source names, 0-based
   es: int | None = None
-  convention: str = ""                # how the source numbered its labels, such as "RV 1, MYO 2, LV 3"
-  flags: tuple[str, ...] = ()         # remarks on quality, without names or numbers that identify a person
-  base_first: bool | None = None      # whether slices run from base to apex, as `base_first` has it
+  # how the source numbered its labels, such as "RV 1, MYO 2, LV 3"
+  convention: str = ""
+  # remarks on quality, without names or numbers that identify a person
+  flags: tuple[str, ...] = ()
+  base_first: bool | None = None  # whether slices run from base to apex, as `base_first` has it
 
 
 def base_first(direction: np.ndarray) -> bool | None:
   """Whether slices run from base to apex if each lies in `direction` of the one before.
 
-  `direction` is [3], of any length, to the patient's left, back and head as in DICOM; the apex points
-  left, forward and down. None: it does not tell.
+  `direction` is [3], of any length, to the patient's left, back and head as in DICOM; the apex
+  points left, forward and down. None: it does not tell.
   """
   along, length = float(direction @ TO_APEX), float(np.linalg.norm(direction))
   return along > 0 if abs(along) > TELLS * length else None
 
 
-def assemble(images, spacing, frame_s=float("nan"), labels=None, numbers=None, ed=None, es=None, flags=(),
-             base_first=None) -> Cine:
+def assemble(
+  images,
+  spacing,
+  frame_s=float("nan"),
+  labels=None,
+  numbers=None,
+  ed=None,
+  es=None,
+  flags=(),
+  base_first=None,
+) -> Cine:
   """Checks what a reader found and gives it back as a Cine.
 
   Args:
@@ -49,7 +65,8 @@ def assemble(images, spacing, frame_s=float("nan"), labels=None, numbers=None, e
     numbers: what the source numbers its labels by, name -> number; for `convention` only.
 
   Raises:
-    BadRecord: the parts do not fit each other, or no heart has such a spacing, or the images are empty.
+    BadRecord: the parts do not fit each other, or no heart has such a spacing, or the images are
+      empty.
   """
   flags = list(flags)
   for name, (low, high), value in zip(("slices", "rows", "columns"), SPACING_MM, spacing):
@@ -70,8 +87,18 @@ def assemble(images, spacing, frame_s=float("nan"), labels=None, numbers=None, e
       labels = None
       flags.append("the segmentation holds no labels")
   convention = ", ".join(f"{name} {number}" for name, number in numbers.items()) if labelled else ""
-  return Cine(images, tuple(map(float, spacing)), float(frame_s), labels, labelled, ed, es, convention, tuple(flags),
-              base_first)
+  return Cine(
+    images,
+    tuple(map(float, spacing)),
+    float(frame_s),
+    labels,
+    labelled,
+    ed,
+    es,
+    convention,
+    tuple(flags),
+    base_first,
+  )
 
 
 def _placed(labels, shape):

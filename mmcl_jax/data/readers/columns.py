@@ -1,7 +1,8 @@
-"""Columns of CSV, TSV and Parquet files, in batches: memory does not grow with a file, unwanted columns are not kept.
+"""Columns of CSV, TSV and Parquet files, in batches: memory does not grow with a file, unwanted
+columns are not kept.
 
-pyarrow parses. Its messages quote cells, so none is passed on: a table is a user's own, and what fails is a UserError
-with the file's name and no content.
+pyarrow parses. Its messages quote cells, so none is passed on: a table is a user's own, and what
+fails is a UserError with the file's name and no content.
 """
 
 import csv
@@ -27,10 +28,25 @@ from mmcl_jax.data.readers.kinds import GZIP, PARQUET, UTF_16, tell
 from mmcl_jax.errors import UserError
 
 MAX_HEADER_BYTES = 4 * 2**20  # 20,000 columns with descriptive names take 2 MB
-BLOCK_BYTES = 4 * 2**20       # of a CSV at a time, read some blocks ahead; the header and each row must fit
-BATCH_CELLS = 2_000_000       # of a Parquet file at a time
-MISSING = ["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "none", "<NA>", "Do not know", "Prefer not to answer"]
-LOST, FEWEST_LOST = 0.9, 3     # a column is lost where this share of its filled cells is dropped, and at least so many
+# of a CSV at a time, read some blocks ahead; the header and each row must fit
+BLOCK_BYTES = 4 * 2**20
+BATCH_CELLS = 2_000_000  # of a Parquet file at a time
+MISSING = [
+  "",
+  "NA",
+  "N/A",
+  "NaN",
+  "nan",
+  "NULL",
+  "null",
+  "None",
+  "none",
+  "<NA>",
+  "Do not know",
+  "Prefer not to answer",
+]
+# a column is lost where this share of its filled cells is dropped, and at least so many
+LOST, FEWEST_LOST = 0.9, 3
 DATES = np.array(["1930-01-01", "2036-12-31"], "datetime64[D]")
 """Dates that can be: UK Biobank writes 1900 to 1909 and 2037 where a date is unknown or withheld."""
 
@@ -48,7 +64,8 @@ def header(path) -> list[str]:
 
 
 def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
-  """The columns `names` of a file, some rows at a time; a CSV's cells are strings, null where one of MISSING."""
+  """The columns `names` of a file, some rows at a time; a CSV's cells are strings, null where one
+  of MISSING."""
   path = Path(path)
   try:
     if _is_parquet(path):
@@ -57,35 +74,51 @@ def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
       return
     line, encoding = _header_line(path)
     parse = pa.csv.ParseOptions(delimiter=_delimiter(line), newlines_in_values=True)
-    convert = pa.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string()),
-                                    null_values=MISSING, strings_can_be_null=True)
+    convert = pa.csv.ConvertOptions(
+      include_columns=names,
+      column_types=dict.fromkeys(names, pa.string()),
+      null_values=MISSING,
+      strings_can_be_null=True,
+    )
     read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, encoding=encoding)
     with _stream(path) as stream, pa.csv.open_csv(stream, read, parse, convert) as reader:
       yield from map(_with_points, reader) if parse.delimiter == ";" else reader
   except Exception as error:  # pyarrow's are many
-    if match := re.match(r"CSV parse error: (?:Row #\d+: )?Expected (\d+) columns, got (\d+)", str(error)):
-      raise UserError(f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut off, or a "
-                      "text not quoted?") from None
+    if match := re.match(
+      r"CSV parse error: (?:Row #\d+: )?Expected (\d+) columns, got (\d+)", str(error)
+    ):
+      raise UserError(
+        f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut off, or a "
+        "text not quoted?"
+      ) from None
     raise unreadable(path, error) from None
 
 
 def texts(column: pa.Array) -> np.ndarray:
-  """A column as object [n] of str without blanks at the ends; "" where missing. Whole numbers have no ".0"."""
+  """A column as object [n] of str without blanks at the ends; "" where missing. Whole numbers have
+  no ".0"."""
   if column.null_count == len(column):
     return np.full(len(column), "", object)
   if pa.types.is_dictionary(column.type):
     column = column.dictionary_decode()
   if pa.types.is_floating(column.type):  # what pandas makes of whole numbers with gaps
     values = column.to_numpy(zero_copy_only=False)
-    return np.array(["" if np.isnan(x) else f"{x:.0f}" if x == np.round(x) else repr(float(x)) for x in values], object)
+    return np.array(
+      ["" if np.isnan(x) else f"{x:.0f}" if x == np.round(x) else repr(float(x)) for x in values],
+      object,
+    )
   if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-    return np.array(["" if x is None else json.dumps(x, default=str) for x in column.to_pylist()], object)
+    return np.array(
+      ["" if x is None else json.dumps(x, default=str) for x in column.to_pylist()], object
+    )
   found = pc.utf8_trim_whitespace(column.cast(pa.string()))
   found = pc.if_else(pc.is_in(found, pa.array(MISSING)), "", found).fill_null("")
   return np.asarray(found.to_pylist(), object)
 
 
-def numbers(column: pa.Array, name: str, problems: Counter, words: dict[str, str] | None = None) -> np.ndarray:
+def numbers(
+  column: pa.Array, name: str, problems: Counter, words: dict[str, str] | None = None
+) -> np.ndarray:
   """A column as float64 [n], NaN where missing; other text is NaN too and counted in `problems`.
 
   `words`: what stands for a number, in small letters.
@@ -95,7 +128,11 @@ def numbers(column: pa.Array, name: str, problems: Counter, words: dict[str, str
       column = column.cast(pa.float64())  # fast, and fails at the first text that is no number
     except pa.ArrowInvalid:
       pass
-  if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+  if (
+    pa.types.is_integer(column.type)
+    or pa.types.is_floating(column.type)
+    or pa.types.is_boolean(column.type)
+  ):
     values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
     given = ~np.isnan(values)
   else:
@@ -118,11 +155,15 @@ def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
   dates = np.full(len(found), np.datetime64("NaT"), "datetime64[D]")
   given = found != ""
   if given.any():
-    parsed = pd.to_datetime(pd.Series([text[:10] for text in found[given]]), format="%Y-%m-%d", errors="coerce")
+    parsed = pd.to_datetime(
+      pd.Series([text[:10] for text in found[given]]), format="%Y-%m-%d", errors="coerce"
+    )
     parsed = parsed.to_numpy("datetime64[D]")
     parsed[~((parsed >= DATES[0]) & (parsed <= DATES[1]))] = np.datetime64("NaT")
     dates[given] = parsed
-  count(problems, f"{name}: not a date from {DATES[0]} to {DATES[1]}", np.sum(given & np.isnat(dates)))
+  count(
+    problems, f"{name}: not a date from {DATES[0]} to {DATES[1]}", np.sum(given & np.isnat(dates))
+  )
   late = dates > np.datetime64(datetime.date.today())
   count(problems, f"{name}: after today", np.sum(late))
   dates[late] = np.datetime64("NaT")
@@ -133,7 +174,8 @@ DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 
 class Kept:
-  """How many of a column's filled cells were understood and how many were dropped, over the batches of a file."""
+  """How many of a column's filled cells were understood and how many were dropped, over the batches
+  of a file."""
 
   def __init__(self, expected: str):
     self.expected, self.understood, self.dropped, self.example = expected, 0, 0, ""
@@ -143,11 +185,16 @@ class Kept:
     self.understood, self.dropped = self.understood + understood, self.dropped + dropped
     if dropped and not DECIMAL_COMMA.fullmatch(self.example):
       cells = list(filter(None, cells))
-      self.example = next(filter(DECIMAL_COMMA.fullmatch, cells), self.example or next(iter(cells), ""))
+      self.example = next(
+        filter(DECIMAL_COMMA.fullmatch, cells), self.example or next(iter(cells), "")
+      )
 
 
-def watched(kept: Kept, problems: Counter, column: pa.Array | np.ndarray, read: Callable) -> np.ndarray:
-  """read(column) [n], which is empty, NaN or NaT where a cell is missing or dropped, and counts in `problems` what it drops."""
+def watched(
+  kept: Kept, problems: Counter, column: pa.Array | np.ndarray, read: Callable
+) -> np.ndarray:
+  """read(column) [n], which is empty, NaN or NaT where a cell is missing or dropped, and counts in
+  `problems` what it drops."""
   before = problems.total()
   values = read(column)
   without = values == "" if values.dtype.kind == "U" else np.isnan(values)
@@ -163,16 +210,22 @@ def lost(dropped: int, filled: int) -> bool:
 
 
 def check_kept(path, kept: dict[str, Kept]) -> None:
-  """Raises a UserError for a column that is written in another way: nearly all that stands in it was dropped, or it has commas.
+  """Raises a UserError for a column that is written in another way: nearly all that stands in it
+  was dropped, or it has commas.
 
   Whole numbers have no decimal comma, so that some cells of such a column are understood.
   """
   for name, one in kept.items():
-    comma = DECIMAL_COMMA.fullmatch(one.example) and "; is its comma a decimal sign? write it as a point"
+    comma = (
+      DECIMAL_COMMA.fullmatch(one.example) and "; is its comma a decimal sign? write it as a point"
+    )
     if lost(one.dropped, one.dropped + one.understood) or comma and one.dropped >= FEWEST_LOST:
-      form = re.sub(r"\d", "9", " ".join(one.example.split())[:20])  # what a cell is like, not whose it is
-      raise UserError(f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are not understood, such as "
-                      f"{form!r} (digits shown as 9); expected {one.expected}{comma or ''}. Put them so, or leave the column out")
+      # what a cell is like, not whose it is
+      form = re.sub(r"\d", "9", " ".join(one.example.split())[:20])
+      raise UserError(
+        f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are not understood, such as "
+        f"{form!r} (digits shown as 9); expected {one.expected}{comma or ''}. Put them so, or leave the column out"
+      )
 
 
 def count(problems, what, times):
@@ -207,13 +260,20 @@ def _delimiter(line):
 
 
 def _with_points(batch):
-  """Cells separated by semicolons, as spreadsheets write them where the decimal sign is a comma: 140,5 becomes 140.5."""
-  columns = [pc.replace_substring_regex(column, r"^(\s*[-+]?\d+),(\d+\s*)$", r"\1.\2") for column in batch.columns]
+  """Cells separated by semicolons, as spreadsheets write them where the decimal sign is a comma:
+  140,5 becomes 140.5."""
+  columns = [
+    pc.replace_substring_regex(column, r"^(\s*[-+]?\d+),(\d+\s*)$", r"\1.\2")
+    for column in batch.columns
+  ]
   return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
-def unreadable(path, error, expected="CSV or TSV with a header (UTF-8, UTF-16; also in gzip), or Parquet") -> UserError:
-  """What to tell of a file that failed with `error`: where disk or memory failed, that, and else what was expected."""
+def unreadable(
+  path, error, expected="CSV or TSV with a header (UTF-8, UTF-16; also in gzip), or Parquet"
+) -> UserError:
+  """What to tell of a file that failed with `error`: where disk or memory failed, that, and else
+  what was expected."""
   number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
   if number == errno.ENOENT:
     return UserError(f"{path}: no such file; expected {expected}")

@@ -1,7 +1,8 @@
 """DICOM ECGs (12-lead or general ECG waveform storage) to twelve leads in mV, through pydicom.
 
-Format: DICOM PS3.3 C.10.9 (waveform module); leads are coded by CID 3001 in the schemes MDC and SCPECG, which share
-their numbers, or only named. No element of the data set but its waveforms is read.
+Format: DICOM PS3.3 C.10.9 (waveform module); leads are coded by CID 3001 in the schemes MDC and
+SCPECG, which share their numbers, or only named. No element of the data set but its waveforms is
+read.
 """
 
 import io
@@ -19,29 +20,59 @@ from mmcl_jax.data.ecg_quality import content
 from mmcl_jax.data.readers.files import bad_record, read_bytes
 from mmcl_jax.data.readers.kinds import DICOM
 from mmcl_jax.data.readers.recording import (
-    DERIVABLE, MAX_SAMPLES, Recording, assemble, lead_names, length_flags, mv_per, told)
+  DERIVABLE,
+  MAX_SAMPLES,
+  Recording,
+  assemble,
+  lead_names,
+  length_flags,
+  mv_per,
+  told,
+)
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
 KIND = "a DICOM ECG (.dcm)"
 MAX_BYTES = 64 * 2**20  # 10 s of 12 leads take 0.3 MB; 20 min at 1 kHz and 16 bit 29 MB
-SAMPLE_TYPES = {(8, "SB"): "<i1", (8, "UB"): "<u1", (16, "SS"): "<i2", (16, "US"): "<u2", (32, "SL"): "<i4",
-                (32, "UL"): "<u4"}
-MIN_PADDING_S = 0.01    # shorter runs of a value that the signal takes are its own
-REQUIRED = ("NumberOfWaveformChannels", "NumberOfWaveformSamples", "SamplingFrequency", "WaveformBitsAllocated",
-            "WaveformSampleInterpretation", "WaveformData")
-LEAD_OF_CODE = {1: "I", 2: "II", **{2 + n: f"V{n}" for n in range(1, 7)}, 61: "III", 62: "aVR", 63: "aVL", 64: "aVF"}
+SAMPLE_TYPES = {
+  (8, "SB"): "<i1",
+  (8, "UB"): "<u1",
+  (16, "SS"): "<i2",
+  (16, "US"): "<u2",
+  (32, "SL"): "<i4",
+  (32, "UL"): "<u4",
+}
+MIN_PADDING_S = 0.01  # shorter runs of a value that the signal takes are its own
+REQUIRED = (
+  "NumberOfWaveformChannels",
+  "NumberOfWaveformSamples",
+  "SamplingFrequency",
+  "WaveformBitsAllocated",
+  "WaveformSampleInterpretation",
+  "WaveformData",
+)
+LEAD_OF_CODE = {
+  1: "I",
+  2: "II",
+  **{2 + n: f"V{n}" for n in range(1, 7)},
+  61: "III",
+  62: "aVR",
+  63: "aVL",
+  64: "aVF",
+}
 
 
 def read(path) -> Recording:
-  """Reads the longest multiplex group that has eight leads or more, at most its first MAX_SAMPLES samples.
+  """Reads the longest multiplex group that has eight leads or more, at most its first MAX_SAMPLES
+  samples.
 
   Median beats are passed over. Raises BadRecord with the reason; errors of disk and memory pass.
   """
   with bad_record("pydicom cannot read it"), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they quote what the file holds
     data = read_bytes(path, MAX_BYTES, KIND, DICOM)
-    # A deflated data set would be inflated without bound, and nobody stores ECGs in big-endian order.
+    # A deflated data set would be inflated without bound, and nobody stores ECGs in big-endian
+    # order.
     syntax = read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax not in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
       raise BadRecord("a compressed or big-endian DICOM; expected little-endian transfer syntax")
@@ -54,7 +85,8 @@ def read(path) -> Recording:
 
 
 def _choose(groups):
-  """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be derived."""
+  """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be
+  derived."""
   found, names = [], []
   for number, group in enumerate(groups):
     if absent := [name for name in REQUIRED if name not in group]:
@@ -64,19 +96,26 @@ def _choose(groups):
     names += [_source(channel).get("CodeMeaning") for channel in channels]
     median = "MEDIAN" in str(group.get("MultiplexGroupLabel", "")).upper()
     if not median and set(LEADS) <= set(leads) | set(DERIVABLE):
-      found.append((group.NumberOfWaveformSamples / float(group.SamplingFrequency), len(leads), number, leads))
+      found.append(
+        (group.NumberOfWaveformSamples / float(group.SamplingFrequency), len(leads), number, leads)
+      )
   if not found:
-    raise BadRecord(f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count); "
-                    f"it has {told(names)}")
+    raise BadRecord(
+      f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count); "
+      f"it has {told(names)}"
+    )
   return max(found, key=lambda group: group[:2])[2:]
 
 
 def _lead(channel):
-  """Name of a channel's lead by its code, or by its meaning such as "Lead I (Einthoven)"; None where unknown."""
+  """Name of a channel's lead by its code, or by its meaning such as "Lead I (Einthoven)"; None
+  where unknown."""
   source = _source(channel)
   code = re.fullmatch(r"(?:5\.6\.3-9-|2:)(\d+)", str(source.get("CodeValue", "")))  # SCPECG, MDC
   coded = LEAD_OF_CODE.get(int(code[1])) if code else None
-  meaning = re.fullmatch(r"(?:lead\s+)?(\w+)\s*(?:[(,].*)?", str(source.get("CodeMeaning", "")).strip(), re.I)
+  meaning = re.fullmatch(
+    r"(?:lead\s+)?(\w+)\s*(?:[(,].*)?", str(source.get("CodeMeaning", "")).strip(), re.I
+  )
   named = next(iter(lead_names([meaning[1]])), None) if meaning else None
   if coded and named and coded != named:
     raise BadRecord(f"a channel is coded as lead {coded} and named {named}")
@@ -88,7 +127,8 @@ def _source(channel):
 
 
 def _read_group(dataset, number, leads):
-  """The Recording of a multiplex group, whose sizes are compared with its data before pydicom takes memory for it."""
+  """The Recording of a multiplex group, whose sizes are compared with its data before pydicom takes
+  memory for it."""
   group = dataset.WaveformSequence[number]
   length, channels = group.NumberOfWaveformSamples, group.NumberOfWaveformChannels
   rate_hz = float(group.SamplingFrequency)
@@ -96,20 +136,25 @@ def _read_group(dataset, number, leads):
   if dtype is None:
     raise BadRecord("its samples are not signed or unsigned integers of 8, 16 or 32 bits")
   if not (rate_hz > 0 and length > 0 and channels == len(group.ChannelDefinitionSequence)):
-    raise BadRecord(f"it announces {length} samples at {rate_hz:g} Hz of {channels} channels and defines "
-                    f"{len(group.ChannelDefinitionSequence)}")
+    raise BadRecord(
+      f"it announces {length} samples at {rate_hz:g} Hz of {channels} channels and defines "
+      f"{len(group.ChannelDefinitionSequence)}"
+    )
   size, need = len(group.WaveformData or b""), length * channels * np.dtype(dtype).itemsize
   if size < need:
     raise BadRecord(f"its samples have {size} bytes; {length} of {channels} channels take {need}")
-  raw = multiplex_array(dataset, number, as_raw=True)[:MAX_SAMPLES]  # [T, channels], in units of the sensitivity
+  # [T, channels], in units of the sensitivity
+  raw = multiplex_array(dataset, number, as_raw=True)[:MAX_SAMPLES]
   values = raw[:, list(leads.values())].astype(np.float64)
   inside = values[content(values.T, rate_hz)]  # what lies outside is cut off as in every format
   if padding := group.get("WaveformPaddingValue"):
     kind = np.dtype(dtype)  # writers give fewer or more bytes than one sample has
-    padding = int.from_bytes(padding[:kind.itemsize], "little", signed=kind.kind == "i")
+    padding = int.from_bytes(padding[: kind.itemsize], "little", signed=kind.kind == "i")
     inside[_missing(inside, padding, rate_hz)] = np.nan
-  signals = {lead: _millivolts(group.ChannelDefinitionSequence[channel], samples, lead, rate_hz)
-             for (lead, channel), samples in zip(leads.items(), values.T)}
+  signals = {
+    lead: _millivolts(group.ChannelDefinitionSequence[channel], samples, lead, rate_hz)
+    for (lead, channel), samples in zip(leads.items(), values.T)
+  }
   return assemble(signals, rate_hz, length_flags(length, rate_hz))
 
 
@@ -136,10 +181,18 @@ def _millivolts(channel, values, lead, rate_hz):
   unit = (channel.get("ChannelSensitivityUnitsSequence") or [{}])[0].get("CodeValue")
   if unit is None or not (sensitivity := float(channel.get("ChannelSensitivity") or 0)):
     raise BadRecord(f"lead {lead} has no sensitivity with a unit: its voltage is not calibrated")
-  if max(abs(_optional(channel, "ChannelSampleSkew")), abs(_optional(channel, "ChannelTimeSkew")) * rate_hz) >= 1:
+  if (
+    max(
+      abs(_optional(channel, "ChannelSampleSkew")),
+      abs(_optional(channel, "ChannelTimeSkew")) * rate_hz,
+    )
+    >= 1
+  ):
     raise BadRecord(f"lead {lead} is shifted in time by a sample or more")
   correction = _optional(channel, "ChannelSensitivityCorrectionFactor", 1.0)
-  return (values * sensitivity * correction + _optional(channel, "ChannelBaseline")) * mv_per(unit, lead)
+  return (values * sensitivity * correction + _optional(channel, "ChannelBaseline")) * mv_per(
+    unit, lead
+  )
 
 
 def _optional(channel, name, default=0.0):

@@ -1,7 +1,9 @@
-"""What every reader begins with: a plain file, opened with care, and one kind of error for what is wrong with it.
+"""What every reader begins with: a plain file, opened with care, and one kind of error for what is
+wrong with it.
 
-A disk, a network or memory that fails (mmcl_jax.errors.is_environment) says nothing of a file: such errors pass through
-all readers as they are, so that nobody is left out for good by what may go well another time.
+A disk, a network or memory that fails (mmcl_jax.errors.is_environment) says nothing of a file: such
+errors pass through all readers as they are, so that nobody is left out for good by what may go well
+another time.
 """
 
 import contextlib
@@ -12,12 +14,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mmcl_jax.data.readers.kinds import (
-    BYTE_ORDER_MARKS, HEAD_BYTES, POINTER_BYTES, POINTERS, Kind, expect, refusal, tell)
+  BYTE_ORDER_MARKS,
+  HEAD_BYTES,
+  POINTER_BYTES,
+  POINTERS,
+  Kind,
+  expect,
+  refusal,
+  tell,
+)
 from mmcl_jax.errors import BadRecord, UserError, is_environment
 
 
 def present(path) -> bool:
-  """Whether anything has this name, be it a folder or a broken link: whoever opens it judges. OSErrors pass."""
+  """Whether anything has this name, be it a folder or a broken link: whoever opens it judges.
+  OSErrors pass."""
   try:
     os.lstat(path)
   except (OSError, ValueError) as error:  # ValueError: a name that none can have
@@ -28,9 +39,11 @@ def present(path) -> bool:
 
 
 def beside(folder, name: str) -> Path | None:
-  """The file of that name in a folder, or the only one that differs in letter case or Unicode form alone; else None.
+  """The file of that name in a folder, or the only one that differs in letter case or Unicode form
+  alone; else None.
 
-  Files that went through Windows or macOS are named so beside headers that kept their names. OSErrors of the disk pass.
+  Files that went through Windows or macOS are named so beside headers that kept their names.
+  OSErrors of the disk pass.
   """
   if present(path := Path(folder, name)):
     return path
@@ -47,10 +60,11 @@ def plain(name: str) -> str:
 
 
 def check_file(path, kind: str):
-  """BadRecord unless `path` is a regular file; `kind` says what was expected, such as "a DICOM ECG (.dcm)".
+  """BadRecord unless `path` is a regular file; `kind` says what was expected, such as "a DICOM ECG
+  (.dcm)".
 
-  A link stands for the file that it leads to: DataLad, Snakemake and Nextflow stage data as links. The pointers that Git
-  LFS and git-annex leave in a file's place are refused.
+  A link stands for the file that it leads to: DataLad, Snakemake and Nextflow stage data as links.
+  The pointers that Git LFS and git-annex leave in a file's place are refused.
   """
   if not present(path):
     raise BadRecord(f"no such file; expected {kind}")
@@ -59,15 +73,20 @@ def check_file(path, kind: str):
   except OSError as error:
     if is_environment(error) or not os.path.islink(path):
       raise
-    raise BadRecord("a link to a file that is not there (of git-annex or DataLad: `datalad get` fetches it)") from error
+    raise BadRecord(
+      "a link to a file that is not there (of git-annex or DataLad: `datalad get` fetches it)"
+    ) from error
   if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for its writer
-    raise BadRecord(f"{'a folder' if stat.S_ISDIR(about.st_mode) else 'no regular file'}; expected {kind}")
+    raise BadRecord(
+      f"{'a folder' if stat.S_ISDIR(about.st_mode) else 'no regular file'}; expected {kind}"
+    )
   if about.st_size <= POINTER_BYTES and (found := tell(head(path))) in POINTERS:
     raise BadRecord(refusal(found, kind))
 
 
 def head(path) -> bytes:
-  """The first bytes of a file, enough for kinds.tell; OSErrors pass. Only for what is a regular file."""
+  """The first bytes of a file, enough for kinds.tell; OSErrors pass. Only for what is a regular
+  file."""
   with open(path, "rb") as file:
     return file.read(HEAD_BYTES)
 
@@ -96,9 +115,11 @@ def read_bytes(path, most: int, kind: str, *readable: Kind) -> bytes:
 
 @contextlib.contextmanager
 def bad_record(why: str):
-  """Turns whatever a format's library raises into a BadRecord; its text may name files and people and is left out.
+  """Turns whatever a format's library raises into a BadRecord; its text may name files and people
+  and is left out.
 
-  Errors of the environment pass, also from under the library's own, as zipfile's "not a zip file" where reading fails.
+  Errors of the environment pass, also from under the library's own, as zipfile's "not a zip file"
+  where reading fails.
   """
   try:
     yield
@@ -116,13 +137,16 @@ def bad_record(why: str):
 
 
 def walk(inputs: Iterable[str | os.PathLike], flag: str = "--input") -> Iterator[str]:
-  """All files under the inputs (files, and folders at any depth), sorted within each input, each once.
+  """All files under the inputs (files, and folders at any depth), sorted within each input, each
+  once.
 
-  Links to files are listed as files; so are links to folders, which are not followed unless they are inputs. Folders
-  .git are left out: git-annex keeps there what its links lead to. What cannot be listed ends the run: passed over, it
-  would leave people out unseen.
-  Raises UserError, which names `flag`, for an input that does not exist and a folder that cannot be listed.
+  Links to files are listed as files; so are links to folders, which are not followed unless they
+  are inputs. Folders .git are left out: git-annex keeps there what its links lead to. What cannot
+  be listed ends the run: passed over, it would leave people out unseen.
+  Raises UserError, which names `flag`, for an input that does not exist and a folder that cannot be
+  listed.
   """
+
   def refuse(error):
     raise UserError(f"{flag}: cannot read {error.filename} ({error.strerror})") from None
 
@@ -134,7 +158,11 @@ def walk(inputs: Iterable[str | os.PathLike], flag: str = "--input") -> Iterator
       raise UserError(f"{flag}: no file or folder {start}") from None
     except OSError as error:
       refuse(error)
-    listed = [(os.path.dirname(start), [], [os.path.basename(start)])] if single else os.walk(start, onerror=refuse)
+    listed = (
+      [(os.path.dirname(start), [], [os.path.basename(start)])]
+      if single
+      else os.walk(start, onerror=refuse)
+    )
     for folder, folders, names in listed:
       if (real := os.path.realpath(folder)) in seen:
         folders.clear()  # with all below it

@@ -1,4 +1,5 @@
-"""What a file is, by its first bytes: so that a reason names what was found, and a suffix need not tell the format."""
+"""What a file is, by its first bytes: so that a reason names what was found, and a suffix need not
+tell the format."""
 
 import re
 from typing import NamedTuple
@@ -10,7 +11,9 @@ BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
 
 
 class Kind(NamedTuple):
-  """`name`: with its article; `reader`: the module beside this one that reads it, "": none; `advice`: added to a refusal."""
+  """`name`: with its article; `reader`: the module beside this one that reads it, "": none;
+  `advice`: added to a refusal."""
+
   name: str
   reader: str = ""
   advice: str = "which is not read"
@@ -22,43 +25,46 @@ NPY = Kind("a NumPy array (.npy)", advice="")
 GZIP = Kind("a gzip file", advice="to be unpacked first")
 PARQUET = Kind("a Parquet file")
 UTF_16 = Kind("a text in UTF-16", advice="")
-POINTERS = (Kind("a Git LFS pointer", advice="without the file itself: git lfs pull fetches it"),
-            Kind("a git-annex pointer", advice="without the file itself: git annex get fetches it"))
+POINTERS = (
+  Kind("a Git LFS pointer", advice="without the file itself: git lfs pull fetches it"),
+  Kind("a git-annex pointer", advice="without the file itself: git annex get fetches it"),
+)
 POINTER_BYTES = 1024  # at most
 SIGNATURES = (  # where they stand, the bytes, what begins so
-    (128, b"DICM", DICOM),
-    (0, b"\x93NUMPY", NPY),
-    (0, b"version https://git-lfs", POINTERS[0]),
-    (0, b"/annex/objects/", POINTERS[1]),
-    (0, b"\x00\x05\x16\x07", Kind("a macOS AppleDouble file (._)", advice="which holds no ECG")),
-    (0, b"\x1f\x8b", GZIP),
-    (30, b"[Content_Types].xml", Kind("an Excel or other Office file")),
-    (0, b"PK\x03\x04", Kind("a zip", advice="to be unpacked first")),
-    (0, b"7z\xbc\xaf\x27\x1c", Kind("a 7z archive", advice="to be unpacked first")),
-    (0, b"\x89HDF\r\n\x1a\n", Kind("an HDF5 file")),
-    (0, b"MATLAB 5.0 MAT-file", Kind("a MATLAB 5 file")),
-    (0, b"%PDF-", Kind("a PDF")),
-    (0, b"\x89PNG", Kind("a PNG image")),
-    (0, b"\xff\xd8\xff", Kind("a JPEG image")),
-    (0, b"PAR1", PARQUET),
-    (0, b"$FL2", Kind("an SPSS file")),
-    (0, b"<stata_dta>", Kind("a Stata file")),
-    (0, b"ISHNE1.0", Kind("an ISHNE Holter file")),
-    (0, b"\xffBIOSEMI", Kind("a BDF file")),
-    (16, b"SCPECG", Kind("an SCP-ECG file")),
+  (128, b"DICM", DICOM),
+  (0, b"\x93NUMPY", NPY),
+  (0, b"version https://git-lfs", POINTERS[0]),
+  (0, b"/annex/objects/", POINTERS[1]),
+  (0, b"\x00\x05\x16\x07", Kind("a macOS AppleDouble file (._)", advice="which holds no ECG")),
+  (0, b"\x1f\x8b", GZIP),
+  (30, b"[Content_Types].xml", Kind("an Excel or other Office file")),
+  (0, b"PK\x03\x04", Kind("a zip", advice="to be unpacked first")),
+  (0, b"7z\xbc\xaf\x27\x1c", Kind("a 7z archive", advice="to be unpacked first")),
+  (0, b"\x89HDF\r\n\x1a\n", Kind("an HDF5 file")),
+  (0, b"MATLAB 5.0 MAT-file", Kind("a MATLAB 5 file")),
+  (0, b"%PDF-", Kind("a PDF")),
+  (0, b"\x89PNG", Kind("a PNG image")),
+  (0, b"\xff\xd8\xff", Kind("a JPEG image")),
+  (0, b"PAR1", PARQUET),
+  (0, b"$FL2", Kind("an SPSS file")),
+  (0, b"<stata_dta>", Kind("a Stata file")),
+  (0, b"ISHNE1.0", Kind("an ISHNE Holter file")),
+  (0, b"\xffBIOSEMI", Kind("a BDF file")),
+  (16, b"SCPECG", Kind("an SCP-ECG file")),
 )
 EDF = re.compile(rb"0 {7}.{160}\d\d\.\d\d\.\d\d", re.DOTALL)  # version, patient and recording, date
 ROOTS = {  # of XML, without the prefix of a namespace
-    "CardiologyXML": CARDIOSOFT,
-    "RestingECG": Kind("a GE MUSE XML file"),
-    "restingecgdata": Kind("a Philips Sierra XML file"),
-    "AnnotatedECG": Kind("an HL7 aECG XML file"),
-    "html": Kind("an HTML page", advice="such as a login or an error in place of a download"),
+  "CardiologyXML": CARDIOSOFT,
+  "RestingECG": Kind("a GE MUSE XML file"),
+  "restingecgdata": Kind("a Philips Sierra XML file"),
+  "AnnotatedECG": Kind("an HL7 aECG XML file"),
+  "html": Kind("an HTML page", advice="such as a login or an error in place of a download"),
 }
 
 
 def tell(head: bytes) -> Kind | None:
-  """What a file is that begins with these bytes, of which HEAD_BYTES are enough; None where they do not tell."""
+  """What a file is that begins with these bytes, of which HEAD_BYTES are enough; None where they do
+  not tell."""
   head = head[:HEAD_BYTES]
   if not head:
     return Kind("an empty file", advice="")
@@ -73,7 +79,8 @@ def tell(head: bytes) -> Kind | None:
 
 
 def expect(head: bytes, kind: str, *readable: Kind):
-  """BadRecord where a file begins as something else that is known than `readable`; `kind` says what was expected."""
+  """BadRecord where a file begins as something else that is known than `readable`; `kind` says what
+  was expected."""
   found = tell(head)
   if found and found not in readable:
     raise BadRecord(refusal(found, kind))
@@ -88,7 +95,10 @@ def _xml(text):
   """The Kind of an XML text by its root element; None for other texts."""
   if not text.lstrip().startswith("<"):
     return None
-  root = re.search(r"<(?:[A-Za-z_][\w.-]*:)?([A-Za-z_][\w.-]*)", re.sub(r"<!--.*?(?:-->|$)", "", text, flags=re.DOTALL))
+  root = re.search(
+    r"<(?:[A-Za-z_][\w.-]*:)?([A-Za-z_][\w.-]*)",
+    re.sub(r"<!--.*?(?:-->|$)", "", text, flags=re.DOTALL),
+  )
   if not root:
     return None
   name = root[1].lower() if root[1].lower() == "html" else root[1]

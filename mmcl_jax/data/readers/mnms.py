@@ -1,10 +1,13 @@
-"""Patients of M&Ms (https://www.ub.edu/mnms/): 4-D NIfTI, labels of two frames, and one table about all.
+"""Patients of M&Ms (https://www.ub.edu/mnms/): 4-D NIfTI, labels of two frames, and one table about
+all.
 
-    *_M&Ms_Dataset_information_diagnosis_opendataset.csv    External code, VendorName, Vendor, Centre, ED, ES (0-based),
-                                                           Age, Pathology, Sex, Height, Weight
-    {Training/Labeled,Training/Unlabeled,Validation,Testing}/CODE/
-      CODE_sa.nii.gz       the cine [X, Y, Z, T]
-      CODE_sa_gt.nii.gz    LV 1, MYO 2, RV 3 at ED and ES, zeros elsewhere; zeros throughout under Unlabeled
+*_M&Ms_Dataset_information_diagnosis_opendataset.csv    External code, VendorName, Vendor, Centre,
+                                                       ED, ES (0-based), Age, Pathology, Sex,
+                                                         Height, Weight
+{Training/Labeled,Training/Unlabeled,Validation,Testing}/CODE/
+  CODE_sa.nii.gz       the cine [X, Y, Z, T]
+  CODE_sa_gt.nii.gz    LV 1, MYO 2, RV 3 at ED and ES, zeros elsewhere; zeros throughout under
+    Unlabeled
 """
 
 import csv
@@ -20,13 +23,25 @@ from mmcl_jax.errors import BadRecord, UserError
 
 NUMBERS = {"LV": 1, "MYO": 2, "RV": 3}
 TABLE = "*_M&Ms_Dataset_information_diagnosis_opendataset.csv"
-COLUMNS = ("External code", "VendorName", "Centre", "ED", "ES", "Age", "Pathology", "Sex", "Height", "Weight")
+COLUMNS = (
+  "External code",
+  "VendorName",
+  "Centre",
+  "ED",
+  "ES",
+  "Age",
+  "Pathology",
+  "Sex",
+  "Height",
+  "Weight",
+)
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 MAX_TABLE_BYTES = 2**22
 
 
 class Study(NamedTuple):
   """A patient's folder and row of the table."""
+
   folder: Path
   row: dict[str, str]
 
@@ -39,12 +54,24 @@ def find(root) -> list[Study]:
     BadRecord: the table cannot be read; errors of disk and memory pass.
   """
   files = list(map(Path, walk([root])))
-  tables = [path for path in files if path.parent == Path(root) and fnmatch.fnmatchcase(path.name, TABLE)]
+  tables = [
+    path for path in files if path.parent == Path(root) and fnmatch.fnmatchcase(path.name, TABLE)
+  ]
   if len(tables) != 1:
-    raise UserError(f"{len(tables)} files {TABLE} in {root}; expected one, as in the folder OpenDataset of M&Ms")
-  folders = {path.parent.name: path.parent for part in PARTS for path in files
-             if path.parents[1:2] == (Path(root, part),) and path.name == f"{path.parent.name}_sa.nii.gz"}
-  return [Study(folders[code], row) for row in _rows(tables[0]) if (code := row["External code"]) in folders]
+    raise UserError(
+      f"{len(tables)} files {TABLE} in {root}; expected one, as in the folder OpenDataset of M&Ms"
+    )
+  folders = {
+    path.parent.name: path.parent
+    for part in PARTS
+    for path in files
+    if path.parents[1:2] == (Path(root, part),) and path.name == f"{path.parent.name}_sa.nii.gz"
+  }
+  return [
+    Study(folders[code], row)
+    for row in _rows(tables[0])
+    if (code := row["External code"]) in folders
+  ]
 
 
 def read(study: Study) -> Cine:
@@ -59,11 +86,14 @@ def read(study: Study) -> Cine:
   if cine.labelled in ((), named):
     return cine
   found, expected = (", ".join(map(str, frames)) or "none" for frames in (cine.labelled, named))
-  return cine._replace(flags=(*cine.flags, f"labels in frames {found}; the table names {expected} (counted from 0)"))
+  return cine._replace(
+    flags=(*cine.flags, f"labels in frames {found}; the table names {expected} (counted from 0)")
+  )
 
 
 def about(study: Study) -> dict[str, str | float]:
-  """{"age": years, "sex": 1 = male, "height": cm, "weight": kg, "pathology", "vendor", "centre"}; NaN, "" = unknown."""
+  """{"age": years, "sex": 1 = male, "height": cm, "weight": kg, "pathology", "vendor", "centre"};
+  NaN, "" = unknown."""
   row = study.row
   known = {"sex": {"M": 1.0, "F": 0.0}.get(row["Sex"].upper(), math.nan)}
   for name in ("Age", "Height", "Weight"):
@@ -72,7 +102,11 @@ def about(study: Study) -> dict[str, str | float]:
     except ValueError:
       value = math.nan
     known[name.lower()] = value if 0 < value < math.inf else math.nan
-  return known | {"pathology": row["Pathology"], "vendor": row["VendorName"], "centre": row["Centre"]}
+  return known | {
+    "pathology": row["Pathology"],
+    "vendor": row["VendorName"],
+    "centre": row["Centre"],
+  }
 
 
 def _rows(path):

@@ -1,7 +1,9 @@
-"""NIfTI volumes (.nii, .nii.gz) from sources that are not trusted: checked by their header before memory is taken.
+"""NIfTI volumes (.nii, .nii.gz) from sources that are not trusted: checked by their header before
+memory is taken.
 
-nibabel interprets the header and its scaling. Around it stands what it does not do: nibabel believes whatever size a
-header or its extensions claim, and does not notice a .nii.gz that expands beyond it.
+nibabel interprets the header and its scaling. Around it stands what it does not do: nibabel
+believes whatever size a header or its extensions claim, and does not notice a .nii.gz that expands
+beyond it.
 Format: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h
 """
 
@@ -20,24 +22,28 @@ from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.data.schema import LABELS
 from mmcl_jax.errors import BadRecord
 
-MAX_SHAPE = (1024, 1024, 256, 256)  # X, Y, Z, T: beyond any cine, even one resampled to a cubic grid
-MAX_VOXELS = 2**27                  # 5 times a UK Biobank cine; 256 MiB of int16, 1 GiB of float64
-MAX_FILE_BYTES = 2**30 + 2**21      # that many float64, with header and extensions
+# X, Y, Z, T: beyond any cine, even one resampled to a cubic grid
+MAX_SHAPE = (1024, 1024, 256, 256)
+MAX_VOXELS = 2**27  # 5 times a UK Biobank cine; 256 MiB of int16, 1 GiB of float64
+MAX_FILE_BYTES = 2**30 + 2**21  # that many float64, with header and extensions
 HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}  # by size, which they begin with
-MAGIC = b"n+1", b"n+2"              # voxels in the same file
-WHOLE = 1e-3                        # scaled labels miss whole numbers by rounding
+MAGIC = b"n+1", b"n+2"  # voxels in the same file
+WHOLE = 1e-3  # scaled labels miss whole numbers by rounding
 MAX_EXTENSION_BYTES = 2**20
-MAX_INTENSITY = 2**24               # float32 holds whole numbers exactly up to it
-FRAME_S = (0.001, 0.2)              # outside it the header does not mean the step of a cine: many writers leave 0 or 1
+MAX_INTENSITY = 2**24  # float32 holds whole numbers exactly up to it
+# outside it the header does not mean the step of a cine: many writers leave 0 or 1
+FRAME_S = (0.001, 0.2)
 MM = {"unknown": 1, "mm": 1, "meter": 1000, "micron": 0.001}
 SECONDS = {"unknown": 1, "sec": 1, "msec": 1e-3, "usec": 1e-6}
 
 
 class Volume(NamedTuple):
-  """`voxels` int16, uint16 or float32 [F, Z, H, W]; `spacing` mm (Z, H, W); `frame_s` seconds, NaN = not known.
+  """`voxels` int16, uint16 or float32 [F, Z, H, W]; `spacing` mm (Z, H, W); `frame_s` seconds, NaN
+  = not known.
 
   `base_first` as in Cine, by the header's affine.
   """
+
   voxels: np.ndarray
   spacing: tuple[float, float, float]
   frame_s: float
@@ -45,11 +51,14 @@ class Volume(NamedTuple):
 
 
 def read(path) -> Volume:
-  """Reads images of 3 axes (as one frame) or 4. Raises BadRecord with the reason; errors of disk and memory pass."""
+  """Reads images of 3 axes (as one frame) or 4. Raises BadRecord with the reason; errors of disk
+  and memory pass."""
   voxels, header = _load(path)
   low, high = voxels.min(), voxels.max()
   if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
-    raise BadRecord(f"intensities from {low:g} to {high:g}; expected finite ones of at most {MAX_INTENSITY}")
+    raise BadRecord(
+      f"intensities from {low:g} to {high:g}; expected finite ones of at most {MAX_INTENSITY}"
+    )
   space, time = header.get_xyzt_units()
   zooms = [float(zoom) for zoom in header.get_zooms()]
   x, y, z = (zoom * MM[space] for zoom in zooms[:3])
@@ -75,7 +84,8 @@ def two_frames(ed: Volume, es: Volume) -> Volume:
 def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
   """Reads a segmentation as uint8 [F, Z, H, W] in schema.LABELS.
 
-  `numbers` has the file's own number of each label in schema.LABELS but background, which is 0. Raises BadRecord.
+  `numbers` has the file's own number of each label in schema.LABELS but background, which is 0.
+  Raises BadRecord.
   """
   voxels, _ = _load(path)
   table = np.zeros(max(numbers.values()) + 1, np.uint8)
@@ -133,7 +143,8 @@ def _load(path):
       skip = header.get_data_offset() - size
       need = skip + math.prod(shape) * dtype.itemsize
       try:
-        body = stream.read(need + 1)  # no more, whatever the stream expands to; gzip compares its checksum at the end
+        # no more, whatever the stream expands to; gzip compares its checksum at the end
+        body = stream.read(need + 1)
       except EOFError as error:
         raise BadRecord("the gzip stream ends early") from error
     if len(body) != need:
@@ -161,13 +172,19 @@ def _read_header(stream):
   if set(shape[4:]) == {1}:  # one value a voxel and moment
     header.set_data_shape(shape := shape[:4])
   if len(shape) not in (3, 4) or not all(1 <= n <= most for n, most in zip(shape, MAX_SHAPE)):
-    raise BadRecord(f"the header announces {' x '.join(map(str, shape))} voxels; expected 3 or 4 axes of at most "
-                    f"{' x '.join(map(str, MAX_SHAPE))}")
+    raise BadRecord(
+      f"the header announces {' x '.join(map(str, shape))} voxels; expected 3 or 4 axes of at most "
+      f"{' x '.join(map(str, MAX_SHAPE))}"
+    )
   if math.prod(shape) > MAX_VOXELS:
-    raise BadRecord(f"the header announces {math.prod(shape)} voxels; expected at most {MAX_VOXELS}")
+    raise BadRecord(
+      f"the header announces {math.prod(shape)} voxels; expected at most {MAX_VOXELS}"
+    )
   dtype = header.get_data_dtype()
   if dtype.kind not in "iuf" or dtype.itemsize > 8:
-    raise BadRecord(f"voxels of type {header.get_value_label('datatype')}; expected integers or real numbers")
+    raise BadRecord(
+      f"voxels of type {header.get_value_label('datatype')}; expected integers or real numbers"
+    )
   if not all(0 < zoom < math.inf for zoom in header.get_zooms()[:3]):
     raise BadRecord("the header's spacing is not positive")
   if header.get_xyzt_units()[0] not in MM:

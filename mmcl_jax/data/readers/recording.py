@@ -1,4 +1,5 @@
-"""What every ECG reader ends in: leads by name, in any number and order -> twelve leads in mV, checked."""
+"""What every ECG reader ends in: leads by name, in any number and order -> twelve leads in mV,
+checked."""
 
 import re
 from typing import NamedTuple
@@ -10,25 +11,29 @@ from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
 MV_PER_UNIT = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}
-MAX_SAMPLES = 120_000     # read at most per lead: 2 minutes at 1 kHz
+MAX_SAMPLES = 120_000  # read at most per lead: 2 minutes at 1 kHz
 
 SPELLING = re.compile(r"(?:mdc_)?(?:ecg|ekg)?[ _]?(?:lead)?[ _]?(\w+)")
 LEAD_OF_NAME = {lead.lower(): lead for lead in LEADS} | {"di": "I", "dii": "II", "diii": "III"}
-MAX_MISSING = 0.01        # share of a lead's first 10 s that may be interpolated
+MAX_MISSING = 0.01  # share of a lead's first 10 s that may be interpolated
 
 
 class Recording(NamedTuple):
-  """One ECG: `ecg_mv` float32 [12, T] in mV in the order of LEADS, `rate_hz`, and remarks on its quality."""
+  """One ECG: `ecg_mv` float32 [12, T] in mV in the order of LEADS, `rate_hz`, and remarks on its
+  quality."""
+
   ecg_mv: np.ndarray
   rate_hz: float
   flags: tuple[str, ...]
 
 
 def lead_names(names) -> dict[str, int]:
-  """{lead: its place in `names`} of the twelve leads, in any case and order; other names are left out.
+  """{lead: its place in `names`} of the twelve leads, in any case and order; other names are left
+  out.
 
-  Accepted are the names of LEADS and their common spellings: "Lead I", "ECG II", "MDC_ECG_LEAD_V1", and DI to DIII; not
-  what might be something else: "ECG1", "Lead 1", "-aVR". Raises BadRecord where a lead occurs twice.
+  Accepted are the names of LEADS and their common spellings: "Lead I", "ECG II", "MDC_ECG_LEAD_V1",
+  and DI to DIII; not what might be something else: "ECG1", "Lead 1", "-aVR". Raises BadRecord where
+  a lead occurs twice.
   """
   places = {}
   for place, name in enumerate(names):
@@ -42,7 +47,8 @@ def lead_names(names) -> dict[str, int]:
 
 
 def needed_leads(names) -> dict[str, int]:
-  """`lead_names`; BadRecord that tells the names found where a lead is absent that cannot be derived."""
+  """`lead_names`; BadRecord that tells the names found where a lead is absent that cannot be
+  derived."""
   names = list(names)
   places = lead_names(names)
   if absent := [lead for lead in LEADS if lead not in places and lead not in DERIVABLE]:
@@ -57,7 +63,8 @@ def told(names) -> str:
 
 
 def mv_per(unit: str, lead: str) -> float:
-  """mV in one nV, uV, mV or V, in any case, with either sign for micro; BadRecord that names `lead` for other units."""
+  """mV in one nV, uV, mV or V, in any case, with either sign for micro; BadRecord that names `lead`
+  for other units."""
   try:
     return MV_PER_UNIT[unit.strip().lower().replace("µ", "u").replace("μ", "u")]
   except (KeyError, AttributeError):
@@ -95,8 +102,10 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
   kept = given[:, content(given, rate_hz)]
   if padding_s := (given.shape[1] - kept.shape[1]) / rate_hz:
     if kept.shape[1] < WINDOW_S * rate_hz - 1:
-      raise BadRecord(f"{kept.shape[1] / rate_hz:.2f} s long without {padding_s:.2f} s of constant "
-                      f"padding at its ends; expected at least {WINDOW_S:g} s")
+      raise BadRecord(
+        f"{kept.shape[1] / rate_hz:.2f} s long without {padding_s:.2f} s of constant "
+        f"padding at its ends; expected at least {WINDOW_S:g} s"
+      )
     flags.append(f"{padding_s:.1f} s of constant padding cut off")
   leads = {name: _without_gaps(name, lead, rate_hz, flags) for name, lead in zip(leads, kept)}
   derived = {name: i * leads["I"] + ii * leads["II"] for name, (i, ii) in DERIVABLE.items()}
@@ -112,8 +121,10 @@ def _without_gaps(name, lead, rate_hz, flags):
   known, at = np.isfinite(lead), np.arange(len(lead))
   used = in_use(known, rate_hz)
   if (gaps := np.sum(~used)) > MAX_MISSING * len(used):
-    raise BadRecord(f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; "
-                    f"at most {MAX_MISSING:.0%} can be interpolated")
+    raise BadRecord(
+      f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; "
+      f"at most {MAX_MISSING:.0%} can be interpolated"
+    )
   if gaps:
     flags.append(f"{name}: {gaps} missing samples interpolated")
   return np.interp(at, at[known], lead[known])

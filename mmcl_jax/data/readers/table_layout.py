@@ -1,7 +1,8 @@
-"""Which columns of a table of participants hold what: UK Biobank's in any of its styles, or the general form's.
+"""Which columns of a table of participants hold what: UK Biobank's in any of its styles, or the
+general form's.
 
-A slot is what one number is, of a person or of a visit. Phenotypes and diseases are slots too, named as in the
-general form.
+A slot is what one number is, of a person or of a visit. Phenotypes and diseases are slots too,
+named as in the general form.
 """
 
 import re
@@ -14,23 +15,37 @@ from mmcl_jax.errors import UserError
 
 IDS = ("eid", "participant.eid", "f.eid", "participant")  # the last: the general form
 PERSON = {ukb.SEX: "sex", ukb.BIRTH_YEAR: "birth year", ukb.BIRTH_MONTH: "birth month"}
-VISIT = {ukb.AGE: "age", ukb.HEIGHT[0]: "height", ukb.WEIGHT[0]: "weight", ukb.HEIGHT[1]: "height at the scanner",
-         ukb.WEIGHT[1]: "weight at the scanner", ukb.VISIT_DATE: "date"}
+VISIT = {
+  ukb.AGE: "age",
+  ukb.HEIGHT[0]: "height",
+  ukb.WEIGHT[0]: "weight",
+  ukb.HEIGHT[1]: "height at the scanner",
+  ukb.WEIGHT[1]: "weight at the scanner",
+  ukb.VISIT_DATE: "date",
+}
 PHENOTYPES = {field: f"phenotype:{x.name}:{x.unit}" for field, x in ukb.CARDIAC.items()}
-KNOWN = {x.name.lower(): x for x in ukb.CARDIAC.values()}  # whose plausible limits and published values go by name and unit
+# whose plausible limits and published values go by name and unit
+KNOWN = {x.name.lower(): x for x in ukb.CARDIAC.values()}
 
 
 class Layout(NamedTuple):
   """Which columns of a file hold what."""
+
   id: str
-  visit: str | None                         # of the general form
-  person: dict[str, str]                    # slot -> column
-  visits: dict[int | None, dict[str, str]]  # visit (None: in the column `visit`, or 0) -> slot -> column
-  lists: dict[int, dict[int | None, str]]   # field of an array -> array index (None: all in one cell) -> column
+  visit: str | None  # of the general form
+  person: dict[str, str]  # slot -> column
+  # visit (None: in the column `visit`, or 0) -> slot -> column
+  visits: dict[int | None, dict[str, str]]
+  # field of an array -> array index (None: all in one cell) -> column
+  lists: dict[int, dict[int | None, str]]
 
   @property
   def wanted(self) -> list[str]:
-    return [name for group in (self.person, *self.visits.values(), *self.lists.values()) for name in group.values()]
+    return [
+      name
+      for group in (self.person, *self.visits.values(), *self.lists.values())
+      for name in group.values()
+    ]
 
   @property
   def columns(self) -> list[str]:
@@ -38,30 +53,38 @@ class Layout(NamedTuple):
 
 
 def read(path, visits) -> Layout:
-  """Reads a file's header. `visits` as in tables.load; UserError where it has no participants or nothing wanted."""
+  """Reads a file's header. `visits` as in tables.load; UserError where it has no participants or
+  nothing wanted."""
   names = columns.header(path)
   ids = [name for name in names if _plain(name) in IDS]
   if len(ids) != 1:
-    raise UserError(f"{path} has {'several columns' if ids else 'no column'} of participants: {_styles(names)}; "
-                    f"expected one of {', '.join(IDS)}")
+    raise UserError(
+      f"{path} has {'several columns' if ids else 'no column'} of participants: {_styles(names)}; "
+      f"expected one of {', '.join(IDS)}"
+    )
   general = _plain(ids[0]) == "participant"
   visit = next((name for name in names if general and _plain(name) == "visit"), None)
   layout = Layout(ids[0], visit, {}, {}, {})
   for name in names:
     group, key = (_general if general else _ukb)(layout, name, visits)
     if group and (key in group or None in (key, *group)):
-      raise UserError(f"{path} has two columns for the same thing, the second is {name!r}; expected one")
+      raise UserError(
+        f"{path} has two columns for the same thing, the second is {name!r}; expected one"
+      )
     if group is not None:
       group[key] = name
   if not layout.wanted:
-    raise UserError(f"{path} has nothing that is wanted beside participants: {_styles(names)}; expected fields such as "
-                    "24100 (LVEDV) of an imaging visit, 31, 53 or 41270 of UK Biobank, or sex, age, "
-                    "phenotype:NAME:UNIT, disease:NAME")
+    raise UserError(
+      f"{path} has nothing that is wanted beside participants: {_styles(names)}; expected fields such as "
+      "24100 (LVEDV) of an imaging visit, 31, 53 or 41270 of UK Biobank, or sex, age, "
+      "phenotype:NAME:UNIT, disease:NAME"
+    )
   return layout
 
 
 def _ukb(layout, name, visits):
-  """(group of the layout, key) where a column of UK Biobank belongs; (None, None) where it is not wanted."""
+  """(group of the layout, key) where a column of UK Biobank belongs; (None, None) where it is not
+  wanted."""
   column = ukb.column(name)
   if column is None:
     return None, None
@@ -69,7 +92,8 @@ def _ukb(layout, name, visits):
     return layout.lists.setdefault(column.field, {}), column.array
   if column.array:
     return None, None
-  if column.field in (ukb.DEATH_CAUSE, ukb.DEATH_DATE):  # there is a second instance where a certificate was amended
+  # there is a second instance where a certificate was amended
+  if column.field in (ukb.DEATH_CAUSE, ukb.DEATH_DATE):
     return layout.lists.setdefault(column.field, {}), column.instance
   if column.field in PERSON and column.instance == 0:
     return layout.person, PERSON[column.field]
@@ -86,8 +110,12 @@ def _general(layout, name, visits):
   if slot == "sex":
     return layout.person, slot
   kind = slot.split(":")[0]
-  if kind in ("phenotype", "disease") and not re.fullmatch(r"phenotype:[^:]+:[^:]*|disease:[^:]+", slot):
-    raise UserError(f"the column {name[:80]!r} is not in form; expected phenotype:NAME:UNIT or disease:NAME")
+  if kind in ("phenotype", "disease") and not re.fullmatch(
+    r"phenotype:[^:]+:[^:]*|disease:[^:]+", slot
+  ):
+    raise UserError(
+      f"the column {name[:80]!r} is not in form; expected phenotype:NAME:UNIT or disease:NAME"
+    )
   if kind == "phenotype":
     return layout.visits.setdefault(None, {}), _phenotype(slot)
   if kind == "disease" or slot in schema.COVARIATES:
@@ -96,14 +124,17 @@ def _general(layout, name, visits):
 
 
 def _phenotype(name):
-  """The slot of a column phenotype:NAME:UNIT, in the known spelling of both; a known name has the unit of its field."""
+  """The slot of a column phenotype:NAME:UNIT, in the known spelling of both; a known name has the
+  unit of its field."""
   _, phenotype, unit = name.split(":")
   known = KNOWN.get(phenotype.strip().lower())
   if known is None:
     return f"phenotype:{phenotype}:{units.spelled(unit)}"
   if units.factor(unit, known.unit) is None:
-    raise UserError(f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for it; expected "
-                    f"{known.unit}: phenotype:{known.name}:{known.unit}")
+    raise UserError(
+      f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for it; expected "
+      f"{known.unit}: phenotype:{known.name}:{known.unit}"
+    )
   return f"phenotype:{known.name}:{known.unit}"
 
 
@@ -117,6 +148,11 @@ def _plain(name):
 
 
 def _styles(names):
-  """What kinds of columns there are, not their names: those of a file without a header are a participant's cells."""
+  """What kinds of columns there are, not their names: those of a file without a header are a
+  participant's cells."""
   styles = Counter(column.style if (column := ukb.column(name)) else "other" for name in names)
-  return f"{len(names)} columns (" + ", ".join(f"{times} like {style}" for style, times in styles.items()) + ")"
+  return (
+    f"{len(names)} columns ("
+    + ", ".join(f"{times} like {style}" for style, times in styles.items())
+    + ")"
+  )

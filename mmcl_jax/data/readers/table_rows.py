@@ -14,17 +14,39 @@ from mmcl_jax.data import ukb_fields as ukb
 from mmcl_jax.data.readers import columns
 from mmcl_jax.data.readers.table_layout import Layout, factor
 
-DATED = ((ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES), (ukb.DEATH_CAUSE, ukb.DEATH_DATE))  # codes and, by the same index, dates
+# codes and, by the same index, dates
+DATED = ((ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES), (ukb.DEATH_CAUSE, ukb.DEATH_DATE))
 _SEX = {"female": "0", "male": "1", "f": "0", "m": "1"}
 _YES_NO = {"true": "1", "false": "0", "yes": "1", "no": "0", "t": "1", "f": "0", "y": "1", "n": "0"}
-_MONTHS = dict(zip("january february march april may june july august september october november december".split(),
-                   map(str, range(1, 13))))
+_MONTHS = dict(
+  zip(
+    [
+      "january",
+      "february",
+      "march",
+      "april",
+      "may",
+      "june",
+      "july",
+      "august",
+      "september",
+      "october",
+      "november",
+      "december",
+    ],
+    map(str, range(1, 13)),
+  )
+)
 
 
 EXPECTED = {  # kind of slot -> what its cells are
-    "phenotype": "numbers such as 140.5", "number": "numbers such as 140.5", "disease": "1 or 0, yes or no, true or "
-                                                                                        "false",
-    "sex": "1 or 0, male or female", "birth month": "1 to 12, or its English name", "date": "dates such as 2019-05-31"}
+  "phenotype": "numbers such as 140.5",
+  "number": "numbers such as 140.5",
+  "disease": "1 or 0, yes or no, true or false",
+  "sex": "1 or 0, male or female",
+  "birth month": "1 to 12, or its English name",
+  "date": "dates such as 2019-05-31",
+}
 
 
 class Rows:
@@ -53,14 +75,16 @@ class Rows:
 
   def __getitem__(self, slot):
     """A view of one slot of all rows."""
-    return self.values[:len(self.index), self.slots[slot]]
+    return self.values[: len(self.index), self.slots[slot]]
 
 
 class Gathered(NamedTuple):
   """What the tables read so far hold."""
+
   people: Rows
   rows: Rows
-  diagnoses: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # person int32, code U4, date; of a batch each
+  # person int32, code U4, date; of a batch each
+  diagnoses: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
   diagnosed: set[int]
   problems: Counter
   kept: dict[str, columns.Kept]  # of the columns of one file
@@ -71,17 +95,31 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
   people, rows, problems = so_far.people, so_far.rows, so_far.problems
 
   def read(name, column, how, expected):
-    return columns.watched(so_far.kept.setdefault(name, columns.Kept(expected)), problems, column, how)
+    return columns.watched(
+      so_far.kept.setdefault(name, columns.Kept(expected)), problems, column, how
+    )
 
   def cells(slot, name):
-    return read(f"the column {name!r}", batch.column(name), lambda column: _cells(slot, column, problems), EXPECTED[_kind(slot)])
+    return read(
+      f"the column {name!r}",
+      batch.column(name),
+      lambda column: _cells(slot, column, problems),
+      EXPECTED[_kind(slot)],
+    )
 
   def days(field, text):
-    return read(f"field {field}", text, lambda text: columns.days(text, str(field), problems), EXPECTED["date"])
+    return read(
+      f"field {field}",
+      text,
+      lambda text: columns.days(text, str(field), problems),
+      EXPECTED["date"],
+    )
 
   arrays = {field: _arrays(batch, layout.lists[field]) for field in layout.lists}
-  dates = {field: {i: days(field, text) for i, text in arrays.get(field, {}).items()}
-           for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE)}
+  dates = {
+    field: {i: days(field, text) for i, text in arrays.get(field, {}).items()}
+    for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE)
+  }
 
   new = people.empty(len(ids))
   for slot, name in layout.person.items():
@@ -96,8 +134,12 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
       new[:, rows.slots[slot]] = factor(slot, name) * cells(slot, name)
     number = np.full(len(ids), 0.0 if visit is None else visit)
     if layout.visit:
-      number = read(f"the column {layout.visit!r}", batch.column(layout.visit), lambda column: _visits(column, problems),
-                    "a small whole number, 0 where there is one visit")
+      number = read(
+        f"the column {layout.visit!r}",
+        batch.column(layout.visit),
+        lambda column: _visits(column, problems),
+        "a small whole number, 0 where there is one visit",
+      )
       if visits is not None:
         number[~np.isin(number, list(visits))] = np.nan
     found = np.flatnonzero(~np.isnan(new).all(1) & ~np.isnan(number))
@@ -108,15 +150,20 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
   for what, when in DATED:
     for i, text in arrays.get(what, {}).items():
       filled = np.flatnonzero(text != "")
-      codes = read(f"field {what}", text[filled], lambda cells: _codes(cells, what, problems), "ICD-10 codes such as "
-                                                                                               "I48.0 or I480")
+      codes = read(
+        f"field {what}",
+        text[filled],
+        lambda cells: _codes(cells, what, problems),
+        "ICD-10 codes such as I48.0 or I480",
+      )
       date = dates[when].get(i, np.full(len(text), np.datetime64("NaT", "D")))
       filled, codes = filled[codes != ""], codes[codes != ""]
       so_far.diagnoses.append((at[filled].astype(np.int32), codes, date[filled]))
 
 
 def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
-  """The latest day of a diagnosis or death in some rows of a file, whoever's; NaT where there is none."""
+  """The latest day of a diagnosis or death in some rows of a file, whoever's; NaT where there is
+  none."""
   cells = set()
   for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE):
     for index, name in layout.lists.get(field, {}).items():
@@ -125,7 +172,8 @@ def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
         column = column.flatten()
       for text in columns.texts(column.unique()):
         cells.update([text] if index is not None else _listed(text))
-  days = columns.days(np.array(list(cells), object), "", Counter())  # what is no date is counted by `gather`
+  # what is no date is counted by `gather`
+  days = columns.days(np.array(list(cells), object), "", Counter())
   return np.fmax.reduce(days, initial=np.datetime64("NaT", "D"))
 
 
@@ -134,7 +182,12 @@ def _cells(slot, column, problems):
   kind = _kind(slot)
   if kind == "date":
     return _as_number(columns.days(columns.texts(column), "date of visit", problems))
-  values = columns.numbers(column, name_of(slot), problems, {"sex": _SEX, "birth month": _MONTHS, "disease": _YES_NO}.get(kind))
+  values = columns.numbers(
+    column,
+    name_of(slot),
+    problems,
+    {"sex": _SEX, "birth month": _MONTHS, "disease": _YES_NO}.get(kind),
+  )
   if kind != "phenotype":
     values[values < 0] = np.nan  # -1 "do not know", -3 "prefer not to answer"
   if kind in ("sex", "disease"):
@@ -198,7 +251,8 @@ def _listed(cell):
 
 @functools.lru_cache(maxsize=65_536)
 def _code(text):
-  """ICD-10 code of a cell such as I48.0, I480 or "I48.0 Paroxysmal atrial fibrillation" as I480; "" if there is none.
+  """ICD-10 code of a cell such as I48.0, I480 or "I48.0 Paroxysmal atrial fibrillation" as I480; ""
+  if there is none.
 
   A fifth character, the site of a disease of joints, is left out, and so is the filler X.
   """

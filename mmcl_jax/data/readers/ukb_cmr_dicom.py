@@ -1,11 +1,14 @@
 """UK Biobank field 20209: a zip of DICOM files and a manifest -> the short-axis cine.
 
-    manifest.csv (or manifest.cvs)   filename, patientid, studyid, date, series discription (sic), seriesid
-    *.dcm                            one image each; the series CINE_segmented_SAX_b1, b2, ... are the slices in order
+    manifest.csv (or manifest.cvs)   filename, patientid, studyid, date, series discription (sic),
+    seriesid
+    *.dcm                            one image each; the series CINE_segmented_SAX_b1, b2, ... are
+      the slices in order
 
-Slices, frames and axes are those of ukbb_cardiac's converter (https://github.com/baiwenjia/ukbb_cardiac,
-data/biobank_utils.py), so that a segmentation made from its NIfTI fits. Nothing is extracted to disk, and of each file
-only the tags in TAGS are interpreted: none of them names the participant.
+Slices, frames and axes are those of ukbb_cardiac's converter
+(https://github.com/baiwenjia/ukbb_cardiac, data/biobank_utils.py), so that a segmentation made from
+its NIfTI fits. Nothing is extracted to disk, and of each file only the tags in TAGS are
+interpreted: none of them names the participant.
 """
 
 import csv
@@ -22,50 +25,75 @@ from typing import NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
-                         ImplicitVRLittleEndian)
+from pydicom.uid import (
+  DeflatedExplicitVRLittleEndian,
+  ExplicitVRBigEndian,
+  ExplicitVRLittleEndian,
+  ImplicitVRLittleEndian,
+)
 
 from mmcl_jax.data.readers import nifti, ukbb_cardiac
 from mmcl_jax.data.readers.cine import Cine, assemble, base_first
 from mmcl_jax.data.readers.files import bad_record, check_file
 from mmcl_jax.errors import BadRecord
 
-SLICE = re.compile(r"CINE_segmented_SAX_b([0-9]{1,3})")  # the whole name: ..._InlineVF and its results are not images
+# the whole name: ..._InlineVF and its results are not images
+SLICE = re.compile(r"CINE_segmented_SAX_b([0-9]{1,3})")
 MIXED = "CINE_segmented_SAX"
 MANIFESTS = ("manifest.csv", "manifest.cvs")  # the second is as common a slip as it looks
-TAGS = ["AcquisitionTime", "BitsAllocated", "CardiacNumberOfImages", "Columns", "ImageOrientationPatient",
-        "ImagePositionPatient", "InstanceNumber", "NominalInterval", "NumberOfFrames", "PixelData",
-        "PixelRepresentation", "PixelSpacing", "Rows", "SamplesPerPixel", "SeriesInstanceUID", "SeriesNumber",
-        "SliceThickness", "SpacingBetweenSlices", "TriggerTime"]
+TAGS = [
+  "AcquisitionTime",
+  "BitsAllocated",
+  "CardiacNumberOfImages",
+  "Columns",
+  "ImageOrientationPatient",
+  "ImagePositionPatient",
+  "InstanceNumber",
+  "NominalInterval",
+  "NumberOfFrames",
+  "PixelData",
+  "PixelRepresentation",
+  "PixelSpacing",
+  "Rows",
+  "SamplesPerPixel",
+  "SeriesInstanceUID",
+  "SeriesNumber",
+  "SliceThickness",
+  "SpacingBetweenSlices",
+  "TriggerTime",
+]
 BYTE_ORDER = {ImplicitVRLittleEndian: "<", ExplicitVRLittleEndian: "<", ExplicitVRBigEndian: ">"}
 
-MAX_MEMBERS = 4096            # a study has about 550
-MAX_DIRECTORY_BYTES = 2**20   # of the zip: 250 bytes a member
-MAX_MEMBER_BYTES = 2**22      # an image of 1024 x 1024 with a header as large
-MAX_IMAGE_BYTES = 2**28       # of all images together: nifti.MAX_VOXELS of 2 bytes
+MAX_MEMBERS = 4096  # a study has about 550
+MAX_DIRECTORY_BYTES = 2**20  # of the zip: 250 bytes a member
+MAX_MEMBER_BYTES = 2**22  # an image of 1024 x 1024 with a header as large
+MAX_IMAGE_BYTES = 2**28  # of all images together: nifti.MAX_VOXELS of 2 bytes
 MAX_FRAMES = nifti.MAX_SHAPE[3]
-MAX_MISSING = 2               # frames of a slice that may be filled by the one before
-SAME_SLICE_MM = 0.5           # images of one slice lie no further apart
+MAX_MISSING = 2  # frames of a slice that may be filled by the one before
+SAME_SLICE_MM = 0.5  # images of one slice lie no further apart
 UNEVEN_FLAG, UNEVEN = 0.02, 0.25  # deviation of a slice distance from the median: remarked, refused
 SHIFT_FLAG_MM = 2
-TILT = 0.02                   # sine of the angle between slices that still count as parallel
+TILT = 0.02  # sine of the angle between slices that still count as parallel
 
 
 class _Image(NamedTuple):
-  """One file. `uid`, `series` and `time` tell acquisitions apart; what a file does not give is NaN, -1, "" or None."""
-  name: str                    # of the file: only for the order in which the converter takes files
-  pixels: np.ndarray           # [H, W]
+  """One file. `uid`, `series` and `time` tell acquisitions apart; what a file does not give is NaN,
+  -1, "" or None."""
+
+  name: str  # of the file: only for the order in which the converter takes files
+  pixels: np.ndarray  # [H, W]
   pixel_mm: np.ndarray | None  # between rows, between columns
   position: np.ndarray | None  # mm [3], centre of the first pixel
-  axes: np.ndarray | None      # [6], unit vectors along a row and along a column
-  distance: tuple              # (tag, mm) that tells the slice distance where positions do not; () = none
+  axes: np.ndarray | None  # [6], unit vectors along a row and along a column
+  # (tag, mm) that tells the slice distance where positions do not; () = none
+  distance: tuple
   uid: str
   series: float
   time: str
   trigger_ms: float
   instance: float
   beat_ms: float
-  count: float                 # frames of its slice
+  count: float  # frames of its slice
 
 
 def read(path, segmentation=None) -> Cine:
@@ -73,7 +101,8 @@ def read(path, segmentation=None) -> Cine:
 
   Args:
     path: the zip.
-    segmentation: labels of all frames [X, Y, Z, T] by ukbb_cardiac's network (its seg_sa.nii.gz), or None.
+    segmentation: labels of all frames [X, Y, Z, T] by ukbb_cardiac's network (its seg_sa.nii.gz),
+      or None.
 
   Raises:
     BadRecord: it cannot be read, and why; errors of disk and memory pass.
@@ -87,10 +116,13 @@ def read(path, segmentation=None) -> Cine:
 
 
 class _Reader(io.FileIO):
-  """A file whose reads are bounded: zipfile takes the whole directory at the size that the file claims for it."""
+  """A file whose reads are bounded: zipfile takes the whole directory at the size that the file
+  claims for it."""
 
   def read(self, size=-1):
-    if (os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size) > MAX_DIRECTORY_BYTES:
+    if (
+      os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size
+    ) > MAX_DIRECTORY_BYTES:
       raise BadRecord(f"the zip's directory has more than {MAX_DIRECTORY_BYTES} bytes")
     return super().read(size)
 
@@ -134,8 +166,11 @@ def _members(archive):
       raise BadRecord("a member of the zip is a symbolic link")
     if entry.flag_bits & 1:
       raise BadRecord("a member of the zip is encrypted")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others expand without bound
-      raise BadRecord(f"a member of the zip is compressed by method {entry.compress_type}; expected none or deflate")
+    # the others expand without bound
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+      raise BadRecord(
+        f"a member of the zip is compressed by method {entry.compress_type}; expected none or deflate"
+      )
   members = {entry.filename: entry for entry in entries}
   if len(members) != len(entries):
     raise BadRecord("two members of the zip have the same name")
@@ -145,7 +180,8 @@ def _members(archive):
 def _content(archive, entry, where):
   with archive.open(entry) as stream:
     parts, size = [], 0
-    while part := stream.read(MAX_DIRECTORY_BYTES):  # what the directory says of its size is not believed
+    # what the directory says of its size is not believed
+    while part := stream.read(MAX_DIRECTORY_BYTES):
       parts.append(part)
       size += len(part)
       if size > MAX_MEMBER_BYTES:
@@ -160,13 +196,16 @@ def _listed(text):
   """{file name: series description}."""
   lines = [line for line in text.splitlines() if line.strip()]
   header = [name.strip().lower() for name in next(csv.reader(lines[:1]), [])]
-  described = next((name for name in ("series discription", "series description") if name in header), None)
+  described = next(
+    (name for name in ("series discription", "series description") if name in header), None
+  )
   if "filename" not in header or described is None:
     raise BadRecord("the manifest has no columns 'filename' and 'series discription'")
   date = header.index("date") if "date" in header else None
 
   def field(row, name):
-    """A date such as Aug 30, 2015 without quotes takes two fields: what follows it is counted from the end."""
+    """A date such as Aug 30, 2015 without quotes takes two fields: what follows it is counted from
+    the end."""
     at = header.index(name)
     return row[at if date is None or at < date else at - len(header)].strip()
 
@@ -177,7 +216,9 @@ def _listed(text):
     except csv.Error as error:
       raise BadRecord(f"line {number} of the manifest is no CSV") from error
     if len(row) < len(header) or len(row) > len(header) + (date is not None):
-      raise BadRecord(f"line {number} of the manifest has {len(row)} fields; expected {len(header)}")
+      raise BadRecord(
+        f"line {number} of the manifest has {len(row)} fields; expected {len(header)}"
+      )
     listed[field(row, "filename")] = field(row, described)
   return listed
 
@@ -190,7 +231,9 @@ def _wanted(listed):
       numbered.setdefault(int(match[1]), []).append(name)
   if numbered:
     if missing := set(range(1, max(numbered) + 1)) - numbered.keys():
-      raise BadRecord(f"series b{min(missing)} is missing: there are {len(numbered)} slices up to b{max(numbered)}")
+      raise BadRecord(
+        f"series b{min(missing)} is missing: there are {len(numbered)} slices up to b{max(numbered)}"
+      )
     if 0 in numbered:
       raise BadRecord("a series b0; expected the slices b1 to bN")
     return {f"series b{number}": numbered[number] for number in sorted(numbered)}
@@ -203,21 +246,32 @@ def _wanted(listed):
 
 
 def _image(name, data, where):
-  if DeflatedExplicitVRLittleEndian.encode() in data:  # pydicom would inflate it before anyone can ask how far
+  # pydicom would inflate it before anyone can ask how far
+  if DeflatedExplicitVRLittleEndian.encode() in data:
     raise BadRecord(f"{where} is deflated; expected an uncompressed image")
   with bad_record(f"{where} is no DICOM image that can be read"):
     tags = pydicom.dcmread(io.BytesIO(data), specific_tags=TAGS)
     syntax = tags.file_meta.TransferSyntaxUID
     if syntax not in BYTE_ORDER:
-      raise BadRecord(f"{where} is compressed or of an unknown transfer syntax; expected uncompressed pixels")
+      raise BadRecord(
+        f"{where} is compressed or of an unknown transfer syntax; expected uncompressed pixels"
+      )
     distances = ((tag, _number(tags, tag)) for tag in ("SpacingBetweenSlices", "SliceThickness"))
     return _Image(
-        name, _pixels(tags, BYTE_ORDER[syntax], where), _vector(tags, "PixelSpacing", 2),
-        _vector(tags, "ImagePositionPatient", 3), _vector(tags, "ImageOrientationPatient", 6),
-        next((distance for distance in distances if distance[1] > 0), ()),
-        str(tags.get("SeriesInstanceUID", "")), np.nan_to_num(_number(tags, "SeriesNumber"), nan=-1),
-        str(tags.get("AcquisitionTime", "")), _number(tags, "TriggerTime"), _number(tags, "InstanceNumber"),
-        _number(tags, "NominalInterval"), _number(tags, "CardiacNumberOfImages"))
+      name,
+      _pixels(tags, BYTE_ORDER[syntax], where),
+      _vector(tags, "PixelSpacing", 2),
+      _vector(tags, "ImagePositionPatient", 3),
+      _vector(tags, "ImageOrientationPatient", 6),
+      next((distance for distance in distances if distance[1] > 0), ()),
+      str(tags.get("SeriesInstanceUID", "")),
+      np.nan_to_num(_number(tags, "SeriesNumber"), nan=-1),
+      str(tags.get("AcquisitionTime", "")),
+      _number(tags, "TriggerTime"),
+      _number(tags, "InstanceNumber"),
+      _number(tags, "NominalInterval"),
+      _number(tags, "CardiacNumberOfImages"),
+    )
 
 
 def _number(tags, tag):
@@ -241,9 +295,13 @@ def _pixels(tags, order, where):
   shape = tags.Rows, tags.Columns
   need = shape[0] * shape[1] * bits // 8
   if not 0 < need <= len(tags.PixelData) <= need + need % 2:
-    raise BadRecord(f"{where} holds {len(tags.PixelData)} bytes of pixels; {shape[0]} x {shape[1]} take {need}")
+    raise BadRecord(
+      f"{where} holds {len(tags.PixelData)} bytes of pixels; {shape[0]} x {shape[1]} take {need}"
+    )
   kind = "ui"[signed]
-  pixels = np.frombuffer(tags.PixelData, f"{order}{kind}{bits // 8}", shape[0] * shape[1]).reshape(shape)
+  pixels = np.frombuffer(tags.PixelData, f"{order}{kind}{bits // 8}", shape[0] * shape[1]).reshape(
+    shape
+  )
   return pixels.astype(f"{kind}2", copy=False)
 
 
@@ -258,24 +316,37 @@ def _cine(series, segmentation):
   count = _count(series, flags)
   slices, clocks = {}, {}
   for name, images in series.items():
-    slices[name], clocks[name] = _in_time(name, _one_acquisition(name, images, count, segmentation, flags), flags)
+    slices[name], clocks[name] = _in_time(
+      name, _one_acquisition(name, images, count, segmentation, flags), flags
+    )
   source = _source_frames(clocks, count, flags)
   spacing = _spacing(slices, flags)
 
   first = next(iter(slices.values()))[0].pixels
-  if any(image.pixels.shape != first.shape or image.pixels.dtype != first.dtype
-         for images in slices.values() for image in images):
+  if any(
+    image.pixels.shape != first.shape or image.pixels.dtype != first.dtype
+    for images in slices.values()
+    for image in images
+  ):
     raise BadRecord("the images differ in size or type")
   cine = np.empty((count, len(slices), *first.shape), first.dtype)
   for z, (name, images) in enumerate(slices.items()):
     for frame, which in enumerate(source[name]):
       cine[frame, z] = images[which].pixels
   labels = None if segmentation is None else nifti.read_labels(segmentation, ukbb_cardiac.NUMBERS)
-  if labels is not None and labels.shape == cine.shape:  # its frames are the files in order, gaps closed
+  # its frames are the files in order, gaps closed
+  if labels is not None and labels.shape == cine.shape:
     labels = np.stack([labels[which, z] for z, which in enumerate(source.values())], axis=1)
 
-  return assemble(cine, spacing, _frame_s(slices, count), labels, ukbb_cardiac.NUMBERS, flags=flags,
-                  base_first=_base_first(slices))
+  return assemble(
+    cine,
+    spacing,
+    _frame_s(slices, count),
+    labels,
+    ukbb_cardiac.NUMBERS,
+    flags=flags,
+    base_first=_base_first(slices),
+  )
 
 
 def _split(images, segmentation):
@@ -296,7 +367,9 @@ def _split(images, segmentation):
   if by_name[0] is slices[-1]:
     slices.reverse()
   if segmentation is not None and any(a is not b for a, b in zip(slices, by_name)):
-    raise BadRecord("one series of all slices, whose files are not in their order: the segmentation cannot be placed")
+    raise BadRecord(
+      "one series of all slices, whose files are not in their order: the segmentation cannot be placed"
+    )
   return {f"slice {number}": images for number, images in enumerate(slices, 1)}
 
 
@@ -305,7 +378,9 @@ def _count(series, flags):
   counts = Counter(image.count for images in series.values() for image in images if image.count > 0)
   if not counts:
     flags.append("CardiacNumberOfImages is missing, the frames of the longest slice are counted")
-    counts = Counter(max(Counter(image.uid for image in images).values()) for images in series.values())
+    counts = Counter(
+      max(Counter(image.uid for image in images).values()) for images in series.values()
+    )
     counts = {max(counts): 1}
   count = max(counts, key=counts.get)
   if count > MAX_FRAMES or count % 1:
@@ -318,20 +393,27 @@ def _one_acquisition(name, images, count, segmentation, flags):
   acquisitions = {}
   for image in images:
     acquisitions.setdefault(image.uid, []).append(image)
-  last = sorted(acquisitions.values(), key=lambda images: max((i.series, i.time, i.uid) for i in images))
+  last = sorted(
+    acquisitions.values(), key=lambda images: max((i.series, i.time, i.uid) for i in images)
+  )
   chosen = [images for images in last if len(images) >= count - MAX_MISSING][-1:] or last[-1:]
   images = chosen[0]
   if len(last) > 1:
     flags.append(f"{name} was acquired {len(last)} times, the last complete one is taken")
     if segmentation is not None and images[0].uid != max(acquisitions):  # the converter's choice
-      raise BadRecord(f"{name} was acquired {len(last)} times, and the segmentation belongs to another than the last")
+      raise BadRecord(
+        f"{name} was acquired {len(last)} times, and the segmentation belongs to another than the last"
+      )
   if not count - MAX_MISSING <= len(images) <= count:
-    raise BadRecord(f"{name} has {len(images)} images of {count} frames; at most {MAX_MISSING} may be missing")
+    raise BadRecord(
+      f"{name} has {len(images)} images of {count} frames; at most {MAX_MISSING} may be missing"
+    )
   return images
 
 
 def _in_time(name, images, flags):
-  """(images in the order of frames, what orders them: float, TriggerTime in ms or else InstanceNumber)."""
+  """(images in the order of frames, what orders them: float, TriggerTime in ms or else
+  InstanceNumber)."""
   for tag in ("trigger_ms", "instance"):
     clock = np.array([getattr(image, tag) for image in images])
     if np.isfinite(clock).all() and len(np.unique(clock)) == len(clock):
@@ -343,8 +425,11 @@ def _in_time(name, images, flags):
 
 
 def _source_frames(clocks, count, flags):
-  """{name: int [F], the image that each frame takes}: its own; where that is missing, the one before."""
-  steps = {name: np.median(np.diff(clock)) if len(clock) > 1 else 1 for name, clock in clocks.items()}
+  """{name: int [F], the image that each frame takes}: its own; where that is missing, the one
+  before."""
+  steps = {
+    name: np.median(np.diff(clock)) if len(clock) > 1 else 1 for name, clock in clocks.items()
+  }
   starts = {name: clock[0] / steps[name] for name, clock in clocks.items()}
   source, missing = {}, []
   for name, clock in clocks.items():
@@ -354,8 +439,11 @@ def _source_frames(clocks, count, flags):
     at = np.rint((clock - clock[0]) / steps[name])
     room = count - 1 - at[-1]
     if room < 0 or not np.diff(at).all():
-      raise BadRecord(f"{name} lacks {count - len(clock)} of {count} frames, and its trigger times do not tell which")
-    at += np.clip(np.rint(starts[name] - np.median(list(starts.values()))), 0, room)  # later than the others: no first
+      raise BadRecord(
+        f"{name} lacks {count - len(clock)} of {count} frames, and its trigger times do not tell which"
+      )
+    # later than the others: no first
+    at += np.clip(np.rint(starts[name] - np.median(list(starts.values()))), 0, room)
     source[name] = np.maximum(np.searchsorted(at, np.arange(count), side="right") - 1, 0)
     missing.append(f"{name} ({count - len(clock)})")
   if missing:
@@ -365,7 +453,11 @@ def _source_frames(clocks, count, flags):
 
 def _frame_s(slices, count):
   """Seconds between frames, the mean of slices; NaN = not known."""
-  steps = [np.median(np.diff([image.trigger_ms for image in images])) for images in slices.values() if len(images) > 1]
+  steps = [
+    np.median(np.diff([image.trigger_ms for image in images]))
+    for images in slices.values()
+    if len(images) > 1
+  ]
   beats = [image.beat_ms / count for images in slices.values() for image in images]
   for times in steps, beats:
     if known := [ms for ms in times if ms > 0]:
@@ -383,7 +475,10 @@ def _spacing(slices, flags):
   """mm between slices, rows, columns, where the slices form a stack."""
   images = [image for each in slices.values() for image in each]
   pixel_mm = images[0].pixel_mm
-  if any(image.pixel_mm is None or not np.allclose(image.pixel_mm, pixel_mm, rtol=1e-3) for image in images):
+  if any(
+    image.pixel_mm is None or not np.allclose(image.pixel_mm, pixel_mm, rtol=1e-3)
+    for image in images
+  ):
     raise BadRecord("PixelSpacing is missing or differs between images")
   if len(slices) == 1 or any(image.position is None or image.axes is None for image in images):
     if not images[0].distance:

@@ -1,10 +1,11 @@
-"""Folders of ukbb_cardiac (https://github.com/baiwenjia/ukbb_cardiac): a short-axis cine and its segmentation as NIfTI.
+"""Folders of ukbb_cardiac (https://github.com/baiwenjia/ukbb_cardiac): a short-axis cine and its
+segmentation as NIfTI.
 
-    sa.nii.gz                    the cine [X, Y, Z, T], ED first
-    sa_ED.nii.gz sa_ES.nii.gz    two frames of it
-    seg_sa[_ED|_ES].nii.gz       the network's labels
-    label_sa[_ED|_ES].nii.gz     a reader's labels; they go before the network's
-    label_up_*                   the latter on a grid 4 times as fine: not read
+sa.nii.gz                    the cine [X, Y, Z, T], ED first
+sa_ED.nii.gz sa_ES.nii.gz    two frames of it
+seg_sa[_ED|_ES].nii.gz       the network's labels
+label_sa[_ED|_ES].nii.gz     a reader's labels; they go before the network's
+label_up_*                   the latter on a grid 4 times as fine: not read
 """
 
 from pathlib import Path
@@ -21,16 +22,23 @@ PHASES = ("ED", "ES")
 
 
 def read(folder) -> Cine:
-  """Reads one participant's folder; ES is the frame that equals sa_ES, ED frame 0 unless sa_ED equals another.
+  """Reads one participant's folder; ES is the frame that equals sa_ES, ED frame 0 unless sa_ED
+  equals another.
 
   Raises BadRecord with the reason; errors of disk and memory pass.
   """
   folder = Path(folder)
-  phases = {phase: nifti.read_frame(path) for phase in PHASES if present(path := folder / f"sa_{phase}.nii.gz")}
+  phases = {
+    phase: nifti.read_frame(path)
+    for phase in PHASES
+    if present(path := folder / f"sa_{phase}.nii.gz")
+  }
   cine = folder / "sa.nii.gz"
   if present(cine):
     images, spacing, frame_s, base_first = nifti.read(cine)
-    frames = {"ED": 0} | {phase: _frame_of(phase, volume.voxels[0], images) for phase, volume in phases.items()}
+    frames = {"ED": 0} | {
+      phase: _frame_of(phase, volume.voxels[0], images) for phase, volume in phases.items()
+    }
     labels, flags = _labels(folder, frames, whole=True), ()
   elif len(phases) == 2:
     images, spacing, frame_s, base_first = nifti.two_frames(phases["ED"], phases["ES"])
@@ -38,12 +46,14 @@ def read(folder) -> Cine:
     labels, flags = _labels(folder, frames, whole=False), (ED_ES_ONLY,)
   else:
     raise BadRecord("no sa.nii.gz, nor sa_ED.nii.gz with sa_ES.nii.gz")
-  return assemble(images, spacing, frame_s, labels, NUMBERS, frames["ED"], frames.get("ES"), flags,
-                  base_first)
+  return assemble(
+    images, spacing, frame_s, labels, NUMBERS, frames["ED"], frames.get("ES"), flags, base_first
+  )
 
 
 def _frame_of(phase, image, images):
-  """Which frame of `images` the image [Z, H, W] of a phase is; of equal ones (copies fill missing frames) the first."""
+  """Which frame of `images` the image [Z, H, W] of a phase is; of equal ones (copies fill missing
+  frames) the first."""
   for frame, each in enumerate(images):
     if np.array_equal(image, each):
       return frame
@@ -57,7 +67,11 @@ def _labels(folder, frames, whole):
       return nifti.read_labels(path, NUMBERS)
     paths = {phase: path for phase in PHASES if present(path := folder / f"{name}_{phase}.nii.gz")}
     if unplaced := paths.keys() - frames.keys():
-      raise BadRecord(f"{name}_{unplaced.pop()}.nii.gz without the images that tell which frame it is")
+      raise BadRecord(
+        f"{name}_{unplaced.pop()}.nii.gz without the images that tell which frame it is"
+      )
     if paths:
-      return {frames[phase]: nifti.read_frame_labels(path, NUMBERS) for phase, path in paths.items()}
+      return {
+        frames[phase]: nifti.read_frame_labels(path, NUMBERS) for phase, path in paths.items()
+      }
   return None

@@ -1,7 +1,8 @@
 """WFDB recordings (a .hea header with .dat or .mat samples, as on PhysioNet) to twelve leads in mV.
 
-The wfdb package parses headers and decodes samples. Around it stands what it does not do: it takes a gain of 0 for 200
-per mV, drops the µ of µV, believes whatever length a header claims, and raises many kinds of error.
+The wfdb package parses headers and decodes samples. Around it stands what it does not do: it takes
+a gain of 0 for 200 per mV, drops the µ of µV, believes whatever length a header claims, and raises
+many kinds of error.
 Formats: https://wfdb.io/spec/header-files.html and https://wfdb.io/spec/signal-files.html
 """
 
@@ -14,27 +15,59 @@ from pathlib import Path
 import wfdb
 from wfdb.io.header import parse_header_content, rx_signal
 
-from mmcl_jax.data.readers.files import bad_record, beside, check_file, head, plain, present, read_bytes, text
+from mmcl_jax.data.readers.files import (
+  bad_record,
+  beside,
+  check_file,
+  head,
+  plain,
+  present,
+  read_bytes,
+  text,
+)
 from mmcl_jax.data.readers.kinds import UTF_16, refusal, tell
-from mmcl_jax.data.readers.recording import MAX_SAMPLES, Recording, assemble, length_flags, mv_per, needed_leads
+from mmcl_jax.data.readers.recording import (
+  MAX_SAMPLES,
+  Recording,
+  assemble,
+  length_flags,
+  mv_per,
+  needed_leads,
+)
 from mmcl_jax.errors import BadRecord
 
 # FLAC formats (508, 516, 524) have no fixed size.
-BYTES_PER_SAMPLE = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3,
-                    "311": 4 / 3, "508": 0, "516": 0, "524": 0}
+BYTES_PER_SAMPLE = {
+  "8": 1,
+  "16": 2,
+  "24": 3,
+  "32": 4,
+  "61": 2,
+  "80": 1,
+  "160": 2,
+  "212": 1.5,
+  "310": 4 / 3,
+  "311": 4 / 3,
+  "508": 0,
+  "516": 0,
+  "524": 0,
+}
 SAMPLES = (".mat", ".dat")
-RECORD = "record"         # what `_stage` calls it
+RECORD = "record"  # what `_stage` calls it
 MATLAB_4 = struct.Struct("<5i")  # type, rows, columns, imaginary or not, length of the name
-MATLAB_4_TYPES = {order + kind for order in (0, 1000) for kind in range(0, 60, 10)}  # 1000: big-endian
+# 1000: big-endian
+MATLAB_4_TYPES = {order + kind for order in (0, 1000) for kind in range(0, 60, 10)}
 MATLAB_4_INT16 = 30
-MATLAB_4_NAME = 64        # bytes at most
+MATLAB_4_NAME = 64  # bytes at most
 KIND = "a WFDB header (.hea), or the .mat or .dat beside one"
 MAX_HEADER_BYTES = 65536
-MAX_LINE = 500            # characters; the patterns of wfdb take quadratic time in the length of a line
+# characters; the patterns of wfdb take quadratic time in the length of a line
+MAX_LINE = 500
 
 
 def header_path(path) -> Path:
-  """The .hea of a record named by its header, its samples (.mat, .dat) or its stem; another file is left as it is.
+  """The .hea of a record named by its header, its samples (.mat, .dat) or its stem; another file is
+  left as it is.
 
   A suffix may be in capitals. Errors of the disk pass.
   """
@@ -51,7 +84,8 @@ def header_path(path) -> Path:
 def read(path) -> Recording:
   """Reads one record from local files, at most its first MAX_SAMPLES samples.
 
-  `path` is the header, its stem, or the samples beside it. Raises BadRecord with the reason; errors of disk and memory pass.
+  `path` is the header, its stem, or the samples beside it. Raises BadRecord with the reason; errors
+  of disk and memory pass.
   """
   with bad_record("wfdb cannot read it"):  # what it raises depends on where its parsing stumbles
     header, lines, _ = _header(path)
@@ -62,10 +96,12 @@ def read(path) -> Recording:
 
 
 def comments(path) -> dict[str, str]:
-  """What a header's comments say, such as {"age": "59", "sex": "Female", "dx": "164934002,426783006"}.
+  """What a header's comments say, such as {"age": "59", "sex": "Female", "dx":
+  "164934002,426783006"}.
 
-  Keys in lower case; values that share a key are joined by commas; comments without a colon are left out. They hold
-  what the data set's makers put there: in some, an identifier of the person. Takes and raises what `read` does.
+  Keys in lower case; values that share a key are joined by commas; comments without a colon are
+  left out. They hold what the data set's makers put there: in some, an identifier of the person.
+  Takes and raises what `read` does.
   """
   with bad_record("its header cannot be read"):
     found = {}
@@ -77,7 +113,8 @@ def comments(path) -> dict[str, str]:
 
 
 def _read_leads(folder, lines):
-  """({lead: float64 [T] in mV}, rate in Hz, flags) of the record that `_stage` made of the signal lines `lines`."""
+  """({lead: float64 [T] in mV}, rate in Hz, flags) of the record that `_stage` made of the signal
+  lines `lines`."""
   about = wfdb.rdheader(str(folder / RECORD))
   if not about.fs > 0:
     raise BadRecord(f"the header gives {about.fs} Hz; expected a positive number")
@@ -91,13 +128,20 @@ def _read_leads(folder, lines):
     _write_header(folder, [RECORD, str(about.n_sig), str(about.fs), str(length)], lines)
   flags += length_flags(about.sig_len, about.fs)
   length = min(about.sig_len, MAX_SAMPLES)
-  record = wfdb.rdrecord(str(folder / RECORD), sampto=length, channels=list(channels.values()), physical=False)
+  record = wfdb.rdrecord(
+    str(folder / RECORD), sampto=length, channels=list(channels.values()), physical=False
+  )
   for (lead, channel), samples in zip(channels.items(), record.d_signal.T):
     stated = about.checksum[channel]  # 0: many writers leave it out this way
     if stated and length == about.sig_len and (int(samples.sum()) - stated) % 65536:
       flags.append(f"{lead}: checksum differs")
-  signals = record.dac()  # float64 [T, len(channels)]; NaN where the format's value for "missing" stands
-  return {lead: signals[:, i] * mv_per_unit[lead] for i, lead in enumerate(channels)}, about.fs, flags
+  # float64 [T, len(channels)]; NaN where the format's value for "missing" stands
+  signals = record.dac()
+  return (
+    {lead: signals[:, i] * mv_per_unit[lead] for i, lead in enumerate(channels)},
+    about.fs,
+    flags,
+  )
 
 
 def _header(path):
@@ -126,9 +170,9 @@ def _header(path):
 def _stage(header, lines, folder):
   """Turns a record into one that wfdb can read, in an empty folder: (its signal lines, flags).
 
-  Samples need neither the record's name nor its date, but wfdb stumbles over names that are a path or a file, or contain
-  a blank or an umlaut, over the same in file names, and over dates that are only a year. The new header has neither, and
-  links with plain names lead to the samples.
+  Samples need neither the record's name nor its date, but wfdb stumbles over names that are a path
+  or a file, or contain a blank or an umlaut, over the same in file names, and over dates that are
+  only a year. The new header has neither, and links with plain names lead to the samples.
   """
   record, *signals = lines
   named, about = _cut(record, header.stem)
@@ -149,7 +193,9 @@ def _stage(header, lines, folder):
     staged.append(links[file] + rest)
   _write_header(folder, [RECORD, *about], staged)
   called_a_file = name.lower().endswith(".mat")
-  flags = ["record named as a file, as in the first CinC 2020 release: gain uncertain"] * called_a_file
+  flags = [
+    "record named as a file, as in the first CinC 2020 release: gain uncertain"
+  ] * called_a_file
   return staged, flags + ["rate missing, 250 Hz taken"] * (len(about) < 2)  # the format's default
 
 
@@ -159,7 +205,8 @@ def _write_header(folder, record, signals):
 
 
 def _cut(line, stem):
-  """(the name with which a line begins, the rest): up to its first blank, or the header's name if that has blanks."""
+  """(the name with which a line begins, the rest): up to its first blank, or the header's name if
+  that has blanks."""
   ends = [blank.start() for blank in re.finditer("[ \t]+", line)]
   for end in ends:
     name = Path(line[:end].replace("\\", "/"))
@@ -194,7 +241,8 @@ def _scales(channels, lines):
 
 
 def _check_samples(folder, name, about):
-  """How many samples a lead a file has: as the header claims, or where it does not as its size gives.
+  """How many samples a lead a file has: as the header claims, or where it does not as its size
+  gives.
 
   BadRecord where it is absent, shorter, or not laid out plainly.
   """
@@ -206,8 +254,11 @@ def _check_samples(folder, name, about):
   if about.fmt[first] not in BYTES_PER_SAMPLE:
     raise BadRecord(f"the samples have the unknown format {about.fmt[first]}")
   odd = any(about.samps_per_frame[channel] != 1 or about.skew[channel] for channel in inside)
-  if odd or inside != list(range(first, first + len(inside))):  # wfdb mixes up what is not described in one run
-    raise BadRecord("skewed or scattered signals, or several samples a frame; expected a plain layout")
+  # wfdb mixes up what is not described in one run
+  if odd or inside != list(range(first, first + len(inside))):
+    raise BadRecord(
+      "skewed or scattered signals, or several samples a frame; expected a plain layout"
+    )
   _check_matlab(folder / name, about.fmt[first], about.byte_offset[first], len(inside))
   offset = about.byte_offset[first] or 0
   frame_bytes = len(inside) * BYTES_PER_SAMPLE[about.fmt[first]]
@@ -218,7 +269,9 @@ def _check_samples(folder, name, about):
     return int((size - offset) / frame_bytes)
   need = offset + int(about.sig_len * frame_bytes)
   if size < need:
-    raise BadRecord(f"the samples have {size} bytes; the header claims {about.sig_len} a lead, which take {need}")
+    raise BadRecord(
+      f"the samples have {size} bytes; the header claims {about.sig_len} a lead, which take {need}"
+    )
   return about.sig_len
 
 
@@ -227,16 +280,24 @@ def _check_matlab(path, fmt, offset, signals):
   with open(path, "rb") as file:
     head = file.read(MATLAB_4.size)
   if head.startswith((b"MATLAB ", b"\x89HDF\r\n\x1a\n")):
-    raise BadRecord("its samples are a MATLAB file of version 5 or later, not the plain numbers that a "
-                    "header describes; save it as version 4 (MATLAB: save -v4; scipy: "
-                    "savemat(format='4')), or give the array as .npy with a .json")
+    raise BadRecord(
+      "its samples are a MATLAB file of version 5 or later, not the plain numbers that a "
+      "header describes; save it as version 4 (MATLAB: save -v4; scipy: "
+      "savemat(format='4')), or give the array as .npy with a .json"
+    )
   if fmt != "16" or not offset or len(head) < MATLAB_4.size:
     return
   for order in "<>":
     kind, rows, columns, imaginary, name = struct.unpack(order + MATLAB_4.format[1:], head)
     begin = MATLAB_4.size + name
-    if kind in MATLAB_4_TYPES and not imaginary and 0 < name <= MATLAB_4_NAME and (
-        (kind, rows, begin) != (MATLAB_4_INT16, signals, offset)):
+    if (
+      kind in MATLAB_4_TYPES
+      and not imaginary
+      and 0 < name <= MATLAB_4_NAME
+      and ((kind, rows, begin) != (MATLAB_4_INT16, signals, offset))
+    ):
       elsewhere = f", from byte {begin} on" if begin != offset else ""
-      raise BadRecord(f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} rows, "
-                      f"one a signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on")
+      raise BadRecord(
+        f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} rows, "
+        f"one a signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on"
+      )

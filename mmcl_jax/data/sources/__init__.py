@@ -1,9 +1,11 @@
-"""Where cohorts come from. A source lists what there is (`plan`) and reads one record at a time (`Plan.read`).
+"""Where cohorts come from. A source lists what there is (`plan`) and reads one record at a time
+(`Plan.read`).
 
     plan(options, identify) -> Plan
 
-`options` has the flags of `mmcl prepare SOURCE`; `identify(participant) -> uint32 [2]` is the user's salted hash. A source
-of one's own is such a function in any module, named `my_module:plan` on the command line (docs/your_data.md).
+`options` has the flags of `mmcl prepare SOURCE`; `identify(participant) -> uint32 [2]` is the
+user's salted hash. A source of one's own is such a function in any module, named `my_module:plan`
+on the command line (docs/your_data.md).
 """
 
 from collections.abc import Callable
@@ -14,19 +16,26 @@ import numpy as np
 
 class Item(NamedTuple):
   """One record to be made, that is one visit of one participant."""
-  subject: np.ndarray            # uint32 [2], identify(participant)
-  visit: int                     # such as UK Biobank's instance; 0 where there are no visits
-  key: Any                       # what `Plan.read` needs: paths, a row of a table; picklable
-  private: tuple[str, ...] = ()  # texts that identify the person (participant id, file names): cut out of every reason
+
+  subject: np.ndarray  # uint32 [2], identify(participant)
+  visit: int  # such as UK Biobank's instance; 0 where there are no visits
+  key: Any  # what `Plan.read` needs: paths, a row of a table; picklable
+  # texts that identify the person (participant id, file names): cut out of every reason
+  private: tuple[str, ...] = ()
 
 
 class Plan(NamedTuple):
   """All that is known before the first file is read."""
+
   items: list[Item]
   read: Callable[[Item], tuple[dict[str, np.ndarray], tuple[str, ...]]]
   """Item -> (record as in mmcl_jax.data.schema but for subject and visit, remarks on quality); BadRecord where it cannot.
   Picklable: it runs in other processes."""
-  info: dict[str, Any]           # for cohort.json: phenotypes (name -> unit), diseases, covariates, source, ...
-  steps: dict[str, int]          # counts of each step so far, in order: "ECG files", "with a CMR of the same visit", ...
-  rejected: list[tuple[Item, str]] = []  # known before reading: withdrawn, duplicated, without a partner
-  split: Callable[[Item], str] | None = None  # where the source gives the splits; otherwise drawn by subject
+  # for cohort.json: phenotypes (name -> unit), diseases, covariates, source, ...
+  info: dict[str, Any]
+  # counts of each step so far, in order: "ECG files", "with a CMR of the same visit", ...
+  steps: dict[str, int]
+  # known before reading: withdrawn, duplicated, without a partner
+  rejected: list[tuple[Item, str]] = []
+  # where the source gives the splits; otherwise drawn by subject
+  split: Callable[[Item], str] | None = None

@@ -1,6 +1,8 @@
-"""What is said of a person -> the labels of a record: diseases, sex, age, height and weight; NaN = not known.
+"""What is said of a person -> the labels of a record: diseases, sex, age, height and weight; NaN =
+not known.
 
-What ECG statements say of diseases stands in mmcl_jax/data/statements.toml, ICD-10 codes in .../diseases.toml.
+What ECG statements say of diseases stands in mmcl_jax/data/statements.toml, ICD-10 codes in
+.../diseases.toml.
 """
 
 import ast
@@ -14,7 +16,8 @@ from mmcl_jax.data import schema
 from mmcl_jax.data.readers.tables import COVARIATE_LIMITS
 
 STATEMENTS = tomllib.loads((Path(__file__).parents[1] / "statements.toml").read_text())
-LIKELY = 50      # %; a statement of PTB-XL with a smaller likelihood ("cannot be excluded") decides nothing
+# %; a statement of PTB-XL with a smaller likelihood ("cannot be excluded") decides nothing
+LIKELY = 50
 MAX_CELL = 5000  # characters of a cell that is parsed: those of the real tables have some hundred
 SEX = {"m": 1.0, "male": 1.0, "f": 0.0, "female": 0.0}
 
@@ -25,7 +28,8 @@ def diseases(known: dict[str, float], names) -> np.ndarray:
 
 
 def covariates(sex=np.nan, **measured) -> np.ndarray:
-  """float32 [V] of numbers or texts; `sex` is 1, 0 or a name in SEX. NaN where it is neither a number nor plausible."""
+  """float32 [V] of numbers or texts; `sex` is 1, 0 or a name in SEX. NaN where it is neither a
+  number nor plausible."""
   known = {"sex": SEX.get(sex.lower(), np.nan) if isinstance(sex, str) else sex}
   for name, (_, low, high) in COVARIATE_LIMITS.items():
     value = number(measured.get(name, np.nan))
@@ -42,13 +46,17 @@ def scp(stated: dict[str, float]) -> dict[str, float]:
 def snomed(stated: set[str], record: str) -> dict[str, float]:
   """{disease: 1, 0 or NaN} of the SNOMED CT codes of a CinC challenge's record of that name."""
   known = _stated(stated, set(), STATEMENTS["snomed"])
-  silent = {disease for disease, codes in STATEMENTS["snomed"].items()
-            if any(re.fullmatch(pattern, record) for pattern in codes["silent_in"])}
+  silent = {
+    disease
+    for disease, codes in STATEMENTS["snomed"].items()
+    if any(re.fullmatch(pattern, record) for pattern in codes["silent_in"])
+  }
   return {disease: np.nan if x == 0 and disease in silent else x for disease, x in known.items()}
 
 
 def icd(hospital: list[str], either: list[str], codes) -> dict[str, float]:
-  """{disease: 1, 0 or NaN} of ICD-10 codes; an emergency department's few can confirm a disease, not exclude it.
+  """{disease: 1, 0 or NaN} of ICD-10 codes; an emergency department's few can confirm a disease,
+  not exclude it.
 
   Args:
     hospital: of a hospital stay, empty where there was none.
@@ -56,13 +64,18 @@ def icd(hospital: list[str], either: list[str], codes) -> dict[str, float]:
     codes: as of ukb_fields.disease_codes.
   """
   given = [code.replace(".", "").upper() for code in hospital + either]
-  present = {disease for disease, ranges in codes.items() for first, last in ranges
-             if any(first <= code[:len(first)] <= last for code in given)}
+  present = {
+    disease
+    for disease, ranges in codes.items()
+    for first, last in ranges
+    if any(first <= code[: len(first)] <= last for code in given)
+  }
   return {disease: 1.0 if disease in present else 0.0 if hospital else np.nan for disease in codes}
 
 
 def literal(text: str, kind: type) -> dict | list | None:
-  """A dict {text: number} or a list of texts, written as in Python; None where it is not one. Nothing is run."""
+  """A dict {text: number} or a list of texts, written as in Python; None where it is not one.
+  Nothing is run."""
   if not text:
     return kind()
   try:
@@ -82,7 +95,14 @@ def number(text) -> float:
 
 
 def _stated(certain, doubtful, vocabulary):
-  """{disease: 1, 0 or NaN} of sets of statements, by a section of statements.toml; nothing where nothing is stated."""
-  return {disease: 1.0 if certain & set(codes["present"]) else
-          np.nan if certain & set(codes["unclear"]) or doubtful & {*codes["present"], *codes["unclear"]} else 0.0
-          for disease, codes in vocabulary.items() if certain or doubtful}
+  """{disease: 1, 0 or NaN} of sets of statements, by a section of statements.toml; nothing where
+  nothing is stated."""
+  return {
+    disease: 1.0
+    if certain & set(codes["present"])
+    else np.nan
+    if certain & set(codes["unclear"]) or doubtful & {*codes["present"], *codes["unclear"]}
+    else 0.0
+    for disease, codes in vocabulary.items()
+    if certain or doubtful
+  }

@@ -1,6 +1,7 @@
 """A synthetic heart: a 12-lead ECG and a short-axis CMR of the same subject, with known phenotypes.
 
-For demonstrations and tests of the whole path where no cohort is at hand, and for benchmarks with a known ceiling.
+For demonstrations and tests of the whole path where no cohort is at hand, and for benchmarks with a
+known ceiling.
 """
 
 import numpy as np
@@ -17,31 +18,34 @@ def identify(seed: int, index: int) -> np.ndarray:
   return schema.subject_hash(f"synthetic/{seed}/{index}", salt=b"synthetic")
 
 
-def subject(seed: int, index: int, grid: cmr.Grid = cmr.Grid(), lax: bool = False) -> dict[str, np.ndarray]:
-  """The record of one subject as in `schema`, the same for (seed, index) in any process and any order.
+def subject(
+  seed: int, index: int, grid: cmr.Grid = cmr.Grid(), lax: bool = False
+) -> dict[str, np.ndarray]:
+  """The record of one subject as in `schema`, the same for (seed, index) in any process and any
+  order.
 
-  The ECG is raw, in mV. Phenotypes are measured on the labels. One key is not part of the schema: `ecg_parameters`,
-  float32 [E], the values of ECG_PARAMETERS behind the recording, free of nuisance and noise. `lax` adds the long-axis
-  view; everything else is the same without it.
+  The ECG is raw, in mV. Phenotypes are measured on the labels. One key is not part of the schema:
+  `ecg_parameters`, float32 [E], the values of ECG_PARAMETERS behind the recording, free of nuisance
+  and noise. `lax` adds the long-axis view; everything else is the same without it.
   """
   traits = {name: values[0] for name, values in population.draw(seed, [index]).items()}
   volumes, labels, cine = cmr.heart(traits, population.generator(seed, index, 2), grid)
   spacing = np.array(grid.spacing, np.float32)
   measured = measure.phenotypes(labels, spacing, traits["heart_rate"])
   record = {
-      "subject": identify(seed, index),
-      "has_ecg": np.True_,
-      "has_cmr": np.True_,
-      "ecg": ecg.ecg(traits, population.generator(seed, index, 1)),
-      "ed_es_volumes": volumes,
-      "labels": labels,
-      "cine_slice": cine,
-      "three_frames": cine[[0, cmr.ES // 2, cmr.ES]],
-      "spacing": spacing,
-      "phenotypes": np.array(list(measured.values()), np.float32),
-      "diseases": np.array([traits[name] for name in schema.DISEASES], np.float32),
-      "covariates": np.array([traits[name] for name in schema.COVARIATES], np.float32),
-      "ecg_parameters": np.array([traits[name] for name in ECG_PARAMETERS], np.float32),
+    "subject": identify(seed, index),
+    "has_ecg": np.True_,
+    "has_cmr": np.True_,
+    "ecg": ecg.ecg(traits, population.generator(seed, index, 1)),
+    "ed_es_volumes": volumes,
+    "labels": labels,
+    "cine_slice": cine,
+    "three_frames": cine[[0, cmr.ES // 2, cmr.ES]],
+    "spacing": spacing,
+    "phenotypes": np.array(list(measured.values()), np.float32),
+    "diseases": np.array([traits[name] for name in schema.DISEASES], np.float32),
+    "covariates": np.array([traits[name] for name in schema.COVARIATES], np.float32),
+    "ecg_parameters": np.array([traits[name] for name in ECG_PARAMETERS], np.float32),
   }
   if lax:
     rngs = (population.generator(seed, index, stream) for stream in (2, 3))

@@ -1,9 +1,10 @@
 """A 12-lead ECG from a heart's parameters: a moving dipole, seen through the Dower matrix.
 
-The dipole is a sum of Gaussians along each of three axes (Sameni et al. 2007, EURASIP J Adv Signal Process, after
-McSharry et al. 2003, IEEE TBME 50:289), with the published parameter set "old1" at a heart rate of 60 bpm. Positions
-and widths are angles there (2 pi = one second); here P and QRS keep their time at any rate and T scales with the square
-root of the RR interval (Bazett 1920), for a QRS that widened with the RR interval would tell the rate, not the mass.
+The dipole is a sum of Gaussians along each of three axes (Sameni et al. 2007, EURASIP J Adv Signal
+Process, after McSharry et al. 2003, IEEE TBME 50:289), with the published parameter set "old1" at a
+heart rate of 60 bpm. Positions and widths are angles there (2 pi = one second); here P and QRS keep
+their time at any rate and T scales with the square root of the RR interval (Bazett 1920), for a QRS
+that widened with the RR interval would tell the rate, not the mass.
 """
 
 import numpy as np
@@ -13,32 +14,53 @@ from mmcl_jax.data import schema
 
 # Rows: angle (rad, R peak = 0), amplitude (mV), width (rad); columns of one wave stand together.
 _DIPOLE = {
-    "P": ([[-1.09, -.83], [.03, .08], [.0906, .1057]],
-          [[-1.1, -.9, -.76], [.035, .015, -.019], [.07, .07, .04]],
-          [[-1.1, -.93, -.7, -.4], [-.03, -.14, -.035, .045], [.03, .12, .04, .4]]),
-    "QRS": ([[-.19, -.07, 0, .06, .22], [-.13, .85, 1.11, .75, .06], [.0453, .0378, .0332, .0302, .0378]],
-            [[-.11, -.01, .065], [.32, .51, -.32], [.055, .037, .0604]],
-            [[-.15, .095], [-.4, .46], [.045, .05]]),
-    "T": ([[1.2, 1.42, 1.68], [.1, .17, .39], [.604, .302, .1812]],
-          [[.8, 1.58], [.04, .08], [.45, .3]],
-          [[1.05, 1.25, 1.55], [-.12, -.2, -.35], [.8, .4, .2]]),
+  "P": (
+    [[-1.09, -0.83], [0.03, 0.08], [0.0906, 0.1057]],
+    [[-1.1, -0.9, -0.76], [0.035, 0.015, -0.019], [0.07, 0.07, 0.04]],
+    [[-1.1, -0.93, -0.7, -0.4], [-0.03, -0.14, -0.035, 0.045], [0.03, 0.12, 0.04, 0.4]],
+  ),
+  "QRS": (
+    [
+      [-0.19, -0.07, 0, 0.06, 0.22],
+      [-0.13, 0.85, 1.11, 0.75, 0.06],
+      [0.0453, 0.0378, 0.0332, 0.0302, 0.0378],
+    ],
+    [[-0.11, -0.01, 0.065], [0.32, 0.51, -0.32], [0.055, 0.037, 0.0604]],
+    [[-0.15, 0.095], [-0.4, 0.46], [0.045, 0.05]],
+  ),
+  "T": (
+    [[1.2, 1.42, 1.68], [0.1, 0.17, 0.39], [0.604, 0.302, 0.1812]],
+    [[0.8, 1.58], [0.04, 0.08], [0.45, 0.3]],
+    [[1.05, 1.25, 1.55], [-0.12, -0.2, -0.35], [0.8, 0.4, 0.2]],
+  ),
 }
 _DIPOLE = {wave: [np.array(axis, np.float32) for axis in axes] for wave, axes in _DIPOLE.items()}
 
 # Dower 1980: (X, Y, Z) -> I, II, V1 ... V6; the other four leads follow from I and II.
-DOWER = np.array([[.632, -.235, .059], [.235, 1.066, -.132], [-.515, .157, -.917], [.044, .164, -1.387],
-                  [.882, .098, -1.277], [1.213, .127, -.601], [1.125, .127, -.086], [.831, .076, .230]])
+DOWER = np.array(
+  [
+    [0.632, -0.235, 0.059],
+    [0.235, 1.066, -0.132],
+    [-0.515, 0.157, -0.917],
+    [0.044, 0.164, -1.387],
+    [0.882, 0.098, -1.277],
+    [1.213, 0.127, -0.601],
+    [1.125, 0.127, -0.086],
+    [0.831, 0.076, 0.230],
+  ]
+)
 
 _SECONDS = schema.ECG_SAMPLES / schema.ECG_RATE_HZ
 _BEFORE, _AFTER = 0.35, 0.70  # s around an R peak in which a beat is more than nothing
-_STEP_MV = 0.005              # resolution of the recorder
+_STEP_MV = 0.005  # resolution of the recorder
 
 
 def ecg(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   """A recording, float32 [12, 5000] in mV at 500 Hz, leads in the order of schema.LEADS.
 
-  I, II and V1-V6 are quantised to 5 uV; III and the augmented leads are computed from them as recorders do, so that
-  Einthoven's and Goldberger's identities hold exactly (but for float32 rounding).
+  I, II and V1-V6 are quantised to 5 uV; III and the augmented leads are computed from them as
+  recorders do, so that Einthoven's and Goldberger's identities hold exactly (but for float32
+  rounding).
 
   Args:
     parameters: one subject's row of `population.draw`.
@@ -52,11 +74,15 @@ def ecg(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   return np.stack([i, ii, ii - i, -(i + ii) / 2, i - ii / 2, ii - i / 2, *chest]).astype(np.float32)
 
 
-def r_peaks(heart_rate: float, fibrillating: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-  """Times of R peaks in s, one beat outside each end included, and the RR interval before each peak.
+def r_peaks(
+  heart_rate: float, fibrillating: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """Times of R peaks in s, one beat outside each end included, and the RR interval before each
+  peak.
 
-  The mean interval between the peaks inside the recording is 60 / heart_rate exactly. In sinus rhythm intervals follow
-  a slow (0.1 Hz) and a respiratory (0.25 Hz) rhythm as in McSharry 2003; in fibrillation they are independent.
+  The mean interval between the peaks inside the recording is 60 / heart_rate exactly. In sinus
+  rhythm intervals follow a slow (0.1 Hz) and a respiratory (0.25 Hz) rhythm as in McSharry 2003; in
+  fibrillation they are independent.
   """
   mean = 60 / heart_rate
   n = int(_SECONDS / mean)
@@ -64,7 +90,10 @@ def r_peaks(heart_rate: float, fibrillating: bool, rng: np.random.Generator) -> 
     variation = np.exp(0.22 * rng.standard_normal(n))
   else:
     beat, phase = np.arange(n) * mean, rng.uniform(0, 2 * np.pi, 2)
-    slow, breath = np.sin(2 * np.pi * 0.1 * beat + phase[0]), np.sin(2 * np.pi * 0.25 * beat + phase[1])
+    slow, breath = (
+      np.sin(2 * np.pi * 0.1 * beat + phase[0]),
+      np.sin(2 * np.pi * 0.25 * beat + phase[1]),
+    )
     variation = 1 + 0.02 * slow + 0.025 * breath + 0.005 * rng.standard_normal(n)
   inside = mean * variation / variation.mean()
   intervals = np.concatenate([[mean, mean], inside, [mean]])
@@ -73,11 +102,12 @@ def r_peaks(heart_rate: float, fibrillating: bool, rng: np.random.Generator) -> 
 
 
 def dipole(peaks: np.ndarray, intervals: np.ndarray, parameters: dict) -> np.ndarray:
-  """The heart's electric vector, float32 [3, 5000] in mV, from R-peak times and the RR intervals before them (s)."""
+  """The heart's electric vector, float32 [3, 5000] in mV, from R-peak times and the RR intervals
+  before them (s)."""
   rate, total = schema.ECG_RATE_HZ, schema.ECG_SAMPLES
   window = np.arange(int(-_BEFORE * rate), int(_AFTER * rate))
-  samples = np.round(peaks * rate).astype(int)[:, None] + window                 # [beats, window]
-  angle = (2 * np.pi * (samples / rate - peaks[:, None])).astype(np.float32)     # rad at 60 bpm
+  samples = np.round(peaks * rate).astype(int)[:, None] + window  # [beats, window]
+  angle = (2 * np.pi * (samples / rate - peaks[:, None])).astype(np.float32)  # rad at 60 bpm
   width = np.float32(parameters["qrs_width"])
   stretched = angle / np.sqrt(intervals, dtype=np.float32)[:, None]
   waves = {"QRS": (angle / width, parameters["qrs_gain"]), "T": (stretched, parameters["t_gain"])}
@@ -92,21 +122,28 @@ def dipole(peaks: np.ndarray, intervals: np.ndarray, parameters: dict) -> np.nda
   padding = window.size + 2 * rate  # a beat may begin or end outside the recording
   vector = np.zeros((3, total + 2 * padding), np.float32)
   for beat, row in enumerate(samples):
-    vector[:, padding + row[0]:padding + row[-1] + 1] += beats[:, beat]
-  return vector[:, padding:padding + total]
+    vector[:, padding + row[0] : padding + row[-1] + 1] += beats[:, beat]
+  return vector[:, padding : padding + total]
 
 
 def _noise(parameters: dict, rng: np.random.Generator) -> np.ndarray:
-  """Baseline wander, mains hum and muscle noise of the 8 recorded leads, float32 [8, 5000] in mV."""
+  """Baseline wander, mains hum and muscle noise of the 8 recorded leads, float32 [8, 5000] in
+  mV."""
   t = np.arange(schema.ECG_SAMPLES, dtype=np.float32) / schema.ECG_RATE_HZ
   frequency, phase = rng.uniform(0.05, 0.4, 3), rng.uniform(0, 2 * np.pi, 3)
-  drifts = np.sin(2 * np.pi * frequency[:, None].astype(np.float32) * t + phase[:, None].astype(np.float32))
+  drifts = np.sin(
+    2 * np.pi * frequency[:, None].astype(np.float32) * t + phase[:, None].astype(np.float32)
+  )
   hum = np.sin(2 * np.pi * 50 * t + np.float32(rng.uniform(0, 2 * np.pi)))
   noise = rng.standard_normal((8, t.size), np.float32) * np.float32(parameters["emg"])
-  noise += (parameters["wander"] * rng.standard_normal((8, 3)) / np.sqrt(3)).astype(np.float32) @ drifts
+  noise += (parameters["wander"] * rng.standard_normal((8, 3)) / np.sqrt(3)).astype(
+    np.float32
+  ) @ drifts
   noise += (parameters["mains"] * rng.uniform(0.3, 1.0, (8, 1))).astype(np.float32) * hum
   if parameters["fibrillating"]:  # f waves, largest in V1
     speed = rng.uniform(4, 8)
     wave = np.sin(2 * np.pi * speed * t + 1.5 * np.sin(2 * np.pi * 0.4 * t)).astype(np.float32)
-    noise += np.array([[.02], [.04], [.07], [.03], [.02], [.02], [.02], [.02]], np.float32) * wave
+    noise += (
+      np.array([[0.02], [0.04], [0.07], [0.03], [0.02], [0.02], [0.02], [0.02]], np.float32) * wave
+    )
   return noise
