@@ -68,10 +68,13 @@ def compare(runs: list[str], out: str) -> str:
   if COVARIATES in first.predictions:
     models[COVARIATES] = first.predictions[COVARIATES]
   enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
-  r2 = {
-    name: score(lambda w: np.where(enough, statistics.r2(y, x, w), np.nan), weights)
-    for name, x in models.items()
-  }
+  r2 = {}
+  for name, x in models.items():
+
+    def measured_r2(w=None, x=x):
+      return np.where(enough, statistics.r2(y, x, w), np.nan)
+
+    r2[name] = score(measured_r2, weights)
   diseases = scored_diseases(found)
   sick = first.predictions["disease_y_true"]
   columns = [list(first.results["diseases"]["embedding"]).index(name) for name in diseases]

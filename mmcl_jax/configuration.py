@@ -192,11 +192,15 @@ class Recipe(ConfigFileFlagParser):
 
 
 def from_flags(
-  program: str, usage: str, argv: list[str], paths: dict[str, str], words: dict[str, str] = {}
+  program: str,
+  usage: str,
+  argv: list[str],
+  paths: dict[str, str],
+  words: dict[str, str] | None = None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
   """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name
   -> help)."""
-  values, required = flags.FlagValues(), paths | words
+  values, required = flags.FlagValues(), paths | (words or {})
   config_flags.DEFINE_config_file(
     "config",
     None,

@@ -74,7 +74,7 @@ def main(argv):
     evaluate(args.workdir, args.step, args.cohort, args.batch, args.out, args.allow_seen)
 
 
-def evaluate(
+def evaluate(  # noqa: C901
   workdir: str,
   step: int | None = None,
   cohort_path: str | None = None,
@@ -413,11 +413,12 @@ def count_scoring(workdir: pathlib.Path, step: int, cohort) -> None:
     "step": step,
     "cohort_fingerprint": cohort.fingerprint,
   }
-  with contextlib.suppress(OSError):  # said by `scored_before`
-    with open(
-      files.opened(workdir / "evaluation" / "scored.jsonl", os.O_WRONLY | os.O_APPEND), "a"
-    ) as log:
-      print(json.dumps(line), file=log)
+  path = workdir / "evaluation" / "scored.jsonl"
+  with (
+    contextlib.suppress(OSError),  # said by `scored_before`
+    open(files.opened(path, os.O_WRONLY | os.O_APPEND), "a") as log,
+  ):
+    print(json.dumps(line), file=log)
 
 
 def embed_splits(run, untrained, cohort, batch: int, fields) -> dict[str, dict[str, np.ndarray]]:

@@ -322,7 +322,7 @@ class Identities:
         )
       if file.exists():
         with open(file, newline="") as f:
-          rows = {name: participant for name, participant in list(csv.reader(f))[1:]}
+          rows = dict(list(csv.reader(f))[1:])
       rows |= {schema.hash_name(h): participant for participant, h in self.known.items()}
       text = io.StringIO()
       csv.writer(text, lineterminator="\n").writerows(

@@ -55,7 +55,7 @@ def main(argv):
     train(config, flags.workdir, asked_to_stop)
 
 
-def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotonic):
+def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotonic):  # noqa: C901
   """Runs or resumes a run; returns its final state.
 
   Where config.stop_after is set, that is the last state of training, not the best one, which is
@@ -244,7 +244,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     asked, saved = NOTHING, clock()
     for step in range(start, config.steps + 1):
 
-      def due(every):
+      def due(every, step=step):
         return step > start and (step % every == 0 or step == config.steps)
 
       if due(config.every.evaluate) or due(config.every.save) or asked:
@@ -398,7 +398,7 @@ def tolerant(cohort: cohort_room.Cohort, config) -> cohort_room.Cohort:
   )
 
 
-def check_cohorts(cohort, others, config):
+def check_cohorts(cohort, others, config):  # noqa: C901
   """The cohorts must have been prepared the way the config says, and alike."""
   reads_ecg = bool(config.model.ecg.size)
   for one, _ in [(cohort, 1), *others]:

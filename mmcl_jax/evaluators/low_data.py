@@ -31,7 +31,7 @@ def evaluate(
     nothing of is predicted by a constant: AUROC 0.5 of a disease without a case, R2 0 of a
       phenotype without a label.
   """
-  train, test = features["train"], features["test"]
+  train = features["train"]
   labelled = np.isfinite(train["phenotypes"]).any(axis=1) | np.isfinite(train["diseases"]).any(
     axis=1
   )

@@ -70,9 +70,11 @@ def predict(
     key = jax.random.fold_in(jax.random.key(seed), epoch)
     params, opt_state, loss = run_epoch(params, opt_state, x, y, x_val, y_val, key, binary)
     better = loss < least
-    best = jax.tree.map(
-      lambda old, new: jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old), best, params
-    )
+
+    def keep_better(old, new, better=better):
+      return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    best = jax.tree.map(keep_better, best, params)
     least, waited = jnp.where(better, loss, least), 0 if better.any() else waited + 1
     if waited == PATIENCE:
       break

@@ -87,13 +87,10 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
         risk, found["strength"] = fit(part["train"], part["val"], x["test"])
         predicted[model][:, c] = risk
 
-        def score(w=None):
-          return statistics.c_index(years[of, c], happened[of, c], risk[of], w)
-
-        found |= {
-          "c_index": float(score()),
-          "c_index_ci": statistics.interval(score(weights[:, of])).tolist(),
-        }
+        outcome = years[of, c], happened[of, c], risk[of]
+        draws = statistics.c_index(*outcome, weights[:, of])
+        found["c_index"] = float(statistics.c_index(*outcome, None))
+        found["c_index_ci"] = statistics.interval(draws).tolist()
       results[model][name] = found
   return results, {
     "subject": features["test"]["subject"],

@@ -243,9 +243,9 @@ class Pretrainer(nn.Module):
         train,
         both(mask_keys, 2) if masked_view else None,
       )
-      outputs, again = (
-        jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i], whole) for i in (0, 1)
-      )
+      pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), whole)
+      outputs = jax.tree.map(lambda x: x[:, 0], pairs)
+      again = jax.tree.map(lambda x: x[:, 1], pairs)
       again.pop("glimpse", None)
       outputs["again"] = again
     else:

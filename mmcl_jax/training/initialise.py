@@ -32,7 +32,7 @@ class Report(NamedTuple):
   left_over: dict[str, str]
 
 
-def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[str, Any]]):
+def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[str, Any]]):  # noqa: C901
   """Loads the modules that `config.init_from` names from the workdirs it gives; the optimiser
   starts fresh.
 

@@ -30,7 +30,8 @@ class JsonlWriter:
   continues the file."""
 
   def __init__(self, file: pathlib.Path):
-    self.file = open(files.opened(file, os.O_WRONLY | os.O_APPEND), "a")
+    # open until the run ends
+    self.file = open(files.opened(file, os.O_WRONLY | os.O_APPEND), "a")  # noqa: SIM115
 
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
     self.file.write(

@@ -5,6 +5,7 @@ pyarrow parses. Its messages quote cells, so none is passed on: a table is a use
 fails is a UserError with the file's name and no content.
 """
 
+import contextlib
 import csv
 import datetime
 import errno
@@ -124,10 +125,8 @@ def numbers(
   `words`: what stands for a number, in small letters.
   """
   if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-    try:
+    with contextlib.suppress(pa.ArrowInvalid):
       column = column.cast(pa.float64())  # fast, and fails at the first text that is no number
-    except pa.ArrowInvalid:
-      pass
   if (
     pa.types.is_integer(column.type)
     or pa.types.is_floating(column.type)

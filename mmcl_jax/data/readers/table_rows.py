@@ -153,7 +153,7 @@ def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBat
       codes = read(
         f"field {what}",
         text[filled],
-        lambda cells: _codes(cells, what, problems),
+        functools.partial(_codes, field=what, problems=problems),
         "ICD-10 codes such as I48.0 or I480",
       )
       date = dates[when].get(i, np.full(len(text), np.datetime64("NaT", "D")))

@@ -58,7 +58,7 @@ class Visit(NamedTuple):
   labels: dict[str, np.ndarray]
 
 
-def plan(options, identify, folders: bool = False) -> Plan:
+def plan(options, identify, folders: bool = False) -> Plan:  # noqa: C901
   """`options`: input, tables, segmentations, withdrawn, diseases, codes, censored, shape.
 
   `folders`: the CMR are folders ID_VISIT of NIfTI files, as the ukbb_cardiac pipeline leaves them,
