@@ -8,14 +8,13 @@ arrays under jit): its value is the same on 1 or 512 devices. `weight` is a numb
 its ends. Nothing in the package changes for a new objective.
 """
 
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mmcl_jax import registry
 from mmcl_jax.errors import UserError
 
 BUILT_IN = {
@@ -71,32 +70,16 @@ def one(name: str, entry: dict) -> Objective:
       f"{where} has the keys {sorted(entry)}; expected fn, weight and the parameters of fn"
     )
   fn, weight = entry.pop("fn"), entry.pop("weight")
-  loss = find(fn, where)
-  known = [p.name for p in inspect.signature(loss).parameters.values()][2:]
-  unknown = sorted(set(entry) - set(known))
-  if unknown:
-    raise UserError(
-      f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are "
-      f"{', '.join(known)}"
-    )
+  loss = find(fn, f"{where}.fn")
+  registry.check_parameters(loss, entry, where, fn, passed=2)
   return Objective(
     name, lambda outputs, batch: loss(outputs, batch, **entry), schedule(weight, f"{where}.weight")
   )
 
 
 def find(fn: str, where: str) -> Callable:
-  path = BUILT_IN.get(fn, fn)
-  module, _, attribute = path.partition(":")
-  if not attribute:
-    raise UserError(
-      f"{where}.fn is {fn!r}; expected one of {', '.join(BUILT_IN)}, or 'package.module:function'"
-    )
-  try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise UserError(
-      f"{where}.fn is {fn!r}, which cannot be imported ({error}); is its folder on PYTHONPATH?"
-    ) from None
+  """The loss function that `fn` names; `where` says so in a config, for messages."""
+  return registry.resolve(fn, BUILT_IN, where)
 
 
 def schedule(weight, where: str) -> Callable:

@@ -1,0 +1,72 @@
+"""Parts that a config chooses by name: losses, evaluators, towers, readers, sources, augmentations.
+
+A part is a function or class, written `"name"` where it is built in and
+`"package.module:attribute"` where it is the user's own. A table `{name: "module:attribute"}` lists
+the built-in ones; nothing is imported before it is asked for.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmcl_jax.errors import UserError
+
+
+def resolve(fn: str, built_in: Mapping[str, str], where: str) -> Callable:
+  """The part that `fn` names.
+
+  Args:
+    fn: a name of `built_in`, or "package.module:attribute".
+    built_in: name -> "package.module:attribute".
+    where: the key or flag that says `fn`, for messages, such as "config.objectives.mae.fn".
+
+  Raises:
+    UserError: `fn` is neither, or cannot be imported; the message lists what is built in.
+  """
+  path = built_in.get(fn, fn) if isinstance(fn, str) else ""
+  module, _, attribute = path.partition(":")
+  if not module or not attribute:
+    raise UserError(
+      f"{where} is {fn!r}; expected one of {', '.join(built_in)}, or 'package.module:function'"
+    )
+  try:
+    part = importlib.import_module(module)
+    for name in attribute.split("."):
+      part = getattr(part, name)
+  except (ImportError, AttributeError) as error:
+    raise UserError(
+      f"{where} is {fn!r}, which cannot be imported ({error}); is its folder on PYTHONPATH?"
+    ) from None
+  return part
+
+
+def check_parameters(
+  part: Callable, given: Mapping[str, Any], where: str, fn: str, passed: int = 0
+) -> None:
+  """Raises a UserError for a name in `given` that `part` does not take, or one that it lacks.
+
+  Args:
+    part: what `resolve` returned.
+    given: parameters from the config.
+    where: the config's entry, for messages, such as "config.objectives.mae".
+    fn: how the config names `part`.
+    passed: how many of its first positional arguments the program passes itself.
+  """
+  known = list(inspect.signature(part).parameters.values())[passed:]
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+    return
+  names = [parameter.name for parameter in known]
+  unknown = sorted(set(given) - set(names))
+  if unknown:
+    raise UserError(
+      f"{where} sets {', '.join(unknown)}, which {fn} does not take; its parameters are "
+      f"{', '.join(names) or 'none'}"
+    )
+  lacking = [
+    parameter.name
+    for parameter in known
+    if parameter.default is parameter.empty and parameter.name not in given
+  ]
+  if lacking:
+    raise UserError(f"{where} does not set {', '.join(lacking)}, which {fn} needs")
