@@ -77,7 +77,7 @@ def compile_all():
       }
       for ring in (False, True):
 
-        def loss(outputs, rows):
+        def loss(outputs, rows, name=name, ring=ring):
           return objectives.mean(objectives.find(name, "")(outputs, rows, ring=ring))
 
         with jax.set_mesh(mesh):

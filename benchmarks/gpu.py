@@ -126,16 +126,15 @@ def collect(args) -> None:
   )
 
 
-def measure(args) -> None:
-  ends = time.monotonic() + 60 * args.minutes
-  scratch = tempfile.TemporaryDirectory()
+def environment(wheels: str | None, scratch: str) -> dict[str, str]:
+  """The environment of the commands; with `wheels`, what lies there is installed into `scratch`."""
   env = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": f"{scratch.name}/jax",
-    "TORCHINDUCTOR_CACHE_DIR": f"{scratch.name}/torch",
+    "JAX_COMPILATION_CACHE_DIR": f"{scratch}/jax",
+    "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/torch",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "PYTHONPATH": str(ROOT),
   }
-  if args.wheels:
+  if wheels:
     subprocess.run(
       [
         sys.executable,
@@ -148,12 +147,19 @@ def measure(args) -> None:
         "--no-compile",
         "--no-cache-dir",
         "--target",
-        f"{scratch.name}/site",
-        *map(str, pathlib.Path(args.wheels).glob("*.whl")),
+        f"{scratch}/site",
+        *map(str, pathlib.Path(wheels).glob("*.whl")),
       ],
       check=True,
     )
-    env["PYTHONPATH"] += f"{os.pathsep}{scratch.name}/site"
+    env["PYTHONPATH"] += f"{os.pathsep}{scratch}/site"
+  return env
+
+
+def measure(args) -> None:
+  ends = time.monotonic() + 60 * args.minutes
+  scratch = tempfile.TemporaryDirectory()
+  env = environment(args.wheels, scratch.name)
   found = {"cpus": len(os.sched_getaffinity(0)), "measured": [], "left_out": [], "failed": []}
 
   def run(name: str, command: list[str], needs_s: float) -> dict | None:

@@ -151,7 +151,7 @@ def graph(seeds: int) -> list[Run]:
   runs.append(Run("cmr_simclr", "cmr_simclr", "cmr_simclr.py:demo", 0, {}))
   for seed in range(seeds):
 
-    def add(arm, recipe, **starts):
+    def add(arm, recipe, seed=seed, **starts):
       return runs.append(Run(f"{arm}-{seed}", arm, recipe, seed, starts))
 
     mae = f"mae-{seed}"

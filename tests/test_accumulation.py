@@ -102,16 +102,23 @@ def test_parts_give_the_loss_metrics_and_gradient_of_the_whole(parts):
   assert abs(gradient["log_scale"]) > 1e-3 and difference(after, statistics) == 0
 
 
+def part(batch, k):
+  """Every third row, from row k."""
+  return jax.tree.map(lambda x: x[k::3], batch)
+
+
 def test_the_mean_over_parts_is_another_gradient():
   """What plain accumulation gives: right for a loss of single rows, wrong for one that compares
   them."""
   params, statistics, batch = case()
   batch["mask"] = jnp.ones(B)
   for name, alike in (("simsiam", True), ("clip", False)):
-    at_once = jax.jit(compute(1, of=lambda outputs, batch: loss(outputs, batch, name)))
-    parts = [
-      at_once(params, statistics, jax.tree.map(lambda x: x[k::3], batch))[2] for k in range(3)
-    ]
+
+    def of(outputs, batch, name=name):
+      return loss(outputs, batch, name)
+
+    at_once = jax.jit(compute(1, of=of))
+    parts = [at_once(params, statistics, part(batch, k))[2] for k in range(3)]
     mean = jax.tree.map(lambda *x: sum(x) / 3, *parts)
     assert (difference(mean, at_once(params, statistics, batch)[2]) < 1e-6) == alike
     assert alike or difference(mean, at_once(params, statistics, batch)[2]) > 0.05
@@ -127,9 +134,7 @@ def test_batch_norm_takes_one_update_a_part_in_order():
   def by_hand(params):
     running, outputs = statistics, []
     for k in range(3):
-      (found, _), running = forward(
-        params, running, jax.tree.map(lambda x: x[k::3], batch), norm=True
-      )
+      (found, _), running = forward(params, running, part(batch, k), norm=True)
       outputs.append(found)
 
     # back in order

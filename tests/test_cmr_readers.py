@@ -802,7 +802,8 @@ def test_time(tmp_path):
   same(cine)
   assert cine.frame_s == pytest.approx(0.035)  # the mean of 32, 34, 36, 38 ms
   for trigger in (None, "0"):
-    cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f: {"TriggerTime": trigger})))
+    tags = {"TriggerTime": trigger}
+    cine = ukb_cmr_dicom.read(pack(path, *study(lambda z, f, tags=tags: tags)))
     same(cine)
     assert cine.frame_s == pytest.approx(STEP_MS / 1000)  # NominalInterval / CardiacNumberOfImages
     assert (
@@ -822,11 +823,8 @@ def test_time(tmp_path):
   )
   assert [flag.split(" ")[0] for flag in cine.flags] == ["CardiacNumberOfImages", "missing"]
   for count in (50, 9999, 10**9):
-    rejects(
-      ukb_cmr_dicom.read,
-      pack(path, *study(lambda z, f: {"CardiacNumberOfImages": count})),
-      str(f"{count:g}"),
-    )
+    tags = {"CardiacNumberOfImages": count}
+    rejects(ukb_cmr_dicom.read, pack(path, *study(lambda z, f, tags=tags: tags)), str(f"{count:g}"))
 
 
 def at(z_mm, x=0.0, y=0.0):

@@ -243,7 +243,7 @@ def by_the_words(words, ecg, rate=500):
   """Carries out the steps of a profile as they are told, those with filters and scales."""
   for step in words[1:]:
 
-    def found(pattern):
+    def found(pattern, step=step):
       return [float(x) for x in re.search(pattern, step).groups()]
 
     mirrored = re.search(r"mirrored for (\d) s", step)

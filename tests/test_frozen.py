@@ -54,7 +54,7 @@ def test_frozen_towers_keep_weights_and_statistics_bit_for_bit_and_the_rest_lear
       np.testing.assert_array_equal, backbone(before, phase), backbone(state.variables, phase)
     )
 
-    def kernel(variables):
+    def kernel(variables, phase=phase):
       return variables["params"][f"cmr_{phase}"]["fc"]["kernel"]
 
     assert not np.array_equal(kernel(before), kernel(state.variables))

@@ -162,9 +162,9 @@ def test_one_point_is_reached_in_one_step():
   def velocity(x, time):
     return (latent - x) / (1 - time)[:, None, None]
 
-  for steps in (1, 2, 7):
+  for count in (1, 2, 7):
     np.testing.assert_allclose(
-      generator.integrate(velocity, normal(6, 4, 3, seed=2), steps),
+      generator.integrate(velocity, normal(6, 4, 3, seed=2), count),
       jnp.broadcast_to(latent, (6, 4, 3)),
       atol=1e-5,
     )
@@ -566,7 +566,8 @@ def test_average_is_the_weighted_mean_of_the_parameters_so_far():
   # nothing taken in
   assert jax.tree.all(jax.tree.map(np.array_equal, state_room.averaged(params, state), params))
   for step in range(5):
-    gradient = jax.tree.map(lambda x: jnp.full_like(x, np.sin(step + 1)), params)
+    slope = np.sin(step + 1)
+    gradient = jax.tree.map(lambda x, slope=slope: jnp.full_like(x, slope), params)
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
     history.append(params)

@@ -79,7 +79,7 @@ def recipes():
         config.model, config.data.samples, len(scales.names), len(scales.diseases)
       )
       example = steps.example(config, shapes, len(scales.names), 2)
-      jax.eval_shape(lambda: state_room.variables(model, example))
+      jax.eval_shape(functools.partial(state_room.variables, model, example))
   patch.undo()
   return found
 

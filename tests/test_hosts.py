@@ -668,9 +668,11 @@ def test_a_folder_that_hosts_do_not_share_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "rounds", iter((0, 0)))
     monkeypatch.setattr(distributed, "here", distributed.Host(0, 2, store))
     outcome = []
-    first = threading.Thread(
-      target=lambda: outcome.append(outcome_of(distributed.check_shared, tmp_path / "a"))
-    )
+
+    def check(outcome=outcome):
+      outcome.append(outcome_of(distributed.check_shared, tmp_path / "a"))
+
+    first = threading.Thread(target=check)
     first.start()
     wait_for(store.entries, "mmcl/shared/0")
     distributed.here = distributed.Host(1, 2, store)

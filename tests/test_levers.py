@@ -119,9 +119,8 @@ def test_scan_compiles_one_block_for_all():
   texts = {}
   for scan in (False, True):
     model = video.VideoViT(16, 8, 2, (), (1, 2, 2), scan=scan)
-    texts[scan] = (
-      jax.jit(lambda v: model.apply(v, jnp.ones((2, 1, 4, 4)), None, False)).lower(params).as_text()
-    )
+    apply = jax.jit(model.apply, static_argnums=3)
+    texts[scan] = apply.lower(params, jnp.ones((2, 1, 4, 4)), None, False).as_text()
 
   def count(scan, op):
     return texts[scan].count(f"stablehlo.{op}")
@@ -308,9 +307,8 @@ def test_masked_view_takes_one_pass_less_and_makes_the_same_outputs(
     model, variables, batch, keys = pretrained(masked_view=masked_view, **changes)
     batch |= {"again": {"ecg": batch["ecg"], "cmr": {}}} if again else {}
     calls.clear()
-    outputs, _ = jax.eval_shape(
-      lambda: model.apply(variables, batch, keys, True, mutable=["batch_stats"])
-    )
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    outputs, _ = jax.eval_shape(apply, variables, batch, keys)
     assert len(calls) == expected
     for found in (outputs, outputs.get("again", {})):
       found.pop("ecg_tokens", None)
@@ -438,14 +436,16 @@ def test_kernels_and_their_gradients_are_the_functions_written_out(dtype, bound)
     def again(x):
       return jnp.stack([x, x])
 
-    return {
-      name: (
-        of(FORMS[name][0], x),
-        of(jax.checkpoint(FORMS[name][0]), x),
-        jax.tree.map(lambda x: x[1], jax.vmap(lambda *x: of(FORMS[name][0], x))(*map(again, x))),
+    found = {}
+    for name, x in args.items():
+      form = FORMS[name][0]
+      mapped = jax.vmap(lambda *x, form=form: of(form, x))(*map(again, x))
+      found[name] = (
+        of(form, x),
+        of(jax.checkpoint(form), x),
+        jax.tree.map(lambda x: x[1], mapped),
       )
-      for name, x in args.items()
-    }
+    return found
 
   with jax.enable_x64(True):
     args = jax.tree.map(lambda x: jnp.asarray(x, dtype), args)

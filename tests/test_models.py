@@ -336,7 +336,11 @@ def test_max_pool_and_its_gradient_are_flax_s():
 
   np.testing.assert_array_equal(resnet.max_pool(x), theirs(x))
   w = jax.random.normal(jax.random.key(1), theirs(x).shape)
-  grads = [jax.grad(lambda x: (f(x) * w).sum())(x) for f in (resnet.max_pool, theirs)]
+
+  def gradient(f):
+    return jax.grad(lambda x: (f(x) * w).sum())(x)
+
+  grads = [gradient(f) for f in (resnet.max_pool, theirs)]
   np.testing.assert_allclose(*grads, rtol=1e-6)
 
 

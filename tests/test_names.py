@@ -234,7 +234,8 @@ def test_a_name_of_a_file_is_no_formula_in_the_table_of_hearts(tmp_path):
   generate.write_table(
     tmp_path / "hearts.csv", [{"path": "=cmd|' /C calc'!A0.hea", "status": "ok", "LVEDV_ml": -3.5}]
   )
-  (row,) = csv.DictReader(open(tmp_path / "hearts.csv", newline=""))
+  with open(tmp_path / "hearts.csv", newline="") as file:
+    (row,) = csv.DictReader(file)
   assert row == {"path": "'=cmd|' /C calc'!A0.hea", "status": "ok", "LVEDV_ml": "-3.5"}
 
 

@@ -155,7 +155,7 @@ def test_all_patch_form_with_ncc():
   x, y = batch["ecg"], outputs["reconstruction"]
   mse = ((x - y) ** 2).mean(axis=(1, 2))
   ncc = np.array(
-    [np.mean([np.corrcoef(x[i, l], y[i, l])[0, 1] for l in range(2)]) for i in range(3)]
+    [np.mean([np.corrcoef(x[i, lead], y[i, lead])[0, 1] for lead in range(2)]) for i in range(3)]
   )
   loss = mae.mae(outputs, batch, region="all", ncc_weight=0.1)
   np.testing.assert_allclose(loss.values, 0.9 * mse + 0.1 * (1 - ncc), rtol=1e-4)

@@ -52,10 +52,11 @@ def weighted_nce(outputs, batch, a, b, temperature, weight, b_to_a=0.5):
   logits = unit(named(outputs, b)) @ unit(named(outputs, a)).T / temperature
   total = []
   for i in np.flatnonzero(valid):
-    rest = others(i, batch, valid)
+    weights = {k: weight(i, k) for k in others(i, batch, valid)}
 
-    def look(s):
-      return -np.log(np.exp(s[i]) / (np.exp(s[i]) + sum(weight(i, k) * np.exp(s[k]) for k in rest)))
+    def look(s, i=i, weights=weights):
+      negatives = sum(w * np.exp(s[k]) for k, w in weights.items())
+      return -np.log(np.exp(s[i]) / (np.exp(s[i]) + negatives))
 
     total.append(b_to_a * look(logits[i]) + (1 - b_to_a) * look(logits[:, i]))
   return np.mean(total)

@@ -129,10 +129,11 @@ def run(config, params, grads):
 
 def some_gradients(params, count, seed=1):
   rng = np.random.default_rng(seed)
-  return [
-    jax.tree.map(lambda x: (10.0 ** (i % 3 - 1) * rng.normal(size=x.shape)).astype(x.dtype), params)
-    for i in range(count)
-  ]
+
+  def gradient(scale):
+    return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(x.dtype), params)
+
+  return [gradient(10.0 ** (i % 3 - 1)) for i in range(count)]
 
 
 # -- Against torch --

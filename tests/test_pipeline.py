@@ -79,7 +79,7 @@ def test_a_shared_memory_that_is_too_small_is_told_before_any_process_starts(mon
   size = 4 * (12 * 4 * 2 + 2 * 3 * 3 + 3 * 4 + 8 + 4 + 4 + 1 + 1 + 1)
   for missing in (0, 1):
     free = types.SimpleNamespace(f_bavail=2 * 4 * size - missing, f_frsize=1)
-    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    monkeypatch.setattr(os, "statvfs", lambda path, free=free: free)
     if missing:
       with pytest.raises(
         UserError,

@@ -436,21 +436,19 @@ PUBLISHED = {
   "cmr_phenotype:r50,targets=13": {
     "seen": 400 * 23_843,
     "warm-up": 40 / 400,
-    "data.targets": tuple(
-      [
-        "LVEDV",
-        "LVESV",
-        "LVSV",
-        "LVEF",
-        "LVCO",
-        "LVM",
-        "RVEDV",
-        "RVESV",
-        "RVSV",
-        "RVEF",
-        "WT",
-        "Ecc",
-      ]
+    "data.targets": (
+      "LVEDV",
+      "LVESV",
+      "LVSV",
+      "LVEF",
+      "LVCO",
+      "LVM",
+      "RVEDV",
+      "RVESV",
+      "RVSV",
+      "RVEF",
+      "WT",
+      "Ecc",
     ),
   },
   "cmr_phenotype:r50,view=cine_slice,targets=3": {

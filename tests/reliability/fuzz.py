@@ -363,9 +363,8 @@ def worker(work: pathlib.Path, module: str, limit: float, most_mib: int) -> None
           target.read(case)
         current.after()
       watch = watch or Watch(work, case)
-      soft = (
-        int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + ADDRESS_SPACE
-      )
+      pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+      soft = pages * resource.getpagesize() + ADDRESS_SPACE
       resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
     for number in job["numbers"]:
       current.put(number, job["seed"], name, target.damaged)

@@ -321,10 +321,8 @@ def in_gzip(rng, data, other, escapes):
 
 def in_zip(rng, data, other, escapes):
   """A member damaged, renamed, doubled, dropped, or compressed in another way."""
-  members, theirs = (
-    unzipped(data),
-    dict((info.filename, content) for info, content in unzipped(other)),
-  )
+  members = unzipped(data)
+  theirs = {info.filename: content for info, content in unzipped(other)}
   i = rng.randrange(len(members))
   info, content = members[i]
   if (kind := rng.random()) < 0.7:

@@ -219,7 +219,7 @@ def make_ukbb(folder):
     images, labels_ = heart.images.astype(np.int16), heart.labels
     to = folder / seed / f"{raw_ukb.eid(int(seed))}_2"
 
-    def write(name, voxels):
+    def write(name, voxels, to=to):
       return test_cmr_readers.save(to / name, voxels, spacing=GRID.spacing)
 
     write("sa.nii.gz", images)
@@ -239,7 +239,7 @@ def make_acdc(folder):
   for seed, heart in hearts().items():
     to = folder / seed / f"patient{seed}"
 
-    def write(name, voxels, *more):
+    def write(name, voxels, *more, to=to):
       return test_cmr_readers.save(to / name, voxels, *more, spacing=GRID.spacing)
 
     if seed == "0":

@@ -303,7 +303,7 @@ def chain(name: str, program: Program, base: pathlib.Path, kills: int, seed: int
   rng, reference = random.Random(f"{name} {seed}"), base / f"reference {name}"
   timing = reference.with_suffix(".seconds")
   if not timing.exists():  # the second run finds all compiled, as all after it do
-    for again in range(2):
+    for _ in range(2):
       shutil.rmtree(reference, ignore_errors=True)
       _, seconds = run(program, reference, None, rng)
     timing.write_text(str(seconds))

@@ -10,6 +10,7 @@ shows in the rate, less in the processor time of a step; the load is printed bes
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -42,10 +43,8 @@ def sample(process: int, workdir: pathlib.Path, start: float) -> dict:
   user, system = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
   disk = 0
   for file in workdir.rglob("*"):
-    try:
+    with contextlib.suppress(OSError):  # an old checkpoint that goes
       disk += file.stat().st_size
-    except OSError:  # an old checkpoint that goes
-      pass
   last = [record["step"] for record in metrics.read(workdir / "metrics.jsonl")][-1:] or [0]
   return {
     "s": round(time.monotonic() - start, 1),

@@ -66,7 +66,7 @@ def test_the_order_of_the_data_does_not_change_and_every_host_makes_the_same_of_
   seen = 0
   for host in range(hosts):
 
-    def read(source):
+    def read(source, host=host):
       return pipeline.train_batches(
         source, seed=3, batch=8, fields=("ed_es_volumes",), host=host, hosts=hosts
       )

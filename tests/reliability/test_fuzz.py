@@ -117,7 +117,7 @@ TARGETS = {
     "library": losing(canary_of_a_library),
     "write": losing(lambda folder: (folder.parent / "made").write_text("x")),
     "remove": losing(lambda folder: os.remove(folder.parent / "absent")),
-    "foreign": losing(lambda folder: open("/etc/passwd").read()),
+    "foreign": losing(lambda folder: pathlib.Path("/etc/passwd").read_text()),
     "swallowed": losing(swallowed),
     "pickle": losing(pickled),
     "exec": losing(made_up),

@@ -293,7 +293,7 @@ def test_archives_unfold_to_a_bound_and_hold_no_pickle(tmp_path, monkeypatch, da
 
 
 def test_no_array_is_read_with_its_pickles():
-  sources = [file for file in (ROOT / "mmcl_jax").rglob("*.py")]
+  sources = list((ROOT / "mmcl_jax").rglob("*.py"))
   assert not [
     file
     for file in sources
