@@ -1,14 +1,16 @@
 """Configs: reading a recipe with its overrides, keeping it beside the run, holding a later run to
 it."""
 
+import importlib.util
 import json
 import os
 import pathlib
+import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from mmcl_jax import files
 from mmcl_jax.errors import UserError
@@ -20,24 +22,88 @@ from mmcl_jax.paths import local
 FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
 
 
-def parse_arg(arg: str | None, **defaults) -> ConfigDict:
-  """`get_config`'s argument, such as `demo`, `base` or `size=base,batch=1024`, over typed defaults.
+def parse_arg(arg: str | None, **known) -> ConfigDict:
+  """Reads the argument of `get_config`, such as `demo` or `size=base,batch=1024`.
 
-  A bare word sets `size`. Unknown names and values of another type are errors.
+  A bare word sets `size`.
+
+  Args:
+    arg: what follows the colon in `--config=joint:ARG`; None or "": every name has its default.
+    **known: name -> default, whose type a value must have, or name -> choices, a mapping or tuple
+      of texts, of which the first is the default.
+
+  Raises:
+    UserError: for an unknown name, a value of another type or one that is no choice; the message
+      lists what is known.
   """
-  config = ConfigDict(defaults)
+  choices = {name: tuple(one) for name, one in known.items() if isinstance(one, (Mapping, tuple))}
+  config = ConfigDict(known | {name: values[0] for name, values in choices.items()})
   for part in filter(None, (arg or "").split(",")):
     name, _, value = part.rpartition("=")
     name = name or "size"
-    if name not in defaults:
-      raise UserError(f"the config's argument sets {name!r}; it takes {', '.join(defaults)}")
+    if name not in known:
+      raise UserError(f"the config's argument sets {name!r}; it takes {', '.join(known)}")
+    if name in choices and value not in choices[name]:
+      raise UserError(
+        f"the config's argument sets {name}={value!r}; expected one of {', '.join(choices[name])}"
+      )
     try:
-      config[name] = type(defaults[name])(value)
+      config[name] = type(config[name])(value)
     except ValueError:
       raise UserError(
-        f"the config's argument sets {name}={value!r}; expected {type(defaults[name]).__name__}"
+        f"the config's argument sets {name}={value!r}; expected {type(config[name]).__name__}"
       ) from None
   return config
+
+
+def recipe(name: str, arg: str | None = None) -> ConfigDict:
+  """The config of a recipe, ready to be changed: what a recipe of your own starts from.
+
+      config = recipe("joint", "demo")
+      config.objectives.spread = dict(fn="my_losses:spread", weight=0.1)
+
+  Args:
+    name: a recipe of this package, such as "joint", or the path of a Python file with a function
+      `get_config(arg)`, such as "configs/joint.py".
+    arg: the argument of `get_config`, such as "demo" or "size=base,batch=1024".
+
+  Raises:
+    UserError: there is no such recipe, or it does not run; the message says where.
+  """
+  path = recipe_path(name)
+  spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(arg) if arg else module.get_config()
+  except UserError:
+    raise
+  except Exception as error:  # of any kind: the file is the user's
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f"{path}, line {lines[-1]}" if lines else path
+    raise UserError(f"{where}: {type(error).__name__}: {error}") from None
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"{path}: get_config returns {type(config).__name__}; expected a ConfigDict")
+  return config
+
+
+def recipe_path(name: str) -> pathlib.Path:
+  """The file of a recipe, which is one of this package or a path."""
+  path = pathlib.Path(name)
+  if path.suffix == ".py" and path.is_file():
+    return path
+  package = pathlib.Path(__file__).parent
+  shipped = package / "configs"  # in a wheel (setup.py)
+  if not shipped.is_dir():
+    shipped = package.parent / "configs"  # in a checkout
+  recipes = {file.stem: file for file in sorted(shipped.glob("*.py"))}
+  if name not in recipes:
+    raise UserError(
+      f"there is no recipe {name}; expected the path of a Python file, or one of "
+      f"{', '.join(recipes)}"
+    )
+  return recipes[name]
 
 
 def defaults(batch: int, steps: int) -> ConfigDict:
@@ -184,11 +250,12 @@ class Path(flags.ArgumentParser):
     return local(argument)
 
 
-class Recipe(ConfigFileFlagParser):
-  """Reads `FILE.py[:ARGUMENT]`."""
+class Recipe(flags.ArgumentParser):
+  """Reads a flag that is a recipe, `NAME[:ARGUMENT]` or `FILE.py[:ARGUMENT]`."""
 
-  def parse(self, path: str) -> ConfigDict:
-    return super().parse(local(path))
+  def parse(self, argument: str) -> ConfigDict:
+    name, _, arg = local(argument).partition(":")
+    return recipe(name, arg).lock()
 
 
 def from_flags(
@@ -198,25 +265,26 @@ def from_flags(
   paths: dict[str, str],
   words: dict[str, str] | None = None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
-  """Reads `--config=FILE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name
+  """Reads `--config=RECIPE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name
   -> help)."""
   values, required = flags.FlagValues(), paths | (words or {})
   config_flags.DEFINE_config_file(
     "config",
     None,
-    "recipe, FILE.py[:ARGUMENT]; --config.x.y=V overrides",
+    "recipe, NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; --config.x.y=V overrides",
     lock_config=True,
     flag_values=values,
     sys_argv=[program, *argv],
   )
-  values["config"].parser = Recipe("config")
+  values["config"].parser = Recipe()
   for name, text in required.items():
     flags.DEFINE(
       Path() if name in paths else flags.ArgumentParser(), name, None, text, flag_values=values
     )
   if "--help" in argv or "-h" in argv:
     print(
-      f"{usage}\n\nflags:\n  --config=FILE.py[:ARGUMENT]  recipe; --config.x.y=VALUE overrides one of its values"
+      f"{usage}\n\nflags:\n  --config=NAME[:ARGUMENT]  recipe, such as joint:demo, or FILE.py[:ARGUMENT]; "
+      "--config.x.y=VALUE overrides one of its values"
     )
     print("\n".join(f"  --{name}=...  {text}" for name, text in required.items()))
     raise SystemExit(0)
