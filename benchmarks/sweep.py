@@ -44,6 +44,7 @@ import numpy as np
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.evaluators import figures, statistics
 from mmcl_jax.evaluators.diseases import FEWEST_TEST_CASES
+from mmcl_jax.support.text import SYNTHETIC_NOTE
 
 DRAWS = 1000
 # -> module
@@ -587,7 +588,7 @@ def drawing(results: dict):
     TRAINED,
     (UNTRAINED, CEILING),
     "test $R^2$, ECG alone",
-    figures.SYNTHETIC_NOTE,
+    SYNTHETIC_NOTE,
   )
 
 

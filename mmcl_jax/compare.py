@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax import files
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import figures, report, statistics
 from mmcl_jax.evaluators.phenotypes import FEWEST_TEST_ROWS
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
 
 DRAWS = 1000
 COVARIATES = "covariates"

@@ -12,9 +12,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mmcl_jax import files
 from mmcl_jax.errors import UserError
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
+from mmcl_jax.support.tree import flatten
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float
 # rounding. (every.evaluate does where training stops early, and may not change there.) Paths of
@@ -414,19 +415,13 @@ def same(key: str, one: Any, other: Any) -> bool:
   return one == other
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(tree, dict) or not tree:
-    return {prefix.rstrip("."): tree}
-  return {k: v for name, x in tree.items() for k, v in flatten(x, f"{prefix}{name}.").items()}
-
-
 def as_text(config: ConfigDict) -> str:
   """What config.json holds."""
   return json.dumps(json.loads(config.to_json()), indent=1) + "\n"
 
 
 def save(config: ConfigDict, workdir: str) -> None:
-  with files.replaced(pathlib.Path(workdir) / "config.json") as file:
+  with files.atomic(pathlib.Path(workdir) / "config.json") as file:
     file.write(as_text(config))
 
 

@@ -10,15 +10,13 @@ error that lists it.
 import argparse
 import collections
 import os
-import pathlib
-import shutil
 
 import numpy as np
 
-from mmcl_jax import files
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
 
 # options of torch_weights.load
 FLAGS = ("tower", "heads", "decoder_heads", "pool", "samples", "view", "ignore")
@@ -129,8 +127,6 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
       "name the profile it was trained on with --ecg_profile"
     )
 
-  folder = pathlib.Path(out)
-  partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
   covariates = (
     len(variables["params"]["ecg"]["film"]["fc"]["kernel"]) if model.config.ecg.film else 0
   )
@@ -144,15 +140,8 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
   # of covariates: whatever a cohort has, as it is
   scales = steps.Scales((), (), (), (none, none), any_number)
-  try:
-    with writing(out):
-      files.no_links(partial)
-      restore.write_run(
-        str(partial), config, variables, shapes, scales, origin=os.path.basename(path)
-      )
-      os.replace(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  with writing(out), files.atomic_folder(out) as folder:
+    restore.write_run(str(folder), config, variables, shapes, scales, origin=os.path.basename(path))
   uses = ["config.init_from"]
   if not covariates:  # whose names and scales the file does not tell
     uses = [f"`mmcl evaluate --workdir={out} --cohort=COHORT`", "`mmcl embed`", *uses]

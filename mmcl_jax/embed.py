@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from mmcl_jax import files
 from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
 from mmcl_jax.data.preprocess.ecg import samples
 from mmcl_jax.data.readers import READS, ecg_file, find_ecg, listing
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import UserError, check_writable, one_line, writing
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
 from mmcl_jax.training import distributed
 
 EVALUATION = {
@@ -338,7 +338,7 @@ def write(file, rows, embeddings, probes, run) -> np.ndarray:
     for column, x in ((name, value), (f"{name}_low", value - half), (f"{name}_high", value + half)):
       columns[column] = pa.array(x, mask=rejected)
   about = json.dumps({"run": run, "counts": counts})
-  with files.replaced(file, "wb") as whole:
+  with files.atomic(file, "wb") as whole:
     pq.write_table(pa.table(columns).replace_schema_metadata({"mmcl_jax": about}), whole)
   return np.array(counts)
 

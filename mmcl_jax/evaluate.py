@@ -18,11 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mmcl_jax import configuration, files
+from mmcl_jax import configuration
 from mmcl_jax.data import cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.models import pretrainer
 from mmcl_jax.evaluators import (
   diseases,
   embeddings,
@@ -37,10 +36,11 @@ from mmcl_jax.evaluators import (
   survival,
 )
 from mmcl_jax.evaluators.drawings import relevance
-from mmcl_jax.paths import local
+from mmcl_jax.models import pretrainer
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
+from mmcl_jax.support.text import SYNTHETIC_NOTE
 from mmcl_jax.training import checkpoint, distributed, metrics, people, restore, steps
-
-SYNTHETIC = "Synthetic cohort: these results prove the code, not medicine."
 
 
 def main(argv):
@@ -235,7 +235,7 @@ def evaluate(  # noqa: C901
     results["localisation"] = located
   if generated:
     results["generation"] = results_of_draws
-  note = SYNTHETIC if cohort.info.get("synthetic") else ""
+  note = SYNTHETIC_NOTE if cohort.info.get("synthetic") else ""
   results |= {
     "note": note,
     "encoder": reads,

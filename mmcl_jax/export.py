@@ -24,7 +24,7 @@ from mmcl_jax.embed import EVALUATION, Probes, evaluation, load_probes
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import model_card, report
 from mmcl_jax.models import vit
-from mmcl_jax.paths import local
+from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore, steps
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

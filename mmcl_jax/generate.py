@@ -15,10 +15,8 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import pathlib
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
-from mmcl_jax import files
 from mmcl_jax.data import readers, schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
@@ -35,7 +32,8 @@ from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.evaluators import drawings, generation
 from mmcl_jax.evaluators.report import as_cell
 from mmcl_jax.models import pretrainer
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore, steps
 
 MARK = "generated, not measured"  # in every picture and every header
@@ -206,15 +204,7 @@ def write_one(
 ) -> dict:
   """Writes the hearts of a recording, stacks and labels uint8 [S, P, Z, H, W], whole or not at all;
   their mean and SD by name."""
-  partial = folder.with_name(f".{folder.name}.partial")
-  files.no_links(partial)
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
-  for i, (stack, label) in enumerate(zip(stacks, labels), 1):
-    save_nifti(partial / f"heart-{i}.nii.gz", stack, spacing)
-    save_nifti(partial / f"heart-{i}-labels.nii.gz", label, spacing)
   figure = drawings.hearts(stacks, labels, f"{len(stacks)} hearts drawn from one ECG", MARK.upper())
-  figure.savefig(partial / "hearts.png", dpi=110, metadata={"Description": MARK})
   millilitres = np.asarray(
     generation.volumes(labels, np.tile(np.float32(spacing), (len(labels), 1)))
   )
@@ -232,8 +222,12 @@ def write_one(
   )
   hearts = [{c: None if np.isnan(x) else float(x) for c, x in zip(columns, row)} for row in values]
   whole = about | {"spacing_mm": spacing, "summary": summary, "hearts": hearts}
-  (partial / "hearts.json").write_text(json.dumps(whole, indent=1) + "\n")
-  os.replace(partial, folder)
+  with files.atomic_folder(folder) as partial:
+    for i, (stack, label) in enumerate(zip(stacks, labels), 1):
+      save_nifti(partial / f"heart-{i}.nii.gz", stack, spacing)
+      save_nifti(partial / f"heart-{i}-labels.nii.gz", label, spacing)
+    figure.savefig(partial / "hearts.png", dpi=110, metadata={"Description": MARK})
+    (partial / "hearts.json").write_text(json.dumps(whole, indent=1) + "\n")
   return summary
 
 
@@ -247,7 +241,7 @@ def save_nifti(file: pathlib.Path, stack: np.ndarray, spacing: list[float]) -> N
 
 def write_table(file: pathlib.Path, rows: list[dict]) -> None:
   columns = list(dict.fromkeys(name for row in rows for name in row))
-  with files.replaced(file, newline="", encoding="utf-8") as table:
+  with files.atomic(file, newline="", encoding="utf-8") as table:
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
     writer.writerows(

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmcl_jax import files
 from mmcl_jax.data import cohort as cohort_room, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import drawings, quality
-from mmcl_jax.evaluators.figures import SYNTHETIC_NOTE
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
+from mmcl_jax.support.text import SYNTHETIC_NOTE, aligned
 
 COUNTED = 2000  # records that are read for the tables; of larger cohorts a sample
 DPI = 254  # 10 pixels a millimetre of ECG paper
@@ -187,8 +187,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
   """Aligned lines after an empty one; none where there are no rows."""
   if not rows:
     return []
-  widths = [max(map(len, column)) for column in zip(head, *rows)]
-  return ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows])]
+  return ["", *aligned([head, *rows], left=len(head)).splitlines()]
 
 
 def number(value: float | None) -> str:
@@ -197,7 +196,7 @@ def number(value: float | None) -> str:
 
 def save(pixels: np.ndarray, out: Path) -> None:
   """Writes a PNG whole or not at all; printed at 100 % it is to scale."""
-  with writing(out), files.replaced(out, "wb") as file:
+  with writing(out), files.atomic(out, "wb") as file:
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", dpi=(DPI, DPI))
 
 

@@ -23,14 +23,14 @@ import types
 
 import numpy as np
 
-from mmcl_jax import files
 from mmcl_jax.data import builder, schema
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.sources import synthetic
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import phenotypes, quality, statistics
-from mmcl_jax.paths import local
+from mmcl_jax.support import files
+from mmcl_jax.support.paths import local
 
 ROOM = "mmcl_jax.data.sources"
 SOURCES = {  # name -> where its plan is, what it reads
@@ -339,7 +339,7 @@ class Identities:
 
 def write_private(file: pathlib.Path, text: str):
   """Writes a file that only its owner can read, whole or not at all."""
-  with files.replaced(file, opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
+  with files.atomic(file, opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
     f.write(text)
 
 

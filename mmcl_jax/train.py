@@ -23,13 +23,14 @@ from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
 from mmcl_jax.models import pretrainer
+from mmcl_jax.support import locks
+from mmcl_jax.support.tree import flatten
 from mmcl_jax.training import (
   checkpoint,
   distributed,
   faults,
   frozen,
   initialise,
-  lock,
   metrics,
   parallel,
   people,
@@ -78,10 +79,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
   read = [cohort, *(other for other, _ in others)]
   distributed.agree(
     {
-      **{
-        f"config.{key}": value
-        for key, value in configuration.flatten(json.loads(config.to_json())).items()
-      },
+      **{f"config.{key}": value for key, value in flatten(json.loads(config.to_json())).items()},
       "--workdir": os.path.abspath(workdir),
       "its last checkpoint": start,
       "the fingerprint of the cohorts": [one.fingerprint for one in read],
@@ -106,7 +104,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
   )
   first_process = jax.process_index() == 0
 
-  with lock.held(workdir), jax.set_mesh(mesh):
+  with hold(workdir), jax.set_mesh(mesh):
     if (checkpoint.latest(workdir) or 0) != start:
       raise UserError(
         f"another run has just saved a checkpoint in {workdir}; give the same command again to go on from there"
@@ -324,6 +322,11 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       )
     print(configuration.longer(config, workdir))
   return state
+
+
+def hold(workdir: str):
+  """The lock of a workdir; of several hosts the first one holds it for all."""
+  return contextlib.nullcontext() if distributed.here.index else locks.workdir_held(workdir)
 
 
 def targets(cohort, config) -> step_room.Scales:

@@ -27,7 +27,7 @@ import pytest
 from ml_collections import config_flags  # noqa: F401  (registers its flag types once)
 
 from mmcl_jax import prepare
-from mmcl_jax.data import processes
+from mmcl_jax.support import processes
 
 # Under nohup some are ignored, and would be by the programs that tests start and signal.
 for signum in processes.SIGNALS:

@@ -12,11 +12,11 @@ import types
 import numpy as np
 import pytest
 
-from mmcl_jax import files, prepare
+from mmcl_jax import prepare
 from mmcl_jax.data import builder, cohort as cohort_room, schema
 from mmcl_jax.data.sources import Item, Plan, synthetic
 from mmcl_jax.errors import BadRecord, UserError
-from mmcl_jax.training import lock
+from mmcl_jax.support import locks
 
 SHARES = (0.6, 0.2, 0.2)
 SALT = b"of this test"
@@ -84,9 +84,7 @@ def test_each_fault_costs_its_own_record_and_is_told_without_names(built):
   assert kept == [i for i in range(220) if i % 10 not in (3, 4, 5, 6)]
   assert outcome.steps == {"toys": 220, "read": 220, "kept": 132} and len(outcome.rejected) == 88
   by_id = {entry["id"]: entry["reason"] for entry in outcome.rejected}
-  reasons = {
-    i: by_id[builder.salted_id(plan().items[i])] for i in range(220) if i % 10 in (3, 4, 5, 6)
-  }
+  reasons = {i: by_id[plan().items[i].salted_id] for i in range(220) if i % 10 in (3, 4, 5, 6)}
   assert reasons[13] == "<id>: the file of <id> is cut off"  # in any case
   assert reasons[14] == "unexpected KeyError: '<id>'"
   assert "ecg int16 [12, 4000]" in reasons[15] and "covariates" in reasons[16]
@@ -291,17 +289,17 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 @pytest.mark.reported(
   "prepare could not run where files cannot be locked, and blamed another process"
 )
-@pytest.mark.parametrize("number", sorted(files.UNSUPPORTED))
+@pytest.mark.parametrize("number", sorted(locks.UNSUPPORTED))
 def test_where_files_cannot_be_locked_it_is_said_and_the_work_goes_on(
   tmp_path, monkeypatch, capsys, number
 ):
   def flock(file, operation):
     raise OSError(number, "no locks here")
 
-  monkeypatch.setattr(files.fcntl, "flock", flock)
+  monkeypatch.setattr(locks.fcntl, "flock", flock)
   build(tmp_path / "c", plan(30, record_alone))
   assert capsys.readouterr().out.count("c.partial is on a file system without locks") == 1
-  with lock.held(str(tmp_path / "w")):
+  with locks.workdir_held(str(tmp_path / "w")):
     assert f"process {os.getpid()}" in (tmp_path / "w/lock").read_text()
   assert "w is on a file system without locks" in capsys.readouterr().out
 
@@ -309,7 +307,7 @@ def test_where_files_cannot_be_locked_it_is_said_and_the_work_goes_on(
 def test_what_another_process_prepares_is_left_to_it(tmp_path):
   (tmp_path / "c.partial").mkdir()
   with open(tmp_path / "c.partial/lock", "w") as held:
-    assert files.locked(held.fileno(), "c")
+    assert locks.locked(held.fileno(), "c")
     with pytest.raises(UserError, match="another process is preparing"):
       build(tmp_path / "c", plan(30, record_alone))
 
@@ -318,12 +316,12 @@ def test_a_lock_that_fails_otherwise_is_no_other_process(tmp_path, monkeypatch):
   def flock(file, operation):
     raise OSError(errno.EIO, "broken disk")
 
-  monkeypatch.setattr(files.fcntl, "flock", flock)
+  monkeypatch.setattr(locks.fcntl, "flock", flock)
   with pytest.raises(OSError, match="broken disk"):
     build(tmp_path / "c", plan(30, record_alone))
   with (
     pytest.raises(UserError, match="cannot write to .*broken disk"),
-    lock.held(str(tmp_path / "w")),
+    locks.workdir_held(str(tmp_path / "w")),
   ):
     pass
 

@@ -3,6 +3,7 @@ the slow way."""
 
 import csv
 import json
+import os
 import re
 
 import numpy as np
@@ -22,6 +23,7 @@ from sklearn.metrics import (
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import diseases, figures, phenotypes, report, retrieval, statistics
+from mmcl_jax.support.text import SYNTHETIC_NOTE
 
 NAMES, UNITS = ["LVEDV", "LVEF", "WT"], ["ml", "%", "mm"]
 
@@ -619,7 +621,7 @@ def assembled(features, evaluated):
   embedding = features["test"]["embedding"]
   found = retrieval.retrieval(embedding, embedding[:, None], features["test"]["subject"])[0]
   results = {
-    "note": figures.SYNTHETIC_NOTE,
+    "note": SYNTHETIC_NOTE,
     "checkpoint": "<run>&1",
     **results,
     "ceiling": {"LVEDV": 0.8},
@@ -674,7 +676,7 @@ def test_report_holds_everything_and_no_nan(tmp_path, assembled):
   np.testing.assert_array_equal(predicted["embedding"], predictions["embedding"])
 
   page = (out / "report.html").read_text()
-  assert "&lt;run&gt;&amp;1" in page and "<run>" not in page and figures.SYNTHETIC_NOTE in page
+  assert "&lt;run&gt;&amp;1" in page and "<run>" not in page and SYNTHETIC_NOTE in page
   assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower() and "http" not in page.replace(
     "http-equiv", ""
   )
@@ -693,10 +695,10 @@ def test_a_report_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeyp
     patch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError):
       report.write(changed, predictions, probe, {}, out)
-  replace = report.os.replace
+  replace = os.replace
   with monkeypatch.context() as patch:  # the very last rename fails
     patch.setattr(
-      report.os, "replace", lambda a, b: full() if str(a).endswith("new") else replace(a, b)
+      os, "replace", lambda a, b: full() if str(a).endswith(f".{os.getpid()}") else replace(a, b)
     )
     with pytest.raises(OSError):
       report.write(changed, predictions, probe, {}, out)

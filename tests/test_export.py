@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, python, tiny_flags
 from jax import export as jax_export
 from ml_collections import ConfigDict
 from scipy import signal
 
-from conftest import ROOT, python, tiny_flags
 from mmcl_jax import cli, evaluate, export, train
 from mmcl_jax.data import schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.evaluators import model_card, report
 from mmcl_jax.models import kernels
+from mmcl_jax.support.text import SYNTHETIC_NOTE
 from mmcl_jax.training import restore
 
 WIDTH, TOKENS = 16, 61  # of the `test` encoder: 12 leads x 500 samples in patches of 100, and CLS
@@ -363,7 +364,7 @@ def test_the_card_says_what_it_rests_on(card, results, cohort, workdir, run):
   assert (
     report.LIMITS.format(encoder="ECG") in text
     and model_card.RESEARCH_ONLY in text
-    and evaluate.SYNTHETIC in text
+    and SYNTHETIC_NOTE in text
   )
   assert "`dual_phase` (dual_phase, weight 1)" in text and "6 of 6 updates of 8 recordings" in text
   assert (

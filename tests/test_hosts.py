@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import wfdb
-
 from conftest import ROOT, simulated, tiny_config, tiny_flags
+
 from mmcl_jax import cli, evaluate, train
-from mmcl_jax.data import processes, schema, synthetic
+from mmcl_jax.data import schema, synthetic
 from mmcl_jax.errors import UserError
+from mmcl_jax.support import processes
 from mmcl_jax.training import checkpoint, distributed, metrics, restore, signals
 
 # Runs verbs one after the other in one program: starting a process costs more than all that it does

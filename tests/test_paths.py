@@ -6,11 +6,11 @@ import os
 
 import pytest
 from absl import flags
-
 from conftest import ROOT
+
 from mmcl_jax import cli, configuration, train
 from mmcl_jax.errors import UserError
-from mmcl_jax.paths import local
+from mmcl_jax.support.paths import local
 
 # Flags that are text and no path. A new flag belongs here or is read by `local`.
 WORDS = {

@@ -27,6 +27,10 @@ EVIL = '<script>alert(1)</script><img src="http://x.example/a.png" onerror=alert
 SALT = b"of this test"
 
 
+def salted_id(record):
+  return schema.salted_id(record["subject"], record["visit"])
+
+
 def outcome_of(cohort, **changes):
   """What prepare would report of a cohort, from its records."""
   rows = [(split, source[i]) for split, source in cohort.splits.items() for i in range(len(source))]
@@ -351,7 +355,7 @@ def test_only_the_records_drawn_are_read(written, cohort):
   assert list(written[2]) == quality.sample(cohort.info["counts"], quality.SHOWN) and set(
     written[2].values()
   ) == {1}
-  captions = [f"{drawings.salted_id(cohort.splits[s][i])}, {s} {i}:" for s, i in written[2]]
+  captions = [f"{salted_id(cohort.splits[s][i])}, {s} {i}:" for s, i in written[2]]
   assert all(caption in "".join(tags.text) for caption in captions)
 
 
@@ -416,9 +420,7 @@ def test_names_stay_out_of_the_report(ecg_only):
   folder = pathlib.Path(ecg_only.path)
   found = json.loads((folder / "quality.json").read_text())
   assert [g["text"] for g in found["reasons"]] == ["<id> has # samples", "<id> twice"]
-  salted = {
-    builder.salted_id(Item(schema.subject_hash(f"DEMO{i:04d}", SALT), 3, i)) for i in range(40)
-  }
+  salted = {Item(schema.subject_hash(f"DEMO{i:04d}", SALT), 3, i).salted_id for i in range(40)}
   ids = [entry["id"] for entry in found["rejected"] + found["flagged"]]
   assert set(ids) <= salted and len(ids) == 9 + 32
   for name in ("quality.json", "quality.html"):
@@ -429,9 +431,7 @@ def test_names_stay_out_of_the_report(ecg_only):
 
 def test_salted_ids_of_records_are_those_of_prepare(ecg_only):
   record = ecg_only.splits["train"][0]
-  assert drawings.salted_id(record) == builder.salted_id(
-    Item(schema.subject_hash("DEMO0000", SALT), 3, 0)
-  )
+  assert salted_id(record) == Item(schema.subject_hash("DEMO0000", SALT), 3, 0).salted_id
 
 
 def test_a_normalised_ecg_is_drawn_at_its_rate_and_without_unit(ecg_only):
@@ -661,9 +661,7 @@ def test_inspect_draws_a_record(cohort, tmp_path, monkeypatch, capsys):
   inspect.main([cohort.path, "--index=3", "--split=val"])
   record = cohort.splits["val"][3]
   out = capsys.readouterr().out
-  assert out.startswith(
-    f"{drawings.salted_id(record)}, val 3: LVEDV {record['phenotypes'][0]:.4g} ml, "
-  )
+  assert out.startswith(f"{salted_id(record)}, val 3: LVEDV {record['phenotypes'][0]:.4g} ml, ")
   assert os.listdir() == ["cohort-val-3.png"]
   with Image.open("cohort-val-3.png") as image:
     # a print is to scale

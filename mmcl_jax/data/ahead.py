@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from mmcl_jax.data.preprocess.ecg import normalise, to_standard
-from mmcl_jax.data.processes import end_with_parent, unheard
 from mmcl_jax.data.readers import read_ecg
 from mmcl_jax.errors import BadRecord, UserError
+from mmcl_jax.support.processes import exit_with_parent, signals_blocked
 
 TEXTS = ("path", "status", "reason", "flags")
 MOST_READERS = 32  # about 190 MiB each
@@ -30,7 +30,7 @@ def read_ahead(
   ahead = max(ahead, 2 * processes())
   try:
     for path in paths:
-      with unheard():
+      with signals_blocked():
         waiting.append(pool.submit(read, path, profile))
       if len(waiting) == ahead:
         yield waiting.popleft().result()
@@ -53,7 +53,7 @@ def readers() -> Executor:
   """A process a core, up to MOST_READERS: parsing holds Python's lock, so that two threads read
   hardly more than one."""
   context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
-  return ProcessPoolExecutor(processes(), context, end_with_parent)
+  return ProcessPoolExecutor(processes(), context, exit_with_parent)
 
 
 def read(path: str, profile: str) -> tuple[dict[str, str], np.ndarray | None]:

@@ -27,13 +27,13 @@ import threadpoolctl
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from mmcl_jax import files
 from mmcl_jax.data import cohort as cohort_room, ecg_quality, schema, units
 from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.data.processes import end_with_parent, unheard
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError, check_writable, is_environment
+from mmcl_jax.support import files, locks
+from mmcl_jax.support.processes import exit_with_parent, signals_blocked
 
 SHARDS_A_SPLIT = 256  # aimed at: a cluster's worth of work, and not too many files to open
 RECORDS_A_SHARD = (50, 2000)  # 2,000 records of 12 x 64 x 64 volumes are about 600 MB
@@ -67,7 +67,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What became of a plan, for the report on its quality. Ids are salted: see `salted_id`."""
+  """What became of a plan, for the report on its quality. Ids are salted: see schema.salted_id."""
 
   steps: dict[str, int]
   rejected: list[dict[str, str]]  # id, reason
@@ -76,11 +76,6 @@ class Outcome(NamedTuple):
   phenotypes: np.ndarray
   covariates: np.ndarray  # float32 [N, V]
   splits: list[str]  # [N]
-
-
-def salted_id(item: Item) -> str:
-  """What reports call a record: the subject's hash in 16 hexadecimal digits, and the visit."""
-  return f"{schema.hash_name(item.subject)}/{item.visit}"
 
 
 def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.ndarray]:
@@ -147,18 +142,16 @@ def build(
     return made
   files.no_links(partial)
   partial.mkdir(parents=True, exist_ok=True)
-  with open(files.opened(partial / "lock", os.O_RDWR), "w") as lock:
-    if not files.locked(lock.fileno(), str(partial)):
-      raise UserError(f"another process is preparing {out}; wait for it or choose another --out")
+  with locks.held(partial / "lock", f"another process is preparing {out}", "--out"):
     same_plan(partial, info["plan"])
     # else killed right before its name was given
     if (partial / "shards").is_dir() or not (partial / "cohort.json").is_file():
       write_all(partial, plan, splits, profile, info, processes, report, run or run_locally)
-      (partial / "shards").rename(partial / "shards.done")
+      os.replace(partial / "shards", partial / "shards.done")
     shutil.rmtree(partial / "shards.done", ignore_errors=True)
     if target.exists():
       target.rmdir()
-    partial.rename(target)
+    files.publish(partial, target)
   clear(target)
   return load(out)
 
@@ -231,7 +224,7 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
   splits, seen, home = {split: [] for split in schema.SPLITS}, set(), {}
   for item in plan.items:
     split = plan.split(item) if plan.split else schema.split_of(item.subject, shares)
-    if (name := salted_id(item)) in seen:
+    if (name := item.salted_id) in seen:
       raise UserError(f"record {name} is planned twice; expected one record a subject and visit")
     if home.setdefault(name.partition("/")[0], split) != split:
       raise UserError(
@@ -263,7 +256,7 @@ def digest_of(plan: Plan, info: dict, splits: dict[str, list[Item]]) -> str:
   found.update(pickle.dumps(getattr(plan.read, "args", ())))
   for split, items in splits.items():
     for item in items:
-      found.update(f"{split} {salted_id(item)} ".encode() + pickle.dumps(item.key))
+      found.update(f"{split} {item.salted_id} ".encode() + pickle.dumps(item.key))
   return found.hexdigest()
 
 
@@ -274,7 +267,7 @@ def same_plan(partial: pathlib.Path, digest: str) -> None:
     raise UserError(
       f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew"
     )
-  with files.replaced(file) as whole:
+  with files.atomic(file) as whole:
     whole.write(json.dumps(digest))
 
 
@@ -286,7 +279,7 @@ def first_layout(job: Job, splits: dict[str, list[Item]]) -> dict[str, tuple[str
       stored, _ = read_item(job, item)
       return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
     except BadRecord as error:
-      reasons.append(f"{salted_id(item)}: {error}")
+      reasons.append(f"{item.salted_id}: {error}")
   raise UserError(
     f"none of the first {len(reasons)} records can be read; {'; '.join(reasons[:3])}: check --input"
   )
@@ -309,7 +302,7 @@ def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
   except Exception as error:
     if is_environment(error):  # a disk or a network that fails is no reason to leave a person out
       raise UserError(
-        f"reading record {salted_id(item)} failed ({getattr(error, 'strerror', '') or type(error).__name__}); "
+        f"reading record {item.salted_id} failed ({getattr(error, 'strerror', '') or type(error).__name__}); "
         "the same command goes on from here"
       ) from None
     # A reader's own mistake: one record must not cost a long run.
@@ -394,7 +387,7 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
       if missing := job.layout.keys() - stored.keys():
         raise BadRecord(f"no {', '.join(sorted(missing))}, which the first record has")
     except BadRecord as error:
-      rejected.append({"id": salted_id(item), "reason": str(error)})
+      rejected.append({"id": item.salted_id, "reason": str(error)})
     else:
       with record_writer_errors(folder):
         writer.write(serializer.serialize_example(described.encode_example(stored)))
@@ -404,15 +397,15 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
       for name, values in kept.items():
         values.append(stored[name])
       if flags:
-        flagged.append({"id": salted_id(item), "flags": flags})
+        flagged.append({"id": item.salted_id, "flags": flags})
     progress()
   with record_writer_errors(folder):
     writer.close()
   count = len(kept["subject"])
   if count:
-    os.replace(temporary, file)
+    files.publish(temporary, file)
     np.savez(temporary, **kept)
-    os.replace(f"{temporary}.npz", file.with_suffix(".npz"))
+    files.publish(f"{temporary}.npz", file.with_suffix(".npz"))
   else:
     os.remove(temporary)
   pathlib.Path(temporary).write_text(
@@ -420,7 +413,7 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
       {"kept": count, "rejected": rejected, "flags": flagged, "digest": digest.hexdigest()}
     )
   )
-  os.replace(temporary, note)
+  files.publish(temporary, note)
 
 
 _count = None  # of records done, shared by the local processes
@@ -429,7 +422,7 @@ _count = None  # of records done, shared by the local processes
 def _begin_worker(count):
   global _count
   _count = count
-  end_with_parent()
+  exit_with_parent()
 
 
 def _write_counting(write, shard):
@@ -455,7 +448,7 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
     count = context.Value("q", 0)
     pool = futures.ProcessPoolExecutor(min(processes, len(left)), context, _begin_worker, (count,))
-    with unheard():
+    with signals_blocked():
       waiting = {pool.submit(_write_counting, write, shard) for shard in left}
     try:
       while waiting:
@@ -492,7 +485,7 @@ def collect(
 ) -> Outcome:
   """What became of the plan, as the notes and labels of all shards say."""
   rejected = [
-    {"id": salted_id(item), "reason": scrub(reason, item)} for item, reason in plan.rejected
+    {"id": item.salted_id, "reason": scrub(reason, item)} for item, reason in plan.rejected
   ]
   rejected += [entry for _, note in notes for entry in note["rejected"]]
   flags = [entry for _, note in notes for entry in note["flags"]]

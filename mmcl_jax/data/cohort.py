@@ -24,7 +24,7 @@ from array_record.python import array_record_data_source
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import DamagedRecord, UserError, is_environment
-from mmcl_jax.files import arrays
+from mmcl_jax.support.files import arrays
 
 NAME, VERSION = "ecg_cmr", "1.0.0"
 SHARD = re.compile(

@@ -23,8 +23,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmcl_jax.data import processes, schema
+from mmcl_jax.data import schema
 from mmcl_jax.errors import DamagedRecord, UserError
+from mmcl_jax.support import processes
 
 MORE_SHARED = (
   "enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in "
@@ -278,7 +279,7 @@ def begin_reading(*_) -> None:
   by an event."""
   for signum in processes.SIGNALS:
     signal.signal(signum, signal.SIG_IGN)
-  processes.end_with_parent()
+  processes.exit_with_parent()
 
 
 def check_shared_memory(workers: int, buffer: int, size: int) -> None:

@@ -104,6 +104,11 @@ def hash_name(subject: np.ndarray) -> str:
   return f"{int(subject[1]):08x}{int(subject[0]):08x}"
 
 
+def salted_id(subject: np.ndarray, visit: int = 0) -> str:
+  """What reports call a record: its subject's hash in 16 hexadecimal digits, and the visit."""
+  return f"{hash_name(subject)}/{int(visit)}"
+
+
 def split_of(subject: np.ndarray, fractions: tuple[float, float, float]) -> str:
   """The split of a subject, decided by its hash alone: stable when a cohort grows, equal for all
   visits of a person.

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.data.schema import LABELS, LEADS, PHASES, hash_name
+from mmcl_jax.data.schema import LABELS, LEADS, PHASES, salted_id
 from mmcl_jax.evaluators.figures import plain
 
 MM_A_SECOND, MM_A_MV = 25, 10
@@ -344,6 +344,7 @@ def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
 def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
   """The drawings of a stored record: its ECG and its heart, as far as it has them."""
   figures = []
+  name = salted_id(record["subject"], record["visit"])
   profile = info["ecg_profile"]
   if record["has_ecg"]:
     unit = MV_A_UNIT.get(profile)
@@ -352,7 +353,7 @@ def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
       ecg_paper(
         ecg,
         preprocess_ecg.rate_hz(profile),
-        f"{salted_id(record)}    ECG, profile {profile}",
+        f"{name}    ECG, profile {profile}",
         unit is not None,
       )
     )
@@ -362,16 +363,11 @@ def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
       heart_montage(
         record["ed_es_volumes"],
         record.get("labels"),
-        f"{salted_id(record)}    short axis, {spacing} mm",
+        f"{name}    short axis, {spacing} mm",
         columns,
       )
     )
   return figures
-
-
-def salted_id(record: dict) -> str:
-  """The name of a stored record in reports, as mmcl_jax.data.builder.salted_id has it."""
-  return f"{hash_name(record['subject'])}/{int(record.get('visit', 0))}"
 
 
 def describe(record: dict, info: dict, split: str, index: int) -> str:
@@ -384,7 +380,8 @@ def describe(record: dict, info: dict, split: str, index: int) -> str:
   lacks = [
     f"no {what}" for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr")) if not record[field]
   ]
-  return f"{salted_id(record)}, {split} {index}: {', '.join([*lacks, *values]) or 'no phenotypes'}"
+  name = salted_id(record["subject"], record["visit"])
+  return f"{name}, {split} {index}: {', '.join([*lacks, *values]) or 'no phenotypes'}"
 
 
 def stacked(figures: list[Figure], dpi: int) -> np.ndarray:

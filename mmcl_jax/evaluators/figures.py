@@ -1,6 +1,6 @@
 """Figures of the report. Each function returns a matplotlib Figure, draws with markers, hatches and
 line styles that survive greyscale, and takes `note`, a line printed at the foot (such as
-SYNTHETIC_NOTE).
+support.text.SYNTHETIC_NOTE).
 
 Figures are built directly, without pyplot: nothing global is left behind and no display is needed.
 """
@@ -14,7 +14,6 @@ from sklearn.metrics import roc_curve
 from mmcl_jax.data.schema import ECG_RATE_HZ, LEADS
 from mmcl_jax.errors import one_line
 
-SYNTHETIC_NOTE = "synthetic cohort: proves the code, not medicine"
 INK, MID, LIGHT, ACCENT = "#222222", "#808080", "#d9d9d9", "#1f5a99"
 LONGEST = 60  # letters of a name in a figure
 LINES = ("-", "--", ":", "-.")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl_jax import files
 from mmcl_jax.data import ukb_fields
 from mmcl_jax.data.builder import Outcome
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.synthetic import couplings
 from mmcl_jax.evaluators import drawings, quality_page
-from mmcl_jax.evaluators.figures import SYNTHETIC_NOTE
+from mmcl_jax.support import files
+from mmcl_jax.support.text import SYNTHETIC_NOTE
 
 SHOWN = 6  # records drawn on the page
 EXAMPLES = 3  # ids given for a group of reasons
@@ -240,5 +240,5 @@ def _finite(value):
 
 
 def _replace(path, text):
-  with files.replaced(path, encoding="utf-8") as file:
+  with files.atomic(path, encoding="utf-8") as file:
     file.write(text)

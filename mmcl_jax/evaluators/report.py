@@ -7,15 +7,13 @@ import csv
 import html
 import io
 import json
-import os
-import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 
 from mmcl_jax.errors import UserError, check_writable, one_line, printable
-from mmcl_jax.training import lock
+from mmcl_jax.support import files
+from mmcl_jax.support.text import aligned
 
 SECTIONS = (
   "phenotypes",
@@ -131,28 +129,8 @@ def replaced(out_dir, *what):
   """A new folder to write into, which then takes the place of `out_dir`, whole; an earlier one
   there goes (check_place)."""
   out = check_place(out_dir, *what)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  here = f".{out.name}.{socket.gethostname()}."
-  new, old = (out.parent / f"{here}{os.getpid()}.{word}" for word in ("new", "old"))
-  for abandoned in out.parent.glob(f"{here}*"):  # by processes of this machine that were killed
-    if not lock.alive(abandoned.name.removeprefix(here).partition(".")[0]):
-      shutil.rmtree(abandoned, ignore_errors=True)
-  shutil.rmtree(new, ignore_errors=True)
-  try:
-    new.mkdir()
+  with files.atomic_folder(out) as new:
     yield new
-    if out.exists():
-      os.replace(out, old)  # a rename cannot put one full folder over another
-    try:
-      os.replace(new, out)
-    except OSError:
-      if old.exists():
-        os.replace(old, out)
-      raise
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
-    if out.exists():
-      shutil.rmtree(old, ignore_errors=True)
 
 
 def table(results: dict) -> str:
@@ -165,18 +143,6 @@ def table(results: dict) -> str:
     aligned(headline(results), left=2)
     if results["phenotypes"]
     else aligned(disease_rows(results["diseases"]))
-  )
-
-
-def aligned(rows: list[list[str]], left: int = 1) -> str:
-  """Rows of text in columns, the first `left` of them flush left, the others right."""
-  rows = [list(map(one_line, row)) for row in rows]
-  widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(w) if c < left else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths))
-    ).rstrip()
-    for row in rows
   )
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import mmap
 import os
-import pathlib
 from typing import NamedTuple
 
 import ml_dtypes
@@ -13,9 +12,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mmcl_jax import files
 from mmcl_jax.data.readers import mmcl_pt
 from mmcl_jax.errors import BadRecord, UserError
+from mmcl_jax.support import files
 
 # of a file: 4 billion weights, or 1.3 billion with the moments of Adam
 MAX_BYTES = 16 * 2**30
@@ -153,14 +152,9 @@ def filled(state: dict[str, np.ndarray], beside: list[str], metadata: dict[str, 
 
 def save(state: dict[str, np.ndarray], path, metadata: dict[str, str]) -> None:
   """Writes a safetensors file, whole or not at all."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   whole = {key: np.asarray(x, order="C") for key, x in state.items()}
   try:
-    files.new(partial).close()
-    safetensors.numpy.save_file(whole, partial, {"format": "pt"} | metadata)
-    os.replace(partial, path)
+    with files.atomic(path, "wb") as file:
+      safetensors.numpy.save_file(whole, file.name, {"format": "pt"} | metadata)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"cannot write {path}: {error}") from None
-  finally:
-    partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.interop import modules, naming, recognise, torch_files
 from mmcl_jax.models import pretrainer, vit
+from mmcl_jax.support.tree import flatten_variables, unflatten_variables
 
 
 class Loaded(NamedTuple):
@@ -68,7 +69,7 @@ def read(path, dtype: str = "float32", **options) -> Loaded:
       f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: {'; '.join(troubles)}. Leave keys "
       "out by --ignore=REGEX; what is missing cannot be made up"
     )
-  return Loaded(model, unflatten(variables), report(path, weights, found, variables))
+  return Loaded(model, unflatten_variables(variables), report(path, weights, found, variables))
 
 
 def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
@@ -158,7 +159,7 @@ def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
       {"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False
     )
 
-  return {place: leaf.shape for place, leaf in flatten(jax.eval_shape(init)).items()}
+  return {place: leaf.shape for place, leaf in flatten_variables(jax.eval_shape(init)).items()}
 
 
 def image_shapes(config) -> dict[str, list[int]]:
@@ -170,26 +171,6 @@ def image_shapes(config) -> dict[str, list[int]]:
     planes = max(spec.planes, found[field][-3] if field in found else 0)
     found[field] = [*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64]
   return found
-
-
-def flatten(variables) -> dict[tuple[str, str], Any]:
-  """{(collection, path): leaf}."""
-  return {
-    (collection, "/".join(key.key for key in path)): leaf
-    for collection in ("params", "batch_stats")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))
-  }
-
-
-def unflatten(flat) -> dict[str, Any]:
-  tree = {"params": {}, "batch_stats": {}}
-  for (collection, path), leaf in flat.items():
-    node = tree[collection]
-    *parents, last = path.split("/")
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
 
 
 def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarray]:
@@ -216,7 +197,7 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
   """`state_dict`, and which parameters it leaves out."""
   c = model.config
   check_tower(c, tower)
-  flat = {place: np.asarray(x) for place, x in flatten(variables).items()}
+  flat = {place: np.asarray(x) for place, x in flatten_variables(variables).items()}
   names = dict(naming.names({place: x.shape for place, x in flat.items()}, c))
   state = {name.key: name.to_torch(flat[place]) for place, name in names.items()}
   state |= {

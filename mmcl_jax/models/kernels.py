@@ -17,12 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
+from mmcl_jax.support.numerics import at_least_float32
+
 OWN = {"linear", "gelu", "attention", "permute", "convolve"}
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-  """bfloat16 becomes float32; float32 and float64 stay."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 # --------------------------------------------------------------------------------------------------------------

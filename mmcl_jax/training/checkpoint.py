@@ -28,8 +28,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmcl_jax import files
 from mmcl_jax.errors import UserError
+from mmcl_jax.support import files
 
 FORMAT = "mmcl_jax/3"
 PEOPLE = "people.npz"
@@ -89,7 +89,7 @@ class Checkpoints:
       self.check_there()  # before it counts
       if jax.process_index() == 0:
         if self.people is not None:
-          with files.new(self.folder / str(step) / PEOPLE, "wb") as file:
+          with files.atomic(self.folder / str(step) / PEOPLE, "wb") as file:
             np.savez(file, **self.people)
         sign(self.folder / str(step), {"run": self.run, **meta})
         for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
@@ -142,7 +142,7 @@ def name_run(folder: pathlib.Path) -> str:
     name = (manifest(str(folder), last) if last is not None else {}).get(
       "run"
     ) or secrets.token_hex(8)
-    with files.replaced(folder / "run") as file:
+    with files.atomic(folder / "run") as file:
       file.write(name + "\n")
   return name
 
@@ -169,13 +169,14 @@ def best_step(meta: dict[str, Any]) -> int | None:
 
 
 def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
+  files.sync_all(folder)  # a step that counts must be on disk
   packages = {
     name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
   }
   whole = {"format": FORMAT, "packages": packages, **meta, "files": checksums(folder)}
   whole["sha256"] = checksum_of(whole)
   (folder / "meta").mkdir(exist_ok=True)
-  with files.replaced(folder / "meta" / "manifest.json") as file:
+  with files.atomic(folder / "meta" / "manifest.json") as file:
     file.write(json.dumps(whole, indent=1) + "\n")
 
 

@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import mmcl_jax
-from mmcl_jax.data import processes
 from mmcl_jax.errors import UserError, one_line
+from mmcl_jax.support import processes
 
 JOIN_S = 300  # the hosts must all have come by then
 HEARTBEAT_S = 30  # a host that is silent for so long is lost, and ends all others

@@ -13,17 +13,16 @@ import hashlib
 import json
 import os
 import pathlib
-import socket
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mmcl_jax import files
 from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import inference, lock, steps
+from mmcl_jax.support import files
+from mmcl_jax.training import inference, steps
 
 VERSION = 1  # of what a tower makes of an image; raise it when that changes
 DECIDING = ("kind", "size", "view", "planes", "patch")  # of a tower's config, for its features
@@ -130,20 +129,13 @@ def kept(file: pathlib.Path, rows: int) -> bool:
 
 
 def write(file: pathlib.Path, features: np.ndarray) -> None:
-  here = f".{file.name}.{socket.gethostname()}."
-  partial = file.with_name(f"{here}{os.getpid()}")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in file.parent.glob(f"{here}*"):
-      if not lock.alive(abandoned.name.removeprefix(here)):
-        abandoned.unlink(missing_ok=True)
-    with files.new(partial, "wb") as f:
+    # several runs may train on a cohort
+    with files.atomic(file, "wb", shared=True) as f:
       np.save(f, features)
-    partial.rename(file)
   except OSError as error:
     raise UserError(
       f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make room, or set "
       "config.model.cmr.NAME.frozen=False to run the tower in every step"
     ) from None
-  finally:
-    partial.unlink(missing_ok=True)

@@ -3,8 +3,8 @@ accounted for."""
 
 import collections
 import re
-from typing import Any, NamedTuple
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.interpolate import CubicSpline
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
+from mmcl_jax.support.tree import flatten_variables
 from mmcl_jax.training import state as state_room
 
 FRESH = "fresh"
@@ -54,7 +55,7 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
       regexes but no workdir, a tower of another view under another name, or random weights in a
         frozen tower.
   """
-  target = flatten({"params": state.params, "batch_stats": state.statistics})
+  target = flatten_variables({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
   modules = sorted({top(key) for key in target})
   if unknown := [module for module in wanted if module not in modules]:
@@ -69,7 +70,7 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
       "--config.init_from.ecg=W, or set init_except=() to start from nothing"
     )
   sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
-  loaded = {workdir: flatten(source) for workdir, source in sources.items()}
+  loaded = {workdir: flatten_variables(source) for workdir, source in sources.items()}
 
   new, origin, left_over, troubles, seen = {}, dict.fromkeys(target, FRESH), {}, [], set()
   for module, workdir in wanted.items():
@@ -151,15 +152,6 @@ def describe(report: Report) -> str:
       f"left behind: {', '.join(f'{path} {text}' for path, text in sorted(report.left_over.items()))}"
     )
   return "\n".join(lines)
-
-
-def flatten(variables) -> dict[tuple[str, str], Any]:
-  """{(collection, path): leaf}."""
-  return {
-    (collection, state_room.path_name(path)): leaf
-    for collection in ("params", "batch_stats")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(collection, {}))
-  }
 
 
 def label(key: tuple[str, str]) -> str:

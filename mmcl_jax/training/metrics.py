@@ -12,7 +12,7 @@ import pathlib
 import sys
 import time
 
-from mmcl_jax import files
+from mmcl_jax.support import files
 
 # tensorboardX loads torch where it is installed, seconds of start-up for tensors that it is never
 # given.
@@ -111,7 +111,7 @@ def keep_before(file: pathlib.Path, start_step: int) -> None:
   """Drops records after the step a run resumes from: they will be written again."""
   records = [record for record in read(file) if record["step"] <= start_step]
   if file.is_file():
-    with files.replaced(file) as kept:
+    with files.atomic(file) as kept:
       kept.writelines(json.dumps(record) + "\n" for record in records)
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax import files
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
+from mmcl_jax.support import files
 from mmcl_jax.training import checkpoint
 
 SYNTHETIC = "synthetic"  # in place of a salt: these hearts are nobody's

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from mmcl_jax.data.processes import ENDS, SIGNALS
+from mmcl_jax.support.processes import ENDS, SIGNALS
 from mmcl_jax.training import distributed
 
 BUSY_S = 1.0  # a signal that Python has not handled for so long came during a computation

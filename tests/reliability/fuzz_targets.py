@@ -21,6 +21,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "configs")]
 
 import raw_ukb
 from fuzz import Target
+
 from mmcl_jax import configuration
 from mmcl_jax.data import builder, cohort as cohort_room, readers, schema, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
@@ -97,7 +98,8 @@ def made_ecg(name: str):
 def make_wfdb(folder):
   """A record with .dat, one of the CinC challenges with .mat, and one whose header calls its record
   as a file."""
-  import test_ecg_input, test_ecg_readers
+  import test_ecg_input
+  import test_ecg_readers
 
   for seed in ("0", "1", "2"):
     (folder / seed).mkdir()
@@ -110,7 +112,8 @@ def make_wfdb(folder):
 
 def make_csv(folder):
   """Ten seconds at 100 Hz, with a sidecar of its own or of the folder."""
-  import test_ecg_input, test_ecg_readers
+  import test_ecg_input
+  import test_ecg_readers
 
   for seed, sidecar in (("0", "b.json"), ("1", "ecg.json")):
     (folder / seed).mkdir()
@@ -448,14 +451,16 @@ def make_weights(suffix: str):
   def make(folder):
     import joint
     import test_mmcl_pt as by_hand
+
     from mmcl_jax.interop import torch_files, torch_weights
     from mmcl_jax.models import pretrainer
+    from mmcl_jax.support import tree
 
     rng = np.random.default_rng(0)
     for seed, arm in (("0", "mae"), ("1", "joint")):
       config = joint.get_config(f"test,arm={arm}")
       model = pretrainer.build(config.model, config.data.samples)
-      variables = torch_weights.unflatten(
+      variables = tree.unflatten_variables(
         {
           place: rng.normal(size=shape).astype(np.float32) / 8
           for place, shape in torch_weights.shapes(model, 0).items()
@@ -522,7 +527,8 @@ def read_inspect(folder):
 
 
 def make_config(folder):
-  import joint, mmcl
+  import joint
+  import mmcl
 
   for seed, config in (("0", joint.get_config("test")), ("1", mmcl.get_config("tiny"))):
     (folder / seed).mkdir()
@@ -546,8 +552,9 @@ def check_other(folder, config):
 
 
 def make_checkpoint(folder):
-  import joint
   import jax.numpy as jnp
+  import joint
+
   from mmcl_jax.training import checkpoint, restore, steps
 
   for seed in ("0", "1"):
@@ -577,6 +584,7 @@ def read_manifest(folder):
 
 def read_checkpoint(folder):
   import jax
+
   from mmcl_jax.training import checkpoint
 
   abstract = {

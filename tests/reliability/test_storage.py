@@ -17,12 +17,13 @@ import jax
 import numpy as np
 import pytest
 import wfdb
-
 from conftest import ROOT, tiny_config, tiny_flags
+
 from mmcl_jax import train
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, lock, restore
+from mmcl_jax.support import locks
+from mmcl_jax.training import checkpoint, restore
 
 
 def start(verb, *args, **kwargs):
@@ -347,22 +348,22 @@ def test_a_second_run_is_refused_and_told_who_holds_the_workdir(cohort, tmp_path
 
 
 def test_the_lock_is_free_after_a_kill_and_what_was_made_for_nothing_goes(tmp_path):
-  code = "import sys, time; from mmcl_jax.training import lock\nwith lock.held(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+  code = "import sys, time; from mmcl_jax.support import locks\nwith locks.workdir_held(sys.argv[1]): print('held', flush=True); time.sleep(60)"
   holder = subprocess.Popen(
     [sys.executable, "-c", code, str(tmp_path / "a/w")], stdout=subprocess.PIPE, text=True, cwd=ROOT
   )
   assert holder.stdout.readline() == "held\n"
   with (
     pytest.raises(UserError, match=f"another run .*process {holder.pid}"),
-    lock.held(str(tmp_path / "a/w")),
+    locks.workdir_held(str(tmp_path / "a/w")),
   ):
     pass
   holder.kill()
   holder.wait()
   assert (tmp_path / "a/w/lock").exists()
-  with lock.held(str(tmp_path / "a/w")):
+  with locks.workdir_held(str(tmp_path / "a/w")):
     (tmp_path / "a/w/kept").touch()
   assert os.listdir(tmp_path / "a/w") == ["kept"]
-  with lock.held(str(tmp_path / "b/c")):
+  with locks.workdir_held(str(tmp_path / "b/c")):
     pass
   assert not (tmp_path / "b").exists()

@@ -13,12 +13,13 @@ import matplotlib
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-
 from conftest import ROOT
-from mmcl_jax import cli, evaluate, files, generate, inspect, prepare, train
+
+from mmcl_jax import cli, evaluate, inspect, prepare, train
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, distributed, frozen, lock, metrics
+from mmcl_jax.support import files, locks
+from mmcl_jax.training import checkpoint, distributed, frozen, metrics
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_lock_that_leads_elsewhere_is_refused(tmp_path, victim, make):
   (tmp_path / "w").mkdir()
   make(tmp_path / "w/lock", victim)
   words = "lock is (a symbolic link|no file of its own).*remove it"
-  with pytest.raises(UserError, match=words), lock.held(str(tmp_path / "w")):
+  with pytest.raises(UserError, match=words), locks.workdir_held(str(tmp_path / "w")):
     pass
   assert sorted(os.listdir(tmp_path)) == ["mine", "w"]
 
@@ -62,7 +63,7 @@ def test_a_lock_that_leads_elsewhere_is_refused(tmp_path, victim, make):
 def test_a_new_file_takes_the_place_of_a_link(tmp_path, victim, make):
   for planted in ("table", ".table.partial"):
     make(tmp_path / planted, victim)
-  with files.replaced(tmp_path / "table") as file:
+  with files.atomic(tmp_path / "table") as file:
     file.write("new")
   assert (tmp_path / "table").read_text() == "new" and not (tmp_path / "table").is_symlink()
   assert sorted(os.listdir(tmp_path)) == ["mine", "table"]
@@ -88,8 +89,16 @@ LINKS = {  # what is written to, and the program that writes there
   "c.partial/lock": lambda out: prepare.main(
     ["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]
   ),
-  ".heart.partial": lambda out: generate.write_one(out / "heart", None, None, [], {}),
 }
+
+
+@pytest.mark.parametrize("make", [make_link, make_dangling])
+def test_a_new_folder_takes_the_place_of_a_link(tmp_path, victim, make):
+  make(files.own_name(tmp_path / "hearts"), victim)
+  with files.atomic_folder(tmp_path / "hearts") as folder:
+    (folder / "one").write_text("new")
+  assert (tmp_path / "hearts/one").read_text() == "new"
+  assert sorted(os.listdir(tmp_path)) == ["hearts", "mine"]
 
 
 @pytest.mark.reported(
@@ -111,7 +120,7 @@ def test_a_workdir_itself_may_be_a_link(tmp_path):
   (tmp_path / "scratch").mkdir()
   (tmp_path / "w").symlink_to(tmp_path / "scratch")
   metrics.create_writer(str(tmp_path / "w"), 0, just_logging=False).write_scalars(1, {"loss": 2.0})
-  with lock.held(str(tmp_path / "w")):
+  with locks.workdir_held(str(tmp_path / "w")):
     files.no_links(tmp_path / "w/tensorboard")
   assert (tmp_path / "scratch/metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 

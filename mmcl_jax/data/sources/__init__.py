@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmcl_jax.data import schema
+
 
 class Item(NamedTuple):
   """One record to be made, that is one visit of one participant."""
@@ -22,6 +24,10 @@ class Item(NamedTuple):
   key: Any  # what `Plan.read` needs: paths, a row of a table; picklable
   # texts that identify the person (participant id, file names): cut out of every reason
   private: tuple[str, ...] = ()
+
+  @property
+  def salted_id(self) -> str:
+    return schema.salted_id(self.subject, self.visit)
 
 
 class Plan(NamedTuple):

@@ -1,5 +1,5 @@
 """Processes that read for a program: signals that ask it to end are left to it, and none of them
-outlives it."""
+outlives it; whether a process of this machine runs."""
 
 import contextlib
 import multiprocessing
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, *ENDS)
 
 
 @contextlib.contextmanager
-def unheard():
+def signals_blocked():
   """Processes started within never get SIGNALS but SIGTERM, by which pools end them; this thread
   gets them later."""
   # which a process inherits
@@ -25,8 +25,19 @@ def unheard():
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
   """First call of a reading process: it waits on pipes that it also holds open, and would outlive a
   killed parent."""
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def alive(process: str) -> bool:
+  """Is there a process of this number on this machine?"""
+  try:
+    os.kill(int(process), 0)
+  except (ProcessLookupError, ValueError):
+    return False
+  except PermissionError:
+    pass
+  return True
