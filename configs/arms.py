@@ -24,86 +24,110 @@ differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, ECG profile of the cohort, samples it sees, mask ratio and weight of SimSiam
-# of its MAE, width of         its head, 3-D ResNet, frames of a cine, width of its embedding,
-# hidden width of the projections, batch, steps,         learning rate
 SIZES = {
-  "test": ("test", "minimal", 500, 0.8, 0.1, 16, "test", 3, 16, 32, 8, 6, 1e-3),
-  "demo": ("demo", "minimal", 1000, 0.8, 0.0, 256, "demo", 5, 256, 256, 32, 600, 1e-3),
-  # as dual_phase.py
-  "medium": ("medium", "dual_phase", 5000, 0.7, 0.1, 1000, "r50", 50, 768, 768, 64, 74_800, 1e-5),
+  "demo": dict(
+    ecg="demo",
+    profile="minimal",  # `mmcl prepare --profile`
+    samples=1000,  # at 500 Hz, that the encoder sees
+    mask_ratio=0.8,
+    siamese=0.0,  # weight of SimSiam in the masked autoencoder
+    head=256,
+    cmr="demo",
+    frames=5,  # of a cine
+    width=256,  # of the CMR embedding
+    hidden=256,  # of the projections
+    batch=32,
+    steps=600,
+    learning_rate=1e-3,
+  ),
+  "test": dict(
+    ecg="test",
+    profile="minimal",
+    samples=500,
+    mask_ratio=0.8,
+    siamese=0.1,
+    head=16,
+    cmr="test",
+    frames=3,
+    width=16,
+    hidden=32,
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
+  ),
+  "medium": dict(  # as dual_phase.py
+    ecg="medium",
+    profile="dual_phase",
+    samples=5000,  # all 10 s
+    mask_ratio=0.7,
+    siamese=0.1,
+    head=1000,
+    cmr="r50",
+    frames=50,
+    width=768,
+    hidden=768,
+    batch=64,
+    steps=74_800,
+    learning_rate=1e-5,
+  ),
 }
 # tower -> view, slices; 0: the frames of a cine
-TOWERS = {
-  "slice": ("ed_slice", 1),
-  "cine": ("cine_slice", 0),
-  "ed": ("ed_volume", 6),
-  "es": ("es_volume", 6),
-}
+TOWERS = dict(
+  slice=("ed_slice", 1), cine=("cine_slice", 0), ed=("ed_volume", 6), es=("es_volume", 6)
+)
 ARMS = {
+  "dual_phase": ("ed", "es"),
   "ecg_only": (),
   "ed_slice": ("slice",),
   "cine_slice": ("cine",),
   "ed_volume": ("ed",),
-  "dual_phase": ("ed", "es"),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="dual_phase")
-  for name, known in (("size", SIZES), ("arm", ARMS)):
-    if arg[name] not in known:
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  (
-    ecg,
-    profile,
-    samples,
-    mask_ratio,
-    siamese,
-    head,
-    cmr,
-    frames,
-    width,
-    hidden,
-    batch,
-    steps,
-    rate,
-  ) = SIZES[arg.size]
-  towers = ARMS[arg.arm]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
+  arg = parse_arg(arg, size=SIZES, arm=ARMS, batch=0, steps=0)
+  size, towers = SIZES[arg.size], ARMS[arg.arm]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # pairs, updates
   # workdirs of ecg_mae.py and cmr_phenotype.py
   c.init_from = dict(ecg="") | {f"cmr_{name}": "" for name in towers}
-  c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples  # at 500 Hz; the published size sees all 10 s
+  c.data.ecg_profile = size["profile"]
+  c.data.samples = size["samples"]
   c.optimizer.update(
-    learning_rate=rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5
+    learning_rate=size["learning_rate"],
+    warmup=max(c.steps // 5, 1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=1e-5,
   )
 
   if not towers:  # goes on as ecg_mae.py does, decoder and all
     # patch: samples of one lead
-    c.model.ecg.update(size=ecg, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)
+    c.model.ecg.update(
+      size=size["ecg"], patch=100, mask_ratio=size["mask_ratio"], siamese=size["siamese"] > 0
+    )
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=0.1)
-    if siamese:
-      c.objectives.siamese = dict(fn="simsiam", weight=siamese)
+    if size["siamese"]:
+      c.objectives.siamese = dict(fn="simsiam", weight=size["siamese"])
     return c
 
   # left behind there: the autoencoder's; fresh here: the head
   c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)
   c.model.ecg.update(
-    size=ecg, patch=100, pool="mean", head=head, drop_path=0.0 if arg.size == "demo" else 0.1
+    size=size["ecg"],
+    patch=100,
+    pool="mean",
+    head=size["head"],
+    drop_path=0.0 if arg.size == "demo" else 0.1,
   )  # the demo's scores: without
   c.model.cmr = {
     name: dict(
       kind="slow_resnet",
-      size=cmr,
+      size=size["cmr"],
       view=TOWERS[name][0],
-      planes=TOWERS[name][1] or frames,
+      planes=TOWERS[name][1] or size["frames"],
       # all but `fc`
-      width=width,
+      width=size["width"],
       patch=(1, 16, 16),
       mask_ratio=0.0,
       drop_path=0.0,
@@ -112,7 +136,7 @@ def get_config(arg=None):
     for name in towers
   }
   c.model.projection.update(
-    hidden=hidden, ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
+    hidden=size["hidden"], ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
   )
   if arg.arm == "dual_phase":
     c.objectives.dual_phase = dict(

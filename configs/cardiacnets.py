@@ -20,53 +20,61 @@ with all frames in one patch as they are channels there. What else differs: docs
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, samples it sees, video transformer, frames, its patch (frames, rows,
-# columns), width of the         shared space, batch and steps of cmr and align, batch and steps of
-# ecg, learning rates of cmr, ecg, align
 SIZES = {
-  "test": ("test", 500, "test", 5, (5, 16, 16), 16, 8, 6, 8, 6, 1e-3, 1e-3, 1e-3),
-  "demo": ("demo", 1000, "demo", 25, (25, 8, 8), 128, 32, 600, 32, 600, 1e-3, 2e-3, 1e-3),
-  "large": (
-    "large",
-    5000,
-    "base",
-    50,
-    (50, 16, 16),
-    256,
-    64,
-    181_250,
-    32,
-    362_500,  # 400 epochs x 29,000 / 64 and / 32
-    1e-4,
-    5e-5,
-    2.5e-5,
-  ),  # the last: 1e-4 x 64 / 256
+  "demo": dict(
+    ecg="demo",
+    samples=1000,  # at 500 Hz, that the encoder sees
+    cmr="demo",
+    frames=25,
+    patch=(25, 8, 8),  # frames, rows, columns
+    width=128,  # of the shared space
+    batch=dict(cmr=32, ecg=32, align=32),
+    steps=dict(cmr=600, ecg=600, align=600),
+    learning_rate=dict(cmr=1e-3, ecg=2e-3, align=1e-3),
+  ),
+  "test": dict(
+    ecg="test",
+    samples=500,
+    cmr="test",
+    frames=5,
+    patch=(5, 16, 16),
+    width=16,
+    batch=dict(cmr=8, ecg=8, align=8),
+    steps=dict(cmr=6, ecg=6, align=6),
+    learning_rate=dict(cmr=1e-3, ecg=1e-3, align=1e-3),
+  ),
+  "large": dict(
+    ecg="large",
+    samples=5000,
+    cmr="base",
+    frames=50,
+    patch=(50, 16, 16),
+    width=256,
+    batch=dict(cmr=64, ecg=32, align=64),
+    # 400 epochs x 29,000 / batch
+    steps=dict(cmr=181_250, ecg=362_500, align=181_250),
+    # align: 1e-4 x 64 / 256
+    learning_rate=dict(cmr=1e-4, ecg=5e-5, align=2.5e-5),
+  ),
 }
-STAGES = ("cmr", "ecg", "align")
+STAGES = ("align", "cmr", "ecg")
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align")
-  for name, known in (("size", SIZES), ("stage", STAGES)):
-    if arg[name] not in known:
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  ecg, samples, cmr, frames, patch, width, batch, steps, ecg_batch, ecg_steps, *rates = SIZES[
-    arg.size
-  ]
-  batch, steps = (ecg_batch, ecg_steps) if arg.stage == "ecg" else (batch, steps)
+  arg = parse_arg(arg, size=SIZES, stage=STAGES, batch=0, steps=0)
+  size = SIZES[arg.size]
+  batch, steps = size["batch"][arg.stage], size["steps"][arg.stage]
   aligns = arg.stage == "align"
   published = arg.size != "demo"  # the demo's scores were taken with forms of this project's own
   c = defaults(arg.batch or batch, arg.steps or steps)  # rows, updates
   # of align: workdirs of ecg, and twice of cmr
   c.init_from = dict(ecg="", cmr_sax="", cmr_lax="")
-  c.data.samples = samples  # at 500 Hz
-  c.model.projection.update(hidden=0 if published else width, width=width)  # 0: one Linear
+  c.data.samples = size["samples"]
+  # hidden 0: one Linear
+  c.model.projection.update(hidden=0 if published else size["width"], width=size["width"])
   c.optimizer.update(
-    learning_rate=rates[STAGES.index(arg.stage)],
+    learning_rate=size["learning_rate"][arg.stage],
     warmup=max(c.steps // 10, 1),
     b1=0.9,
     b2=0.95,
@@ -76,7 +84,7 @@ def get_config(arg=None):
   if arg.stage in ("ecg", "align"):
     c.augment.ecg.update(time_flip=0.33, sign_flip=0.33)  # probabilities
     c.model.ecg.update(
-      size=ecg,
+      size=size["ecg"],
       patch=100,
       mask_ratio=0.0 if aligns else 0.8,
       film=aligns,  # by the covariates
@@ -89,11 +97,11 @@ def get_config(arg=None):
     c.model.cmr = {
       name: dict(
         kind="vit",
-        size=cmr,
+        size=size["cmr"],
         view=view,
-        planes=frames,
+        planes=size["frames"],
         width=0,
-        patch=patch,
+        patch=size["patch"],
         drop_path=0.0,
         mask_ratio=0.0 if aligns else 0.5,
         frozen=aligns,

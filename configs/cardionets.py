@@ -19,85 +19,84 @@ Source: Ding et al. 2026 (NEJM AI). Its ECG encoder starts from the public weigh
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, ECG profile of the cohort, samples it sees, its patch, video transformer,
-# frames, its patch         (frames, rows, columns), width of the shared space; batch, steps,
-# learning rate of cmr and ecg, and of align
 SIZES = {
-  "test": ("test", "minimal", 500, 100, "test", 4, (2, 16, 16), 16, 8, 6, 1e-3, 8, 6, 1e-3),
-  "demo": (
-    "demo",
-    "minimal",
-    1000,
-    100,
-    "demo",
-    10,
-    (2, 16, 16),
-    128,
-    32,
-    600,
-    2e-3,
-    32,
-    600,
-    1e-3,
+  "demo": dict(
+    ecg="demo",
+    profile="minimal",  # `mmcl prepare --profile`
+    samples=1000,  # that the encoder sees, a random crop of the 10 s
+    patch=100,  # samples of one lead
+    cmr="demo",
+    frames=10,
+    cmr_patch=(2, 16, 16),  # frames, rows, columns
+    width=128,  # of the shared space
+    pretrain=dict(batch=32, steps=600, learning_rate=2e-3),  # stages cmr and ecg
+    align=dict(batch=32, steps=600, learning_rate=1e-3),
   ),
-  "base": (
-    "base",
-    "cardionets",
-    2250,
-    75,
-    "base",
-    50,
-    (2, 16, 16),
-    256,  # 9 s at 250 Hz
-    128,
-    92_800,
-    5e-4,  # 400 epochs x 29,700 / 128; 1e-3 x 128 / 256
-    256,
-    11_600,
-    1e-3,
-  ),  # 100 epochs x 29,700 / 256
+  "test": dict(
+    ecg="test",
+    profile="minimal",
+    samples=500,
+    patch=100,
+    cmr="test",
+    frames=4,
+    cmr_patch=(2, 16, 16),
+    width=16,
+    pretrain=dict(batch=8, steps=6, learning_rate=1e-3),
+    align=dict(batch=8, steps=6, learning_rate=1e-3),
+  ),
+  "base": dict(
+    ecg="base",
+    profile="cardionets",
+    samples=2250,  # 9 s at 250 Hz
+    patch=75,
+    cmr="base",
+    frames=50,
+    cmr_patch=(2, 16, 16),
+    width=256,
+    # 400 epochs x 29,700 / 128; 1e-3 x 128 / 256
+    pretrain=dict(batch=128, steps=92_800, learning_rate=5e-4),
+    # 100 epochs x 29,700 / 256
+    align=dict(batch=256, steps=11_600, learning_rate=1e-3),
+  ),
 }
-STAGES = ("cmr", "ecg", "align")
+STAGES = ("align", "cmr", "ecg")
 # of align: that of stage=ecg, or ST-MEM's, whose published weights `mmcl convert` reads
 ENCODERS = ("vit", "st_mem")
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, stage="align", encoder="vit")
-  for name, known in (("size", SIZES), ("stage", STAGES), ("encoder", ENCODERS)):
-    if arg[name] not in known:
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  ecg, profile, samples, ecg_patch, cmr, frames, cmr_patch, width, *training = SIZES[arg.size]
+  arg = parse_arg(arg, size=SIZES, stage=STAGES, encoder=ENCODERS, batch=0, steps=0)
+  size = SIZES[arg.size]
   aligns = arg.stage == "align"
-  batch, steps, learning_rate = training[3:] if aligns else training[:3]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # rows, updates
+  training = size["align"] if aligns else size["pretrain"]
+  c = defaults(arg.batch or training["batch"], arg.steps or training["steps"])  # rows, updates
   c.init_from = dict(ecg="", cmr_cine="")  # of align: workdirs of ecg and cmr
-  c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples  # a random crop of the 10 s
-  c.model.projection.update(hidden=width, width=width)
+  c.data.ecg_profile = size["profile"]
+  c.data.samples = size["samples"]
+  c.model.projection.update(hidden=size["width"], width=size["width"])
   warmup = c.steps // 5 if aligns else c.steps // 10  # 20 of 100 epochs, 40 of 400
   c.optimizer.update(
-    learning_rate=learning_rate, warmup=max(warmup, 1), b1=0.9, b2=0.95, weight_decay=0.05
+    learning_rate=training["learning_rate"],
+    warmup=max(warmup, 1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.05,
   )
 
   if arg.stage in ("ecg", "align"):
-    # patch: samples of one lead
-    c.model.ecg.update(size=ecg, patch=ecg_patch, mask_ratio=0.0 if aligns else 0.75)
+    c.model.ecg.update(size=size["ecg"], patch=size["patch"], mask_ratio=0.0 if aligns else 0.75)
     if arg.size == "base" and not aligns:
       c.model.ecg.decoder = (256, 4, 4)  # ST-MEM's: width, blocks, heads
   if arg.stage in ("cmr", "align"):
     c.model.cmr = dict(
       cine=dict(
         kind="vit",
-        size=cmr,
+        size=size["cmr"],
         view="cine_slice",
-        planes=frames,
+        planes=size["frames"],
         width=0,
-        patch=cmr_patch,
+        patch=size["cmr_patch"],
         # its head trains
         mask_ratio=0.0 if aligns else 0.75,
         drop_path=0.0,

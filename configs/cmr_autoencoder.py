@@ -15,30 +15,32 @@ What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> tokenizer, its patch (slices, pixels, pixels), numbers a token, batch, steps, learning
-# rate
+# patch: slices, pixels, pixels; channels: numbers a token
 SIZES = {
-  "test": ("test", (6, 16, 16), 4, 8, 6, 1e-3),
-  "demo": ("demo", (4, 8, 8), 8, 16, 2000, 1e-3),
-  "small": ("small", (2, 8, 8), 16, 64, 40_000, 3e-4),
-  "base": ("base", (2, 8, 8), 16, 256, 80_000, 1e-4),
+  "demo": dict(
+    tokenizer="demo", patch=(4, 8, 8), channels=8, batch=16, steps=2000, learning_rate=1e-3
+  ),
+  "test": dict(
+    tokenizer="test", patch=(6, 16, 16), channels=4, batch=8, steps=6, learning_rate=1e-3
+  ),
+  "small": dict(
+    tokenizer="small", patch=(2, 8, 8), channels=16, batch=64, steps=40_000, learning_rate=3e-4
+  ),
+  "base": dict(
+    tokenizer="base", patch=(2, 8, 8), channels=16, batch=256, steps=80_000, learning_rate=1e-4
+  ),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0)
-  if arg.size not in SIZES:
-    raise UserError(
-      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
-    )
-  size, patch, channels, batch, steps, learning_rate = SIZES[arg.size]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # hearts, updates
+  arg = parse_arg(arg, size=SIZES, batch=0, steps=0)
+  size = SIZES[arg.size]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # hearts, updates
   c.init_from = dict(tokenizer="")  # workdir of weights to start from; "": fresh
-  c.model.tokenizer = dict(size=size, patch=patch, channels=channels)
+  c.model.tokenizer = dict(size=size["tokenizer"], patch=size["patch"], channels=size["channels"])
   # SD of the scanner's noise, of the grey scale
   c.objectives.autoencoder = dict(fn="kl_autoencoder", weight=1.0, noise=0.05)
   c.evaluators = ("losses",)  # there is no embedding to probe
-  c.optimizer.update(learning_rate=learning_rate, weight_decay=0.01)
+  c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.01)
   return c

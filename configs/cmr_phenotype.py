@@ -19,14 +19,35 @@ Sources: Alvarez-Florez et al. 2026, Bujalance Gomez et al. 2026. What differs: 
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
-from mmcl_jax.errors import UserError
 
-# size -> 3-D ResNet, ECG profile of the cohort, width of the embedding, frames of a cine, batch,
-# steps, learning rate
 SIZES = {
-  "test": ("test", "minimal", 16, 3, 8, 6, 1e-3),
-  "demo": ("demo", "minimal", 256, 5, 32, 600, 2e-3),
-  "r50": ("r50", "dual_phase", 768, 50, 96, 49_800, 1e-4),  # 200 epochs x 23,900 / 96
+  "demo": dict(
+    cmr="demo",
+    profile="minimal",  # of the cohort that the next stage shares; no ECG is read here
+    width=256,  # of the embedding
+    frames=5,  # of a cine
+    batch=32,
+    steps=600,
+    learning_rate=2e-3,
+  ),
+  "test": dict(
+    cmr="test",
+    profile="minimal",
+    width=16,
+    frames=3,
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
+  ),
+  "r50": dict(
+    cmr="r50",
+    profile="dual_phase",
+    width=768,
+    frames=50,
+    batch=96,
+    steps=49_800,  # 200 epochs x 23,900 / 96
+    learning_rate=1e-4,
+  ),
 }
 # view -> tower, slices (0: the frames of a cine), targets as published
 VIEWS = {
@@ -45,20 +66,18 @@ TARGETS = {
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, view="ed_volume", targets="")
-  for name, known in (("size", SIZES), ("view", VIEWS), ("targets", TARGETS)):
-    if arg[name] not in known and (arg[name] or name != "targets"):
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  size, profile, width, frames, batch, steps, learning_rate = SIZES[arg.size]
+  arg = parse_arg(arg, size=SIZES, view=VIEWS, targets=("default", *TARGETS), batch=0, steps=0)
+  size = SIZES[arg.size]
   tower, slices, published = VIEWS[arg.view]
-  targets = arg.targets or ("13" if arg.size == "demo" else published)
+  targets = arg.targets
+  if targets == "default":
+    targets = "13" if arg.size == "demo" else published
   long = arg.size == "r50" and targets == "13"  # 400 epochs, not 200
-  c = defaults(arg.batch or batch, arg.steps or steps * (2 if long else 1))  # hearts, updates
+  steps = arg.steps or size["steps"] * (2 if long else 1)
+  c = defaults(arg.batch or size["batch"], steps)  # hearts, updates
   # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
   c.init_from = {f"cmr_{tower}": ""}
-  c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
+  c.data.ecg_profile = size["profile"]
   c.data.targets = TARGETS[targets]
 
   # In place of the published left-right flip, which swaps the ventricles. No zoom: size is what is
@@ -68,10 +87,10 @@ def get_config(arg=None):
   c.model.cmr = {
     tower: dict(
       kind="slow_resnet",
-      size=size,
+      size=size["cmr"],
       view=arg.view,
-      planes=slices or frames,
-      width=width,
+      planes=slices or size["frames"],
+      width=size["width"],
       patch=(1, 16, 16),
       mask_ratio=0.0,
       drop_path=0.0,
@@ -85,6 +104,10 @@ def get_config(arg=None):
   c.objectives.phenotypes = dict(fn="phenotype_regression", weight=1.0, of=tower, delta=0.0)
   warmup = c.steps // (10 if long else 5)  # 40 epochs
   c.optimizer.update(
-    learning_rate=learning_rate, warmup=max(warmup, 1), b1=0.9, b2=0.95, weight_decay=1e-5
+    learning_rate=size["learning_rate"],
+    warmup=max(warmup, 1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=1e-5,
   )
   return c

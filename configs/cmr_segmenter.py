@@ -14,27 +14,21 @@ Source: U-Net, Ronneberger et al. 2015. What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> network, batch, steps, learning rate
 SIZES = {
-  "test": ("test", 8, 6, 1e-2),
-  "demo": ("demo", 8, 400, 3e-3),
-  "base": ("base", 32, 10_000, 1e-3),
+  "demo": dict(segmenter="demo", batch=8, steps=400, learning_rate=3e-3),
+  "test": dict(segmenter="test", batch=8, steps=6, learning_rate=1e-2),
+  "base": dict(segmenter="base", batch=32, steps=10_000, learning_rate=1e-3),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0)
-  if arg.size not in SIZES:
-    raise UserError(
-      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
-    )
-  size, batch, steps, learning_rate = SIZES[arg.size]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # hearts, updates
+  arg = parse_arg(arg, size=SIZES, batch=0, steps=0)
+  size = SIZES[arg.size]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # hearts, updates
   c.init_from = dict(segmenter="")  # workdir of weights to start from; "": fresh
-  c.model.segmenter = dict(size=size)
+  c.model.segmenter = dict(size=size["segmenter"])
   c.objectives.segmentation = dict(fn="segmentation", weight=1.0)
   c.evaluators = ("losses",)  # there is no embedding to probe
-  c.optimizer.update(learning_rate=learning_rate, weight_decay=0.01)
+  c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.01)
   return c

@@ -13,28 +13,45 @@ Source: Turgut et al. 2025. What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ResNet, ECG profile of the cohort, hidden width and width of the head, batch, steps,
-# learning rate
 SIZES = {
-  "test": ("test", "minimal", 16, 8, 8, 6, 1e-3),
-  "demo": ("demo", "minimal", 128, 64, 32, 600, 1e-3),
-  "r50": ("r50", "mmcl", 2048, 128, 256, 32_800, 3e-3),  # 300 epochs x 28,000 / 256
+  "demo": dict(
+    image="demo",
+    profile="minimal",  # of the cohort that the next stage shares; no ECG is read here
+    hidden=128,  # of the head
+    width=64,  # of the head
+    batch=32,
+    steps=600,
+    learning_rate=1e-3,
+  ),
+  "test": dict(
+    image="test",
+    profile="minimal",
+    hidden=16,
+    width=8,
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
+  ),
+  "r50": dict(
+    image="r50",
+    profile="mmcl",
+    hidden=2048,
+    width=128,
+    batch=256,
+    steps=32_800,  # 300 epochs x 28,000 / 256
+    learning_rate=3e-3,
+  ),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0)
-  if arg.size not in SIZES:
-    raise UserError(
-      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
-    )
-  size, profile, hidden, width, batch, steps, learning_rate = SIZES[arg.size]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # images, updates
+  arg = parse_arg(arg, size=SIZES, batch=0, steps=0)
+  size = SIZES[arg.size]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # images, updates
   # workdir of weights to start from, such as `mmcl convert` makes; "": fresh
   c.init_from = dict(cmr_image="")
-  c.data.ecg_profile = profile  # of the cohort that the next stage shares; no ECG is read here
+  c.data.ecg_profile = size["profile"]
 
   c.augment.twice = True  # two augmentations of every image are what NT-Xent compares
   # scale, shift: as wide as crops of 60 to 100 % of the area. intensity: brightness, contrast x
@@ -45,7 +62,7 @@ def get_config(arg=None):
   c.model.cmr = dict(
     image=dict(
       kind="resnet",
-      size=size,
+      size=size["image"],
       view="three_frames",
       planes=3,
       width=0,
@@ -55,10 +72,10 @@ def get_config(arg=None):
       frozen=False,
     )
   )
-  c.model.projection.update(hidden=hidden, width=width)
+  c.model.projection.update(hidden=size["hidden"], width=size["width"])
   c.objectives.simclr = dict(fn="nt_xent", weight=1.0, of="image", temperature=0.1)
   c.optimizer.update(
-    learning_rate=learning_rate,
+    learning_rate=size["learning_rate"],
     warmup=max(c.steps // 10, 1),
     b1=0.9,
     b2=0.999,

@@ -18,47 +18,76 @@ Source: Alvarez-Florez et al. 2026. What differs: docs/recipes.md.
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, ECG profile of the cohort, samples it sees, width of its head, 3-D ResNet,
-# width of its         embedding, hidden width of the projections, batch, steps, learning rate
 SIZES = {
-  "test": ("test", "minimal", 500, 16, "test", 16, 32, 8, 6, 1e-3),
-  "demo": ("demo", "minimal", 1000, 256, "demo", 256, 256, 32, 600, 1e-3),
-  # 200 epochs x 23,940 / 64
-  "medium": ("medium", "dual_phase", 5000, 1000, "r50", 768, 768, 64, 74_800, 1e-5),
+  "demo": dict(
+    ecg="demo",
+    profile="minimal",  # `mmcl prepare --profile`
+    samples=1000,  # at 500 Hz, that the encoder sees
+    head=256,  # of the ECG encoder
+    cmr="demo",
+    width=256,  # of the CMR embedding
+    hidden=256,  # of the projections
+    batch=32,
+    steps=600,
+    learning_rate=1e-3,
+  ),
+  "test": dict(
+    ecg="test",
+    profile="minimal",
+    samples=500,
+    head=16,
+    cmr="test",
+    width=16,
+    hidden=32,
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
+  ),
+  "medium": dict(
+    ecg="medium",
+    profile="dual_phase",
+    samples=5000,  # all 10 s
+    head=1000,  # timm's
+    cmr="r50",
+    width=768,
+    hidden=768,
+    batch=64,
+    steps=74_800,  # 200 epochs x 23,940 / 64
+    learning_rate=1e-5,
+  ),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0)
-  if arg.size not in SIZES:
-    raise UserError(
-      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
-    )
-  ecg, profile, samples, head, cmr, width, hidden, batch, steps, learning_rate = SIZES[arg.size]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
+  arg = parse_arg(arg, size=SIZES, batch=0, steps=0)
+  size = SIZES[arg.size]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # pairs, updates
   # workdirs of ecg_mae.py and, by view, of cmr_phenotype.py
   c.init_from = dict(ecg="", cmr_ed="", cmr_es="")
   # left behind there: the autoencoder's; fresh here: the head
   c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)
-  c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples  # at 500 Hz; the published size sees all 10 s
+  c.data.ecg_profile = size["profile"]
+  c.data.samples = size["samples"]
   # No augmentation of the ECG, as published. Frozen encoders see the images as they are: the
   # published flip, drawn apart for ED and ES, would swap the ventricles of one of them.
 
-  # patch: samples of one lead; head: timm's
+  # patch: samples of one lead
   c.model.ecg.update(
-    size=ecg, patch=100, pool="mean", head=head, drop_path=0.0 if arg.size == "demo" else 0.1
+    size=size["ecg"],
+    patch=100,
+    pool="mean",
+    head=size["head"],
+    drop_path=0.0 if arg.size == "demo" else 0.1,
   )  # the demo's scores: without
   # slices
   c.model.cmr = {
     phase: dict(
       kind="slow_resnet",
-      size=cmr,
+      size=size["cmr"],
       view=f"{phase}_volume",
       planes=6,
-      width=width,
+      width=size["width"],
       # all but the Linear `fc`
       patch=(1, 16, 16),
       mask_ratio=0.0,
@@ -68,12 +97,16 @@ def get_config(arg=None):
     for phase in schema.PHASES
   }
   c.model.projection.update(
-    hidden=hidden, ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
+    hidden=size["hidden"], ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
   )
   c.objectives.dual_phase = dict(
     fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07
   )
   c.optimizer.update(
-    learning_rate=learning_rate, warmup=max(c.steps // 5, 1), b1=0.9, b2=0.95, weight_decay=1e-5
+    learning_rate=size["learning_rate"],
+    warmup=max(c.steps // 5, 1),
+    b1=0.9,
+    b2=0.95,
+    weight_decay=1e-5,
   )
   return c

@@ -16,67 +16,105 @@ What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG profile of the cohort, samples it sees, mask ratio, share of NCC in the loss, weight
-# of SimSiam,         batch, steps, share of warm-up, learning rate, weight decay
 SIZES = {
-  "test": ("minimal", 500, 0.8, 0.1, 0.1, 8, 6, 0.1, 1e-3, 0.05),
-  "demo": ("minimal", 1000, 0.8, 0.1, 0.0, 32, 600, 0.1, 2e-3, 0.05),
-  # 400 epochs x 28,000 / 128
-  "tiny": ("mmcl", 2500, 0.8, 0.1, 0.0, 128, 87_500, 0.1, 3.2e-4, 0.15),
-  # 250 epochs x 47,500 / 64
-  "medium": ("dual_phase", 5000, 0.7, 0.1, 0.1, 64, 185_500, 0.16, 1e-4, 1e-4),
-  # dual-phase tried it too
-  "base": ("dual_phase", 5000, 0.7, 0.1, 0.1, 64, 185_500, 0.16, 1e-4, 1e-4),
-  # 400 epochs x 29,000 / 32
-  "large": ("minimal", 5000, 0.8, 0.1, 0.0, 32, 362_500, 0.1, 5e-5, 0.05),
+  "demo": dict(
+    profile="minimal",  # `mmcl prepare --profile`
+    samples=1000,  # at 500 Hz, that the encoder sees, a random crop of the 10 s
+    mask_ratio=0.8,
+    ncc=0.1,  # share of NCC in the loss
+    siamese=0.0,  # weight of SimSiam
+    batch=32,
+    steps=600,
+    warmup=0.1,  # share of the steps
+    learning_rate=2e-3,
+    weight_decay=0.05,
+  ),
+  "test": dict(
+    profile="minimal",
+    samples=500,
+    mask_ratio=0.8,
+    ncc=0.1,
+    siamese=0.1,
+    batch=8,
+    steps=6,
+    warmup=0.1,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+  ),
+  "tiny": dict(
+    profile="mmcl",
+    samples=2500,
+    mask_ratio=0.8,
+    ncc=0.1,
+    siamese=0.0,
+    batch=128,
+    steps=87_500,  # 400 epochs x 28,000 / 128
+    warmup=0.1,
+    learning_rate=3.2e-4,
+    weight_decay=0.15,
+  ),
+  "medium": dict(
+    profile="dual_phase",
+    samples=5000,
+    mask_ratio=0.7,
+    ncc=0.1,
+    siamese=0.1,
+    batch=64,
+    steps=185_500,  # 250 epochs x 47,500 / 64
+    warmup=0.16,
+    learning_rate=1e-4,
+    weight_decay=1e-4,
+  ),
+  "large": dict(
+    profile="minimal",
+    samples=5000,
+    mask_ratio=0.8,
+    ncc=0.1,
+    siamese=0.0,
+    batch=32,
+    steps=362_500,  # 400 epochs x 29,000 / 32
+    warmup=0.1,
+    learning_rate=5e-5,
+    weight_decay=0.05,
+  ),
 }
+SIZES["base"] = SIZES["medium"]  # dual-phase tried it too
 
-# ECG profile -> augmentation: strength of phase noise; SD of noise in proportion to the signal, of
-# white noise, of gain
+# ECG profile -> augmentation. gain_noise is in proportion to the signal, jitter is white noise.
 AUGMENT = {
-  "minimal": (0.05, 0.0, 0.1, 0.05),  # this project's: voltage is informative, so little gain
+  # this project's: voltage is informative, so little gain
+  "minimal": dict(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05),
   # voltage is gone by the z-score; what MMCL calls jitter is in proportion
-  "mmcl": (0.1, 0.25, 0.0, 0.5),
-  "dual_phase": (0.075, 0.2, 0.0, 0.5),
+  "mmcl": dict(phase_noise_strength=0.1, gain_noise_sigma=0.25, rescale_sigma=0.5),
+  "dual_phase": dict(phase_noise_strength=0.075, gain_noise_sigma=0.2, rescale_sigma=0.5),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0)
-  if arg.size not in SIZES:
-    raise UserError(
-      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
-    )
-  profile, samples, mask_ratio, ncc, siamese, batch, steps, warmup, learning_rate, weight_decay = (
-    SIZES[arg.size]
-  )
-  phase, gain_noise, jitter, rescale = AUGMENT[profile]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # recordings, updates
-  c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples  # at 500 Hz, a random crop of the 10 s
-  c.augment.ecg.update(
-    phase_noise_strength=phase,
-    gain_noise_sigma=gain_noise,
-    jitter_sigma=jitter,
-    rescale_sigma=rescale,
-  )
+  arg = parse_arg(arg, size=SIZES, batch=0, steps=0)
+  size = SIZES[arg.size]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # recordings, updates
+  c.data.ecg_profile = size["profile"]
+  c.data.samples = size["samples"]
+  c.augment.ecg.update(AUGMENT[size["profile"]])
 
   # patch: samples of one lead; the projection is built and left alone
-  c.model.ecg.update(size=arg.size, patch=100, mask_ratio=mask_ratio, siamese=siamese > 0)
+  c.model.ecg.update(
+    size=arg.size, patch=100, mask_ratio=size["mask_ratio"], siamese=size["siamese"] > 0
+  )
   if arg.size == "base":
     c.model.ecg.decoder = (512, 8, 16)  # of He et al. 2022, as in dual-phase's code
 
   # (1 - w) MSE + w (1 - NCC) with MSE over all patches, as in MMCL's and dual-phase's code.
-  c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=ncc)
-  if siamese:
-    c.objectives.siamese = dict(fn="simsiam", weight=siamese)
+  c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=size["ncc"])
+  if size["siamese"]:
+    c.objectives.siamese = dict(fn="simsiam", weight=size["siamese"])
   c.optimizer.update(
-    learning_rate=learning_rate,
-    warmup=max(int(warmup * c.steps), 1),
+    learning_rate=size["learning_rate"],
+    warmup=max(int(size["warmup"] * c.steps), 1),
     b1=0.9,
     b2=0.95,
-    weight_decay=weight_decay,
+    weight_decay=size["weight_decay"],
   )
   return c

@@ -22,56 +22,82 @@ What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, samples it sees, tokenizer, its patch (slices, pixels, pixels), numbers a
-# token, segmenter, generator,         batch, steps, learning rate, what the running mean of the
-# weights keeps of itself
 SIZES = {
-  "test": ("test", 500, "test", (6, 16, 16), 4, "test", "test", 8, 6, 1e-3, 0.9),
-  "demo": ("demo", 1000, "demo", (4, 8, 8), 8, "demo", "demo", 32, 1000, 1e-3, 0.99),
-  "small": ("medium", 5000, "small", (2, 8, 8), 16, "base", "small", 64, 100_000, 2e-4, 0.999),
-  "base": ("base", 5000, "base", (2, 8, 8), 16, "base", "base", 256, 200_000, 1e-4, 0.999),
+  "demo": dict(
+    ecg="demo",
+    samples=1000,  # at 500 Hz, that the encoder sees
+    tokenizer="demo",
+    patch=(4, 8, 8),  # of the tokenizer: slices, pixels, pixels
+    channels=8,  # numbers a token
+    segmenter="demo",
+    generator="demo",
+    batch=32,
+    steps=1000,
+    learning_rate=1e-3,
+    ema=0.99,  # what the running mean of the weights keeps of itself a step
+  ),
+  "test": dict(
+    ecg="test",
+    samples=500,
+    tokenizer="test",
+    patch=(6, 16, 16),
+    channels=4,
+    segmenter="test",
+    generator="test",
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
+    ema=0.9,
+  ),
+  "small": dict(
+    ecg="medium",
+    samples=5000,
+    tokenizer="small",
+    patch=(2, 8, 8),
+    channels=16,
+    segmenter="base",
+    generator="small",
+    batch=64,
+    steps=100_000,
+    learning_rate=2e-4,
+    ema=0.999,
+  ),
+  "base": dict(
+    ecg="base",
+    samples=5000,
+    tokenizer="base",
+    patch=(2, 8, 8),
+    channels=16,
+    segmenter="base",
+    generator="base",
+    batch=256,
+    steps=200_000,
+    learning_rate=1e-4,
+    ema=0.999,
+  ),
 }
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", kind="flow", batch=0, steps=0)
-  if arg.kind not in ("flow", "masked"):
-    raise UserError(f"the config's argument has kind={arg.kind}; expected flow or masked")
-  if arg.size not in SIZES:
-    raise UserError(
-      f"the config's argument has size={arg.size}; expected one of {', '.join(SIZES)}"
-    )
-  (
-    ecg,
-    samples,
-    tokenizer,
-    patch,
-    channels,
-    segmenter,
-    generator,
-    batch,
-    steps,
-    learning_rate,
-    ema,
-  ) = SIZES[arg.size]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
+  arg = parse_arg(arg, size=SIZES, kind=("flow", "masked"), batch=0, steps=0)
+  size = SIZES[arg.size]
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # pairs, updates
   # workdirs of the stages before; the segmenter only measures
   c.init_from = dict(ecg="", tokenizer="", segmenter="")
   c.init_except = ("^ecg/(decoder|norm|siamese.*)/",)  # what only the masked autoencoder needs
   c.freeze = ("^ecg/", "^tokenizer/", "^segmenter/")
-  c.data.samples = samples  # samples it sees at a time
-  c.model.ecg.update(size=ecg, patch=100)
-  c.model.tokenizer = dict(size=tokenizer, patch=patch, channels=channels)
-  c.model.segmenter = dict(size=segmenter)
+  c.data.samples = size["samples"]
+  c.model.ecg.update(size=size["ecg"], patch=100)
+  c.model.tokenizer = dict(size=size["tokenizer"], patch=size["patch"], channels=size["channels"])
+  c.model.segmenter = dict(size=size["segmenter"])
   c.model.generator = dict(
-    size=generator,
+    size=size["generator"],
     masked=arg.kind == "masked",
     dropout=0.1,  # of the ECG, so that it also learns the hearts of all
     covariates=False,
   )  # beside the ECG, withheld as often
   c.objectives.flow = dict(fn="flow_matching", weight=1.0)
   c.evaluators = ("losses",)
-  c.optimizer.update(learning_rate=learning_rate, weight_decay=0.0, ema=ema)
+  c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.0, ema=size["ema"])
   return c

@@ -14,34 +14,65 @@ reconstruction.
 
 from mmcl_jax.configuration import defaults, parse_arg
 from mmcl_jax.data import schema
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, samples it sees, CMR encoder, slices it sees, width of the CMR embedding,
-# hidden width of the         heads, batch, steps, learning rate
 SIZES = {
-  "test": ("test", 500, "test", 6, 16, 32, 8, 6, 1e-3),
-  "demo": ("demo", 1000, "demo", 4, 256, 256, 32, 600, 2e-3),
-  "tiny": ("tiny", 2500, "r50", 6, 768, 512, 256, 40_000, 3e-4),
-  "medium": ("medium", 5000, "r50", 6, 768, 768, 256, 80_000, 1e-4),
-  "base": ("base", 5000, "r50", 6, 768, 768, 1024, 80_000, 1e-4),
-  "large": ("large", 5000, "r50", 6, 768, 768, 2048, 80_000, 5e-5),
+  "demo": dict(
+    ecg="demo",
+    samples=1000,  # at 500 Hz, that the encoder sees at a time
+    cmr="demo",
+    slices=4,
+    width=256,  # of the CMR embedding
+    hidden=256,  # of the projections
+    batch=32,
+    steps=600,
+    learning_rate=2e-3,
+  ),
+  "test": dict(
+    ecg="test",
+    samples=500,
+    cmr="test",
+    slices=6,
+    width=16,
+    hidden=32,
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
+  ),
+  "tiny": dict(
+    ecg="tiny",
+    samples=2500,
+    cmr="r50",
+    slices=6,
+    width=768,
+    hidden=512,
+    batch=256,
+    steps=40_000,
+    learning_rate=3e-4,
+  ),
+  "medium": dict(
+    ecg="medium",
+    samples=5000,
+    cmr="r50",
+    slices=6,
+    width=768,
+    hidden=768,
+    batch=256,
+    steps=80_000,
+    learning_rate=1e-4,
+  ),
 }
+SIZES["base"] = SIZES["medium"] | dict(ecg="base", batch=1024)
+SIZES["large"] = SIZES["medium"] | dict(ecg="large", batch=2048, learning_rate=5e-5)
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="joint")
-  for name, known in (("size", SIZES), ("arm", ("joint", "mae", "contrastive"))):
-    if arg[name] not in known:
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  arm = arg.arm
-  ecg, samples, cmr, slices, cmr_width, hidden, batch, steps, learning_rate = SIZES[arg.size]
-  c = defaults(arg.batch or batch, arg.steps or steps)  # rows, updates
+  arg = parse_arg(arg, size=SIZES, arm=("joint", "mae", "contrastive"), batch=0, steps=0)
+  size, arm = SIZES[arg.size], arg.arm
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # rows, updates
   # module -> workdir of an earlier stage; "": starts fresh
   c.init_from = dict(ecg="", cmr_ed="", cmr_es="")
   c.per_device_batch = 0 if arg.batch else 32  # of `mmcl compile`
-  c.data.samples = samples  # samples it sees at a time
+  c.data.samples = size["samples"]
 
   # mild: gain is informative
   c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)
@@ -49,13 +80,13 @@ def get_config(arg=None):
   c.augment.cmr.update(rotation_deg=15.0, shift=0.05, intensity_sigma=0.1)
 
   # patch: samples of one lead
-  c.model.ecg.update(size=ecg, patch=100, mask_ratio=0.8 if arm != "contrastive" else 0.0)
+  c.model.ecg.update(size=size["ecg"], patch=100, mask_ratio=0.8 if arm != "contrastive" else 0.0)
   # planes: slices
   tower = dict(
     kind="slow_resnet",
-    size=cmr,
-    planes=slices,
-    width=cmr_width,
+    size=size["cmr"],
+    planes=size["slices"],
+    width=size["width"],
     frozen=False,
     patch=(1, 16, 16),
     mask_ratio=0.0,
@@ -64,7 +95,7 @@ def get_config(arg=None):
   c.model.cmr = (
     {phase: tower | dict(view=f"{phase}_volume") for phase in schema.PHASES} if arm != "mae" else {}
   )
-  c.model.projection.update(hidden=hidden, width=128)
+  c.model.projection.update(hidden=size["hidden"], width=128)
 
   if arm != "contrastive":
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="masked", ncc_weight=0.0)
@@ -72,5 +103,5 @@ def get_config(arg=None):
     c.objectives.dual_phase = dict(
       fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.1
     )
-  c.optimizer.update(learning_rate=learning_rate, weight_decay=0.05)
+  c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.05)
   return c

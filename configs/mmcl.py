@@ -17,36 +17,55 @@ Source: Turgut et al. 2025. What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG encoder, ECG profile of the cohort, samples it sees, ResNet, hidden width of the
-# heads, batch, steps,         learning rate from pre-trained encoders, and from a fresh ECG encoder
 SIZES = {
-  "test": ("test", "minimal", 500, "test", 16, 8, 6, 1e-3, 1e-3),
-  "demo": ("demo", "minimal", 1000, "demo", 128, 32, 600, 1e-3, 2e-3),
-  # 300 epochs x 28,000 / 256
-  "tiny": ("tiny", "mmcl", 2500, "r50", 512, 256, 32_800, 1e-4, 3e-4),
+  "demo": dict(
+    ecg="demo",
+    profile="minimal",  # `mmcl prepare --profile`
+    samples=1000,  # at 500 Hz, that the encoder sees, a random crop of the 10 s
+    image="demo",
+    hidden=128,  # of the projections
+    batch=32,
+    steps=600,
+    learning_rate=dict(mmcl=1e-3, wo_mdm=2e-3),
+  ),
+  "test": dict(
+    ecg="test",
+    profile="minimal",
+    samples=500,
+    image="test",
+    hidden=16,
+    batch=8,
+    steps=6,
+    learning_rate=dict(mmcl=1e-3, wo_mdm=1e-3),
+  ),
+  "tiny": dict(
+    ecg="tiny",
+    profile="mmcl",
+    samples=2500,
+    image="r50",
+    hidden=512,
+    batch=256,
+    steps=32_800,  # 300 epochs x 28,000 / 256
+    learning_rate=dict(mmcl=1e-4, wo_mdm=3e-4),
+  ),
 }
+ARMS = ("mmcl", "wo_mdm")  # the ECG encoder is pre-trained, or starts fresh
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, arm="mmcl")
-  for name, known in (("size", SIZES), ("arm", ("mmcl", "wo_mdm"))):
-    if arg[name] not in known:
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  ecg, profile, samples, image, hidden, batch, steps, warm_rate, fresh_rate = SIZES[arg.size]
+  arg = parse_arg(arg, size=SIZES, arm=ARMS, batch=0, steps=0)
+  size = SIZES[arg.size]
   fresh = arg.arm == "wo_mdm"
   published = arg.size != "demo"  # the demo's scores were taken with forms of this project's own
-  c = defaults(arg.batch or batch, arg.steps or steps)  # pairs, updates
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # pairs, updates
   c.init_from = dict(ecg="", cmr_image="")  # workdirs of ecg_mae.py and cmr_simclr.py
   # what only the masked autoencoder needs
   c.init_except = () if fresh else ("^ecg/(decoder|norm|siamese.*)/",)
-  c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples  # at 500 Hz, a random crop of the 10 s
+  c.data.ecg_profile = size["profile"]
+  c.data.samples = size["samples"]
 
-  if profile == "mmcl":  # noise in proportion to the signal, which MMCL calls jitter
+  if size["profile"] == "mmcl":  # noise in proportion to the signal, which MMCL calls jitter
     c.augment.ecg.update(phase_noise_strength=0.1, gain_noise_sigma=0.25, rescale_sigma=0.5)
   else:  # profile minimal keeps voltage, which is informative
     c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)
@@ -55,13 +74,15 @@ def get_config(arg=None):
   # swaps the ventricles.
   c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
 
-  c.model.ecg.update(size=ecg, patch=100, drop_path=0.1, pool="mean")  # patch: samples of one lead
+  c.model.ecg.update(
+    size=size["ecg"], patch=100, drop_path=0.1, pool="mean"
+  )  # patch: samples of one lead
   if fresh and published:
     c.model.ecg.update(positions="learned", timm_start=True)
   c.model.cmr = dict(
     image=dict(
       kind="resnet",
-      size=image,
+      size=size["image"],
       view="three_frames",
       planes=3,
       width=0,
@@ -71,13 +92,13 @@ def get_config(arg=None):
       frozen=False,
     )
   )
-  c.model.projection.update(hidden=hidden, width=128, norm=False)
+  c.model.projection.update(hidden=size["hidden"], width=128, norm=False)
   # b_to_a: MMCL's lambda, the weight of "this image among all ECGs".
   c.objectives.contrastive = dict(
     fn="clip", weight=1.0, a="ecg", b="image", b_to_a=0.75, temperature=0.1
   )
   c.optimizer.update(
-    learning_rate=fresh_rate if fresh else warm_rate,
+    learning_rate=size["learning_rate"][arg.arm],
     warmup=max(c.steps // 10, 1),
     b1=0.9,
     b2=0.999,

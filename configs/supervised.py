@@ -19,44 +19,56 @@ Source: Turgut et al. 2025 (fine-tuning). What differs: docs/recipes.md.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
-from mmcl_jax.errors import UserError
 
-# size -> ECG profile of the cohort, samples it sees, batch, steps, learning rate fresh and
-# pre-trained, weight decay,         evaluations in all, and how many of them without gain end it
 SIZES = {
-  "test": ("minimal", 500, 8, 6, 1e-3, 1e-3, 0.1, 2, 1),
-  "demo": ("minimal", 1000, 32, 600, 1e-3, 1e-3, 0.1, 30, 10),
-  # 400 epochs x 28,000 / 32; 3e-5 and 3e-6 x 32 / 4
-  "tiny": ("mmcl", 2500, 32, 350_000, 2.4e-4, 2.4e-5, 0.1, 400, 25),
-  "medium": ("dual_phase", 5000, 32, 350_000, 2.4e-4, 2.4e-5, 0.1, 400, 25),  # by analogy
-  "base": ("dual_phase", 5000, 32, 350_000, 2.4e-4, 2.4e-5, 0.1, 400, 25),
+  "demo": dict(
+    profile="minimal",  # `mmcl prepare --profile`
+    samples=1000,  # at 500 Hz, that the encoder sees, a random crop of the 10 s
+    batch=32,
+    steps=600,
+    learning_rate=dict(scratch=1e-3, pretrained=1e-3),
+    evaluations=30,  # in all
+    stop_after=10,  # evaluations without gain
+  ),
+  "test": dict(
+    profile="minimal",
+    samples=500,
+    batch=8,
+    steps=6,
+    learning_rate=dict(scratch=1e-3, pretrained=1e-3),
+    evaluations=2,
+    stop_after=1,
+  ),
+  "tiny": dict(
+    profile="mmcl",
+    samples=2500,
+    batch=32,
+    steps=350_000,  # 400 epochs x 28,000 / 32
+    learning_rate=dict(scratch=2.4e-4, pretrained=2.4e-5),  # 3e-5 and 3e-6 x 32 / 4
+    evaluations=400,
+    stop_after=25,
+  ),
 }
+# Larger encoders by analogy with `tiny`.
+SIZES["medium"] = SIZES["tiny"] | dict(profile="dual_phase", samples=5000)
+SIZES["base"] = SIZES["medium"]
+STARTS = ("scratch", "pretrained")
+TASKS = ("phenotypes", "diseases")
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="demo", batch=0, steps=0, start="scratch", task="phenotypes")
-  for name, known in (
-    ("size", SIZES),
-    ("start", ("scratch", "pretrained")),
-    ("task", ("phenotypes", "diseases")),
-  ):
-    if arg[name] not in known:
-      raise UserError(
-        f"the config's argument has {name}={arg[name]}; expected one of {', '.join(known)}"
-      )
-  profile, samples, batch, steps, fresh_rate, tuned_rate, weight_decay, evaluations, patience = (
-    SIZES[arg.size]
-  )
+  arg = parse_arg(arg, size=SIZES, start=STARTS, task=TASKS, batch=0, steps=0)
+  size = SIZES[arg.size]
   pretrained = arg.start == "pretrained"
-  c = defaults(arg.batch or batch, arg.steps or steps)  # recordings, updates
+  c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # recordings, updates
   # Left behind there: what only the autoencoder, a projection or covariates need. Fresh here: the
   # attention pooling.
   c.init_except = ("^ecg/(decoder|norm|siamese.*|head|film|pool)/",) if pretrained else ()
-  c.data.ecg_profile = profile  # `mmcl prepare --profile`
-  c.data.samples = samples  # at 500 Hz, a random crop of the 10 s
+  c.data.ecg_profile = size["profile"]
+  c.data.samples = size["samples"]
   c.data.targets = ()  # all phenotypes of the cohort
 
-  if profile == "minimal":  # keeps voltage, which is informative
+  if size["profile"] == "minimal":  # keeps voltage, which is informative
     c.augment.ecg.update(phase_noise_strength=0.05, jitter_sigma=0.1, rescale_sigma=0.05)
   else:  # noise in proportion to the signal, which MMCL calls jitter
     c.augment.ecg.update(phase_noise_strength=0.075, gain_noise_sigma=0.2, rescale_sigma=0.5)
@@ -75,13 +87,13 @@ def get_config(arg=None):
     # of the labels
     c.objectives.diseases = dict(fn="disease_classification", weight=1.0, of="ecg", smoothing=0.1)
   c.optimizer.update(
-    learning_rate=tuned_rate if pretrained else fresh_rate,
+    learning_rate=size["learning_rate"][arg.start],
     warmup=max(c.steps // 20, 1),
     b1=0.9,
     b2=0.999,
-    weight_decay=weight_decay,
+    weight_decay=0.1,
     layer_decay=0.75 if pretrained else 1.0,
   )
-  c.every.evaluate = max(c.steps // evaluations, 1)
-  c.stop_after, c.stop_on = patience, f"validation/{arg.task}"
+  c.every.evaluate = max(c.steps // size["evaluations"], 1)
+  c.stop_after, c.stop_on = size["stop_after"], f"validation/{arg.task}"
   return c
