@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from mmcl_jax.data.ahead import LATER, TEXTS, read_ahead
 from mmcl_jax.data.preprocess.ecg import samples
-from mmcl_jax.data.readers import READS, ecg_file, find_ecg, listing
+from mmcl_jax.data.readers import FLAG, READS, ecg_file, find_ecg, listing, parse_own
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import UserError, check_writable, one_line, writing
 from mmcl_jax.support import files
@@ -57,7 +58,8 @@ def main(argv=None):
   # brings JAX: not before the flags are known to be right
   from mmcl_jax.training.restore import load_encoder
 
-  paths, here, out = find_recordings(args.input), distributed.here, Path(args.out)
+  own = parse_own(args.reader)
+  paths, here, out = find_recordings(args.input, own), distributed.here, Path(args.out)
   check_writable(out)
   names = hashlib.sha256()
   for path in paths:
@@ -68,6 +70,7 @@ def main(argv=None):
     "--batch": args.batch,
     "the number of recordings": len(paths),
     "the hash of their names": names.hexdigest()[:16],
+    "--reader": " ".join(args.reader),
   }
   distributed.agree(run)
   encoder = load_encoder(args.workdir, args.step)
@@ -94,7 +97,7 @@ def main(argv=None):
 
   counts = sum(done.values()) if here.index == 0 else 0
   mine = {number: parts[number] for number in to_do[here.index :: here.count]}
-  counts += embed_parts(encoder, probes, out, run, mine, args.batch)
+  counts += embed_parts(encoder, probes, out, run, mine, args.batch, own)
   distributed.meet()
   embedded, later = sum(distributed.gather(counts))
   if here.index > 0:
@@ -134,6 +137,7 @@ def parse(argv):
     required=True,
     help="folder for the table, in Parquet; a part of it there is gone on from",
   )
+  parser.add_argument("--reader", **FLAG)
   parser.add_argument("--evaluation", **EVALUATION)
   parser.add_argument(
     "--step",
@@ -153,8 +157,10 @@ def parse(argv):
   return args
 
 
-def find_recordings(inputs) -> list[str]:
+def find_recordings(inputs, own: Mapping[str, str] | None = None) -> list[str]:
   """The recordings that files, stems and folders name, in that order, each once; folders sorted.
+
+  `own`: readers from outside, as of data.readers.read_ecg.
 
   A record's header and samples (`folder/*`) are one recording. Paths that do not exist and folders
   without an ECG stay in, to be rejected by name. Other files in folders are counted in one line of
@@ -163,11 +169,11 @@ def find_recordings(inputs) -> list[str]:
   found, others = {}, Counter()
   for path in map(Path, inputs):
     if os.path.isdir(path):
-      recordings, passed_over = find_ecg(path)
+      recordings, passed_over = find_ecg(path, own)
       others += passed_over
       found |= {name: name for name in map(str, recordings or [path]) if name not in found}
     else:
-      found.setdefault(str(ecg_file(path)), str(path))
+      found.setdefault(str(ecg_file(path, own)), str(path))
   if others and distributed.here.index == 0:
     print(f"{others.total()} files of other kinds, passed over: {listing(others)}", flush=True)
   return list(found.values())
@@ -266,7 +272,7 @@ def whole_parts(out, run) -> dict[int, np.ndarray]:
   return found
 
 
-def embed_parts(encoder, probes, out, run, parts, batch) -> np.ndarray:
+def embed_parts(encoder, probes, out, run, parts, batch, own=None) -> np.ndarray:
   """Embeds and writes parts, {number: paths}; the sum of their counts."""
   counts = np.zeros(2, int)
   if not parts:
@@ -282,7 +288,7 @@ def embed_parts(encoder, probes, out, run, parts, batch) -> np.ndarray:
   total = sum(map(len, parts.values()))
   with (
     contextlib.closing(
-      read_ahead(itertools.chain.from_iterable(parts.values()), profile, 2 * batch)
+      read_ahead(itertools.chain.from_iterable(parts.values()), profile, 2 * batch, own)
     ) as recordings,
     tqdm(
       total=total, desc="embed", unit="ECG", mininterval=1, disable=distributed.here.index > 0

@@ -12,18 +12,18 @@ import argparse
 import csv
 import functools
 import hashlib
-import importlib
+import inspect
 import io
 import os
 import pathlib
 import re
 import secrets
-import sys
 import types
 
 import numpy as np
 
-from mmcl_jax.data import builder, schema
+from mmcl_jax import registry
+from mmcl_jax.data import builder, readers, schema
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.sources import synthetic
@@ -32,24 +32,30 @@ from mmcl_jax.evaluators import phenotypes, quality, statistics
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 
-ROOM = "mmcl_jax.data.sources"
-SOURCES = {  # name -> where its plan is, what it reads
+SOURCES = {  # name -> its plan, what it reads
   "ukb": (
-    f"{ROOM}.ukb:plan",
+    "mmcl_jax.data.sources.ukb:plan",
     "UK Biobank: ECG XML (field 20205) with short-axis DICOM zips (20209)",
   ),
   "ukbb_cardiac": (
-    f"{ROOM}.ukb:plan_folders",
+    "mmcl_jax.data.sources.ukb:plan_folders",
     "UK Biobank: ECG XML with folders of NIfTI as ukbb_cardiac leaves them",
   ),
-  "acdc": (f"{ROOM}.acdc:plan", "ACDC challenge folders, CMR alone"),
-  "mnms": (f"{ROOM}.mnms:plan", "M&Ms challenge folders, CMR alone"),
-  "wfdb": (f"{ROOM}.wfdb:plan", "PTB-XL, MIMIC-IV-ECG, CinC or any WFDB records, ECG alone"),
+  "acdc": ("mmcl_jax.data.sources.acdc:plan", "ACDC challenge folders, CMR alone"),
+  "mnms": ("mmcl_jax.data.sources.mnms:plan", "M&Ms challenge folders, CMR alone"),
+  "wfdb": (
+    "mmcl_jax.data.sources.wfdb:plan",
+    "PTB-XL, MIMIC-IV-ECG, CinC or any WFDB records, ECG alone",
+  ),
+  "ecg": (
+    "mmcl_jax.data.sources.ecg:plan",
+    "ECG files of any format that mmcl embed or --reader reads, ECG alone",
+  ),
   "mmcl_pt": (
-    f"{ROOM}.mmcl_pt:plan",
+    "mmcl_jax.data.sources.mmcl_pt:plan",
     "torch files of the MMCL reference project, read without torch",
   ),
-  "synthetic": (f"{ROOM}.synthetic:plan", "hearts with known phenotypes"),
+  "synthetic": ("mmcl_jax.data.sources.synthetic:plan", "hearts with known phenotypes"),
 }
 # flags that no source needs to know; others: TAKES
 EVERY_SOURCE = {"source", "more", "out", "private", "processes", "beam"}
@@ -102,14 +108,14 @@ def report(folder, cohort, outcome):
 
 
 def parse(argv):
+  sources = [f"  {name:16s}{what}" for name, (_, what) in SOURCES.items()]
+  sources.append("  my_module:plan  a source of your own (docs/your_data.md)")
   parser = argparse.ArgumentParser(
     prog="mmcl prepare",
     description="Makes a cohort.",
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog="sources:\n"
-    + "\n".join(f"  {name:16s}{what}" for name, (_, what) in SOURCES.items())
-    + "\n  my_module:plan  a source of your own (docs/your_data.md)",
+    epilog="\n".join(["sources:", *sources]),
   )
   parser.add_argument("source", metavar="SOURCE", help="one of the sources below")
   parser.add_argument(
@@ -121,6 +127,7 @@ def parse(argv):
     metavar="PATH",
     help="raw files and folders",
   )
+  parser.add_argument("--reader", **readers.FLAG)
   parser.add_argument(
     "--tables",
     type=local,
@@ -220,6 +227,7 @@ def parse(argv):
   args.given = {
     name for name, value in vars(args).items() if value != parser.get_default(name) and value != []
   }
+  args.own_readers = readers.parse_own(args.reader)
   args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
   if (
     min(args.slices, args.size, args.processes) < 1
@@ -240,28 +248,17 @@ def parse(argv):
 def find_source(args):
   """The `plan` function of a source's name or of my_module:plan; a flag that the source has no use
   for is a mistake."""
-  name = args.source
-  module, found, function = SOURCES.get(name, (name,))[0].partition(":")
-  if not found:
-    raise UserError(f"no source {name!r}; expected one of {', '.join(SOURCES)} or my_module:plan")
-  sys.path.append(os.getcwd())  # where a module of the user's own is
-  try:
-    source = importlib.import_module(module)
-    plan = getattr(source, function)
-  except ModuleNotFoundError as error:
-    if error.name != module:
-      raise
+  plan = registry.resolve(args.source, {name: fn for name, (fn, _) in SOURCES.items()}, "SOURCE")
+  takes = getattr(inspect.getmodule(plan), "TAKES", args.given)
+  if useless := args.given - set(takes) - EVERY_SOURCE:
     raise UserError(
-      f"source {name}: no module {module}; expected it in the current folder or on PYTHONPATH"
-    ) from None
-  except AttributeError:
-    raise UserError(f"source {name}: the module {module} has no {function}") from None
-  if useless := args.given - set(getattr(source, "TAKES", args.given)) - EVERY_SOURCE:
-    raise UserError(
-      f"source {name} has no use for {', '.join('--' + flag.replace('_', '-') for flag in sorted(useless))}; it takes "
-      f"{', '.join('--' + flag.replace('_', '-') for flag in source.TAKES)}"
+      f"source {args.source} has no use for {flags(sorted(useless))}; it takes {flags(takes)}"
     )
   return plan
+
+
+def flags(names) -> str:
+  return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def fractions(text: str) -> tuple[float, float, float]:

@@ -7,6 +7,8 @@ the built-in ones; nothing is imported before it is asked for.
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,13 +32,16 @@ def resolve(fn: str, built_in: Mapping[str, str], where: str) -> Callable:
     raise UserError(
       f"{where} is {fn!r}; expected one of {', '.join(built_in)}, or 'package.module:function'"
     )
+  if os.getcwd() not in sys.path:  # where a module of the user's own may be
+    sys.path.append(os.getcwd())
   try:
     part = importlib.import_module(module)
     for name in attribute.split("."):
       part = getattr(part, name)
   except (ImportError, AttributeError) as error:
     raise UserError(
-      f"{where} is {fn!r}, which cannot be imported ({error}); is its folder on PYTHONPATH?"
+      f"{where} is {fn!r}, which cannot be imported ({error}); is its folder the current one, "
+      "or on PYTHONPATH?"
     ) from None
   return part
 

@@ -323,7 +323,7 @@ def test_a_name_that_is_not_utf8_and_a_reader_s_own_mistake_cost_a_row_each(
   shutil.copytree(recordings, recordings / os.fsdecode(b"\xff"))
   read_ecg = ahead.read_ecg
   monkeypatch.setattr(
-    ahead, "read_ecg", lambda path: 1 / 0 if path.endswith("z.hea") else read_ecg(path)
+    ahead, "read_ecg", lambda path, own: 1 / 0 if path.endswith("z.hea") else read_ecg(path)
   )
   rows = run(tmp_path)
   (name,) = [path for path in rows["path"] if path.endswith("\\xff/a.hea")]
@@ -443,7 +443,7 @@ def test_a_disk_that_failed_is_tried_again_by_the_same_command(
   expected = run(tmp_path, "--batch=2", out="expected")
   read_ecg = ahead.read_ecg
 
-  def fails(path):
+  def fails(path, own):
     if path.endswith("nested/d.hea"):
       raise OSError(errno.EIO, "Input/output error")
     return read_ecg(path)
@@ -496,14 +496,14 @@ class Lazy:
 def test_recordings_come_in_order_and_no_more_wait_than_asked_for(monkeypatch):
   pool = Lazy()
   monkeypatch.setattr(ahead, "readers", lambda: pool)
-  monkeypatch.setattr(ahead, "read", lambda path, profile: (path, profile))
+  monkeypatch.setattr(ahead, "read", lambda path, profile, own: (path, profile))
   for number, found in enumerate(ahead.read_ahead((f"{i}" for i in range(500)), "minimal", 64)):
     assert found == (f"{number}", "minimal")
     assert pool.given == min(number + 64, 500)
   assert number == 499
 
 
-def dies(path, profile):
+def dies(path, profile, own):
   os._exit(1)
 
 

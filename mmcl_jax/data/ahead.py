@@ -4,7 +4,7 @@ them."""
 import collections
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -22,7 +22,7 @@ LATER = "could not be read now"
 
 
 def read_ahead(
-  paths: Iterable[str], profile: str, ahead: int
+  paths: Iterable[str], profile: str, ahead: int, own: Mapping[str, str] | None = None
 ) -> Iterator[tuple[dict[str, str], np.ndarray | None]]:
   """Yields `read` of every path, in their order; at most `ahead` recordings, or two a process, are
   read and waiting."""
@@ -31,15 +31,15 @@ def read_ahead(
   try:
     for path in paths:
       with signals_blocked():
-        waiting.append(pool.submit(read, path, profile))
+        waiting.append(pool.submit(read, path, profile, own))
       if len(waiting) == ahead:
         yield waiting.popleft().result()
     while waiting:
       yield waiting.popleft().result()
   except BrokenProcessPool:
     raise UserError(
-      f"a reading process died, as when memory runs out, at {path} or one of the {ahead} recordings before "
-      "it; the same command goes on from what is saved"
+      f"a reading process died, as when memory runs out, at {path} or one of the {ahead} "
+      "recordings before it; the same command goes on from what is saved"
     ) from None
   finally:
     pool.shutdown(cancel_futures=True)
@@ -56,8 +56,12 @@ def readers() -> Executor:
   return ProcessPoolExecutor(processes(), context, exit_with_parent)
 
 
-def read(path: str, profile: str) -> tuple[dict[str, str], np.ndarray | None]:
+def read(
+  path: str, profile: str, own: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], np.ndarray | None]:
   """One recording by `profile` (preprocess.ecg); what is wrong with it never raises.
+
+  `own`: readers from outside, as of `read_ecg`.
 
   Returns:
     TEXTS: `status` ok or rejected with its `reason`; remarks in `flags`. All are UTF-8, which a
@@ -65,19 +69,18 @@ def read(path: str, profile: str) -> tuple[dict[str, str], np.ndarray | None]:
   """
   ecg, reason, flags = None, "", ()
   try:
-    recording = read_ecg(path)
-    ecg, flags = (
-      normalise(to_standard(recording.ecg_mv, recording.rate_hz), profile),
-      recording.flags,
-    )
+    recording = read_ecg(path, own)
+    ecg = normalise(to_standard(recording.ecg_mv, recording.rate_hz), profile)
+    flags = recording.flags
   except BadRecord as error:
     reason = str(error)
   except (OSError, MemoryError) as error:
     reason = f"{LATER} ({getattr(error, 'strerror', '') or type(error).__name__})"
   except Exception as error:  # a reader's own mistake: one recording must not cost a long run
     reason = f"unexpected {type(error).__name__}: {error}"
-  texts = path, "rejected" if ecg is None else "ok", " ".join(reason.split()), "; ".join(flags)
-  texts = (
-    text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in texts
-  )
-  return dict(zip(TEXTS, texts)), ecg
+  status = "rejected" if ecg is None else "ok"
+  texts = {"path": path, "status": status, "reason": " ".join(reason.split())}
+  texts["flags"] = "; ".join(flags)
+  for name, text in texts.items():
+    texts[name] = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+  return texts, ecg

@@ -11,16 +11,14 @@ BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
 
 
 class Kind(NamedTuple):
-  """`name`: with its article; `reader`: the module beside this one that reads it, "": none;
-  `advice`: added to a refusal."""
+  """`name`: with its article; `advice`: added to a refusal."""
 
   name: str
-  reader: str = ""
   advice: str = "which is not read"
 
 
-DICOM = Kind("a DICOM file", "dicom_ecg", "")
-CARDIOSOFT = Kind("a GE CardioSoft XML file", "ukb_ecg_xml", "")
+DICOM = Kind("a DICOM file", advice="")
+CARDIOSOFT = Kind("a GE CardioSoft XML file", advice="")
 NPY = Kind("a NumPy array (.npy)", advice="")
 GZIP = Kind("a gzip file", advice="to be unpacked first")
 PARQUET = Kind("a Parquet file")

@@ -2,14 +2,13 @@
 
     mmcl prepare mnms --input=OpenDataset --out=COHORT
 
-Pathologies: Campello et al., IEEE TMI 2021;40:3543, doi 10.1109/TMI.2021.309 0082.
+Pathologies: Campello et al., IEEE TMI 2021;40:3543, doi 10.1109/TMI.2021.3090082.
 """
 
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import cmr
 from mmcl_jax.data.readers import mnms as reader, tables
-from mmcl_jax.data.sources import Item, Plan, labels
-from mmcl_jax.data.sources.acdc import plan_of, record_of
+from mmcl_jax.data.sources import Item, Plan, cmr_alone, labels
 from mmcl_jax.errors import BadRecord, UserError
 
 TAKES = ("input", "withdrawn", "codes", "split", "slices", "size", "pixel_mm", "frames")
@@ -29,18 +28,16 @@ def plan(options, identify) -> Plan:
   patients = {}
   for start in options.input:
     try:
-      patients |= {
-        tables.canonical(study.folder.name): (study, study.folder.name)
-        for study in reader.find(start)
-      }
+      for study in reader.find(start):
+        patients[tables.canonical(study.folder.name)] = study, study.folder.name
     except BadRecord as error:
       raise UserError(f"--input {start}: {error}") from None
   if not patients:
     raise UserError(
-      f"--input {' '.join(map(str, options.input))}: no patient of the table has a folder CODE with "
-      "CODE_sa.nii.gz"
+      f"--input {' '.join(map(str, options.input))}: no patient of the table has a folder CODE "
+      "with CODE_sa.nii.gz"
     )
-  return plan_of(
+  return cmr_alone.plan_of(
     options,
     identify,
     patients,
@@ -58,5 +55,5 @@ def read(shape: cmr.Shape, diseases: tuple[str, ...], item: Item):
   covariates = labels.covariates(
     about["sex"], age=about["age"], height=about["height"], weight=about["weight"]
   )
-  known = labels.diseases(PATHOLOGIES.get(about["pathology"].upper(), {}), diseases)
-  return record_of(reader.read(item.key), shape, known, covariates)
+  states = labels.diseases(PATHOLOGIES.get(about["pathology"].upper(), {}), diseases)
+  return cmr_alone.record_of(reader.read(item.key), shape, states, covariates)

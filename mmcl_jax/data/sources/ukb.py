@@ -176,7 +176,8 @@ def plan(options, identify, folders: bool = False) -> Plan:  # noqa: C901
   )
 
 
-plan_folders = functools.partial(plan, folders=True)
+def plan_folders(options, identify) -> Plan:
+  return plan(options, identify, folders=True)
 
 
 def index(listed: list[str], pattern: re.Pattern) -> dict[tuple[str, int], list[str]]:
