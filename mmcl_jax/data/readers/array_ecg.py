@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl_jax.data.readers import stem
+from mmcl_jax.data.readers import suffix
 from mmcl_jax.data.readers.files import bad_record, beside, check_file, head, read_bytes, text
 from mmcl_jax.data.readers.kinds import GZIP, NPY, UTF_16, expect
 from mmcl_jax.data.readers.recording import (
@@ -48,8 +48,9 @@ DECLARE = '{"rate_hz": 500, "leads": ["I", "II", ...], "unit": "mV"}'
 def sidecar(path) -> Path | None:
   """The file that declares what an array holds: NAME.json, else ecg.json in its folder, else
   None."""
-  folder = Path(path).parent
-  return beside(folder, stem(path) + ".json") or beside(folder, "ecg.json")
+  folder, name = Path(path).parent, Path(path).name
+  stem = name[: len(name) - len(suffix(name))]
+  return beside(folder, f"{stem}.json") or beside(folder, "ecg.json")
 
 
 def read(path, rate_hz: float | None = None, leads=None, unit: str | None = None) -> Recording:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 MEN = 0.48  # share of men, about that of UK Biobank imaging; assumption
 
 _PETERSEN = "Petersen 2017, JCMR 19:18, UK Biobank, healthy, 45-74 y"
-_PETERSEN_RISK = "Petersen 2017, PLoS One 12:e018 5114, UK Biobank, n = 4,651"
+_PETERSEN_RISK = "Petersen 2017, PLoS One 12:e0185114, UK Biobank, n = 4,651"
 
 
 class Moments(NamedTuple):
@@ -47,7 +47,7 @@ PHENOTYPES = {
   "RVEF": Moments((57.7, 6), (53.3, 6), "normal", f"{_PETERSEN}; means implied by RVESV / RVEDV"),
   # bpm
   "heart_rate": Moments(
-    (66, 9), (62, 10), "lognormal", "women: PMC 382 5808 table 2; men: assumption"
+    (66, 9), (62, 10), "lognormal", "women: PMC3825808 table 2; men: assumption"
   ),
 }
 
@@ -62,7 +62,7 @@ DERIVED = {
 ECG_PARAMETERS = {
   # ms
   "qrs_duration": Moments(
-    (85, 8), (95, 9), "normal", "women: PMC 382 5808 table 2; men: assumption"
+    (85, 8), (95, 9), "normal", "women: PMC3825808 table 2; men: assumption"
   ),
   "qrs_gain": Moments((0.975, 0.2), (1.025, 0.2), "lognormal", "assumption"),
   "t_gain": Moments(
