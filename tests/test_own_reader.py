@@ -1,4 +1,4 @@
-"""An ECG reader from outside the package, through `mmcl prepare` and `mmcl embed`."""
+"""The ECG reader of docs/extending.md, through `mmcl prepare` and `mmcl embed`."""
 
 import sys
 
@@ -6,43 +6,32 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import ROOT
 from mmcl_jax import embed, prepare
 from mmcl_jax.data import cohort, readers
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord, UserError
 from test_ecg_input import heart, record, stacked
 from test_embed import error_of, stand_in
+from test_extending import blocks, write
 
-READER = """
-import numpy as np
-from mmcl_jax.data.readers.recording import assemble
-from mmcl_jax.data.schema import LEADS
-from mmcl_jax.errors import BadRecord
-
-
-def read(path):
-  with open(path) as file:
-    if file.readline() != "twelve leads at 500 Hz in uV\\n":
-      raise BadRecord("not a file of our device; expected its first line to say so")
-    samples = np.loadtxt(file, delimiter=";")  # [T, 12]
-  return assemble(dict(zip(LEADS, samples.T / 1000)), rate_hz=500)
-"""
-FLAG = "--reader=.ours=our_reader:read"
+FLAG = "--reader=.ours=my_reader:read"
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Two ECGs of our device, one damaged file of it, a WFDB record and a text; our_reader is in the
+  """Two ECGs of our device, one damaged file of it, a WFDB record and a text; my_reader is in the
   current folder."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", list(sys.path))
-  monkeypatch.delitem(sys.modules, "our_reader", raising=False)
-  (tmp_path / "our_reader.py").write_text(READER)
+  monkeypatch.delitem(sys.modules, "my_reader", raising=False)
+  write("An ECG reader", tmp_path)
   folder = tmp_path / "ecg"
   record(folder, heart(seed=9), name="d")
   for name, seed in (("a.ours", 1), ("b.OURS", 2)):
     with open(folder / name, "w") as file:
-      file.write("twelve leads at 500 Hz in uV\n")
+      file.write("our device, 500 Hz\n")
       np.savetxt(file, 1000 * stacked(heart(seed=seed)).T, delimiter=";", fmt="%.1f")
   (folder / "c.ours").write_text("something else\n")
   (folder / "notes.txt").write_text("of the study")
@@ -75,8 +64,20 @@ def test_a_reader_of_one_s_own_through_embed(folder, tmp_path, monkeypatch, caps
   assert "1 files of other kinds, passed over: .txt 1" in capsys.readouterr().out
 
 
+def test_the_documents_name_every_format():
+  (command,) = blocks("An ECG reader", "bash")
+  assert FLAG in command.split()
+  page = (DOCS / "your_data.md").read_text().replace("`", "")
+  for entry in readers.FORMATS.values():
+    rows = [
+      row for row in page.splitlines() if row.startswith(f"| {entry.title.partition(' (')[0]}")
+    ]
+    for suffix in (*entry.suffixes, *entry.companions):
+      assert any(suffix in row for row in rows), suffix
+
+
 def test_a_reader_of_one_s_own_gives_what_it_reads(folder):
-  own = readers.parse_own([".ours=our_reader:read"])
+  own = readers.parse_own([".ours=my_reader:read"])
   for name, seed in (("a.ours", 1), ("b.OURS", 2)):
     recording = readers.read_ecg(folder / name, own)
     np.testing.assert_allclose(recording.ecg_mv, stacked(heart(seed=seed)), atol=0.0001)
@@ -86,7 +87,7 @@ def test_a_reader_of_one_s_own_gives_what_it_reads(folder):
 
 def test_a_reader_of_one_s_own_goes_before_a_suffix_and_content_that_are_known(folder):
   (folder / "a.ours").rename(folder / "a.dat")
-  own = readers.parse_own([".dat=our_reader:read"])
+  own = readers.parse_own([".dat=my_reader:read"])
   assert readers.ecg_file(folder / "a.dat", own) == folder / "a.dat"
   recording = readers.read_ecg(folder / "a.dat", own)
   np.testing.assert_allclose(recording.ecg_mv, stacked(heart(seed=1)), atol=0.0001)
@@ -106,11 +107,11 @@ def test_a_built_in_reader_for_another_suffix(folder):
 @pytest.mark.parametrize(
   "flag,words",
   [
-    ("our_reader:read", "expected SUFFIX=package.module:function, such as .ecg=my_reader:read"),
-    ("ours=our_reader:read", "expected SUFFIX="),
+    ("my_reader:read", "expected SUFFIX=package.module:function, such as .ecg=my_reader:read"),
+    ("ours=my_reader:read", "expected SUFFIX="),
     (".ours=", "expected SUFFIX="),
-    (".ours=our_reader", "expected one of wfdb, cardiosoft, dicom, array, or 'package.module"),
-    (".ours=our_reader:reed", "cannot be imported (module 'our_reader' has no attribute 'reed')"),
+    (".ours=my_reader", "expected one of wfdb, cardiosoft, dicom, array, or 'package.module"),
+    (".ours=my_reader:reed", "cannot be imported (module 'my_reader' has no attribute 'reed')"),
     (".ours=no_such_module:read", "cannot be imported (No module named 'no_such_module')"),
   ],
 )
@@ -130,6 +131,6 @@ def test_other_sources_have_no_use_for_a_reader(folder):
 
 
 def test_what_a_reader_returns_is_checked(folder, tmp_path):
-  (tmp_path / "our_reader.py").write_text("def read(path):\n  return 5\n")
+  (tmp_path / "my_reader.py").write_text("def read(path):\n  return 5\n")
   with pytest.raises(BadRecord, match="its reader returned a int; expected a Recording"):
-    readers.read_ecg(folder / "a.ours", {".ours": "our_reader:read"})
+    readers.read_ecg(folder / "a.ours", {".ours": "my_reader:read"})

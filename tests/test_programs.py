@@ -618,7 +618,7 @@ def test_real_recordings_are_embedded(workdir, tmp_path):
     ),
     (prepare, ["nope", "--out={tmp}/c"], "SOURCE is 'nope'; expected one of ukb"),
     (prepare, ["no_such_module:plan", "--out={tmp}/c"], "No module named 'no_such_module'"),
-    (prepare, ["json:plan", "--out={tmp}/c"], "has no plan"),
+    (prepare, ["json:plan", "--out={tmp}/c"], "has no attribute 'plan'"),
     (prepare, ["ukb", "--input={tmp}", "--out={tmp}/c"], "none named ID_20209"),
     (prepare, ["ukb", "--input=/nowhere", "--out={tmp}/c"], "no file or folder /nowhere"),
   ],

@@ -28,7 +28,8 @@ def subject(
   `ecg_parameters`, float32 [E], the values of ECG_PARAMETERS behind the recording, free of nuisance
   and noise. `lax` adds the long-axis view; everything else is the same without it.
   """
-  traits = {name: values[0] for name, values in population.draw(seed, [index]).items()}
+  population_of_one = population.draw(seed, [index])
+  traits = {name: values[0] for name, values in population_of_one.items()}
   volumes, labels, cine = cmr.heart(traits, population.generator(seed, index, 2), grid)
   spacing = np.array(grid.spacing, np.float32)
   measured = measure.phenotypes(labels, spacing, traits["heart_rate"])
@@ -43,11 +44,16 @@ def subject(
     "three_frames": cine[[0, cmr.ES // 2, cmr.ES]],
     "spacing": spacing,
     "phenotypes": np.array(list(measured.values()), np.float32),
-    "diseases": np.array([traits[name] for name in schema.DISEASES], np.float32),
-    "covariates": np.array([traits[name] for name in schema.COVARIATES], np.float32),
-    "ecg_parameters": np.array([traits[name] for name in ECG_PARAMETERS], np.float32),
+    "diseases": _values(traits, schema.DISEASES),
+    "covariates": _values(traits, schema.COVARIATES),
+    "ecg_parameters": _values(traits, ECG_PARAMETERS),
   }
   if lax:
-    rngs = (population.generator(seed, index, stream) for stream in (2, 3))
-    record["lax"] = cmr.long_axis(traits, *rngs, grid)[0]
+    rng = population.generator(seed, index, 2)  # as of the short axis: the same heart
+    plane_rng = population.generator(seed, index, 3)
+    record["lax"] = cmr.long_axis(traits, rng, plane_rng, grid)[0]
   return record
+
+
+def _values(traits, names):
+  return np.array([traits[name] for name in names], np.float32)

@@ -25,7 +25,9 @@ class Grid(NamedTuple):
 
   @property
   def millilitres(self) -> float:
-    return self.spacing[0] * self.spacing[1] * self.spacing[2] / 1000
+    """Volume of a voxel."""
+    thickness, height, width = self.spacing
+    return thickness * height * width / 1000
 
 
 FRAMES = 25
@@ -35,10 +37,11 @@ _CUT = 0.30
 _FILL = 2 / 3 + _CUT - _CUT**3 / 3  # volume of the cut ellipsoid / (pi radius^2 half-length)
 
 # Share of the stroke volume ejected over one beat: systole, fast filling, diastasis, atrial kick.
-EJECTED = PchipInterpolator(
+_share_ejected = PchipInterpolator(
   [0, 0.04, 0.12, 0.20, 0.30, 0.36, 0.42, 0.50, 0.58, 0.68, 0.80, 0.90, 1],
   [0, 0.02, 0.30, 0.70, 0.96, 1, 0.93, 0.55, 0.32, 0.22, 0.18, 0.06, 0],
-)(np.arange(FRAMES) / FRAMES)
+)
+EJECTED = _share_ejected(np.arange(FRAMES) / FRAMES)
 ES = 9  # the frame where all is ejected
 
 # Signal of a balanced steady-state sequence in arbitrary units; assumption.
@@ -77,26 +80,28 @@ def heart(
       incompressible.
     cine_slice: uint8 [FRAMES, H, W], the mid-ventricular slice; frame 0 = ED.
   """
-  pose, fields, counts, labels = _end_phases(phenotypes, rng, grid)
-  slices = np.flatnonzero((labels == schema.LABELS["LV"]).any(axis=(2, 3)).all(axis=0))
-  middle = slices[len(slices) // 2]
-  areas = np.stack([(labels[:, middle] == k).sum(axis=(1, 2)) for k in (1, 2, 3)], axis=1)  # [P, 3]
-  cine_counts = np.round(areas[0] + EJECTED[:, None] * (areas[1] - areas[0])).astype(int)
-  f = EJECTED[:, None, None].astype(np.float32)
-  cine_fields = (1 - f) * fields[:, :1, middle] + f * fields[:, 1:, middle]  # [3, F, H, W]
-  cine_labels = np.stack([label(cine_fields[:, i], np.True_, n) for i, n in enumerate(cine_counts)])
+  pose, fields, _, labels = _end_phases(phenotypes, rng, grid)
+  middle = _middle_slice(labels)
+  areas = np.stack([_areas(phase[middle]) for phase in labels])
+  cine_fields = _between(fields[:, :, middle])
+  cine_labels = []
+  for frame, voxels in enumerate(_counts_of_frames(areas)):
+    cine_labels.append(label(cine_fields[:, frame], np.True_, voxels))
+  cine_labels = np.stack(cine_labels)
 
   tissue = sample_tissue(pose, rng)
   stack = image(labels, fields, tissue, rng, grid)
   cine = image(
-    cine_labels[:, None], cine_fields[:, :, None], tissue[:, middle : middle + 1], rng, grid
-  )[:, 0]
-  scale = 255 / stack.max()
-  return (
-    np.rint(stack * scale).astype(np.uint8),
-    labels,
-    np.rint(np.minimum(cine * scale, 255)).astype(np.uint8),
+    cine_labels[:, None],
+    cine_fields[:, :, None],
+    tissue[:, middle : middle + 1],
+    rng,
+    grid,
   )
+  scale = 255 / stack.max()
+  ed_es_volumes = np.rint(stack * scale).astype(np.uint8)
+  cine_slice = np.rint(np.minimum(cine[:, 0] * scale, 255)).astype(np.uint8)
+  return ed_es_volumes, labels, cine_slice
 
 
 def cine_stack(
@@ -113,17 +118,18 @@ def cine_stack(
   tissue = sample_tissue(pose, rng)
   stack = image(ends, fields, tissue, rng, grid)
   scale = 255 / stack.max()
-  labels, images = (np.empty((FRAMES, *ends.shape[1:]), np.uint8) for _ in range(2))
-  for i, f in enumerate(EJECTED.astype(np.float32)):
-    between = (1 - f) * fields[:, 0] + f * fields[:, 1]
-    volumes = np.round(counts[0] + EJECTED[i] * (counts[1] - counts[0])).astype(int)
-    labels[i] = label(between, pose.depth > f * pose.descent, volumes)
-    shown = (
-      stack[int(f)]
-      if f in (0, 1)
-      else image(labels[i : i + 1], between[:, None], tissue, rng, grid)[0]
-    )
-    images[i] = np.rint(np.minimum(shown * scale, 255))
+  labels = np.empty((FRAMES, *ends.shape[1:]), np.uint8)
+  images = np.empty_like(labels)
+  voxels = _counts_of_frames(counts)
+  for i, ejected in enumerate(EJECTED.astype(np.float32)):
+    between = (1 - ejected) * fields[:, 0] + ejected * fields[:, 1]
+    below_base = pose.depth > ejected * pose.descent
+    labels[i] = label(between, below_base, voxels[i])
+    if ejected in (0, 1):
+      frame = stack[int(ejected)]
+    else:
+      frame = image(labels[i : i + 1], between[:, None], tissue, rng, grid)[0]
+    images[i] = np.rint(np.minimum(frame * scale, 255))
   return images, labels
 
 
@@ -145,37 +151,37 @@ def long_axis(
     labels: uint8 [FRAMES, H, W]; each structure ends where it ends in the stack.
   """
   pose, stack_fields, _, stack_labels = _end_phases(phenotypes, rng, grid)
-  surfaces = np.stack(
-    [
-      [field[p][stack_labels[p] == k].max() for p in (0, 1)]
-      for k, field in enumerate(stack_fields, 1)
-    ]
-  )  # [3, P]
+  surfaces = _surfaces(stack_fields, stack_labels)
   pose = sample_plane(pose, plane_rng, grid)
-  descents = (0.0, pose.descent)
-  # [3, P, 1, H, W]
-  fields = np.stack([gauges(pose, v, d) for v, d in zip(_volumes(phenotypes), descents)], axis=1)
+  fields = _end_gauges(pose, _volumes(phenotypes))  # [3, P, 1, H, W]
   areas = np.zeros((2, 3))
-  for p in (0, 1):
-    free = pose.depth > descents[p]
+  for phase, descent in enumerate((0.0, pose.descent)):
+    free = pose.depth > descent
     for k in range(3):
-      found = free & (fields[k, p] <= surfaces[k, p])
-      areas[p, k] = found.sum()
-      free &= ~found
-  counts = np.round(areas[0] + EJECTED[:, None] * (areas[1] - areas[0])).astype(int)
-  f = EJECTED[:, None, None, None].astype(np.float32)
-  beat = (1 - f) * fields[:, :1] + f * fields[:, 1:]  # [3, F, 1, H, W]
-  labels = np.stack(
-    [label(beat[:, i], pose.depth > f[i] * pose.descent, n) for i, n in enumerate(counts)]
-  )
-  shown = image(labels, beat, sample_tissue(pose, plane_rng), plane_rng, grid)[:, 0]
-  return np.rint(shown * (255 / shown.max())).astype(np.uint8), labels[:, 0]
+      inside = free & (fields[k, phase] <= surfaces[k, phase])
+      areas[phase, k] = inside.sum()
+      free &= ~inside
+  beat = _between(fields)  # [3, F, 1, H, W]
+  descents = EJECTED.astype(np.float32) * pose.descent
+  labels = []
+  for frame, voxels in enumerate(_counts_of_frames(areas)):
+    labels.append(label(beat[:, frame], pose.depth > descents[frame], voxels))
+  labels = np.stack(labels)
+  tissue = sample_tissue(pose, plane_rng)
+  images = image(labels, beat, tissue, plane_rng, grid)[:, 0]
+  scale = 255 / images.max()
+  return np.rint(images * scale).astype(np.uint8), labels[:, 0]
 
 
 def _volumes(phenotypes):
   """[P, 3] of LV, wall and RV in ml."""
   wall = phenotypes["LVM"] / schema.MYOCARDIUM_G_PER_ML
-  return np.array([(phenotypes[f"LV{p}V"], wall, phenotypes[f"RV{p}V"]) for p in ("ED", "ES")])
+  return np.array(
+    [
+      (phenotypes["LVEDV"], wall, phenotypes["RVEDV"]),
+      (phenotypes["LVESV"], wall, phenotypes["RVESV"]),
+    ]
+  )
 
 
 def _end_phases(phenotypes, rng, grid):
@@ -183,11 +189,52 @@ def _end_phases(phenotypes, rng, grid):
   ES."""
   volumes = _volumes(phenotypes)
   pose = sample_pose(volumes[0, 0], rng, grid)
-  descents = (0.0, pose.descent)
-  fields = np.stack([gauges(pose, v, d) for v, d in zip(volumes, descents)], axis=1)
+  fields = _end_gauges(pose, volumes)
   counts = np.round(volumes / grid.millilitres).astype(int)
-  labels = np.stack([label(fields[:, p], pose.depth > descents[p], counts[p]) for p in (0, 1)])
-  return pose, fields, counts, labels
+  ed = label(fields[:, 0], pose.depth > 0.0, counts[0])
+  es = label(fields[:, 1], pose.depth > pose.descent, counts[1])
+  return pose, fields, counts, np.stack([ed, es])
+
+
+def _end_gauges(pose, volumes):
+  """Gauges [3, P, Z, H, W] at ED and ES, of volumes [P, 3] in ml."""
+  ed = gauges(pose, volumes[0], 0.0)
+  es = gauges(pose, volumes[1], pose.descent)
+  return np.stack([ed, es], axis=1)
+
+
+def _between(fields):
+  """Gauges [3, F, ...] at every frame, of those at ED and ES [3, P, ...]."""
+  ejected = EJECTED.astype(np.float32)
+  ejected = ejected.reshape(-1, *[1] * (fields.ndim - 2))
+  return (1 - ejected) * fields[:, :1] + ejected * fields[:, 1:]
+
+
+def _counts_of_frames(ends):
+  """Voxels int [F, 3] at every frame, of those at ED and ES [2, 3]."""
+  ed, es = ends
+  return np.round(ed + EJECTED[:, None] * (es - ed)).astype(int)
+
+
+def _middle_slice(labels):
+  """The middle of the slices that show the LV at both phases."""
+  with_lv = (labels == schema.LABELS["LV"]).any(axis=(2, 3))
+  slices = np.flatnonzero(with_lv.all(axis=0))
+  return slices[len(slices) // 2]
+
+
+def _areas(labels):
+  """Pixels [3] of LV, wall and RV."""
+  return np.array([np.sum(labels == value) for value in (1, 2, 3)])
+
+
+def _surfaces(fields, labels):
+  """[3, P]: the largest gauge inside each structure at each phase."""
+  surfaces = np.empty((3, 2))
+  for k, field in enumerate(fields):
+    for phase in (0, 1):
+      surfaces[k, phase] = field[phase][labels[phase] == k + 1].max()
+  return surfaces
 
 
 def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
@@ -204,44 +251,69 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * (depth - length / 2)
   # mm; the RV needs room beside the LV
   shift = 4 * rng.standard_normal(2) + (0, 0.45 * radius)
-  position = [(np.arange(grid.size) - (grid.size - 1) / 2) * mm for mm in grid.spacing[1:]]
-  y = position[0][:, None] - shift[0] - tilt[0]
-  x = position[1][None, :] - shift[1] - tilt[1]
+  y, x = _positions(grid)
+  y = y - shift[0] - tilt[0]
+  x = x - shift[1] - tilt[1]
   # the RV lies left of the LV and above: to the front
   turn = np.radians(20 + 10 * rng.standard_normal())
-  septal = (-np.cos(turn) * x - np.sin(turn) * y).astype(np.float32)
-  across = (np.sin(turn) * x - np.cos(turn) * y).astype(np.float32)
-  bend = tuple(
-    (k, sd * rng.standard_normal(), np.float32(rng.uniform(0, 2 * np.pi)))
-    for k, sd in ((2, 0.03), (3, 0.02))
-  )
-  rv = 0.88 * np.exp(0.05 * rng.standard_normal()), 1.42 * np.exp(0.05 * rng.standard_normal())
+  cosine, sine = np.cos(turn), np.sin(turn)
+  septal = (-cosine * x - sine * y).astype(np.float32)
+  across = (sine * x - cosine * y).astype(np.float32)
+  bend = []
+  for count, sd in ((2, 0.03), (3, 0.02)):
+    amplitude = sd * rng.standard_normal()
+    phase = np.float32(rng.uniform(0, 2 * np.pi))
+    bend.append((count, amplitude, phase))
+  wide = 0.88 * np.exp(0.05 * rng.standard_normal())
+  high = 1.42 * np.exp(0.05 * rng.standard_normal())
   return Pose(
-    _rho(septal, across, bend), septal, across, depth, length, rng.uniform(10, 14), rv, bend
+    rho=_rho(septal, across, bend),
+    septal=septal,
+    across=across,
+    depth=depth,
+    length=length,
+    descent=rng.uniform(10, 14),
+    rv=(wide, high),
+    bend=tuple(bend),
   )
 
 
 def sample_plane(pose: Pose, rng: np.random.Generator, grid: Grid) -> Pose:
   """The same heart where `across` is 0, one plane [1, H, W]; turned and shifted in the image, the
   atria have room."""
-  y, x = ((np.arange(grid.size) - (grid.size - 1) / 2) * mm for mm in grid.spacing[1:])
+  y, x = _positions(grid)
   # mm, as in the stack
-  shift = 4 * rng.standard_normal(2) + (0, 0.45 * pose.length / (2 * LENGTH_TO_DIAMETER))
+  room = 0.45 * pose.length / (2 * LENGTH_TO_DIAMETER)
+  shift = 4 * rng.standard_normal(2) + (0, room)
   turn = np.radians(10 * rng.standard_normal())
-  y, x = y[:, None] - shift[0], x - shift[1]
-  septal = (-np.cos(turn) * x - np.sin(turn) * y).astype(np.float32)[None]
-  depth = (np.cos(turn) * y - np.sin(turn) * x + pose.length / 2 - 10).astype(np.float32)[None]
+  cosine, sine = np.cos(turn), np.sin(turn)
+  y = y - shift[0]
+  x = x - shift[1]
+  septal = (-cosine * x - sine * y).astype(np.float32)[None]
+  depth = cosine * y - sine * x + pose.length / 2 - 10
   across = np.zeros_like(septal)
   return pose._replace(
-    rho=_rho(septal, across, pose.bend), septal=septal, across=across, depth=depth
+    rho=_rho(septal, across, pose.bend),
+    septal=septal,
+    across=across,
+    depth=depth.astype(np.float32)[None],
   )
+
+
+def _positions(grid):
+  """mm of the pixels from the centre, (rows [H, 1], columns [1, W])."""
+  offsets = np.arange(grid.size) - (grid.size - 1) / 2
+  _, height, width = grid.spacing
+  return (offsets * height)[:, None], (offsets * width)[None]
 
 
 def _rho(septal, across, bend):
   """mm from the long axis, bent."""
   angle = np.arctan2(across, septal)
-  waves = 1 + sum(amplitude * np.cos(count * angle + phase) for count, amplitude, phase in bend)
-  return np.hypot(septal, across) * waves.astype(np.float32)
+  waves = 0
+  for count, amplitude, phase in bend:
+    waves = waves + amplitude * np.cos(count * angle + phase)
+  return np.hypot(septal, across) * (1 + waves).astype(np.float32)
 
 
 def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
@@ -253,18 +325,19 @@ def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
     descent: mm that the base plane has moved; the apex of the cavity stays where it is.
   """
   half = (pose.length - descent) / (1 + _CUT)
-  endo, epi = np.sqrt(1000 * np.cumsum(volumes[:2]) / (np.pi * half * _FILL))
+  inside_wall = 1000 * np.cumsum(volumes[:2])  # mm3: within the endocardium, the epicardium
+  endo, epi = np.sqrt(inside_wall / (np.pi * half * _FILL))  # radii in mm
   centre = descent + _CUT * half
-  along, out = (pose.depth - centre) / half, pose.rho / endo
+  along = (pose.depth - centre) / half
+  out = pose.rho / endo
   lv = np.sqrt(out**2 + along**2)
-  slope = np.sqrt((out / endo) ** 2 + (along / half) ** 2) / np.maximum(lv, 1e-3)  # 1/mm
+  steepness = np.sqrt((out / endo) ** 2 + (along / half) ** 2)
+  slope = steepness / np.maximum(lv, 1e-3)  # 1/mm
   wall = (lv - 1) / np.maximum(slope, 1e-3)
-  wide, high = epi * pose.rv[0], epi * pose.rv[1]
-  rv = np.sqrt(
-    ((pose.septal - 0.85 * epi) / wide) ** 2
-    + (pose.across / high) ** 2
-    + ((pose.depth - descent - 0.15 * half) / (0.95 * half)) ** 2
-  )
+  septal = (pose.septal - 0.85 * epi) / (epi * pose.rv[0])
+  across = pose.across / (epi * pose.rv[1])
+  below = (pose.depth - descent - 0.15 * half) / (0.95 * half)
+  rv = np.sqrt(septal**2 + across**2 + below**2)
   return np.stack([lv, wall, rv]).astype(np.float32)
 
 
@@ -272,9 +345,11 @@ def label(fields: np.ndarray, allowed: np.ndarray, counts: np.ndarray) -> np.nda
   """Labels uint8 [...]: LV, MYO and RV in turn take the counts [3] allowed free voxels of smallest
   gauge [3, ...]."""
   labels = np.zeros(fields.shape[1:], np.uint8)
-  for value, field, n in zip((schema.LABELS[name] for name in ("LV", "MYO", "RV")), fields, counts):
-    gauge = np.where((labels == 0) & allowed, field, np.inf).ravel()
-    labels.ravel()[np.argpartition(gauge, n)[:n]] = value
+  for name, field, count in zip(("LV", "MYO", "RV"), fields, counts):
+    free = (labels == 0) & allowed
+    gauge = np.where(free, field, np.inf).ravel()
+    smallest = np.argpartition(gauge, count)[:count]
+    labels.ravel()[smallest] = schema.LABELS[name]
   return labels
 
 
@@ -282,18 +357,23 @@ def sample_tissue(pose: Pose, rng: np.random.Generator) -> np.ndarray:
   """What a heart lies in, float32 [5, Z, H, W]: signal of the surroundings, coil sensitivity, mm to
   the long axis along and across the septal direction, and 0 at the base to 1 at the apex of the
   cavity."""
-  left, front = pose.septal, 0.35 * pose.septal + 0.94 * pose.across
+  left = pose.septal
+  front = 0.35 * pose.septal + 0.94 * pose.across
   level = np.broadcast_to(pose.depth / pose.length, left.shape)
-  liver = expit(0.5 * (-pose.across + 0.4 * left - 0.004 * left**2 - 44 + 12 * level))
+  below_diaphragm = -pose.across + 0.4 * left - 0.004 * left**2 - 44 + 12 * level
+  liver = expit(0.5 * below_diaphragm)
   # mm outside the curved inner surface of the chest
   outward = front + 0.005 * (left - 25) ** 2 - 60
-  chest = expit(0.5 * (outward + 1.5 * np.sin(left / 11 + rng.uniform(0, 6))))
+  ribs = np.sin(left / 11 + rng.uniform(0, 6))
+  chest = expit(0.5 * (outward + 1.5 * ribs))
   layers = 0.5 + 0.5 * np.sin(outward / 4.5)
+  chest_signal = _MUSCLE + (_FAT - _MUSCLE) * layers
   signal = _LUNG + (_LIVER - _LUNG) * liver
-  signal += (_MUSCLE + (_FAT - _MUSCLE) * layers - signal) * chest
-  direction = rng.normal(0, 0.0012, 2)
-  coil = np.exp(direction[0] * left + direction[1] * pose.across + 0.002 * front)
-  return np.stack([signal, coil, pose.septal, pose.across, level]).astype(np.float32)
+  signal += (chest_signal - signal) * chest
+  slope = rng.normal(0, 0.0012, 2)
+  coil = np.exp(slope[0] * left + slope[1] * pose.across + 0.002 * front)
+  tissue = [signal, coil, pose.septal, pose.across, level]
+  return np.stack(tissue).astype(np.float32)
 
 
 def image(
@@ -302,29 +382,29 @@ def image(
   """Magnitude images, float32 [P, Z, H, W], of labels [P, Z, H, W] with their gauges [3, P, Z, H,
   W]."""
   background, coil, septal, across, level = tissue
-  lv, _, rv = fields
-  surface = np.max(
-    rv, axis=(1, 2, 3), keepdims=True, where=labels == schema.LABELS["RV"], initial=0
-  )
-  # pericardial fat, RV free wall and, above
-  signal = np.where(rv < 1.16 * surface, _FAT * 0.8, background)
-  # the base plane, atria and outflow tract
-  signal = np.where(rv < 1.08 * surface, _MYOCARDIUM, signal)
-  signal = np.where((rv < 0.8 * surface) | (lv < 0.85), _BLOOD * 0.95, signal)
-  signal = np.where(labels == schema.LABELS["MYO"], _MYOCARDIUM, signal)
-  cavity = labels == schema.LABELS["LV"]
-  signal = np.where(cavity | (labels == schema.LABELS["RV"]), _BLOOD, signal)
+  lv_gauge, _, rv_gauge = fields
+  lv = labels == schema.LABELS["LV"]
+  wall = labels == schema.LABELS["MYO"]
+  rv = labels == schema.LABELS["RV"]
+  surface = np.max(rv_gauge, axis=(1, 2, 3), keepdims=True, where=rv, initial=0)
+  # pericardial fat, RV free wall and, above the base plane, atria and outflow tract
+  signal = np.where(rv_gauge < 1.16 * surface, _FAT * 0.8, background)
+  signal = np.where(rv_gauge < 1.08 * surface, _MYOCARDIUM, signal)
+  above_base = (rv_gauge < 0.8 * surface) | (lv_gauge < 0.85)
+  signal = np.where(above_base, _BLOOD * 0.95, signal)
+  signal = np.where(wall, _MYOCARDIUM, signal)
+  signal = np.where(lv | rv, _BLOOD, signal)
 
-  radius = np.sqrt(
-    cavity.sum(axis=(2, 3), keepdims=True) * grid.spacing[1] * grid.spacing[2] / np.pi
-  )
-  muscular = cavity & (level > 0.3) & (level < 0.75)
+  _, height, width = grid.spacing
+  area = lv.sum(axis=(2, 3), keepdims=True) * height * width
+  radius = np.sqrt(area / np.pi)
+  muscular = lv & (level > 0.3) & (level < 0.75)
   for angle in (2.0, 4.2):  # anterolateral and posteromedial papillary muscle, rad from the septum
-    distance = np.hypot(
-      septal - 0.66 * radius * np.cos(angle), across - 0.66 * radius * np.sin(angle)
-    )
-    signal = np.where(muscular & (distance < 3.8), _MYOCARDIUM, signal)
-  for axis, mm in ((2, grid.spacing[1]), (3, grid.spacing[2])):
+    beside = septal - 0.66 * radius * np.cos(angle)
+    in_front = across - 0.66 * radius * np.sin(angle)
+    papillary = muscular & (np.hypot(beside, in_front) < 3.8)
+    signal = np.where(papillary, _MYOCARDIUM, signal)
+  for axis, mm in ((2, height), (3, width)):
     signal = gaussian_filter1d(signal.astype(np.float32), 1.6 / mm, axis)  # partial volume
-  noise = rng.standard_normal((2, *labels.shape), np.float32) * np.float32(_NOISE)
+  noise = np.float32(_NOISE) * rng.standard_normal((2, *labels.shape), np.float32)
   return np.hypot(signal * coil + noise[0], noise[1])  # Rician

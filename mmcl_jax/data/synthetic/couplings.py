@@ -61,9 +61,7 @@ DERIVED = {
 # Only what carries phenotypes. The gains multiply the QRS and T waves of the ECG template.
 ECG_PARAMETERS = {
   # ms
-  "qrs_duration": Moments(
-    (85, 8), (95, 9), "normal", "women: PMC3825808 table 2; men: assumption"
-  ),
+  "qrs_duration": Moments((85, 8), (95, 9), "normal", "women: PMC3825808 table 2; men: assumption"),
   "qrs_gain": Moments((0.975, 0.2), (1.025, 0.2), "lognormal", "assumption"),
   "t_gain": Moments(
     (0.60, 0.15), (0.66, 0.165), "lognormal", "assumption; T waves are taller in men"

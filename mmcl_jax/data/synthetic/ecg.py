@@ -7,34 +7,47 @@ their time at any rate and T scales with the square root of the RR interval (Baz
 that widened with the RR interval would tell the rate, not the mass.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from mmcl_jax.data import schema
 
-# Rows: angle (rad, R peak = 0), amplitude (mV), width (rad); columns of one wave stand together.
-_DIPOLE = {
+
+class _Gaussians(NamedTuple):
+  """What the Gaussians of one wave along one axis are."""
+
+  angle: tuple[float, ...]  # rad, R peak = 0
+  amplitude: tuple[float, ...]  # mV
+  width: tuple[float, ...]  # rad
+
+
+_DIPOLE = {  # wave -> its Gaussians along X, Y and Z
   "P": (
-    [[-1.09, -0.83], [0.03, 0.08], [0.0906, 0.1057]],
-    [[-1.1, -0.9, -0.76], [0.035, 0.015, -0.019], [0.07, 0.07, 0.04]],
-    [[-1.1, -0.93, -0.7, -0.4], [-0.03, -0.14, -0.035, 0.045], [0.03, 0.12, 0.04, 0.4]],
+    _Gaussians((-1.09, -0.83), (0.03, 0.08), (0.0906, 0.1057)),
+    _Gaussians((-1.1, -0.9, -0.76), (0.035, 0.015, -0.019), (0.07, 0.07, 0.04)),
+    _Gaussians(
+      (-1.1, -0.93, -0.7, -0.4),
+      (-0.03, -0.14, -0.035, 0.045),
+      (0.03, 0.12, 0.04, 0.4),
+    ),
   ),
   "QRS": (
-    [
-      [-0.19, -0.07, 0, 0.06, 0.22],
-      [-0.13, 0.85, 1.11, 0.75, 0.06],
-      [0.0453, 0.0378, 0.0332, 0.0302, 0.0378],
-    ],
-    [[-0.11, -0.01, 0.065], [0.32, 0.51, -0.32], [0.055, 0.037, 0.0604]],
-    [[-0.15, 0.095], [-0.4, 0.46], [0.045, 0.05]],
+    _Gaussians(
+      (-0.19, -0.07, 0, 0.06, 0.22),
+      (-0.13, 0.85, 1.11, 0.75, 0.06),
+      (0.0453, 0.0378, 0.0332, 0.0302, 0.0378),
+    ),
+    _Gaussians((-0.11, -0.01, 0.065), (0.32, 0.51, -0.32), (0.055, 0.037, 0.0604)),
+    _Gaussians((-0.15, 0.095), (-0.4, 0.46), (0.045, 0.05)),
   ),
   "T": (
-    [[1.2, 1.42, 1.68], [0.1, 0.17, 0.39], [0.604, 0.302, 0.1812]],
-    [[0.8, 1.58], [0.04, 0.08], [0.45, 0.3]],
-    [[1.05, 1.25, 1.55], [-0.12, -0.2, -0.35], [0.8, 0.4, 0.2]],
+    _Gaussians((1.2, 1.42, 1.68), (0.1, 0.17, 0.39), (0.604, 0.302, 0.1812)),
+    _Gaussians((0.8, 1.58), (0.04, 0.08), (0.45, 0.3)),
+    _Gaussians((1.05, 1.25, 1.55), (-0.12, -0.2, -0.35), (0.8, 0.4, 0.2)),
   ),
 }
-_DIPOLE = {wave: [np.array(axis, np.float32) for axis in axes] for wave, axes in _DIPOLE.items()}
 
 # Dower 1980: (X, Y, Z) -> I, II, V1 ... V6; the other four leads follow from I and II.
 DOWER = np.array(
@@ -53,6 +66,8 @@ DOWER = np.array(
 _SECONDS = schema.ECG_SAMPLES / schema.ECG_RATE_HZ
 _BEFORE, _AFTER = 0.35, 0.70  # s around an R peak in which a beat is more than nothing
 _STEP_MV = 0.005  # resolution of the recorder
+# of the f waves of fibrillation in I, II, V1 ... V6: largest in V1
+_F_WAVES_MV = np.array([0.02, 0.04, 0.07, 0.03, 0.02, 0.02, 0.02, 0.02], np.float32)
 
 
 def ecg(parameters: dict, rng: np.random.Generator) -> np.ndarray:
@@ -68,10 +83,15 @@ def ecg(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   """
   peaks, intervals = r_peaks(float(parameters["heart_rate"]), bool(parameters["fibrillating"]), rng)
   vector = dipole(peaks, intervals, parameters)
-  view = parameters["torso_gain"] * DOWER @ Rotation.from_rotvec(parameters["rotation"]).as_matrix()
+  rotation = Rotation.from_rotvec(parameters["rotation"]).as_matrix()
+  view = parameters["torso_gain"] * DOWER @ rotation
   leads = view.astype(np.float32) @ vector + _noise(parameters, rng)
   i, ii, *chest = np.round(leads / _STEP_MV) * np.float32(_STEP_MV)
-  return np.stack([i, ii, ii - i, -(i + ii) / 2, i - ii / 2, ii - i / 2, *chest]).astype(np.float32)
+  iii = ii - i
+  avr = -(i + ii) / 2
+  avl = i - ii / 2
+  avf = ii - i / 2
+  return np.stack([i, ii, iii, avr, avl, avf, *chest]).astype(np.float32)
 
 
 def r_peaks(
@@ -89,40 +109,49 @@ def r_peaks(
   if fibrillating:
     variation = np.exp(0.22 * rng.standard_normal(n))
   else:
-    beat, phase = np.arange(n) * mean, rng.uniform(0, 2 * np.pi, 2)
-    slow, breath = (
-      np.sin(2 * np.pi * 0.1 * beat + phase[0]),
-      np.sin(2 * np.pi * 0.25 * beat + phase[1]),
-    )
+    beat = np.arange(n) * mean  # s
+    phase = rng.uniform(0, 2 * np.pi, 2)
+    slow = np.sin(2 * np.pi * 0.1 * beat + phase[0])
+    breath = np.sin(2 * np.pi * 0.25 * beat + phase[1])
     variation = 1 + 0.02 * slow + 0.025 * breath + 0.005 * rng.standard_normal(n)
   inside = mean * variation / variation.mean()
   intervals = np.concatenate([[mean, mean], inside, [mean]])
   first = rng.uniform(0, _SECONDS - n * mean)
-  return first - mean + np.concatenate([[0], np.cumsum(intervals[1:])]), intervals
+  since_first = np.concatenate([[0], np.cumsum(intervals[1:])])
+  return first - mean + since_first, intervals
 
 
 def dipole(peaks: np.ndarray, intervals: np.ndarray, parameters: dict) -> np.ndarray:
   """The heart's electric vector, float32 [3, 5000] in mV, from R-peak times and the RR intervals
   before them (s)."""
-  rate, total = schema.ECG_RATE_HZ, schema.ECG_SAMPLES
+  rate = schema.ECG_RATE_HZ
+  total = schema.ECG_SAMPLES
   window = np.arange(int(-_BEFORE * rate), int(_AFTER * rate))
   samples = np.round(peaks * rate).astype(int)[:, None] + window  # [beats, window]
-  angle = (2 * np.pi * (samples / rate - peaks[:, None])).astype(np.float32)  # rad at 60 bpm
+  from_peak = samples / rate - peaks[:, None]  # s
+  angle = (2 * np.pi * from_peak).astype(np.float32)  # rad at 60 bpm
   width = np.float32(parameters["qrs_width"])
-  stretched = angle / np.sqrt(intervals, dtype=np.float32)[:, None]
-  waves = {"QRS": (angle / width, parameters["qrs_gain"]), "T": (stretched, parameters["t_gain"])}
+  stretch = np.sqrt(intervals, dtype=np.float32)[:, None]
+  waves = {
+    "QRS": (angle / width, parameters["qrs_gain"]),
+    "T": (angle / stretch, parameters["t_gain"]),
+  }
   if not parameters["fibrillating"]:
     waves["P"] = (angle, 1.0)
 
   beats = np.zeros((3, *angle.shape), np.float32)
   for wave, (position, gain) in waves.items():
-    for axis, (centre, amplitude, spread) in enumerate(_DIPOLE[wave]):
-      for c, a, s in zip(centre, amplitude * np.float32(gain), spread):
-        beats[axis] += a * np.exp(-0.5 * ((position - c) / s) ** 2)
+    for axis, gaussians in enumerate(_DIPOLE[wave]):
+      centres, amplitudes, widths = np.array(gaussians, np.float32)
+      amplitudes = amplitudes * np.float32(gain)
+      for centre, amplitude, spread in zip(centres, amplitudes, widths):
+        distance = (position - centre) / spread
+        beats[axis] += amplitude * np.exp(-0.5 * distance**2)
   padding = window.size + 2 * rate  # a beat may begin or end outside the recording
   vector = np.zeros((3, total + 2 * padding), np.float32)
   for beat, row in enumerate(samples):
-    vector[:, padding + row[0] : padding + row[-1] + 1] += beats[:, beat]
+    start, stop = padding + row[0], padding + row[-1] + 1
+    vector[:, start:stop] += beats[:, beat]
   return vector[:, padding : padding + total]
 
 
@@ -130,20 +159,18 @@ def _noise(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   """Baseline wander, mains hum and muscle noise of the 8 recorded leads, float32 [8, 5000] in
   mV."""
   t = np.arange(schema.ECG_SAMPLES, dtype=np.float32) / schema.ECG_RATE_HZ
-  frequency, phase = rng.uniform(0.05, 0.4, 3), rng.uniform(0, 2 * np.pi, 3)
-  drifts = np.sin(
-    2 * np.pi * frequency[:, None].astype(np.float32) * t + phase[:, None].astype(np.float32)
-  )
+  frequency = rng.uniform(0.05, 0.4, 3)[:, None].astype(np.float32)
+  phase = rng.uniform(0, 2 * np.pi, 3)[:, None].astype(np.float32)
+  drifts = np.sin(2 * np.pi * frequency * t + phase)
   hum = np.sin(2 * np.pi * 50 * t + np.float32(rng.uniform(0, 2 * np.pi)))
   noise = rng.standard_normal((8, t.size), np.float32) * np.float32(parameters["emg"])
-  noise += (parameters["wander"] * rng.standard_normal((8, 3)) / np.sqrt(3)).astype(
-    np.float32
-  ) @ drifts
-  noise += (parameters["mains"] * rng.uniform(0.3, 1.0, (8, 1))).astype(np.float32) * hum
-  if parameters["fibrillating"]:  # f waves, largest in V1
+  wander = parameters["wander"] * rng.standard_normal((8, 3)) / np.sqrt(3)
+  noise += wander.astype(np.float32) @ drifts
+  mains = parameters["mains"] * rng.uniform(0.3, 1.0, (8, 1))
+  noise += mains.astype(np.float32) * hum
+  if parameters["fibrillating"]:
     speed = rng.uniform(4, 8)
-    wave = np.sin(2 * np.pi * speed * t + 1.5 * np.sin(2 * np.pi * 0.4 * t)).astype(np.float32)
-    noise += (
-      np.array([[0.02], [0.04], [0.07], [0.03], [0.02], [0.02], [0.02], [0.02]], np.float32) * wave
-    )
+    wobble = 1.5 * np.sin(2 * np.pi * 0.4 * t)
+    wave = np.sin(2 * np.pi * speed * t + wobble).astype(np.float32)
+    noise += _F_WAVES_MV[:, None] * wave
   return noise

@@ -33,14 +33,20 @@ _NORMALS = 1 + len(SCORES) + len(couplings.DISEASES) + 8
 
 def between_sexes(first: str, second: str) -> float:
   """Covariance of two quantities that the difference of their sex means causes."""
-  a, b = MOMENTS[first], MOMENTS[second]
-  return couplings.MEN * (1 - couplings.MEN) * (a.men[0] - a.women[0]) * (b.men[0] - b.women[0])
+  variance = couplings.MEN * (1 - couplings.MEN)  # of a variable that is 1 for men, 0 for women
+  for name in (first, second):
+    (women, _), (men, _) = MOMENTS[name][:2]
+    variance = variance * (men - women)
+  return variance
 
 
 def within_sexes(first: str, second: str) -> float:
   """Covariance of two quantities within sex if their scores were perfectly correlated."""
-  a, b = MOMENTS[first], MOMENTS[second]
-  return couplings.MEN * a.men[1] * b.men[1] + (1 - couplings.MEN) * a.women[1] * b.women[1]
+  (_, women), (_, men) = MOMENTS[first][:2]
+  (_, other_women), (_, other_men) = MOMENTS[second][:2]
+  of_men = couplings.MEN * men * other_men
+  of_women = (1 - couplings.MEN) * women * other_women
+  return of_men + of_women
 
 
 def within_sex_correlation(row: couplings.Correlation) -> float:
@@ -48,13 +54,18 @@ def within_sex_correlation(row: couplings.Correlation) -> float:
   explains."""
   if row.scope == "within":
     return row.r
-  variances = [between_sexes(n, n) + within_sexes(n, n) for n in row[:2]]
-  return (row.r * np.sqrt(np.prod(variances)) - between_sexes(*row[:2])) / within_sexes(*row[:2])
+  first, second = row[:2]
+  variances = []
+  for name in (first, second):
+    variances.append(between_sexes(name, name) + within_sexes(name, name))
+  covariance = row.r * np.sqrt(np.prod(variances))
+  return (covariance - between_sexes(first, second)) / within_sexes(first, second)
 
 
 def log_sd(moments: tuple[float, float]) -> float:
   """SD of the logarithm of a lognormal of this mean and SD."""
-  return np.sqrt(np.log1p((moments[1] / moments[0]) ** 2))
+  mean, sd = moments
+  return np.sqrt(np.log1p((sd / mean) ** 2))
 
 
 def demographic_loadings() -> np.ndarray:
@@ -62,10 +73,11 @@ def demographic_loadings() -> np.ndarray:
   sex."""
   rows = []
   for name, row in couplings.DEMOGRAPHIC_SHARES.items():
-    between, within = between_sexes(name, name), within_sexes(name, name)
-    share = (
-      row.share if row.scope == "within" else (row.share * (between + within) - between) / within
-    )
+    share = row.share
+    if row.scope != "within":
+      between = between_sexes(name, name)
+      within = within_sexes(name, name)
+      share = (row.share * (between + within) - between) / within
     direction = np.array(row.direction)
     rows.append(np.sqrt(share) * direction / np.linalg.norm(direction))
   return np.stack(rows)
@@ -75,8 +87,10 @@ def phenotype_correlations() -> np.ndarray:
   """R_pp [P, P] within sex."""
   correlations = np.eye(_P)
   for row in couplings.PHENOTYPE_CORRELATIONS:
-    i, j = _PHENOTYPES.index(row.first), _PHENOTYPES.index(row.second)
-    correlations[i, j] = correlations[j, i] = within_sex_correlation(row)
+    i = _PHENOTYPES.index(row.first)
+    j = _PHENOTYPES.index(row.second)
+    correlations[i, j] = within_sex_correlation(row)
+    correlations[j, i] = correlations[i, j]
   return correlations
 
 
@@ -90,9 +104,11 @@ def ecg_correlations() -> dict[str, dict[str, float]]:
   for row in couplings.ECG_CORRELATIONS:
     table[row.first][row.second] = within_sex_correlation(row)
   row = couplings.SOKOLOW_LYON
-  gain = np.mean([log_sd(m) ** 2 for m in MOMENTS[row.first][:2]])
+  women, men = MOMENTS[row.first][:2]
+  gain = np.mean([log_sd(women) ** 2, log_sd(men) ** 2])
   nuisance = couplings.TORSO_GAIN**2 + couplings.SOKOLOW_LYON_ROTATION**2
-  table[row.first][row.second] = within_sex_correlation(row) / np.sqrt(gain / (gain + nuisance))
+  reliability = gain / (gain + nuisance)
+  table[row.first][row.second] = within_sex_correlation(row) / np.sqrt(reliability)
   return table
 
 
@@ -100,15 +116,19 @@ def ecg_correlations() -> dict[str, dict[str, float]]:
 def loadings() -> np.ndarray:
   """The linear map [S, S] from independent normals to standard scores within sex, S =
   len(SCORES)."""
-  demographic, phenotypes = demographic_loadings(), phenotype_correlations()
+  demographic = demographic_loadings()
+  phenotypes = phenotype_correlations()
+  residual = phenotypes - demographic @ demographic.T
   full = np.eye(len(SCORES))
-  full[_C : _C + _P, :_C] = demographic
-  full[_C : _C + _P, _C : _C + _P] = np.linalg.cholesky(phenotypes - demographic @ demographic.T)
-  for i, (_, targets) in enumerate(ecg_correlations().items(), _C + _P):
+  rows = slice(_C, _C + _P)  # of the phenotypes
+  full[rows, :_C] = demographic
+  full[rows, rows] = np.linalg.cholesky(residual)
+  for i, targets in enumerate(ecg_correlations().values(), _C + _P):
     chosen = [_PHENOTYPES.index(name) for name in targets]
-    r_pp, r_ep = phenotypes[np.ix_(chosen, chosen)], np.array(list(targets.values()))
+    r_pp = phenotypes[np.ix_(chosen, chosen)]
+    r_ep = np.array(list(targets.values()))
     weights = np.linalg.solve(r_pp, r_ep)
-    full[i] = weights @ full[[_C + c for c in chosen]]
+    full[i] = weights @ full[rows][chosen]
     full[i, i] = np.sqrt(1 - weights @ r_pp @ weights)
   return full
 
@@ -117,34 +137,38 @@ def loadings() -> np.ndarray:
 def liabilities() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Weights [C, S] of scores, weights [C] of sex, SD [C] of the rest and thresholds [C] of the
   disease liabilities."""
-  weights = np.array(
-    [[d.weights.get(name, 0.0) for name in SCORES] for d in couplings.DISEASES.values()]
-  )
-  sex = np.array([d.weights.get("sex", 0.0) for d in couplings.DISEASES.values()])
+  diseases = list(couplings.DISEASES.values())
+  weights = np.zeros((len(diseases), len(SCORES)))
+  sex = np.zeros(len(diseases))
+  for row, disease in enumerate(diseases):
+    sex[row] = disease.weights.get("sex", 0.0)
+    for column, name in enumerate(SCORES):
+      weights[row, column] = disease.weights.get(name, 0.0)
   explained = np.sum((weights @ loadings()) ** 2, axis=1)
   rest = np.sqrt(1 - sex**2 - explained)
 
   def excess(threshold, sex_weight, prevalence):
-    shares, means = (
-      (1 - couplings.MEN, couplings.MEN),
-      sex_weight * _sex_score(np.array([0.0, 1.0])),
-    )
-    return np.dot(shares, ndtr((means - threshold) / np.sqrt(1 - sex_weight**2))) - prevalence
+    shares = 1 - couplings.MEN, couplings.MEN
+    means = sex_weight * _sex_score(np.array([0.0, 1.0]))
+    beyond = ndtr((means - threshold) / np.sqrt(1 - sex_weight**2))
+    return np.dot(shares, beyond) - prevalence
 
-  thresholds = [
-    brentq(excess, -8, 8, (s, d.prevalence)) for s, d in zip(sex, couplings.DISEASES.values())
-  ]
-  return weights, sex, rest, np.array(thresholds)
+  thresholds = np.zeros(len(diseases))
+  for row, disease in enumerate(diseases):
+    thresholds[row] = brentq(excess, -8, 8, (sex[row], disease.prevalence))
+  return weights, sex, rest, thresholds
 
 
 def _sex_score(male: np.ndarray) -> np.ndarray:
-  return (male - couplings.MEN) / np.sqrt(couplings.MEN * (1 - couplings.MEN))
+  sd = np.sqrt(couplings.MEN * (1 - couplings.MEN))
+  return (male - couplings.MEN) / sd
 
 
 def generator(seed: int, index: int, stream: int) -> np.random.Generator:
   """The random numbers of one purpose of one subject, independent of every other (seed, index,
   stream)."""
-  return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, stream)))
+  sequence = np.random.SeedSequence(seed, spawn_key=(index, stream))
+  return np.random.default_rng(sequence)
 
 
 def draw(seed: int, indices) -> dict[str, np.ndarray]:
@@ -158,14 +182,16 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
     nuisance: fibrillating (bool), torso_gain, wander, mains and emg in mV, rotation [N, 3]
       (rotation vector, rad).
   """
-  normals = np.stack([generator(seed, int(i), 0).standard_normal(_NORMALS) for i in indices])
+  rows = []
+  for index in indices:
+    rows.append(generator(seed, int(index), 0).standard_normal(_NORMALS))
   parts = np.cumsum([1, len(SCORES), len(couplings.DISEASES)])
-  first, noise, disease_noise, nuisance = np.split(normals, parts, axis=1)
+  first, noise, disease_noise, nuisance = np.split(np.stack(rows), parts, axis=1)
   male = (first[:, 0] < ndtri(couplings.MEN)).astype(float)
   scores = noise @ loadings().T
-  out = {"sex": male} | {
-    name: _from_score(MOMENTS[name], scores[:, i], male) for i, name in enumerate(SCORES)
-  }
+  out = {"sex": male}
+  for i, name in enumerate(SCORES):
+    out[name] = _from_score(MOMENTS[name], scores[:, i], male)
   out["weight"] = out.pop("bmi") * (out["height"] / 100) ** 2
   out["qrs_width"] = out.pop("qrs_duration") / TEMPLATE_QRS_MS
   for side in ("LV", "RV"):
@@ -174,10 +200,14 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
   out["LVCO"] = out["LVSV"] * out["heart_rate"] / 1000
 
   weights, sex, rest, thresholds = liabilities()
-  liability = scores @ weights.T + _sex_score(male)[:, None] * sex + disease_noise * rest
-  out |= dict(zip(couplings.DISEASES, (liability > thresholds).astype(float).T))
+  liability = scores @ weights.T
+  liability = liability + _sex_score(male)[:, None] * sex + disease_noise * rest
+  affected = (liability > thresholds).astype(float)
+  for i, name in enumerate(couplings.DISEASES):
+    out[name] = affected[:, i]
 
-  out["fibrillating"] = (out["AF"] == 1) & (nuisance[:, 0] < ndtri(couplings.FIBRILLATING))
+  during_the_ecg = nuisance[:, 0] < ndtri(couplings.FIBRILLATING)
+  out["fibrillating"] = (out["AF"] == 1) & during_the_ecg
   out["rotation"] = np.radians(couplings.ROTATION_DEG) * nuisance[:, 1:4]
   out["torso_gain"] = np.exp(couplings.TORSO_GAIN * nuisance[:, 4])
   for i, name in enumerate(("wander", "mains", "emg"), 5):
@@ -187,11 +217,14 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
 
 
 def _from_score(moments: couplings.Moments, score: np.ndarray, male: np.ndarray) -> np.ndarray:
-  values = []
-  for mean, sd in (moments.women, moments.men):
-    if moments.family == "normal":
-      values.append(mean + sd * score)
-    else:
-      spread = log_sd((mean, sd))
-      values.append(mean * np.exp(spread * score - spread**2 / 2))
-  return np.where(male == 1, values[1], values[0])
+  women = _quantity(moments.women, moments.family, score)
+  men = _quantity(moments.men, moments.family, score)
+  return np.where(male == 1, men, women)
+
+
+def _quantity(moments, family, score):
+  mean, sd = moments
+  if family == "normal":
+    return mean + sd * score
+  spread = log_sd(moments)
+  return mean * np.exp(spread * score - spread**2 / 2)
