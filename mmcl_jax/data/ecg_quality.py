@@ -64,33 +64,50 @@ def content(ecg: np.ndarray, rate_hz: float) -> slice:
   moves = np.flatnonzero((ecg[:, 1:] != ecg[:, :-1]).any(axis=0))
   if not len(moves) or moves[-1] - moves[0] < rate_hz:  # less than a second: flat, not padded
     return slice(0, ecg.shape[1])
-  head, tail = moves[0] + 1, ecg.shape[1] - 1 - moves[-1]
-  head, tail = (end if end > PADDING_S * rate_hz else 0 for end in (head, tail))
-  return slice(head, ecg.shape[1] - tail)
+  start, stop = moves[0] + 1, moves[-1] + 1
+  longest = PADDING_S * rate_hz
+  if start <= longest:
+    start = 0
+  if ecg.shape[1] - stop <= longest:
+    stop = ecg.shape[1]
+  return slice(start, stop)
 
 
 def _flat(ecg, rate_hz):
+  """Remarks on leads that are flat for a second or more; BadRecord where one is for too long."""
+  flat = _flat_tenths(ecg, rate_hz)
+  whole_s = ecg.shape[1] / rate_hz
+  longest = np.array([_runs(lead).max(initial=0) for lead in flat])
+  share = longest / flat.shape[1]
+  too_long = [name for name, x in zip(LEADS, share) if x > MAX_FLAT]
+  if too_long:
+    raise BadRecord(
+      f"flat lead {', '.join(too_long)}: moves less than {FLAT_MV} mV for "
+      f"{share.max() * whole_s:.1f} of the first {whole_s:.1f} s; expected at most "
+      f"{MAX_FLAT * whole_s:.1f} s on end"
+    )
+  remarks = []
+  for name, seconds in zip(LEADS, flat.mean(axis=1) * whole_s):
+    if seconds:
+      remarks.append(f"{name} flat for {seconds:.1f} s")
+  return remarks
+
+
+def _flat_tenths(ecg, rate_hz):
+  """bool [12, tenths of a second]: whether they lie in any second in which a lead is flat."""
   step = max(1, round(rate_hz / 100))
-  second = min(round(rate_hz / step), -(-ecg.shape[1] // step))
-  seconds = sliding_window_view(ecg[:, ::step], second, axis=1)
+  sampled = ecg[:, ::step]
+  second = min(round(rate_hz / step), sampled.shape[1])
+  seconds = sliding_window_view(sampled, second, axis=1)
   seconds = seconds[:, :: max(1, second // 10)]  # one every 0.1 s
   low, high = np.percentile(seconds, SPIKES, axis=-1)
   still = np.pad(high - low < FLAT_MV, ((0, 0), (9, 9)))
-  flat = sliding_window_view(still, 10, axis=1).any(axis=-1)  # [12, tenths]: in any flat second
-  whole_s = ecg.shape[1] / rate_hz
-  longest = np.array([_runs(lead).max(initial=0) for lead in flat]) / flat.shape[1]
-  if (off := longest > MAX_FLAT).any():
-    raise BadRecord(
-      f"flat lead {', '.join(np.array(LEADS)[off])}: moves less than {FLAT_MV} mV for "
-      f"{longest.max() * whole_s:.1f} of the first {whole_s:.1f} s; expected at most "
-      f"{MAX_FLAT * whole_s:.1f} s on end"
-    )
-  flat_s = flat.mean(axis=1) * whole_s
-  return [f"{name} flat for {seconds:.1f} s" for name, seconds in zip(LEADS, flat_s) if seconds]
+  return sliding_window_view(still, 10, axis=1).any(axis=-1)
 
 
 def _check_voltage(ecg):
-  peaks = np.abs(ecg - np.median(ecg, axis=1, keepdims=True)).max(axis=1)
+  median = np.median(ecg, axis=1, keepdims=True)
+  peaks = np.abs(ecg - median).max(axis=1)
   if peaks.max() > ABSURD_MV:
     raise BadRecord(
       f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and unit right?"
@@ -98,7 +115,9 @@ def _check_voltage(ecg):
 
 
 def _limb_leads(ecg):
-  leads, error, wrong = dict(zip(LEADS, ecg)), 0.0, {}
+  """A remark where limb leads are not what I and II give; BadRecord where they cannot be."""
+  leads = dict(zip(LEADS, ecg))
+  error, wrong = 0.0, {}
   for name, (i, ii) in DERIVABLE.items():
     three = np.stack([leads[name], leads["I"], leads["II"]])
     apart = np.array([1, -i, -ii]) @ three
@@ -107,9 +126,10 @@ def _limb_leads(ecg):
     if np.mean(apart > IMPOSSIBLE_MV) > MAX_IMPOSSIBLE:
       steps = [np.median(np.diff(np.unique(lead))) for lead in three]
       rounding = np.abs([1, i, ii]) @ steps / 2
-      share = np.mean((apart > IMPOSSIBLE_MV + rounding) & ~_at_limits(three).any(axis=0))
-      if share > MAX_IMPOSSIBLE:
-        wrong[name] = share
+      clipped = _at_limits(three).any(axis=0)
+      impossible = (apart > IMPOSSIBLE_MV + rounding) & ~clipped
+      if np.mean(impossible) > MAX_IMPOSSIBLE:
+        wrong[name] = np.mean(impossible)
   if wrong:
     raise BadRecord(
       f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from "
@@ -123,26 +143,37 @@ def _limb_leads(ecg):
 
 def _at_limits(ecg):
   """bool as ecg [L, T]: within 2 % of a lead's range of its extremes, where it may be clipped."""
-  low, high = ecg.min(axis=1, keepdims=True), ecg.max(axis=1, keepdims=True)
-  return np.abs(ecg - (low + high) / 2) > 0.48 * (high - low)
+  low = ecg.min(axis=1, keepdims=True)
+  high = ecg.max(axis=1, keepdims=True)
+  from_middle = np.abs(ecg - (low + high) / 2)
+  return from_middle > 0.48 * (high - low)
 
 
 def _clipped(ecg, rate_hz):
+  """A remark where leads lie at a limit for more than MAX_CLIPPED of their samples."""
   shares = {}
   for name, lead in zip(LEADS, ecg):
-    for limit in lead.min(), lead.max():
-      here = lead == limit
-      if here.mean() > MAX_CLIPPED and limit != np.median(lead):  # where a lead rests is no limit
-        plateaus = _runs(here)
-        share = plateaus[plateaus >= max(2, PLATEAU_S * rate_hz)].sum() / len(lead)
-        if share > MAX_CLIPPED:
-          shares[name] = max(share, shares.get(name, 0))
+    share = max(_share_at(lead.min(), lead, rate_hz), _share_at(lead.max(), lead, rate_hz))
+    if share > MAX_CLIPPED:
+      shares[name] = share
   if not shares:
     return []
   return [f"{', '.join(shares)} clipped in up to {max(shares.values()):.0%} of samples"]
 
 
+def _share_at(limit, lead, rate_hz):
+  """Share of a lead [T] that lies in plateaus at `limit`; 0 where that is little."""
+  at_limit = lead == limit
+  # where a lead rests is no limit
+  if at_limit.mean() <= MAX_CLIPPED or limit == np.median(lead):
+    return 0.0
+  plateaus = _runs(at_limit)
+  long_ones = plateaus[plateaus >= max(2, PLATEAU_S * rate_hz)]
+  return long_ones.sum() / len(lead)
+
+
 def _runs(true):
   """int [N]: the lengths of the runs of True in bool [T]."""
-  edges = np.flatnonzero(np.diff(true.astype(np.int8), prepend=0, append=0))
+  steps = np.diff(true.astype(np.int8), prepend=0, append=0)
+  edges = np.flatnonzero(steps)
   return edges[1::2] - edges[::2]

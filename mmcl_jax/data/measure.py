@@ -5,7 +5,9 @@ import numpy as np
 
 from mmcl_jax.data import schema
 
-_LV, _MYO, _RV = (schema.LABELS[name] for name in ("LV", "MYO", "RV"))
+_LV = schema.LABELS["LV"]
+_MYO = schema.LABELS["MYO"]
+_RV = schema.LABELS["RV"]
 
 
 def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> dict[str, float]:
@@ -26,41 +28,53 @@ def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> di
     spacing: [3], mm along Z, H, W.
     heart_rate: bpm; NaN if unknown.
   """
-  millilitres = volumes(labels, spacing).T
-  (lvedv, lvesv), (wall, _), (rvedv, rvesv) = np.where(
-    millilitres > 0, millilitres, np.nan
-  ).tolist()
+  ml = volumes(labels, spacing)
+  ed, es = np.where(ml > 0, ml, np.nan).tolist()
+  lvedv, wall, rvedv = ed
+  lvesv, _, rvesv = es
+  lvsv = lvedv - lvesv
+  rvsv = rvedv - rvesv
 
   closed = closed_rings(labels)
-  pixel = float(spacing[1]) * float(spacing[2])
-  lv, myo = (np.sum(labels == label, axis=(2, 3)) for label in (_LV, _MYO))
-  endo, epi = (np.sqrt(area * pixel / np.pi) for area in (lv, lv + myo))  # [P, Z], mm
+  endo, epi = _radii(labels, float(spacing[1]) * float(spacing[2]))
+  thickness = (epi - endo)[0, closed[0]]
   middle = _middle_third(np.flatnonzero(closed.all(axis=0)))
-  mid_wall = (endo + epi)[:, middle] / 2
+  mid_wall_ed, mid_wall_es = (endo + epi)[:, middle] / 2
+  shortening = 100 * (mid_wall_es / mid_wall_ed - 1)
   values = {
     "LVEDV": lvedv,
     "LVESV": lvesv,
-    "LVSV": lvedv - lvesv,
-    "LVEF": 100 * (lvedv - lvesv) / lvedv,
-    "LVCO": (lvedv - lvesv) * float(heart_rate) / 1000,
+    "LVSV": lvsv,
+    "LVEF": 100 * lvsv / lvedv,
+    "LVCO": lvsv * float(heart_rate) / 1000,
     "LVM": wall * schema.MYOCARDIUM_G_PER_ML,
     "RVEDV": rvedv,
     "RVESV": rvesv,
-    "RVSV": rvedv - rvesv,
-    "RVEF": 100 * (rvedv - rvesv) / rvedv,
-    "WT": float(np.mean((epi - endo)[0, closed[0]])) if closed[0].any() else np.nan,
-    "Ecc": float(np.mean(100 * (mid_wall[1] / mid_wall[0] - 1))) if middle.size else np.nan,
+    "RVSV": rvsv,
+    "RVEF": 100 * rvsv / rvedv,
+    "WT": float(np.mean(thickness)) if thickness.size else np.nan,
+    "Ecc": float(np.mean(shortening)) if shortening.size else np.nan,
   }
   return {name: values[name] for name in schema.PHENOTYPES}
+
+
+def _radii(labels, pixel_mm2):
+  """(endocardial, epicardial) radii of circles of the areas in each slice, float64 [P, Z] in mm."""
+  cavity = np.sum(labels == _LV, axis=(2, 3))
+  wall = np.sum(labels == _MYO, axis=(2, 3))
+  endo = np.sqrt(cavity * pixel_mm2 / np.pi)
+  epi = np.sqrt((cavity + wall) * pixel_mm2 / np.pi)
+  return endo, epi
 
 
 def volumes(labels: np.ndarray, spacing) -> np.ndarray:
   """Of LV, MYO and RV in ml, float64 [F, 3], from labels [F, Z, H, W]: voxels times the product of
   `spacing` (mm)."""
-  counts = np.stack(
-    [np.count_nonzero(labels == label, axis=(1, 2, 3)) for label in (_LV, _MYO, _RV)], axis=1
-  )
-  return counts * (float(np.prod(spacing, dtype=np.float64)) / 1000)
+  counts = []
+  for label in (_LV, _MYO, _RV):
+    counts.append(np.count_nonzero(labels == label, axis=(1, 2, 3)))
+  voxel_ml = float(np.prod(spacing, dtype=np.float64)) / 1000
+  return np.stack(counts, axis=1) * voxel_ml
 
 
 def closed_rings(labels: np.ndarray) -> np.ndarray:
@@ -88,20 +102,23 @@ def borders(labels: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     int [...] and int [...], of each slice.
   """
-  inside, beyond = labels == label, len(schema.LABELS)
-  padded = np.pad(labels, [(0, 0)] * (labels.ndim - 2) + [(1, 1), (1, 1)], constant_values=beyond)
-  on_myocardium = elsewhere = 0
-  for neighbour in (
+  inside = labels == label
+  beyond = len(schema.LABELS)  # a label that there is not
+  margins = [(0, 0)] * (labels.ndim - 2) + [(1, 1), (1, 1)]
+  padded = np.pad(labels, margins, constant_values=beyond)
+  neighbours = (
     padded[..., 2:, 1:-1],
     padded[..., :-2, 1:-1],
     padded[..., 1:-1, 2:],
     padded[..., 1:-1, :-2],
-  ):
-    myocardium = neighbour == _MYO
-    on_myocardium = on_myocardium + np.count_nonzero(inside & myocardium, axis=(-2, -1))
-    elsewhere = elsewhere + np.count_nonzero(
-      inside & ~myocardium & (neighbour != label), axis=(-2, -1)
-    )
+  )
+  on_myocardium = 0
+  elsewhere = 0
+  for neighbour in neighbours:
+    myocardium = inside & (neighbour == _MYO)
+    other = inside & (neighbour != _MYO) & (neighbour != label)
+    on_myocardium = on_myocardium + np.count_nonzero(myocardium, axis=(-2, -1))
+    elsewhere = elsewhere + np.count_nonzero(other, axis=(-2, -1))
   return on_myocardium, elsewhere
 
 

@@ -30,7 +30,9 @@ STRAY = 0.1
 MARGIN_MM = 10.0  # round the heart, within the crop
 PERCENTILES = (1, 99)  # intensities that become 0 and 255
 
-_LV, _MYO, _RV = (schema.LABELS[name] for name in ("LV", "MYO", "RV"))
+_LV = schema.LABELS["LV"]
+_MYO = schema.LABELS["MYO"]
+_RV = schema.LABELS["RV"]
 
 
 class Shape(NamedTuple):
@@ -54,12 +56,14 @@ class _Axis(NamedTuple):
   @property
   def centres(self):
     """float64 [size]: where output pixels have their centres, in source indices."""
-    return (self.start + np.arange(self.size) + 0.5) * self.ratio - 0.5
+    edges = self.start + np.arange(self.size)
+    return (edges + 0.5) * self.ratio - 0.5
 
   @property
   def inside(self):
     """bool [size]: which of them lie on the image."""
-    return (self.centres >= -0.5) & (self.centres < self.length - 0.5)
+    centres = self.centres
+    return (centres >= -0.5) & (centres < self.length - 0.5)
 
 
 def to_record(
@@ -105,37 +109,59 @@ def to_record(
 
   z, *plane = _crop(first, last, images.shape[1:], spacing, shape, flags)
   kept = slice(max(z.start, 0), min(z.start + z.size, slices))
-  padding = ((0, 0), (kept.start - z.start, z.start + z.size - kept.stop), (0, 0), (0, 0))
-  with_lv = np.flatnonzero((labels == _LV).any(axis=(2, 3)).all(axis=0))
-  middle = with_lv[len(with_lv) // 2] if len(with_lv) else (kept.start + kept.stop) // 2
+  above, below = kept.start - z.start, z.start + z.size - kept.stop
+  padding = ((0, 0), (above, below), (0, 0), (0, 0))
 
   stack = _resampled(images[[ed, es], kept], plane)
-  inside = np.outer(*(axis.inside for axis in plane))
-  darkest, brightest = np.percentile(stack[..., inside], PERCENTILES)
-  if not brightest > darkest:
-    raise BadRecord(f"constant about the heart ({darkest:g}); expected an image")
-
-  def grey(image):
-    return np.rint(
-      np.clip((image - darkest) * (255 / (brightest - darkest)), 0, 255) * inside
-    ).astype(np.uint8)
-
+  window = _window(stack, plane)
   fields = {
-    "ed_es_volumes": np.pad(grey(stack), padding),
+    "ed_es_volumes": np.pad(_grey(stack, window), padding),
     "labels": np.pad(_nearest(labels[:, kept], plane), padding),
     "spacing": np.array((spacing[0], shape.pixel_mm, shape.pixel_mm), np.float32),
   }
   if shape.frames:
     if len(images) < MIN_FRAMES:
       flags.append(f"cine slice interpolated from {len(images)} frames")
-    beat = _resampled(images[:, middle], plane)
-    steps = (es - ed) % len(images)
-    fields["cine_slice"] = grey(
-      _at(beat, ed + np.arange(shape.frames) * len(images) / shape.frames)
-    )
+    beat = _resampled(images[:, _middle_slice(labels, kept)], plane)
+    times = ed + np.arange(shape.frames) * len(images) / shape.frames
+    fields["cine_slice"] = _grey(_at(beat, times), window)
     # A frame that was recorded, the earlier of two; their mean only where there is none between.
-    fields["three_frames"] = grey(_at(beat, ed + np.array((0, steps // 2 or 0.5, steps))))
+    steps = (es - ed) % len(images)
+    times = ed + np.array((0, steps // 2 or 0.5, steps))
+    fields["three_frames"] = _grey(_at(beat, times), window)
   return fields, phenotypes, tuple(flags)
+
+
+class _Window(NamedTuple):
+  """What intensities of one study become uint8, and where the crop lies on the image."""
+
+  darkest: float
+  scale: float
+  inside: np.ndarray  # bool [H, W]
+
+
+def _window(stack, plane):
+  """Intensities between PERCENTILES of the stack's become 0 to 255."""
+  rows, columns = plane
+  inside = np.outer(rows.inside, columns.inside)
+  darkest, brightest = np.percentile(stack[..., inside], PERCENTILES)
+  if not brightest > darkest:
+    raise BadRecord(f"constant about the heart ({darkest:g}); expected an image")
+  return _Window(darkest, 255 / (brightest - darkest), inside)
+
+
+def _grey(images, window):
+  """uint8 of float images [..., H, W]; 0 beyond the image."""
+  scaled = np.clip((images - window.darkest) * window.scale, 0, 255)
+  return np.rint(scaled * window.inside).astype(np.uint8)
+
+
+def _middle_slice(labels, kept):
+  """The middle of the slices with LV at both phases; without labels that of the slices `kept`."""
+  with_lv = np.flatnonzero((labels == _LV).any(axis=(2, 3)).all(axis=0))
+  if len(with_lv):
+    return with_lv[len(with_lv) // 2]
+  return (kept.start + kept.stop) // 2
 
 
 def _check(cine):
@@ -146,35 +172,42 @@ def _check(cine):
     raise BadRecord(f"{slices} slices; expected at least {MIN_SLICES}")
   if frames < MIN_FRAMES and (cine.ed is None or cine.es is None):
     raise BadRecord(f"{frames} frames, ED and ES not named; expected at least {MIN_FRAMES}")
-  height_mm, width_mm = height * cine.spacing[1], width * cine.spacing[2]
+  height_mm = height * cine.spacing[1]
+  width_mm = width * cine.spacing[2]
   if min(height_mm, width_mm) < MIN_VIEW_MM:
     raise BadRecord(
       f"images of {height_mm:.0f} x {width_mm:.0f} mm; expected at least {MIN_VIEW_MM:.0f} each way"
     )
   if cine.es is not None and cine.es == (cine.ed or 0):
     raise BadRecord(f"ED and ES are both frame {cine.es}")
-  darkest, brightest = cine.images.min(axis=(2, 3)), cine.images.max(axis=(2, 3))
-  low, high = float(darkest.min()), float(brightest.max())
+  darkest = cine.images.min(axis=(2, 3))
+  brightest = cine.images.max(axis=(2, 3))
+  low = float(darkest.min())
+  high = float(brightest.max())
   if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
     raise BadRecord(
       f"intensities from {low:g} to {high:g}; expected finite ones within {MAX_INTENSITY:g}"
     )
   for frame, z in np.argwhere(darkest == brightest)[:1]:
-    found = f"constant ({darkest[frame, z]:g})" if darkest[frame, z] else "all zeros"
-    raise BadRecord(f"slice {z} of frame {frame} is {found}; expected an image")
+    value = darkest[frame, z]
+    content = f"constant ({value:g})" if value else "all zeros"
+    raise BadRecord(f"slice {z} of frame {frame} is {content}; expected an image")
 
 
 def _phases_of_labels(cine, flags):
   """(ED, ES), as frames. ES is the source's, else the segmented frame of the least LV; never half
   of the frames."""
-  frames, labelled = len(cine.images), list(cine.labelled)
+  frames = len(cine.images)
+  labelled = list(cine.labelled)
   lv = np.full(frames, np.nan)
   lv[labelled] = measure.volumes(cine.labels[labelled], cine.spacing)[:, 0]
   ed = cine.ed or 0  # a cine triggered by the R wave starts at ED
-  others = np.where((lv > 0) & (np.arange(frames) != ed), lv, np.inf)
+  may_be_es = (lv > 0) & (np.arange(frames) != ed)
+  others = np.where(may_be_es, lv, np.inf)
   if cine.es is None and np.isinf(others).all():
     raise BadRecord(f"no frame but ED (frame {ed}) is segmented; expected ED and ES")
-  least, largest = int(np.argmin(others)), int(np.nanargmax(lv))
+  least = int(np.argmin(others))
+  largest = int(np.nanargmax(lv))
   es = least if cine.es is None else cine.es
   for name, frame in (("ED", ed), ("ES", es)):
     if np.isnan(lv[frame]):
@@ -185,13 +218,15 @@ def _phases_of_labels(cine, flags):
       raise BadRecord(f"no LV label at {name} (frame {frame})")
   if not lv[es] < lv[ed]:
     raise BadRecord(
-      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), not less than {lv[ed]:.1f} ml at ED (frame {ed})"
+      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), "
+      f"not less than {lv[ed]:.1f} ml at ED (frame {ed})"
     )
   if empty := int(np.sum(lv == 0)):
     flags.append(f"{empty} segmented frames have no LV label")
   if largest != ed:
     flags.append(f"the largest LV volume is at frame {largest}, ED is taken at frame {ed}")
-  if min(abs(es - least), frames - abs(es - least)) > 1:
+  apart = abs(es - least)
+  if min(apart, frames - apart) > 1:
     flags.append(f"the least LV volume is at frame {least}, ES is taken at frame {es}")
   if cine.es is None and len(labelled) < frames:
     flags.append(f"ES is the least LV of {len(labelled)} segmented frames, there are {frames}")
@@ -226,21 +261,29 @@ def _check_label_map(labels, convention, flags):
       raise BadRecord(f"no myocardium label at {phase}")
     if not (volume == _RV).any():
       flags.append(f"no RV label at {phase}")
-  borders = [np.sum(measure.borders(labels, structure), axis=(1, 2)) for structure in (_LV, _RV)]
-  lv, rv = (on / max(on + off, 1) for on, off in borders)
+  lv = _share_on_myocardium(labels, _LV)
+  rv = _share_on_myocardium(labels, _RV)
   if lv < MIN_ENCLOSED or rv >= lv:
     raise BadRecord(
-      f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, {rv:.0%} of the RV's "
-      f"(read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of the RV's"
+      f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, {rv:.0%} of the "
+      f"RV's (read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of "
+      "the RV's"
     )
+
+
+def _share_on_myocardium(labels, structure):
+  """Share of a structure's in-plane border; 0 where it has none."""
+  on_myocardium, elsewhere = measure.borders(labels, structure)
+  on, off = np.sum(on_myocardium), np.sum(elsewhere)
+  return on / max(on + off, 1)
 
 
 def _base_is_last(labels, base_first, flags):
   """Whether labels [Z, H, W] run from apex to base: the heart tapers to its apex, and the RV ends
   before it."""
   areas = np.count_nonzero(labels, axis=(1, 2))
-  taper = np.flatnonzero(areas) - np.flatnonzero(areas).mean()
-  growth = float(taper @ areas[areas > 0])
+  slices = np.flatnonzero(areas)
+  growth = float((slices - slices.mean()) @ areas[slices])
   return growth > 0 or growth == 0 and _turned(base_first, flags)
 
 
@@ -260,44 +303,54 @@ def _extent(labels, flags):
   heart = sizes >= STRAY * sizes.max()
   if stray := int(sizes[~heart].sum()):
     flags.append(f"{stray} labelled voxels lie apart from the heart")
-  found = np.argwhere(heart[parts])
-  return found.min(axis=0), found.max(axis=0)
+  places = np.argwhere(heart[parts])
+  return places.min(axis=0), places.max(axis=0)
 
 
 def _crop(first, last, lengths, spacing, shape, flags):
   """[_Axis] of Z, H and W: about the middle of the heart, yet on the image as far as the image is
   large enough."""
-  output = (spacing[0], shape.pixel_mm, shape.pixel_mm)
-  axes = []
-  for name, low, high, length, mm, out_mm, size, margin in zip(
-    "ZHW",
-    first,
-    last,
-    lengths,
-    spacing,
-    output,
-    (shape.slices, shape.size, shape.size),
-    (0, MARGIN_MM, MARGIN_MM),
-  ):
+  z = _Axis(*_placed(first[0], last[0], lengths[0], shape.slices, 1.0), 1.0, lengths[0])
+  _remark_on_cut("Z", z, (last[0] + 1 - first[0]) * spacing[0], spacing[0], flags)
+  axes = [z]
+  for axis, name in ((1, "H"), (2, "W")):
     # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go
     # either way.
-    ratio = out_mm / round(mm, 5) if name != "Z" else 1.0
-    whole = int(length / ratio + 0.5)  # output pixels on the image
-    spare = whole - size
-    start = round((low + high + 1) / 2 / ratio - size / 2)
-    axes.append(_Axis(min(max(start, 0), spare) if spare > 0 else spare // 2, size, ratio, length))
-    need = (high + 1 - low) * mm + 2 * margin
-    if spare > 0 and need > size * out_mm:
-      flags.append(
-        f"the heart is cut by the crop: it needs {need:.0f} mm along {name}, {size * out_mm:.0f} are kept"
-      )
+    ratio = shape.pixel_mm / round(spacing[axis], 5)
+    placed = _placed(first[axis], last[axis], lengths[axis], shape.size, ratio)
+    axes.append(_Axis(*placed, ratio, lengths[axis]))
+    need_mm = (last[axis] + 1 - first[axis]) * spacing[axis] + 2 * MARGIN_MM
+    _remark_on_cut(name, axes[-1], need_mm, shape.pixel_mm, flags)
   return axes
+
+
+def _spare(length, size, ratio):
+  """Output pixels of an axis of the image beyond the `size` of the crop."""
+  return int(length / ratio + 0.5) - size
+
+
+def _placed(low, high, length, size, ratio):
+  """(start, size) of a crop of one axis, about the middle of `low` and `high`."""
+  spare = _spare(length, size, ratio)
+  if spare <= 0:
+    return spare // 2, size
+  start = round((low + high + 1) / 2 / ratio - size / 2)
+  return min(max(start, 0), spare), size
+
+
+def _remark_on_cut(name, axis, need_mm, out_mm, flags):
+  kept_mm = axis.size * out_mm
+  if _spare(axis.length, axis.size, axis.ratio) > 0 and need_mm > kept_mm:
+    flags.append(
+      f"the heart is cut by the crop: it needs {need_mm:.0f} mm along {name}, "
+      f"{kept_mm:.0f} are kept"
+    )
 
 
 def _resampled(images, plane):
   """[..., H, W] -> float32 [..., size, size]: linear; where output pixels are larger, a triangle of
   their width."""
-  rows, columns = (_weights(axis) for axis in plane)
+  rows, columns = map(_weights, plane)
   # In one order of memory: the sums of a product are rounded in the order that the layout suggests.
   return rows @ images.astype(np.float32, order="C") @ columns.T
 
@@ -305,18 +358,23 @@ def _resampled(images, plane):
 def _weights(axis):
   """float32 [size, length] of one axis; rows sum to 1, and are 0 where they lie beyond the
   image."""
-  distance = np.abs(np.arange(axis.length) - axis.centres[:, None]) / max(axis.ratio, 1)
-  weights = np.maximum(0, 1 - distance) * axis.inside[:, None]
-  return (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)).astype(np.float32)
+  distance = np.abs(np.arange(axis.length) - axis.centres[:, None])
+  weights = np.maximum(0, 1 - distance / max(axis.ratio, 1))
+  weights = weights * axis.inside[:, None]
+  total = weights.sum(axis=1, keepdims=True)
+  return (weights / np.maximum(total, 1e-9)).astype(np.float32)
 
 
 def _nearest(labels, plane):
   """uint8 [..., H, W] -> uint8 [..., size, size]: the label under each centre, background beyond
   the image."""
-  rows, columns = (
-    np.clip(np.floor(axis.centres + 0.5).astype(int), 0, axis.length - 1) for axis in plane
-  )
-  return labels[..., rows[:, None], columns] * np.outer(*(axis.inside for axis in plane))
+  indices = []
+  for axis in plane:
+    nearest = np.floor(axis.centres + 0.5).astype(int)
+    indices.append(np.clip(nearest, 0, axis.length - 1))
+  rows, columns = indices
+  inside = np.outer(plane[0].inside, plane[1].inside)
+  return labels[..., rows[:, None], columns] * inside
 
 
 def _at(images, at):
@@ -324,7 +382,9 @@ def _at(images, at):
   time."""
   before = np.floor(at).astype(int)
   share = (at - before).astype(np.float32)[:, None, None]
-  return (1 - share) * images[before % len(images)] + share * images[(before + 1) % len(images)]
+  earlier = images[before % len(images)]
+  later = images[(before + 1) % len(images)]
+  return (1 - share) * earlier + share * later
 
 
 def _heart_rate(cine, heart_rate, flags):

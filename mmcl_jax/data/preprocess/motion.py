@@ -42,16 +42,18 @@ def find_heart(cine: Cine) -> Motion:
   pixels = cine.images[:, slices // 4 : slices - slices // 4, ::step, ::step]
   angle = 2 * np.pi * np.arange(frames) / frames
   waves = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
-  strength = np.hypot(*np.tensordot(waves, pixels.astype(np.float32), 1)) / frames
+  real, imaginary = np.tensordot(waves, pixels.astype(np.float32), 1)
+  strength = np.hypot(real, imaginary) / frames
   blur = [BLUR_MM / (step * mm) for mm in cine.spacing[1:]]
   motion = ndimage.gaussian_filter(strength.sum(axis=0), blur)
   motion -= np.median(motion)  # what noise alone gives
   peak = np.unravel_index(motion.argmax(), motion.shape)
-  if not motion[peak] > STILL * (float(pixels.max()) - float(pixels.min())):
+  intensities = float(pixels.max()) - float(pixels.min())
+  if not motion[peak] > STILL * intensities:
     raise BadRecord("nothing moves over the beat; expected a cine")
   regions, _ = ndimage.label(motion > SHARE * motion[peak])
-  found = np.argwhere(regions == regions[peak]) * step
-  return Motion(found.min(axis=0), found.max(axis=0), pixels, strength, step)
+  heart = np.argwhere(regions == regions[peak]) * step
+  return Motion(heart.min(axis=0), heart.max(axis=0), pixels, strength, step)
 
 
 def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) -> int:
@@ -61,14 +63,17 @@ def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) ->
   POOL_RADIUS_MM of the heart's centre. Its pixels count by their first harmonic: those that the
   walls sweep over decide, not vessels or fat.
   """
-  frames = len(motion.pixels)
-  centre = (motion.first + motion.last) / 2
-  y, x = (np.arange(n) * motion.step - c for n, c in zip(motion.pixels.shape[2:], centre))
-  near = np.hypot(y[:, None] * spacing[1], x * spacing[2]) < POOL_RADIUS_MM
+  frames, _, height, width = motion.pixels.shape
+  centre_y, centre_x = (motion.first + motion.last) / 2
+  y = np.arange(height) * motion.step - centre_y
+  x = np.arange(width) * motion.step - centre_x
+  distance_mm = np.hypot(y[:, None] * spacing[1], x * spacing[2])
+  near = distance_mm < POOL_RADIUS_MM
   pool = np.zeros(frames)
   for images, strength in zip(motion.pixels.swapaxes(0, 1), motion.strength):
     values = images[:, near].astype(np.float32)
-    pool += (values > _otsu(values)) @ strength[near]
+    blood = values > _otsu(values)
+    pool += blood @ strength[near]
   pool = ndimage.gaussian_filter1d(pool, POOL_BLUR * frames, mode="wrap")
   pool[ed] = np.inf
   return int(np.argmin(pool))
@@ -79,7 +84,9 @@ def _otsu(values):
   1979)."""
   counts, edges = np.histogram(values, 128)
   centres = (edges[1:] + edges[:-1]) / 2
-  below, total = np.cumsum(counts), counts.sum()
+  below = np.cumsum(counts)
+  total = counts.sum()
   moment = np.cumsum(counts * (centres - centres[0]))
-  between = (moment[-1] * below - moment * total) ** 2 / np.maximum(below * (total - below), 1)
+  difference = moment[-1] * below - moment * total
+  between = difference**2 / np.maximum(below * (total - below), 1)
   return centres[np.argmax(between[:-1])]

@@ -33,7 +33,7 @@ from mmcl_jax.data.readers.recording import (
   length_flags,
   mv_per,
   needed_leads,
-  told,
+  listed,
 )
 from mmcl_jax.errors import BadRecord
 
@@ -167,7 +167,7 @@ def _columns(names, count, leads):
     )
   if not agree:
     raise BadRecord(
-      f"its header row and its declared leads differ ({told(names)} against {told(leads)}); expected the "
+      f"its header row and its declared leads differ ({listed(names)} against {listed(leads)}); expected the "
       "same order, or no leads in the .json"
     )
   return declared if len(leads) == count else found

@@ -27,7 +27,7 @@ from mmcl_jax.data.readers.recording import (
   lead_names,
   length_flags,
   mv_per,
-  told,
+  listed,
 )
 from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
@@ -102,7 +102,7 @@ def _choose(groups):
   if not found:
     raise BadRecord(
       f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count); "
-      f"it has {told(names)}"
+      f"it has {listed(names)}"
     )
   return max(found, key=lambda group: group[:2])[2:]
 

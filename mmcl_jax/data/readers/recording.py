@@ -14,7 +14,8 @@ MV_PER_UNIT = {"nv": 1e-6, "uv": 1e-3, "mv": 1.0, "v": 1e3}
 MAX_SAMPLES = 120_000  # read at most per lead: 2 minutes at 1 kHz
 
 SPELLING = re.compile(r"(?:mdc_)?(?:ecg|ekg)?[ _]?(?:lead)?[ _]?(\w+)")
-LEAD_OF_NAME = {lead.lower(): lead for lead in LEADS} | {"di": "I", "dii": "II", "diii": "III"}
+LEAD_OF_NAME = {lead.lower(): lead for lead in LEADS}
+LEAD_OF_NAME |= {"di": "I", "dii": "II", "diii": "III"}
 MAX_MISSING = 0.01  # share of a lead's first 10 s that may be interpolated
 
 
@@ -51,24 +52,34 @@ def needed_leads(names) -> dict[str, int]:
   derived."""
   names = list(names)
   places = lead_names(names)
-  if absent := [lead for lead in LEADS if lead not in places and lead not in DERIVABLE]:
-    raise BadRecord(f"no lead {', '.join(absent)}; it has {told(names)}")
+  if absent := absent_leads(places):
+    raise BadRecord(f"no lead {', '.join(absent)}; it has {listed(names)}")
   return places
 
 
-def told(names) -> str:
+def absent_leads(given) -> list[str]:
+  """The leads that are neither given nor can be derived."""
+  return [lead for lead in LEADS if lead not in given and lead not in DERIVABLE]
+
+
+def listed(names) -> str:
   """Names that a file gives its signals, short enough for a reason: they may be anything."""
-  some = [re.sub(r"[^\w.+ -]", "?", str(name or "unnamed"))[:20].strip() for name in names[:12]]
-  return ", ".join(some + ["..."] * (len(names) > 12)) or "no named signal"
+  shown = []
+  for name in names[:12]:
+    plain = re.sub(r"[^\w.+ -]", "?", str(name or "unnamed"))
+    shown.append(plain[:20].strip())
+  if len(names) > 12:
+    shown.append("...")
+  return ", ".join(shown) or "no named signal"
 
 
 def mv_per(unit: str, lead: str) -> float:
   """mV in one nV, uV, mV or V, in any case, with either sign for micro; BadRecord that names `lead`
   for other units."""
-  try:
-    return MV_PER_UNIT[unit.strip().lower().replace("µ", "u").replace("μ", "u")]
-  except (KeyError, AttributeError):
-    raise BadRecord(f"lead {lead} is in {str(unit)[:8]!r}; expected one of nV, uV, mV, V") from None
+  spelled = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
+  if spelled not in MV_PER_UNIT:
+    raise BadRecord(f"lead {lead} is in {str(unit)[:8]!r}; expected one of nV, uV, mV, V")
+  return MV_PER_UNIT[spelled]
 
 
 def length_flags(samples: int, rate_hz: float) -> list[str]:
@@ -92,7 +103,7 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
       short without their padding; in their first 10 s they have long gaps, or are what `judge`
       refuses.
   """
-  if absent := [name for name in LEADS if name not in leads and name not in DERIVABLE]:
+  if absent := absent_leads(leads):
     raise BadRecord(f"no lead {', '.join(absent)}; expected at least I, II and V1 to V6")
   check_rate(rate_hz)
   flags = list(flags)
@@ -107,24 +118,30 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
         f"padding at its ends; expected at least {WINDOW_S:g} s"
       )
     flags.append(f"{padding_s:.1f} s of constant padding cut off")
-  leads = {name: _without_gaps(name, lead, rate_hz, flags) for name, lead in zip(leads, kept)}
-  derived = {name: i * leads["I"] + ii * leads["II"] for name, (i, ii) in DERIVABLE.items()}
-  if not derived.keys() <= leads.keys():
+  complete = {}
+  for name, samples in zip(leads, kept):
+    complete[name] = _without_gaps(name, samples, rate_hz, flags)
+  if not DERIVABLE.keys() <= complete.keys():
     flags.append("limb leads derived")
-  ecg_mv = np.stack([(derived | leads)[name] for name in LEADS])
+  for name, (i, ii) in DERIVABLE.items():
+    if name not in complete:
+      complete[name] = i * complete["I"] + ii * complete["II"]
+  ecg_mv = np.stack([complete[name] for name in LEADS])
   flags += judge(ecg_mv, rate_hz)
   return Recording(ecg_mv.astype(np.float32), float(rate_hz), tuple(flags))
 
 
 def _without_gaps(name, lead, rate_hz, flags):
   """`lead` with its missing samples interpolated; few in its first 10 s, of which `flags` tells."""
-  known, at = np.isfinite(lead), np.arange(len(lead))
-  used = in_use(known, rate_hz)
-  if (gaps := np.sum(~used)) > MAX_MISSING * len(used):
+  measured = np.isfinite(lead)
+  used = in_use(measured, rate_hz)
+  gaps = np.sum(~used)
+  if gaps > MAX_MISSING * len(used):
     raise BadRecord(
       f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; "
       f"at most {MAX_MISSING:.0%} can be interpolated"
     )
   if gaps:
     flags.append(f"{name}: {gaps} missing samples interpolated")
-  return np.interp(at, at[known], lead[known])
+  places = np.arange(len(lead))
+  return np.interp(places, places[measured], lead[measured])
