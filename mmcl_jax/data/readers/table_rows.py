@@ -18,25 +18,22 @@ from mmcl_jax.data.readers.table_layout import Layout, factor
 DATED = ((ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES), (ukb.DEATH_CAUSE, ukb.DEATH_DATE))
 _SEX = {"female": "0", "male": "1", "f": "0", "m": "1"}
 _YES_NO = {"true": "1", "false": "0", "yes": "1", "no": "0", "t": "1", "f": "0", "y": "1", "n": "0"}
-_MONTHS = dict(
-  zip(
-    [
-      "january",
-      "february",
-      "march",
-      "april",
-      "may",
-      "june",
-      "july",
-      "august",
-      "september",
-      "october",
-      "november",
-      "december",
-    ],
-    map(str, range(1, 13)),
-  )
-)
+_MONTHS = {
+  "january": "1",
+  "february": "2",
+  "march": "3",
+  "april": "4",
+  "may": "5",
+  "june": "6",
+  "july": "7",
+  "august": "8",
+  "september": "9",
+  "october": "10",
+  "november": "11",
+  "december": "12",
+}
+_WORDS = {"sex": _SEX, "birth month": _MONTHS, "disease": _YES_NO}  # of kinds of slots
+_NEVER = np.datetime64("NaT", "D")
 
 
 EXPECTED = {  # kind of slot -> what its cells are
@@ -54,20 +51,25 @@ class Rows:
 
   def __init__(self, slots):
     self.slots = {slot: i for i, slot in enumerate(slots)}
-    self.index, self.clashes, self.values = {}, set(), self.empty(0)
+    self.index = {}  # key -> row of `values`
+    self.clashes = set()
+    self.values = self.empty(0)
 
   def merge(self, keys, new):
     """Takes `new` [n, slots], rows of `keys`; returns their indices [n]."""
     at = np.array([self.index.setdefault(key, len(self.index)) for key in keys], int)
-    if (lacking := len(self.index) - len(self.values)) > 0:
-      self.values = np.concatenate([self.values, self.empty(max(lacking, len(self.values) // 2))])
+    lacking = len(self.index) - len(self.values)
+    if lacking > 0:
+      more = self.empty(max(lacking, len(self.values) // 2))
+      self.values = np.concatenate([self.values, more])
     turns = pd.Series(at).groupby(at).cumcount().to_numpy()
     for turn in np.unique(turns):  # a key that occurs twice is merged with itself
-      mine = np.flatnonzero(turns == turn)
-      old = self.values[at[mine]]
-      differ = (~np.isnan(old) & ~np.isnan(new[mine]) & (old != new[mine])).any(1)
-      self.clashes |= {keys[i] for i in mine[differ]}
-      self.values[at[mine]] = np.where(np.isnan(old), new[mine], old)
+      chosen = np.flatnonzero(turns == turn)
+      before, now = self.values[at[chosen]], new[chosen]
+      both = ~np.isnan(before) & ~np.isnan(now)
+      differ = (both & (before != now)).any(1)
+      self.clashes |= {keys[i] for i in chosen[differ]}
+      self.values[at[chosen]] = np.where(np.isnan(before), now, before)
     return at
 
   def empty(self, count):
@@ -92,73 +94,80 @@ class Gathered(NamedTuple):
 
 def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBatch, visits) -> None:
   """Takes in some rows of a file: `batch`, of the participants `ids`. Adds to `so_far`."""
-  people, rows, problems = so_far.people, so_far.rows, so_far.problems
-
-  def read(name, column, how, expected):
-    return columns.watched(
-      so_far.kept.setdefault(name, columns.Kept(expected)), problems, column, how
-    )
-
-  def cells(slot, name):
-    return read(
-      f"the column {name!r}",
-      batch.column(name),
-      lambda column: _cells(slot, column, problems),
-      EXPECTED[_kind(slot)],
-    )
-
-  def days(field, text):
-    return read(
-      f"field {field}",
-      text,
-      lambda text: columns.days(text, str(field), problems),
-      EXPECTED["date"],
-    )
-
-  arrays = {field: _arrays(batch, layout.lists[field]) for field in layout.lists}
-  dates = {
-    field: {i: days(field, text) for i, text in arrays.get(field, {}).items()}
-    for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE)
-  }
-
-  new = people.empty(len(ids))
-  for slot, name in layout.person.items():
-    new[:, people.slots[slot]] = cells(slot, name)
-  for death in dates[ukb.DEATH_DATE].values():
-    new[:, people.slots["death"]] = np.fmin(new[:, people.slots["death"]], _as_number(death))
-  at = people.merge(ids, new)
-
+  arrays = {field: _arrays(batch, names) for field, names in layout.lists.items()}
+  dates = {}
+  for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE):
+    dates[field] = {}
+    for i, text in arrays.get(field, {}).items():
+      dates[field][i] = _days(so_far, field, text)
+  at = _gather_people(so_far, layout, ids, batch, dates[ukb.DEATH_DATE].values())
   for visit, slots in layout.visits.items():
-    new = rows.empty(len(ids))
-    for slot, name in slots.items():
-      new[:, rows.slots[slot]] = factor(slot, name) * cells(slot, name)
-    number = np.full(len(ids), 0.0 if visit is None else visit)
-    if layout.visit:
-      number = read(
-        f"the column {layout.visit!r}",
-        batch.column(layout.visit),
-        lambda column: _visits(column, problems),
-        "a small whole number, 0 where there is one visit",
-      )
-      if visits is not None:
-        number[~np.isin(number, list(visits))] = np.nan
-    found = np.flatnonzero(~np.isnan(new).all(1) & ~np.isnan(number))
-    rows.merge([(ids[i], int(number[i])) for i in found], new[found])
-
+    _gather_visit(so_far, layout, ids, batch, visit, slots, visits)
   if ukb.DIAGNOSES in layout.lists:
     so_far.diagnosed.update(at.tolist())
   for what, when in DATED:
     for i, text in arrays.get(what, {}).items():
+      date = dates[when].get(i, np.full(len(text), _NEVER))
       filled = np.flatnonzero(text != "")
-      codes = read(
-        f"field {what}",
-        text[filled],
-        functools.partial(_codes, field=what, problems=problems),
-        "ICD-10 codes such as I48.0 or I480",
-      )
-      date = dates[when].get(i, np.full(len(text), np.datetime64("NaT", "D")))
+      codes = _diagnoses(so_far, what, text[filled])
       filled, codes = filled[codes != ""], codes[codes != ""]
       so_far.diagnoses.append((at[filled].astype(np.int32), codes, date[filled]))
+
+
+def _gather_people(so_far, layout, ids, batch, deaths):
+  """Takes in what a batch says of each participant; returns their indices [n]."""
+  people = so_far.people
+  new = people.empty(len(ids))
+  for slot, name in layout.person.items():
+    new[:, people.slots[slot]] = _column(so_far, slot, name, batch)
+  place = people.slots["death"]
+  for death in deaths:
+    new[:, place] = np.fmin(new[:, place], _as_number(death))
+  return people.merge(ids, new)
+
+
+def _gather_visit(so_far, layout, ids, batch, visit, slots, visits):
+  """Takes in the columns {slot: name} of one visit; `visit` None: a column says of which."""
+  rows = so_far.rows
+  new = rows.empty(len(ids))
+  for slot, name in slots.items():
+    new[:, rows.slots[slot]] = factor(slot, name) * _column(so_far, slot, name, batch)
+  number = np.full(len(ids), 0.0 if visit is None else visit)
+  if layout.visit:
+    number = _visit_numbers(so_far, layout.visit, batch)
+    if visits is not None:
+      number[~np.isin(number, list(visits))] = np.nan
+  something = ~np.isnan(new).all(1)
+  chosen = np.flatnonzero(something & ~np.isnan(number))
+  keys = [(ids[i], int(number[i])) for i in chosen]
+  rows.merge(keys, new[chosen])
+
+
+def _column(so_far, slot, name, batch):
+  """float64 [n] of a column, watched for what is lost of it."""
+  kept = so_far.kept.setdefault(f"the column {name!r}", columns.Kept(EXPECTED[_kind(slot)]))
+  read = functools.partial(_cells, slot, problems=so_far.problems)
+  return columns.watched(kept, so_far.problems, batch.column(name), read)
+
+
+def _visit_numbers(so_far, name, batch):
+  expected = "a small whole number, 0 where there is one visit"
+  kept = so_far.kept.setdefault(f"the column {name!r}", columns.Kept(expected))
+  read = functools.partial(_visits, problems=so_far.problems)
+  return columns.watched(kept, so_far.problems, batch.column(name), read)
+
+
+def _days(so_far, field, text):
+  kept = so_far.kept.setdefault(f"field {field}", columns.Kept(EXPECTED["date"]))
+  read = functools.partial(columns.days, name=str(field), problems=so_far.problems)
+  return columns.watched(kept, so_far.problems, text, read)
+
+
+def _diagnoses(so_far, field, text):
+  expected = "ICD-10 codes such as I48.0 or I480"
+  kept = so_far.kept.setdefault(f"field {field}", columns.Kept(expected))
+  read = functools.partial(_codes, field=field, problems=so_far.problems)
+  return columns.watched(kept, so_far.problems, text, read)
 
 
 def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
@@ -171,10 +180,10 @@ def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
       while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = column.flatten()
       for text in columns.texts(column.unique()):
-        cells.update([text] if index is not None else _listed(text))
+        cells.update(_listed(text) if index is None else [text])
   # what is no date is counted by `gather`
   days = columns.days(np.array(list(cells), object), "", Counter())
-  return np.fmax.reduce(days, initial=np.datetime64("NaT", "D"))
+  return np.fmax.reduce(days, initial=_NEVER)
 
 
 def _cells(slot, column, problems):
@@ -182,12 +191,7 @@ def _cells(slot, column, problems):
   kind = _kind(slot)
   if kind == "date":
     return _as_number(columns.days(columns.texts(column), "date of visit", problems))
-  values = columns.numbers(
-    column,
-    name_of(slot),
-    problems,
-    {"sex": _SEX, "birth month": _MONTHS, "disease": _YES_NO}.get(kind),
-  )
+  values = columns.numbers(column, name_of(slot), problems, _WORDS.get(kind))
   if kind != "phenotype":
     values[values < 0] = np.nan  # -1 "do not know", -3 "prefer not to answer"
   if kind in ("sex", "disease"):
@@ -197,7 +201,8 @@ def _cells(slot, column, problems):
 
 def _visits(column, problems):
   number = columns.numbers(column, "visit", problems)
-  odd = ~((number >= 0) & (number < 1000) & (number == np.round(number)))
+  plausible = (number >= 0) & (number < 1000)
+  odd = ~(plausible & (number == np.round(number)))
   columns.count(problems, "visit: neither 0 nor a small whole number, row dropped", odd.sum())
   number[odd] = np.nan
   return number
@@ -226,27 +231,31 @@ def drop(values, where, why, problems):
 
 
 def _arrays(batch, names):
-  """Columns of an array field -> {index: texts [n]}; a cell that lists all, ["I10","I48.0"] or I10|I48.0, is split."""
+  """Columns of an array field -> {index: texts [n]}; a cell that lists all, ["I10","I48.0"] or
+  I10|I48.0, is split."""
   arrays = {}
   for index, name in names.items():
     text = columns.texts(batch.column(name))
     if index is not None:
       arrays[index] = text
       continue
-    listed = [_listed(cell) for cell in text]
-    for i in range(max(map(len, listed), default=0)):
-      arrays[i] = np.array([cells[i] if i < len(cells) else "" for cells in listed], object)
+    lists = [_listed(cell) for cell in text]
+    for i in range(max(map(len, lists), default=0)):
+      cells = [cells[i] if i < len(cells) else "" for cells in lists]
+      arrays[i] = np.array(cells, object)
   return arrays
 
 
 def _listed(cell):
-  if cell.startswith("["):
-    try:
-      cells = json.loads(cell if '"' in cell else cell.replace("'", '"'))
-      return ["" if x is None else str(x) for x in cells] if isinstance(cells, list) else [cell]
-    except (ValueError, RecursionError):
-      return [cell]  # no code: will be counted as such
-  return cell.split("|")
+  if not cell.startswith("["):
+    return cell.split("|")
+  try:
+    cells = json.loads(cell if '"' in cell else cell.replace("'", '"'))
+  except (ValueError, RecursionError):
+    return [cell]  # no code: will be counted as such
+  if not isinstance(cells, list):
+    return [cell]
+  return ["" if x is None else str(x) for x in cells]
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -257,7 +266,9 @@ def _code(text):
   A fifth character, the site of a disease of joints, is left out, and so is the filler X.
   """
   match = re.match(r"\s*([A-Z][0-9]{2})(?:\.?([0-9])[0-9]?|\.?X)?(?=\s|$)", text)
-  return match[1] + (match[2] or "") if match else ""
+  if not match:
+    return ""
+  return match[1] + (match[2] or "")
 
 
 def _as_number(dates):
@@ -266,5 +277,6 @@ def _as_number(dates):
 
 
 def as_dates(numbers):
-  days = np.where(np.isnan(numbers), 0, numbers).astype(np.int64).astype("datetime64[D]")
-  return np.where(np.isnan(numbers), np.datetime64("NaT", "D"), days)
+  unknown = np.isnan(numbers)
+  days = np.where(unknown, 0, numbers).astype(np.int64)
+  return np.where(unknown, _NEVER, days.astype("datetime64[D]"))

@@ -50,7 +50,9 @@ ID_HEADERS = {
   "subject",
   "subject_id",
 }
-"""Of a list of withdrawals, in small letters, _ for what is no letter or digit; not "id", which may number the rows."""
+"""Of a list of withdrawals, in small letters, _ for what is no letter or digit.
+
+Not "id", which may number the rows."""
 
 
 class Table(NamedTuple):
@@ -122,35 +124,30 @@ def load(
   """
   end = _date(censored)
   layouts = {str(path): table_layout.read(str(path), visits) for path in files}
-  for what, when in DATED:
-    apart = [
-      path for path, layout in layouts.items() if what in layout.lists and when not in layout.lists
-    ]
-    if apart and any(when in layout.lists for layout in layouts.values()):
-      raise UserError(
-        f"{apart[0]} has field {what} and another table its dates, {when}; expected both in one file: "
-        "they go together by array index"
-      )
-  slots = sorted(
-    {slot for layout in layouts.values() for cells in layout.visits.values() for slot in cells}
-  )
-  known = list(table_layout.PHENOTYPES.values())
-  phenotypes = [slot for slot in known if slot in slots] + [
-    slot for slot in slots if slot.startswith("phenotype:") and slot not in known
-  ]
-  names = {name: unit for _, name, unit in (slot.split(":") for slot in phenotypes)}
-  if len(names) < len(phenotypes):
+  _check_dates_are_beside(layouts)
+  slots = set()
+  for layout in layouts.values():
+    for cells in layout.visits.values():
+      slots.update(cells)
+  phenotypes = _phenotype_slots(slots)
+  units = {}
+  for slot in phenotypes:
+    _, name, unit = slot.split(":")
+    units[name] = unit
+  if len(units) < len(phenotypes):
     raise UserError("the tables give one phenotype in two units; expected each name with one unit")
-  diseases_given = [slot for slot in slots if slot.startswith("disease:")]
+  given = sorted(slot for slot in slots if slot.startswith("disease:"))
   so_far = Gathered(
     people=Rows([*table_layout.PERSON.values(), "death"]),
-    rows=Rows([*phenotypes, *diseases_given, *table_layout.VISIT.values()]),
+    rows=Rows([*phenotypes, *given, *table_layout.VISIT.values()]),
     diagnoses=[],
     diagnosed=set(),
     problems=Counter(),
     kept={},
   )
-  keep = None if participants is None else {canonical(participant) for participant in participants}
+  keep = None
+  if participants is not None:
+    keep = {canonical(participant) for participant in participants}
   dates = [end]
   for path, layout in layouts.items():
     so_far.kept.clear()
@@ -158,26 +155,65 @@ def load(
       for batch in columns.batches(path, layout.columns):
         if np.isnat(end):
           dates.append(latest(layout, batch))
-        ids = [canonical(text) for text in columns.texts(batch.column(layout.id))]
-        columns.count(so_far.problems, "rows without a participant", ids.count(""))
-        chosen = [i for i, name in enumerate(ids) if name and (keep is None or name in keep)]
-        if chosen:
-          gather(so_far, layout, [ids[i] for i in chosen], batch.take(pa.array(chosen)), visits)
+        _gather_batch(so_far, layout, batch, keep, visits)
     except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
       # the first: a type of Parquet that holds neither text nor numbers
       raise columns.unreadable(path, error) from None
     columns.check_kept(path, so_far.kept)
-  dated = "date" in slots and any(
-    ukb.DIAGNOSIS_DATES in layout.lists for layout in layouts.values()
-  )
+  dated_diagnoses = any(ukb.DIAGNOSIS_DATES in layout.lists for layout in layouts.values())
   return _table(
-    so_far, names, tuple(name_of(slot) for slot in diseases_given), np.fmax.reduce(dates), dated
+    so_far,
+    units,
+    tuple(name_of(slot) for slot in given),
+    np.fmax.reduce(dates),
+    dated="date" in slots and dated_diagnoses,
   )
+
+
+def _check_dates_are_beside(layouts):
+  """UserError where codes are in one table and their dates in another."""
+  for what, when in DATED:
+    without_dates, any_dates = [], False
+    for path, layout in layouts.items():
+      if when in layout.lists:
+        any_dates = True
+      elif what in layout.lists:
+        without_dates.append(path)
+    if without_dates and any_dates:
+      raise UserError(
+        f"{without_dates[0]} has field {what} and another table its dates, {when}; expected both "
+        "in one file: they go together by array index"
+      )
+
+
+def _phenotype_slots(slots):
+  """Those of UK Biobank in their order, then others by name."""
+  of_ukb = list(table_layout.PHENOTYPES.values())
+  present = [slot for slot in of_ukb if slot in slots]
+  for slot in sorted(slots):
+    if slot.startswith("phenotype:") and slot not in of_ukb:
+      present.append(slot)
+  return present
+
+
+def _gather_batch(so_far, layout, batch, keep, visits):
+  """Takes in the rows of a batch whose participants are in `keep`; None: of everybody."""
+  ids = [canonical(text) for text in columns.texts(batch.column(layout.id))]
+  columns.count(so_far.problems, "rows without a participant", ids.count(""))
+  chosen = []
+  for i, name in enumerate(ids):
+    if name and (keep is None or name in keep):
+      chosen.append(i)
+  if chosen:
+    names = [ids[i] for i in chosen]
+    gather(so_far, layout, names, batch.take(pa.array(chosen)), visits)
 
 
 def _date(text):
+  if not text:
+    return np.datetime64("NaT", "D")
   try:
-    return np.datetime64(datetime.date.fromisoformat(text)) if text else np.datetime64("NaT", "D")
+    return np.datetime64(datetime.date.fromisoformat(text))
   except ValueError:
     raise UserError(f"the end of follow-up is {text!r}; expected YYYY-MM-DD") from None
 
@@ -187,22 +223,25 @@ def _table(so_far, phenotypes, given, end, dated):
   _check_coding(people, rows, given, problems)
   _derive_age(people, rows, problems)
   _drop_implausible(rows, phenotypes, problems)
-  rejected = dict.fromkeys(sorted(people.clashes | {name for name, _ in rows.clashes}), DISAGREE)
+  clashes = people.clashes | {name for name, _ in rows.clashes}
+  rejected = dict.fromkeys(sorted(clashes), DISAGREE)
   values = rows.values[: len(rows.index)]
+  first_disease = len(phenotypes)
+  persons = np.arange(len(people.index) + 1)
   who, codes, code_dates, deaths = _until(end, so_far.diagnoses, as_dates(people["death"]))
   return Table(
     rows={key: i for key, i in rows.index.items() if key[0] not in rejected},
     phenotypes=phenotypes,
-    phenotype_values=values[:, : len(phenotypes)],
+    phenotype_values=values[:, :first_disease],
     body=_body(rows),
     dates=as_dates(rows["date"]),
     given=given,
-    given_values=values[:, len(phenotypes) : len(phenotypes) + len(given)],
+    given_values=values[:, first_disease : first_disease + len(given)],
     people={name: i for name, i in people.index.items() if name not in rejected},
     sex=people["sex"],
     deaths=deaths,
-    diagnosed=np.isin(np.arange(len(people.index)), list(so_far.diagnosed)),
-    starts=np.searchsorted(who, np.arange(len(people.index) + 1)),
+    diagnosed=np.isin(persons[:-1], list(so_far.diagnosed)),
+    starts=np.searchsorted(who, persons),
     codes=codes,
     code_dates=code_dates,
     dated=dated,
@@ -215,21 +254,26 @@ def _table(so_far, phenotypes, given, end, dated):
 def _derive_age(people, rows, problems):
   """Fills in ages that are missing, from month of birth and date of visit."""
   person = np.array([people.index[name] for name, _ in rows.index], int)
-  born = (people["birth year"][person] - 1970) + (people["birth month"][person] - 0.5) / 12
-  age = np.where(np.isnan(rows["age"]), rows["date"] / DAYS_A_YEAR - born, np.nan)
+  year = people["birth year"][person]
+  month = people["birth month"][person]
+  born = (year - 1970) + (month - 0.5) / 12  # years since 1970
+  derived = rows["date"] / DAYS_A_YEAR - born
+  derived[~np.isnan(rows["age"])] = np.nan
   columns.count(
-    problems, "age: missing, taken from month of birth and date of visit", np.sum(~np.isnan(age))
+    problems,
+    "age: missing, taken from month of birth and date of visit",
+    np.sum(~np.isnan(derived)),
   )
-  rows["age"][:] = np.fmax(rows["age"], age)
+  rows["age"][:] = np.fmax(rows["age"], derived)
 
 
 def _check_coding(people, rows, given, problems):
   """UserError for a sex or disease coded in another way, as 1 and 2 or H and M: what is understood
   would be wrong."""
-  for name, values in [
-    ("sex", people["sex"]),
-    *((name, rows[f"disease:{name}"]) for name in given),
-  ]:
+  coded = {"sex": people["sex"]}
+  for name in given:
+    coded[name] = rows[f"disease:{name}"]
+  for name, values in coded.items():
     dropped = problems[f"{name}: neither 0 nor 1"] + problems[f"{name}: not a number"]
     zeros = np.sum(values == 0)
     if dropped >= columns.FEWEST_LOST and dropped > zeros:
@@ -241,78 +285,90 @@ def _check_coding(people, rows, given, problems):
 
 
 def _drop_implausible(rows, phenotypes, problems):
-  limits = {
-    f"phenotype:{x.name}:{x.unit}": x[1:]
-    for x in ukb.CARDIAC.values()
-    if phenotypes.get(x.name) == x.unit
-  }
-  limits |= {
-    slot: COVARIATE_LIMITS[slot.split()[0]]
-    for slot in table_layout.VISIT.values()
-    if slot != "date"
-  }
+  limits = {}  # slot -> (unit, lowest, highest)
+  for x in ukb.CARDIAC.values():
+    if phenotypes.get(x.name) == x.unit:
+      limits[f"phenotype:{x.name}:{x.unit}"] = x[1:]
+  for slot in table_layout.VISIT.values():
+    if slot != "date":
+      limits[slot] = COVARIATE_LIMITS[slot.split()[0]]
   for slot, (unit, low, high) in limits.items():
-    values = rows[slot]
-    outside = (values < low) | (values > high)
-    if columns.lost(outside.sum(), np.isfinite(values).sum()):
-      raise UserError(
-        f"{outside.sum()} of the {np.isfinite(values).sum()} values of {name_of(slot)} in the tables lie outside {low} to "
-        f"{high} {unit}; their median is {np.nanmedian(values):.3g}: are they in another unit, or of another column?"
-      )
-    drop(values, outside, f"{name_of(slot)}: outside {low} to {high} {unit}", problems)
+    _drop_outside(rows[slot], name_of(slot), unit, low, high, problems)
+  by_name = {name_of(slot): slot for slot in limits}
   for larger, smaller in ukb.NOT_BELOW:
-    # the larger comes first
-    pair = [rows[slot] for slot in limits if name_of(slot) in (larger, smaller)]
-    below = pair[0] < pair[1] if len(pair) == 2 else False
-    if columns.lost(np.sum(below), len(pair) == 2 and np.isfinite(pair[0] + pair[1]).sum()):
-      raise UserError(
-        f"{larger} lies below {smaller} in {np.sum(below)} rows of the tables, nearly all that have both; are the two "
-        "columns exchanged?"
-      )
-    for values in pair:  # which of the two is wrong is not known
-      drop(values, below, f"{larger} below {smaller}, both left out", problems)
+    if larger in by_name and smaller in by_name:
+      pair = rows[by_name[larger]], rows[by_name[smaller]]
+      _drop_below(pair, larger, smaller, problems)
+
+
+def _drop_outside(values, name, unit, low, high, problems):
+  outside = (values < low) | (values > high)
+  finite = np.isfinite(values).sum()
+  if columns.lost(outside.sum(), finite):
+    raise UserError(
+      f"{outside.sum()} of the {finite} values of {name} in the tables lie outside {low} to {high} "
+      f"{unit}; their median is {np.nanmedian(values):.3g}: are they in another unit, or of "
+      "another column?"
+    )
+  drop(values, outside, f"{name}: outside {low} to {high} {unit}", problems)
+
+
+def _drop_below(pair, larger, smaller, problems):
+  below = pair[0] < pair[1]
+  if columns.lost(np.sum(below), np.isfinite(pair[0] + pair[1]).sum()):
+    raise UserError(
+      f"{larger} lies below {smaller} in {np.sum(below)} rows of the tables, nearly all that have "
+      "both; are the two columns exchanged?"
+    )
+  for values in pair:  # which of the two is wrong is not known
+    drop(values, below, f"{larger} below {smaller}, both left out", problems)
 
 
 def _body(rows):
   """float32 [R, 3]: age, height, weight."""
-  height, weight = (
-    np.where(np.isnan(rows[name]), rows[f"{name} at the scanner"], rows[name])
-    for name in ("height", "weight")
-  )
-  return np.stack([rows["age"], height, weight], axis=1)
+  body = [rows["age"]]
+  for name in ("height", "weight"):
+    at_the_scanner = rows[f"{name} at the scanner"]
+    body.append(np.where(np.isnan(rows[name]), at_the_scanner, rows[name]))
+  return np.stack(body, axis=1)
 
 
 def _until(end, diagnoses, deaths):
   """(person, code, date of each diagnosis by person and date, deaths); nothing after the end of
   follow-up."""
   none = (np.empty(0, np.int32), np.empty(0, "U4"), np.empty(0, "datetime64[D]"))
-  who, codes, dates = (np.concatenate(parts) for parts in zip(none, *diagnoses))
+  who, codes, dates = map(np.concatenate, zip(none, *diagnoses))
   order = np.lexsort((dates, who))  # NaT comes last
   order = order[~(dates[order] > end)]
-  return (
-    who[order],
-    codes[order],
-    dates[order],
-    np.where(deaths > end, np.datetime64("NaT", "D"), deaths),
-  )
+  deaths = np.where(deaths > end, np.datetime64("NaT", "D"), deaths)
+  return who[order], codes[order], dates[order], deaths
 
 
 def measured(table: Table, participant: str, visit: int) -> tuple[np.ndarray, np.ndarray]:
   """(phenotypes float32 [K], covariates float32 [4] in the order of schema.COVARIATES) of a visit,
   NaN = not known."""
   name = canonical(participant)
-  row, person = table.rows.get((name, visit)), table.people.get(name)
-  nothing = np.full(len(table.phenotypes), np.nan, np.float32), np.full(3, np.nan, np.float32)
-  phenotypes, body = nothing if row is None else (table.phenotype_values[row], table.body[row])
-  sex = np.nan if person is None else table.sex[person]
-  return phenotypes, np.array([sex, *body], np.float32)
+  phenotypes = np.full(len(table.phenotypes), np.nan, np.float32)
+  covariates = np.full(1 + table.body.shape[1], np.nan, np.float32)
+  row = table.rows.get((name, visit))
+  if row is not None:
+    phenotypes = table.phenotype_values[row]
+    covariates[1:] = table.body[row]
+  person = table.people.get(name)
+  if person is not None:
+    covariates[0] = table.sex[person]
+  return phenotypes, covariates
 
 
 def events(table: Table, participant: str) -> list[tuple[str, datetime.date | None]]:
   """A participant's ICD-10 codes with the date of each, earliest first; None = date not known."""
   person = table.people.get(canonical(participant))
-  here = slice(0, 0) if person is None else slice(*table.starts[person : person + 2])
-  return list(zip(table.codes[here].tolist(), table.code_dates[here].tolist()))
+  if person is None:
+    return []
+  of_person = slice(table.starts[person], table.starts[person + 1])
+  codes = table.codes[of_person].tolist()
+  dates = table.code_dates[of_person].tolist()
+  return list(zip(codes, dates))
 
 
 def diseases(
@@ -320,7 +376,8 @@ def diseases(
 ) -> np.ndarray:
   """float32 [C]: has the participant each disease of `codes`? 0, 1, or NaN = unknown.
 
-  A disease that the general form gives by name is taken from there: pass codes | dict.fromkeys(table.given, ()).
+  A disease that the general form gives by name is taken from there: pass
+  codes | dict.fromkeys(table.given, ()).
 
   Args:
     mode: "any" time; "prevalent", first code on or before the day of the visit; "incident", after
@@ -331,50 +388,65 @@ def diseases(
     raise UserError(f"diseases {mode!r}; expected one of {', '.join(MODES)}")
   if mode != "any" and (not table.dated or codes.keys() & set(table.given)):
     raise UserError(
-      f"{mode} diseases need dates of diagnoses (field 41280) and of visits (53), which the tables lack; "
-      "add them or take any"
+      f"{mode} diseases need dates of diagnoses (field 41280) and of visits (53), which the tables "
+      "lack; add them or take any"
     )
   name = canonical(participant)
   person, row = table.people.get(name), table.rows.get((name, visit))
-  happened = events(table, name)
-  seen = None if row is None else table.dates[row].item()
+  visited = None if row is None else table.dates[row].item()
   without = 0.0 if person is not None and table.diagnosed[person] else np.nan
-  if (
-    mode == "incident" and seen is not None and np.isnan(followed_years(table, participant, visit))
-  ):
+  followed = followed_years(table, participant, visit)
+  if mode == "incident" and visited is not None and np.isnan(followed):
     without = np.nan  # nobody looked after the visit
+  happened = events(table, name)
   values = []
   for disease, ranges in codes.items():
-    dates = [date for code, date in happened if _within(code, ranges)]
-    before = seen is not None and any(date is not None and date <= seen for date in dates)
-    if disease in table.given:
-      value = np.nan if row is None else table.given_values[row, table.given.index(disease)]
-    elif not dates:
-      value = without
-    elif mode == "any":
-      value = 1.0
-    elif before:
-      value = 1.0 if mode == "prevalent" else np.nan
-    elif seen is None or None in dates:
-      value = np.nan
+    if disease not in table.given:
+      values.append(_state(_dates_of(happened, ranges), visited, mode, without))
+    elif row is None:
+      values.append(np.nan)
     else:
-      value = 0.0 if mode == "prevalent" else 1.0
-    values.append(value)
+      values.append(table.given_values[row, table.given.index(disease)])
   return np.array(values, np.float32)
+
+
+def _dates_of(happened, ranges):
+  """The dates of those `events` whose codes lie within ranges."""
+  dates = []
+  for code, date in happened:
+    if any(first <= code[: len(first)] <= last for first, last in ranges):
+      dates.append(date)
+  return dates
+
+
+def _state(dates, visited, mode, without):
+  """Whether a participant has a disease, by the dates of its codes: 0, 1, or NaN = unknown."""
+  if not dates:
+    return without
+  if mode == "any":
+    return 1.0
+  if visited is not None and any(date is not None and date <= visited for date in dates):
+    return 1.0 if mode == "prevalent" else np.nan
+  if visited is None or None in dates:
+    return np.nan
+  return 0.0 if mode == "prevalent" else 1.0
 
 
 def event_years(table: Table, participant: str, visit: int, codes: ukb.Codes) -> np.ndarray:
   """float32 [C]: years from the visit to the first code of each disease, negative before it; NaN =
   never, unknown."""
-  row = table.rows.get((canonical(participant), visit))
-  seen = None if row is None else table.dates[row].item()
-  happened = events(table, participant)
-  years = []
-  for ranges in codes.values():
-    dates = [date for code, date in happened if _within(code, ranges)]
-    known = seen is not None and dates and None not in dates
-    years.append((dates[0] - seen).days / DAYS_A_YEAR if known else np.nan)
-  return np.array(years, np.float32)
+  name = canonical(participant)
+  row = table.rows.get((name, visit))
+  visited = None if row is None else table.dates[row].item()
+  years = np.full(len(codes), np.nan, np.float32)
+  if visited is None:
+    return years
+  happened = events(table, name)
+  for i, ranges in enumerate(codes.values()):
+    dates = _dates_of(happened, ranges)
+    if dates and None not in dates:
+      years[i] = (dates[0] - visited).days / DAYS_A_YEAR
+  return years
 
 
 def followed_years(table: Table, participant: str, visit: int) -> float:
@@ -384,12 +456,9 @@ def followed_years(table: Table, participant: str, visit: int) -> float:
   if (name, visit) not in table.rows:
     return float("nan")
   end = np.fmin(table.deaths[table.people[name]], table.censored)
-  years = float((end - table.dates[table.rows[name, visit]]) / np.timedelta64(1, "D") / DAYS_A_YEAR)
+  days = (end - table.dates[table.rows[name, visit]]) / np.timedelta64(1, "D")
+  years = float(days / DAYS_A_YEAR)
   return years if years >= 0 else float("nan")
-
-
-def _within(code, ranges):
-  return any(first <= code[: len(first)] <= last for first, last in ranges)
 
 
 def withdrawn(path) -> set[str]:
@@ -415,23 +484,26 @@ def withdrawn(path) -> set[str]:
     ) from None
   except (OSError, MemoryError) as error:
     raise columns.unreadable(path, error, expected) from None
-  delimiter = next((mark for mark in "\t;" if lines and mark in lines[0][1]), ",")
-  rows = [
-    (number, cells) for number, line in lines if any(cells := _cells(path, number, line, delimiter))
-  ]
+  delimiter = ","
+  for mark in ";\t":  # the tab goes first
+    if lines and mark in lines[0][1]:
+      delimiter = mark
+  rows = []
+  for number, line in lines:
+    cells = _cells(path, number, line, delimiter)
+    if any(cells):
+      rows.append((number, cells))
   rows, place = _without_header(path, rows)
   for number, cells in rows:
     name = cells[place] if place < len(cells) else ""
     if re.fullmatch(r"[\d.]+[eE]\+?\d+", name):
       raise UserError(
-        f"{path}, line {number}: an id in scientific notation, as spreadsheets write long numbers; digits "
-        "are lost, take the list as it was sent"
+        f"{path}, line {number}: an id in scientific notation, as spreadsheets write long numbers; "
+        "digits are lost, take the list as it was sent"
       )
     if not ID.fullmatch(name):
-      raise UserError(
-        f"{path}, line {number}: {'no id' if not name else 'what stands there is no id'} of a participant; "
-        f"expected {form}"
-      )
+      what = "what stands there is no id" if name else "no id"
+      raise UserError(f"{path}, line {number}: {what} of a participant; expected {form}")
   if not rows:
     raise UserError(f"{path} holds no participant; expected one id a line")
   return {cells[place] for _, cells in rows}
@@ -441,7 +513,8 @@ def _cells(path, number, line, delimiter):
   """The canonical cells of one line: read by itself, so that a quote that is not closed swallows no
   other."""
   try:
-    return [canonical(cell) for cell in next(csv.reader([line], delimiter=delimiter, strict=True))]
+    cells = next(csv.reader([line], delimiter=delimiter, strict=True))
+    return [canonical(cell) for cell in cells]
   except csv.Error:
     raise UserError(
       f"{path}, line {number}: quotes that do not match; expected one id a line"
@@ -451,18 +524,21 @@ def _cells(path, number, line, delimiter):
 def _without_header(path, rows):
   """(rows [(number of the line, cells)] without their header, which of the cells is the id)."""
   header = rows[0][1] if rows else []
-  named = [k for k, cell in enumerate(header) if re.sub(r"[\W_]+", "_", cell.lower()) in ID_HEADERS]
+  named = []  # places whose header says that ids stand below it
+  for place, cell in enumerate(header):
+    if re.sub(r"[\W_]+", "_", cell.lower()) in ID_HEADERS:
+      named.append(place)
   if len(named) == 1:
-    # as where rows are numbered in front
-    if wide := [number for number, cells in rows if any(cells[len(header) :])]:
-      raise UserError(f"{path}, line {wide[0]}: more cells than in the header; expected as many")
+    for number, cells in rows:
+      if any(cells[len(header) :]):  # as where rows are numbered in front
+        raise UserError(f"{path}, line {number}: more cells than in the header; expected as many")
     return rows[1:], named[0]
-  used = {k for _, cells in rows for k, cell in enumerate(cells) if cell}
+  used = set()
+  for _, cells in rows:
+    used.update(place for place, cell in enumerate(cells) if cell)
   if len(used) > 1:
-    raise UserError(
-      f"{path} has several columns and {'several headers' if named else 'no header'} that "
-      f"name{'' if named else 's'} the ids; expected one id a line"
-    )
+    headers = "several headers that name" if named else "no header that names"
+    raise UserError(f"{path} has several columns and {headers} the ids; expected one id a line")
   place = min(used, default=0)
   if rows and not ID.fullmatch(header[place]) and not re.search(r"\d", header[place]):
     rows = rows[1:]  # a header; one that looks like an id counts as an id, which does no harm
