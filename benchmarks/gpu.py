@@ -222,7 +222,7 @@ def measure(args) -> None:
           60 if round_ == 1 else 25,
         )
   case, batch = "joint", args.batches["joint"][0]
-  run(f"base {case} {batch}", ours(case, batch, "--config.model.ecg.size=base"), 60)
+  run(f"base {case} {batch}", ours(case, batch, "--config.model.towers.ecg.size=base"), 60)
   if ends - time.monotonic() > 90:
     done = subprocess.run(
       [

@@ -227,6 +227,7 @@ def case(name: str, batch: int, steps: int, overrides: list[str]):
   """The recipe closest to a case, with what makes its step that of the plain reference; shapes of
   the cohort's records."""
   from mmcl_jax import configuration
+  from mmcl_jax.models import towers
 
   size, samples = ("tiny", 2500) if name in ("mae", "mmcl") else ("medium", 5000)
   recipe = (
@@ -242,8 +243,10 @@ def case(name: str, batch: int, steps: int, overrides: list[str]):
     for kind in (config.augment.ecg, config.augment.cmr):
       kind.update({key: type(value)() for key, value in kind.items()})  # 0.0 and False
     # The decoder's parameters are there in every case, whether or not its output is asked for.
-    config.model.ecg.update(size=size, mask_ratio=0.8 if size == "tiny" else 0.7, drop_path=0.0)
-    for tower in config.model.cmr.values():
+    config.model.towers.ecg.update(
+      size=size, mask_ratio=0.8 if size == "tiny" else 0.7, drop_path=0.0
+    )
+    for tower in towers.cmr(config.model).values():
       tower.width = 0  # the projection sits on the pooled features
     if name == "dual_phase":
       del config.objectives["reconstruction"]

@@ -103,8 +103,13 @@ def get_config(arg=None):
 
   if not towers:  # goes on as ecg_mae.py does, decoder and all
     # patch: samples of one lead
-    c.model.ecg.update(
-      size=size["ecg"], patch=100, mask_ratio=size["mask_ratio"], siamese=size["siamese"] > 0
+    c.model.towers.ecg = dict(
+      fn="ecg_vit",
+      view="ecg",
+      size=size["ecg"],
+      patch=100,
+      mask_ratio=size["mask_ratio"],
+      siamese=size["siamese"] > 0,
     )
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=0.1)
     if size["siamese"]:
@@ -113,28 +118,24 @@ def get_config(arg=None):
 
   # left behind there: the autoencoder's; fresh here: the head
   c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)
-  c.model.ecg.update(
+  c.model.towers.ecg = dict(
+    fn="ecg_vit",
+    view="ecg",
     size=size["ecg"],
     patch=100,
-    pool="mean",
     head=size["head"],
-    drop_path=0.0 if arg.size == "demo" else 0.1,
-  )  # the demo's scores: without
-  c.model.cmr = {
-    name: dict(
-      kind="slow_resnet",
+    drop_path=0.0 if arg.size == "demo" else 0.1,  # the demo's scores: without
+  )
+  for name in towers:
+    view, slices = TOWERS[name]
+    c.model.towers[name] = dict(
+      fn="slow_resnet",
+      view=view,
+      planes=slices or size["frames"],
       size=size["cmr"],
-      view=TOWERS[name][0],
-      planes=TOWERS[name][1] or size["frames"],
-      # all but `fc`
       width=size["width"],
-      patch=(1, 16, 16),
-      mask_ratio=0.0,
-      drop_path=0.0,
-      frozen=True,
+      frozen=True,  # all but the Linear `fc`
     )
-    for name in towers
-  }
   c.model.projection.update(
     hidden=size["hidden"], ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
   )

@@ -83,7 +83,9 @@ def get_config(arg=None):
 
   if arg.stage in ("ecg", "align"):
     c.augment.ecg.update(time_flip=0.33, sign_flip=0.33)  # probabilities
-    c.model.ecg.update(
+    c.model.towers.ecg = dict(
+      fn="ecg_vit",
+      view="ecg",
       size=size["ecg"],
       patch=100,
       mask_ratio=0.0 if aligns else 0.8,
@@ -94,20 +96,16 @@ def get_config(arg=None):
     )
   if arg.stage in ("cmr", "align"):
     views = dict(sax="cine_slice", lax="lax")
-    c.model.cmr = {
-      name: dict(
-        kind="vit",
-        size=size["cmr"],
+    for name, view in views.items():
+      c.model.towers[name] = dict(
+        fn="video_vit",
         view=view,
         planes=size["frames"],
-        width=0,
+        size=size["cmr"],
         patch=size["patch"],
-        drop_path=0.0,
         mask_ratio=0.0 if aligns else 0.5,
         frozen=aligns,
       )
-      for name, view in views.items()
-    }
 
   if arg.stage == "cmr":
     # Crops of 80 to 100 % of the area. No flips: left to right swaps the ventricles.

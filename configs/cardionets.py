@@ -62,7 +62,7 @@ SIZES = {
 }
 STAGES = ("align", "cmr", "ecg")
 # of align: that of stage=ecg, or ST-MEM's, whose published weights `mmcl convert` reads
-ENCODERS = ("vit", "st_mem")
+ENCODERS = ("ecg_vit", "st_mem")
 
 
 def get_config(arg=None):
@@ -85,23 +85,20 @@ def get_config(arg=None):
   )
 
   if arg.stage in ("ecg", "align"):
-    c.model.ecg.update(size=size["ecg"], patch=size["patch"], mask_ratio=0.0 if aligns else 0.75)
+    c.model.towers.ecg = dict(fn="ecg_vit", view="ecg", size=size["ecg"], patch=size["patch"])
+    if not aligns:
+      c.model.towers.ecg.mask_ratio = 0.75
     if arg.size == "base" and not aligns:
-      c.model.ecg.decoder = (256, 4, 4)  # ST-MEM's: width, blocks, heads
+      c.model.towers.ecg.decoder = (256, 4, 4)  # ST-MEM's: width, blocks, heads
   if arg.stage in ("cmr", "align"):
-    c.model.cmr = dict(
-      cine=dict(
-        kind="vit",
-        size=size["cmr"],
-        view="cine_slice",
-        planes=size["frames"],
-        width=0,
-        patch=size["cmr_patch"],
-        # its head trains
-        mask_ratio=0.0 if aligns else 0.75,
-        drop_path=0.0,
-        frozen=aligns,
-      )
+    c.model.towers.cine = dict(
+      fn="video_vit",
+      view="cine_slice",
+      planes=size["frames"],
+      size=size["cmr"],
+      patch=size["cmr_patch"],
+      mask_ratio=0.0 if aligns else 0.75,
+      frozen=aligns,  # its head trains
     )
 
   if arg.stage == "cmr":
@@ -113,7 +110,7 @@ def get_config(arg=None):
   if aligns:  # left behind: the decoders
     c.init_except = ("^ecg/(decoder|norm)/", "^cmr_cine/backbone/decoder/")
     if arg.encoder == "st_mem":
-      c.model.ecg.update(kind="st_mem", positions="learned")
+      c.model.towers.ecg.fn = "st_mem"
       c.init_except = ("^cmr_cine/backbone/decoder/",)
     c.objectives.contrastive = dict(
       fn="phenotype_weighted", weight=1.0, a="ecg", b="cine", temperature=0.05, sigma=0.5

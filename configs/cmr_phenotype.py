@@ -84,19 +84,13 @@ def get_config(arg=None):
   # measured.
   c.augment.cmr.update(rotation_deg=15.0, shift=0.05)
 
-  c.model.cmr = {
-    tower: dict(
-      kind="slow_resnet",
-      size=size["cmr"],
-      view=arg.view,
-      planes=slices or size["frames"],
-      width=size["width"],
-      patch=(1, 16, 16),
-      mask_ratio=0.0,
-      drop_path=0.0,
-      frozen=False,
-    )
-  }
+  c.model.towers[tower] = dict(
+    fn="slow_resnet",
+    view=arg.view,
+    planes=slices or size["frames"],
+    size=size["cmr"],
+    width=size["width"],
+  )
   c.model.regression = (tower,)
   # built and left alone: the next stage brings its own
   c.model.projection.update(hidden=16, width=16)

@@ -59,19 +59,7 @@ def get_config(arg=None):
   # channels are moments, not colours.
   c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
 
-  c.model.cmr = dict(
-    image=dict(
-      kind="resnet",
-      size=size["image"],
-      view="three_frames",
-      planes=3,
-      width=0,
-      patch=(1, 16, 16),
-      mask_ratio=0.0,
-      drop_path=0.0,
-      frozen=False,
-    )
-  )
+  c.model.towers.image = dict(fn="resnet", view="three_frames", size=size["image"])
   c.model.projection.update(hidden=size["hidden"], width=size["width"])
   c.objectives.simclr = dict(fn="nt_xent", weight=1.0, of="image", temperature=0.1)
   c.optimizer.update(

@@ -73,29 +73,23 @@ def get_config(arg=None):
   # published flip, drawn apart for ED and ES, would swap the ventricles of one of them.
 
   # patch: samples of one lead
-  c.model.ecg.update(
+  c.model.towers.ecg = dict(
+    fn="ecg_vit",
+    view="ecg",
     size=size["ecg"],
     patch=100,
-    pool="mean",
     head=size["head"],
-    drop_path=0.0 if arg.size == "demo" else 0.1,
-  )  # the demo's scores: without
-  # slices
-  c.model.cmr = {
-    phase: dict(
-      kind="slow_resnet",
-      size=size["cmr"],
+    drop_path=0.0 if arg.size == "demo" else 0.1,  # the demo's scores: without
+  )
+  for phase in schema.PHASES:
+    c.model.towers[phase] = dict(
+      fn="slow_resnet",
       view=f"{phase}_volume",
-      planes=6,
+      planes=6,  # slices
+      size=size["cmr"],
       width=size["width"],
-      # all but the Linear `fc`
-      patch=(1, 16, 16),
-      mask_ratio=0.0,
-      drop_path=0.0,
-      frozen=True,
+      frozen=True,  # all but the Linear `fc`
     )
-    for phase in schema.PHASES
-  }
   c.model.projection.update(
     hidden=size["hidden"], ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
   )

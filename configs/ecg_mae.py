@@ -100,11 +100,16 @@ def get_config(arg=None):
   c.augment.ecg.update(AUGMENT[size["profile"]])
 
   # patch: samples of one lead; the projection is built and left alone
-  c.model.ecg.update(
-    size=arg.size, patch=100, mask_ratio=size["mask_ratio"], siamese=size["siamese"] > 0
+  c.model.towers.ecg = dict(
+    fn="ecg_vit",
+    view="ecg",
+    size=arg.size,
+    patch=100,
+    mask_ratio=size["mask_ratio"],
+    siamese=size["siamese"] > 0,
   )
   if arg.size == "base":
-    c.model.ecg.decoder = (512, 8, 16)  # of He et al. 2022, as in dual-phase's code
+    c.model.towers.ecg.decoder = (512, 8, 16)  # of He et al. 2022, as in dual-phase's code
 
   # (1 - w) MSE + w (1 - NCC) with MSE over all patches, as in MMCL's and dual-phase's code.
   c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=size["ncc"])

@@ -80,21 +80,22 @@ def get_config(arg=None):
   c.augment.cmr.update(rotation_deg=15.0, shift=0.05, intensity_sigma=0.1)
 
   # patch: samples of one lead
-  c.model.ecg.update(size=size["ecg"], patch=100, mask_ratio=0.8 if arm != "contrastive" else 0.0)
-  # planes: slices
-  tower = dict(
-    kind="slow_resnet",
-    size=size["cmr"],
-    planes=size["slices"],
-    width=size["width"],
-    frozen=False,
-    patch=(1, 16, 16),
-    mask_ratio=0.0,
-    drop_path=0.0,
-  )  # of kind="vit"
-  c.model.cmr = (
-    {phase: tower | dict(view=f"{phase}_volume") for phase in schema.PHASES} if arm != "mae" else {}
+  c.model.towers.ecg = dict(
+    fn="ecg_vit",
+    view="ecg",
+    size=size["ecg"],
+    patch=100,
+    mask_ratio=0.8 if arm != "contrastive" else 0.0,
   )
+  if arm != "mae":
+    for phase in schema.PHASES:
+      c.model.towers[phase] = dict(
+        fn="slow_resnet",
+        view=f"{phase}_volume",
+        planes=size["slices"],
+        size=size["cmr"],
+        width=size["width"],
+      )
   c.model.projection.update(hidden=size["hidden"], width=128)
 
   if arm != "contrastive":

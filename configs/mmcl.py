@@ -74,24 +74,11 @@ def get_config(arg=None):
   # swaps the ventricles.
   c.augment.cmr.update(rotation_deg=45.0, scale=0.14, shift=0.11, intensity_sigma=0.29)
 
-  c.model.ecg.update(
-    size=size["ecg"], patch=100, drop_path=0.1, pool="mean"
-  )  # patch: samples of one lead
+  # patch: samples of one lead
+  c.model.towers.ecg = dict(fn="ecg_vit", view="ecg", size=size["ecg"], patch=100, drop_path=0.1)
   if fresh and published:
-    c.model.ecg.update(positions="learned", timm_start=True)
-  c.model.cmr = dict(
-    image=dict(
-      kind="resnet",
-      size=size["image"],
-      view="three_frames",
-      planes=3,
-      width=0,
-      patch=(1, 16, 16),
-      mask_ratio=0.0,
-      drop_path=0.0,
-      frozen=False,
-    )
-  )
+    c.model.towers.ecg.update(positions="learned", timm_start=True)
+  c.model.towers.image = dict(fn="resnet", view="three_frames", size=size["image"])
   c.model.projection.update(hidden=size["hidden"], width=128, norm=False)
   # b_to_a: MMCL's lambda, the weight of "this image among all ECGs".
   c.objectives.contrastive = dict(

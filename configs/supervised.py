@@ -74,9 +74,11 @@ def get_config(arg=None):
     c.augment.ecg.update(phase_noise_strength=0.075, gain_noise_sigma=0.2, rescale_sigma=0.5)
 
   # patch: samples of one lead
-  c.model.ecg.update(size=arg.size, patch=100, drop_path=0.1, pool="attention")
+  c.model.towers.ecg = dict(
+    fn="ecg_vit", view="ecg", size=arg.size, patch=100, drop_path=0.1, pool="attention"
+  )
   if not pretrained and arg.size != "demo":  # the demo's scores were taken with MAE's start
-    c.model.ecg.update(positions="learned", timm_start=True)
+    c.model.towers.ecg.update(positions="learned", timm_start=True)
   c.model.projection.update(hidden=16, width=16)  # built and left alone
   if arg.task == "phenotypes":
     c.model.regression = ("ecg",)

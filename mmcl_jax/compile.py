@@ -311,7 +311,7 @@ def global_batch(model, config, record, variables, mesh):
 
   learning = pretrainer.learning(config.model)
   example = pipeline.to_example(0, record, pretrainer.fields(config.model, only=learning))
-  if frozen := [name for name in config.model.cmr if name not in learning]:
+  if frozen := pretrainer.frozen(config.model):
     whole = of(1, pipeline.to_example(0, record, pretrainer.fields(config.model)))
     found = jax.eval_shape(step_room.make_features(model, frozen), variables, whole)
     example["features"] = {name: np.zeros(x.shape[1:], np.float32) for name, x in found.items()}

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import towers
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.support.tree import flatten
@@ -86,6 +87,8 @@ def recipe(name: str, arg: str | None = None) -> ConfigDict:
     raise UserError(f"{where}: {type(error).__name__}: {error}") from None
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config returns {type(config).__name__}; expected a ConfigDict")
+  # with every parameter of its towers, so that --config.model.towers.NAME.KEY=V can set them
+  config.model = towers.complete(config.model)
   return config
 
 
@@ -110,7 +113,7 @@ def recipe_path(name: str) -> pathlib.Path:
 def defaults(batch: int, steps: int) -> ConfigDict:
   """Every key that a recipe has (configs/), at a neutral value; a recipe states what it is about.
 
-  Towers of `model.cmr` and `objectives` are the recipe's: there are none here.
+  Entries of `model.towers` and `objectives` are the recipe's: there are none here.
 
   Args:
     batch: global batch size; divisible by the devices of the data axis.
@@ -126,7 +129,7 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.init_from = dict(ecg="")  # module -> workdir of an earlier stage; "": starts fresh
   # regexes of parameters that are not carried over: left behind there, or fresh here
   c.init_except = ()
-  # regexes of parameters that are not trained (CMR towers: model.cmr.NAME.frozen)
+  # regexes of parameters that are not trained (CMR towers: model.towers.NAME.frozen)
   c.freeze = ()
 
   c.data = ConfigDict()
@@ -158,29 +161,9 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.augment.twice = False
 
   c.model = ConfigDict()
-  c.model.ecg = dict(
-    kind="vit",  # or "st_mem", ST-MEM's encoder, which cannot be masked
-    size="",  # "": no ECG tower
-    patch=100,  # samples of one lead
-    mask_ratio=0.0,  # 0: no decoder
-    drop_path=0.0,
-    pool="mean",
-    positions="sincos",
-    head=0,
-    film=False,
-    siamese=False,
-    # fc_norm once more before the head, as in MMCL's fine-tuned encoders
-    head_norm=False,
-    decoder=(),  # width, blocks, heads of the MAE's; (): of the size's
-    timm_start=False,  # weights, learned positions: N(0, 0.02); else as MAE
-    film_after=False,  # FiLM after the blocks, with ReLU, as CardiacNets has it
-    dropout=0.0,  # in training, as timm's drop_rate
-    # in training, embed the patches that the MAE left visible (FLIP): one pass
-    # less
-    masked_view=False,
-  )
-  # name -> dict(kind, size, view, planes, width, patch, mask_ratio, drop_path, frozen)
-  c.model.cmr = {}
+  # name -> dict(fn, view, parameters of fn), of a CMR tower also planes, width and frozen; the tower
+  # of the ECG is called ecg: see models/towers
+  c.model.towers = {}
   # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
   c.model.tokenizer = {}
   # of the tokenizer's latents from an ECG: dict(size, dropout of the ECG in training, masked: a few
@@ -370,11 +353,7 @@ def longer(config: ConfigDict, workdir: str) -> str:
   towers = [
     module
     for module in config.init_from
-    if (
-      config.model.ecg.size
-      if module == "ecg"
-      else module.removeprefix("cmr_") in config.model.cmr or config.model.get(module)
-    )
+    if module.removeprefix("cmr_") in config.model.towers or config.model.get(module)
   ]
   if not towers:  # of a recipe whose parts no later stage takes over
     return "to train longer: another --workdir with more --config.steps, from the start"
@@ -433,9 +412,15 @@ def load(workdir: str) -> ConfigDict:
       f"{workdir} holds no config.json; expected the --workdir of an `mmcl train` run"
     )
   try:
-    return ConfigDict(json.loads(file.read_text()))
+    config = ConfigDict(json.loads(file.read_text()))
   # the last two: no object, nested without end
   except (ValueError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(
       f"{file} is not readable as JSON ({error}); restore it, or train again in another workdir"
     ) from None
+  if "model" in config and "towers" not in config.model:
+    raise UserError(
+      f"{file} is of an earlier version of this program (it has no model.towers); train again in "
+      "another workdir"
+    )
+  return config

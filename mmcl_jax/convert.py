@@ -110,11 +110,12 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   )
 
   config = configuration.defaults(batch=32, steps=1)
-  with config.ignore_type():  # the size of a tower is a name, or numbers
-    config.model = model.config
-  size = model.config.ecg.size if isinstance(model.config.ecg.size, str) else "of its own"
-  if model.config.ecg.kind == "st_mem":
-    size = "st_mem"
+  config.model = model.config
+  ecg, size = model.config.towers.get("ecg"), ""
+  if ecg:
+    size = ecg.size if isinstance(ecg.size, str) else "of its own"
+    if ecg.fn == "st_mem":
+      size = "st_mem"
   config.data.ecg_profile = profile or PROFILES.get(size, "minimal")
   if size and not profile:
     why = "as published with this encoder" if size in PROFILES else "which the file does not say"
@@ -127,9 +128,9 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
       "name the profile it was trained on with --ecg_profile"
     )
 
-  covariates = (
-    len(variables["params"]["ecg"]["film"]["fc"]["kernel"]) if model.config.ecg.film else 0
-  )
+  covariates = 0
+  if ecg and ecg.get("film"):
+    covariates = len(variables["params"]["ecg"]["film"]["fc"]["kernel"])
   shapes = {
     "ecg": [len(schema.LEADS), length],
     "phenotypes": [0],

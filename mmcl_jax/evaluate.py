@@ -36,7 +36,7 @@ from mmcl_jax.evaluators import (
   survival,
 )
 from mmcl_jax.evaluators.drawings import relevance
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import pretrainer, towers
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.support.text import SYNTHETIC_NOTE
@@ -110,13 +110,15 @@ def evaluate(  # noqa: C901
   run = restore.load_run(workdir, step)
   distributed.check_mesh(run.mesh)
   model = run.config.model
-  if not model.ecg.size and not model.cmr:
+  if not model.towers:
     raise UserError(
       f"{workdir} has no encoder of an ECG or a CMR, only a {' and a '.join(generation.parts(model))}, which is "
       "evaluated with the generator that it serves (configs/ecg_to_cmr.py)"
     )
+  ecg_tower = model.towers.get("ecg", {})
+  takes_covariates = ecg_tower.get("film", False)
   # a run without an ECG tower is judged by its CMR embedding
-  reads = "ECG" if model.ecg.size else "CMR"
+  reads = "ECG" if "ecg" in model.towers else "CMR"
   if reads == "ECG" and cohort.info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(
       f"the cohort {cohort.path} was normalised by profile {cohort.info['ecg_profile']!r}, the encoder was "
@@ -137,12 +139,12 @@ def evaluate(  # noqa: C901
       f"the cohort {cohort.path} has no {', no '.join(lacking)}; evaluation fits on train, chooses on val and scores "
       "phenotypes and diseases on test: name another one with --cohort"
     )
-  if model.ecg.film and not run.scales.covariates:
+  if takes_covariates and not run.scales.covariates:
     raise UserError(
       f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not "
       "tell; start a stage from it with config.init_from.ecg, and evaluate that"
     )
-  if model.ecg.film and tuple(cohort.info["covariates"]) != run.scales.covariates:
+  if takes_covariates and tuple(cohort.info["covariates"]) != run.scales.covariates:
     raise UserError(
       f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort {cohort.path} has "
       f"{', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort with the same ones"
@@ -172,7 +174,7 @@ def evaluate(  # noqa: C901
     print(
       f"no retrieval, no localisation: the test split of {cohort.path} has no CMR, or lacks some of {', '.join(fields)}"
     )
-  paired = has_cmr and reads == "ECG" and bool(model.cmr)
+  paired = has_cmr and reads == "ECG" and bool(towers.cmr(model))
   if has_cmr and not paired and first_process:
     print(
       f"no retrieval, no localisation: the run has no {'CMR' if reads == 'ECG' else 'ECG'} tower"
@@ -180,13 +182,15 @@ def evaluate(  # noqa: C901
 
   with jax.set_mesh(run.mesh):
     untrained = restore.untrained(run)
-    features = embed_splits(run, untrained, cohort, batch, fields if has_cmr and model.cmr else ())
+    features = embed_splits(
+      run, untrained, cohort, batch, fields if has_cmr and towers.cmr(model) else ()
+    )
     if reads == "CMR":  # the ceiling is that of an ECG
       features = {
         split: {name: x for name, x in found.items() if name != "ecg_parameters"}
         for split, found in features.items()
       }
-    shown = reconstruction(run, cohort, batch) if model.ecg.size and model.ecg.mask_ratio else None
+    shown = reconstruction(run, cohort, batch) if ecg_tower.get("mask_ratio") else None
     located, explained = (
       localisation.evaluate(run, untrained, cohort, batch) if paired else ({}, [])
     )
@@ -429,7 +433,7 @@ def embed_splits(run, untrained, cohort, batch: int, fields) -> dict[str, dict[s
       embed(pair[0], rows) | {"random_embedding": embed(pair[1], rows)["embedding"]}
     )
   )
-  pair, reads_ecg = (run.state.variables, untrained), bool(run.config.model.ecg.size)
+  pair, reads_ecg = (run.state.variables, untrained), "ecg" in run.config.model.towers
   return {
     split: embeddings.collect(
       both,
@@ -450,7 +454,7 @@ def reconstruction(run, cohort, batch: int) -> dict:
 
   def rebuild(variables, rows):
     rows = steps.first_window(
-      steps.to_float(rows, run.scales if run.config.model.ecg.film else None),
+      steps.to_float(rows, run.scales if run.config.model.towers.ecg.get("film") else None),
       run.config.data.samples,
     )
     keys = steps.sample_keys(run.config.seed, rows["index"])
@@ -468,7 +472,7 @@ def reconstruction(run, cohort, batch: int) -> dict:
     "ecg": ecg[0],
     "rebuilt": outputs["reconstruction"][0],
     "mask": outputs["patch_mask"][0],
-    "patch": run.config.model.ecg.patch,
+    "patch": run.config.model.towers.ecg.patch,
     "rate_hz": preprocess_ecg.rate_hz(run.config.data.ecg_profile),
   }
 

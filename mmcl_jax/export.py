@@ -23,7 +23,6 @@ from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.embed import EVALUATION, Probes, evaluation, load_probes
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import model_card, report
-from mmcl_jax.models import vit
 from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore, steps
 
@@ -115,7 +114,7 @@ def lower(run: restore.Run, probes: Probes, platforms: tuple[str, ...]) -> expor
 
   Kernels choose their form by platform when the program is compiled, so that one file suits all.
   """
-  config, width = run.config, vit.numbers(run.config.model.ecg.size)[0]
+  config, width = run.config, model_card.width(run.config)
   if probes.columns and len(probes.coef) != width:
     raise UserError(
       f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; mmcl evaluate "

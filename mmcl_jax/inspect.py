@@ -104,7 +104,7 @@ def parse(argv):
 
 
 def tell(cohort: cohort_room.Cohort) -> list[str]:
-  """Lines on the cohort: counts, fields, views for config.model.cmr, phenotypes, covariates and
+  """Lines on the cohort: counts, fields, views for config.model.towers, phenotypes, covariates and
   diseases."""
   info, total, records = cohort.info, sum(cohort.info["counts"].values()), []
   for split, index in quality.sample(info["counts"], COUNTED):

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmcl_jax import objectives
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import towers
 
 # Training computes in float32: what is below 1, above 0 or finite must still be so there.
 LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
@@ -61,9 +62,8 @@ OF_CONFIG = (
   (r"augment\.cmr\.rotation_deg", DEGREES),
   (r"augment\.cmr\.scale", PART),
   (r"augment\.cmr\.shift", SHARE),
-  (r"model\.ecg\.(patch|decoder\[\d+\])|model\.cmr\.\w+\.(planes|patch\[\d+\])", COUNT),
-  (r"model\.ecg\.head|model\.cmr\.\w+\.width|model\.projection\.(ecg_)?hidden", COUNT_OR_NONE),
-  (r"model\.(ecg|cmr\.\w+)\.(mask_ratio|drop_path)|model\.(ecg|generator)\.dropout", PART),
+  (r"model\.projection\.(ecg_)?hidden", COUNT_OR_NONE),
+  (r"model\.generator\.dropout", PART),
   (r"model\.tokenizer\.(patch\[\d+\]|channels)|model\.projection\.width", COUNT),
   (r"model\.learned_temperature", NOT_NEGATIVE),
   (r"model\.learned_bias", FINITE),
@@ -86,25 +86,31 @@ OF_OBJECTIVES = (
   (r"smoothing", PART),
   (r"bias", FINITE),
 )
+# parameters of the built-in ones (models.towers.BUILT_IN), likewise
+OF_TOWERS = (
+  (r"planes|patch(\[\d+\])?|decoder\[\d+\]|size\.\w+(\[\d+\])?", COUNT),
+  (r"head|width", COUNT_OR_NONE),
+  (r"mask_ratio|drop_path|dropout", PART),
+)
 
 
 def check(config) -> None:
   """Raises a UserError for the first number of `config` that is out of its range."""
   for path, value in leaves(config.to_dict()):
-    expected = of(path, config.objectives)
+    expected = of(path, config)
     if expected and not expected.holds(value):
       raise UserError(f"config.{path} is {value!r}; expected {expected.words}")
 
 
-def of(path: str, entries) -> Range | None:
-  """The range of the number at `path` in a config; `entries` are its objectives. None: it has no
-  range."""
+def of(path: str, config) -> Range | None:
+  """The range of the number at `path` in `config`; None: it has none."""
   table = OF_CONFIG
   if (found := re.fullmatch(r"objectives\.(\w+)\.(\w+)", path)) and found[2] != "weight":
-    table, path = (
-      OF_OBJECTIVES if entries[found[1]].get("fn") in objectives.BUILT_IN else (),
-      found[2],
-    )
+    built_in = config.objectives[found[1]].get("fn") in objectives.BUILT_IN
+    table, path = OF_OBJECTIVES if built_in else (), found[2]
+  elif found := re.fullmatch(r"model\.towers\.(\w+)\.(.+)", path):
+    built_in = config.model.towers[found[1]].get("fn") in towers.BUILT_IN
+    table, path = OF_TOWERS if built_in else (), found[2]
   return next((expected for regex, expected in table if re.fullmatch(regex, path)), None)
 
 

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mmcl_jax.errors import UserError
@@ -46,8 +46,21 @@ def resolve(fn: str, built_in: Mapping[str, str], where: str) -> Callable:
   return part
 
 
+def parameters(
+  part: Callable, passed: int = 0, without: Collection[str] = ()
+) -> list[inspect.Parameter]:
+  """What a config may set of `part`: all but the `passed` first and those named in `without`."""
+  known = list(inspect.signature(part).parameters.values())[passed:]
+  return [parameter for parameter in known if parameter.name not in without]
+
+
 def check_parameters(
-  part: Callable, given: Mapping[str, Any], where: str, fn: str, passed: int = 0
+  part: Callable,
+  given: Mapping[str, Any],
+  where: str,
+  fn: str,
+  passed: int = 0,
+  without: Collection[str] = (),
 ) -> None:
   """Raises a UserError for a name in `given` that `part` does not take, or one that it lacks.
 
@@ -57,8 +70,9 @@ def check_parameters(
     where: the config's entry, for messages, such as "config.objectives.mae".
     fn: how the config names `part`.
     passed: how many of its first positional arguments the program passes itself.
+    without: names of further arguments that the program passes itself.
   """
-  known = list(inspect.signature(part).parameters.values())[passed:]
+  known = parameters(part, passed, without)
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
     return
   names = [parameter.name for parameter in known]

@@ -22,7 +22,7 @@ from mmcl_jax import configuration, objectives as objective_room, ranges
 from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError, writing
 from mmcl_jax.evaluators import online
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import pretrainer, towers
 from mmcl_jax.support import locks
 from mmcl_jax.support.tree import flatten
 from mmcl_jax.training import (
@@ -68,6 +68,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     clock: seconds, by which host 0 knows that config.every.save_minutes are over.
   """
   # -- What is asked for, checked before anything is made or compiled --
+  config.model = towers.complete(config.model)
   ranges.check(config)
   configuration.check_workdir(config, workdir)
   cohort = cohort_room.load(config.data.cohort)
@@ -390,7 +391,9 @@ def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
 def tolerant(cohort: cohort_room.Cohort, config) -> cohort_room.Cohort:
   """Its records as training reads them: bad ones count as rows without anything
   (config.bad_rows)."""
-  reads = ("ecg",) * bool(config.model.ecg.size) + tuple(pretrainer.fields(config.model))
+  reads = tuple(pretrainer.fields(config.model))
+  if "ecg" in config.model.towers:
+    reads = ("ecg", *reads)
   return cohort._replace(
     splits={
       split: pipeline.Tolerant(source, f"{split} in {cohort.path}", reads)
@@ -403,7 +406,7 @@ def tolerant(cohort: cohort_room.Cohort, config) -> cohort_room.Cohort:
 
 def check_cohorts(cohort, others, config):  # noqa: C901
   """The cohorts must have been prepared the way the config says, and alike."""
-  reads_ecg = bool(config.model.ecg.size)
+  reads_ecg = "ecg" in config.model.towers
   for one, _ in [(cohort, 1), *others]:
     found = one.info["ecg_profile"]
     if reads_ecg and found != config.data.ecg_profile:
@@ -448,7 +451,7 @@ def check_cohorts(cohort, others, config):  # noqa: C901
     )
   if absent := [name for name in fields if name not in cohort.info["shapes"]]:
     raise UserError(
-      f"the cohort {cohort.path} has no {', '.join(absent)} for config.model.cmr; it has "
+      f"the cohort {cohort.path} has no {', '.join(absent)} for config.model.towers; it has "
       f"{', '.join(cohort.info['shapes'])}"
     )
   pretrainer.check(config.model, cohort.info["shapes"])
@@ -458,7 +461,7 @@ def check_cohorts(cohort, others, config):  # noqa: C901
       f"config.model.{taking[0]}=True asks for covariates, and {cohort.path} knows none that differ in train; prepare "
       f"it with --tables that hold them, or set config.model.{taking[0]}=False"
     )
-  if any(config.augment.cmr.values()) and any(spec.frozen for spec in config.model.cmr.values()):
+  if any(config.augment.cmr.values()) and pretrainer.frozen(config.model):
     raise UserError(
       f"config.augment.cmr is {config.augment.cmr.to_dict()}, and frozen towers look at every heart once, as it is; "
       "set all of it to 0"

@@ -54,10 +54,9 @@ def config(cohort):
 
 def tiny_config(cohort_path):
   """The joint recipe at its smallest: 60 tokens an ECG, batches of 8, 6 steps."""
-  sys.path.insert(0, str(ROOT / "configs"))
-  import joint
+  from mmcl_jax import configuration
 
-  c = joint.get_config("test")
+  c = configuration.recipe(str(ROOT / "configs/joint.py"), "test")
   c.data.cohort, c.data.samples = cohort_path, 500
   c.every.log, c.every.save, c.every.evaluate = 1, 3, 6
   c.evaluators = ("losses",)

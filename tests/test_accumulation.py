@@ -184,19 +184,22 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh
 import joint
 from mmcl_jax import objectives as objective_room
-from mmcl_jax.models import pretrainer, video, vit
+from mmcl_jax.models import pretrainer, vit
+from mmcl_jax.models.towers import video_vit
 from mmcl_jax.training import parallel, state as state_room, steps
 
-vit.SIZES["test"], video.SIZES["test"] = (16, 2, 2, 16, 1, 2), (16, 2, 2, (16, 1, 2))  # two blocks: the second may be dropped
+vit.SIZES["test"] = video_vit.SIZES["test"] = dict(width=16, depth=2, heads=2, decoder=(16, 1, 2))  # two blocks: the second may be dropped
 B, L, T = 32, 12, 260
 config = joint.get_config("test")
 config.batch, config.data.samples, config.model.learned_temperature = B, 200, 0.1
-config.model.ecg.update(patch=20, drop_path=0.3)
+config.model.towers.ecg.update(patch=20, drop_path=0.3)
 config.model.projection.update(hidden=16, width=8)
 config.augment.twice = True
-tower = config.model.cmr.ed.to_dict() | dict(kind="vit", planes=2, patch=(1, 8, 8), width=0)
-config.model.cmr = {"learning": tower | dict(mask_ratio=0.5, drop_path=0.3),
-                    "frozen": tower | dict(kind="resnet", view="es_volume", frozen=True)}
+tower = dict(planes=2, size="test")
+config.model.towers = {
+    "ecg": config.model.towers.ecg.to_dict(),
+    "learning": tower | dict(fn="video_vit", view="ed_volume", patch=(1, 8, 8), mask_ratio=0.5, drop_path=0.3),
+    "frozen": tower | dict(fn="resnet", view="es_volume", frozen=True)}
 config.model.regression = ("ecg", "frozen")
 both = dict(weight=1.0, a="ecg")
 config.objectives = dict(

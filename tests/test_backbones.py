@@ -12,7 +12,9 @@ import pytest
 
 from conftest import python
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import backbones, pooling, resnet, video, vit
+from mmcl_jax.models import pooling, resnet, towers, vit
+from mmcl_jax.models.towers import slow_resnet, video_vit
+from mmcl_jax.models.towers import resnet as plane_resnet
 
 
 # The tests' time is compilation, and the numbers to 1e-15 do not depend on how hard LLVM tries.
@@ -151,21 +153,40 @@ INPUTS = {}  # input channels of the 1x1 layers, as torch has them; filled by `b
 # small, but with every branch: stages with and without stride, blocks with and without skip, both
 # spans
 CASES = {
-  "basic": (2, (4, resnet.Basic, ((4, 1), (6, 2))), (3, 21, 18)),
-  "bottleneck": (2, (4, resnet.Bottleneck, ((2, 1), (3, 2))), (3, 21, 18)),
-  "slow": (3, (4, resnet.Bottleneck, ((2, 1, 1), (3, 2, 3))), (5, 21, 18)),
+  "basic": (
+    2,
+    dict(stem=4, block=resnet.Basic, widths=(4, 6), depths=(1, 2), spans=(1, 1)),
+    (3, 21, 18),
+  ),
+  "bottleneck": (
+    2,
+    dict(stem=4, block=resnet.Bottleneck, widths=(2, 3), depths=(1, 2), spans=(1, 1)),
+    (3, 21, 18),
+  ),
+  "slow": (
+    3,
+    dict(stem=4, block=resnet.Bottleneck, widths=(2, 3), depths=(1, 2), spans=(1, 3)),
+    (5, 21, 18),
+  ),
 }
+
+
+def torch_numbers(numbers, slow):
+  """Of a size: stem, whether its blocks are bottlenecks, stages as torch_resnet takes them."""
+  stages = zip(numbers["widths"], numbers["depths"], numbers["spans"], strict=True)
+  stages = tuple(stage if slow else stage[:2] for stage in stages)
+  return numbers["stem"], numbers["block"] is resnet.Bottleneck, stages
 
 
 def both(case):
   """Our network, its randomised variables, and the torch network with the same ones."""
   torch = pytest.importorskip("torch")
   dims, size, shape = CASES[case]
-  model = (resnet.SlowResNet if dims == 3 else resnet.ResNet)(*size, dtype=jnp.float64)
+  tower = slow_resnet.SlowResNet if dims == 3 else plane_resnet.ResNet
+  model = tower(size, dtype=jnp.float64)
   variables = randomised(shapes(model, jnp.zeros((1, *shape)), jnp.ones(1), False))
-  stem, block, stages = size
   slices, channels = (shape[0], 1) if dims == 3 else (0, shape[0])
-  net = torch_resnet(dims, channels, stem, block is resnet.Bottleneck, stages, slices)()
+  net = torch_resnet(dims, channels, *torch_numbers(size, dims == 3), slices)()
   INPUTS.update(
     {
       name: module.in_channels
@@ -195,7 +216,7 @@ def test_resnet_is_torch_s(case, train):
   kept = rows > 0
 
   def loss(params):
-    y, changed = model.apply(
+    (_, y), changed = model.apply(
       {**variables, "params": params}, x, rows, train, mutable=["batch_stats"]
     )
     return (y[kept] ** 2).sum(), (y[kept], changed.get("batch_stats"))
@@ -226,15 +247,13 @@ def test_resnet_is_torch_s(case, train):
 )
 def test_published_sizes(kind, size, planes, count):
   torch = pytest.importorskip("torch")
-  model = backbones.build(dict(kind=kind, size=size), jnp.float32)
+  model = towers.build(dict(fn=kind, view="cine_slice", size=size))
   variables = shapes(model, jnp.zeros((1, planes, 32, 32)), jnp.ones(1), False)
   assert sum(np.prod(x.shape, dtype=int) for x in jax.tree.leaves(variables["params"])) == count
   slow = kind == "slow_resnet"
-  stem, block, stages = backbones.KINDS[kind][size]
   with torch.device("meta"):
-    net = torch_resnet(
-      2 + slow, 1 if slow else 3, stem, block is resnet.Bottleneck, stages, planes * slow
-    )()
+    numbers = torch_numbers(model.numbers, slow)
+    net = torch_resnet(2 + slow, 1 if slow else 3, *numbers, planes if slow else 0)()
   INPUTS.update(
     {
       name: module.in_channels
@@ -253,7 +272,7 @@ def test_published_sizes(kind, size, planes, count):
 
 
 def test_a_slow_resnet_starts_as_the_mean_over_slices():
-  model = resnet.SlowResNet(*resnet.SLOW_SIZES["test"])
+  model = slow_resnet.SlowResNet("test")
   x = jnp.repeat(jax.random.uniform(jax.random.key(0), (1, 1, 16, 16)), 3, axis=1)
   pool = jit(lambda key: model.init(key, x, jnp.ones(1), False)["params"]["slice_pool"])(
     jax.random.key(1)
@@ -287,11 +306,11 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import PartitionSpec as P, NamedSharding
-from mmcl_jax.models import resnet
+from mmcl_jax.models.towers import resnet, slow_resnet
 
 rng = np.random.default_rng(0)
-models = {"resnet": (resnet.ResNet(*resnet.SIZES["test"], dtype=jnp.float64), rng.random((16, 3, 16, 16))),
-          "slow": (resnet.SlowResNet(*resnet.SLOW_SIZES["test"], dtype=jnp.float64), rng.random((16, 3, 16, 16)))}
+models = {"resnet": (resnet.ResNet("test", dtype=jnp.float64), rng.random((16, 3, 16, 16))),
+          "slow": (slow_resnet.SlowResNet("test", dtype=jnp.float64), rng.random((16, 3, 16, 16)))}
 rows = np.ones(16)
 rows[[0, 1, 5]] = 0  # the first of eight devices has nothing that counts
 weight = {name: rng.normal(size=(16, 1)) * rows[:, None] for name in models}  # nobody asks for rows of weight 0
@@ -300,7 +319,7 @@ def loss(params, statistics, x, rows):
   found, changed = {}, {}
   for name, (model, _) in models.items():
     variables = {"params": params[name], "batch_stats": statistics[name]}
-    found[name], changed[name] = model.apply(variables, x[name], rows, True, mutable=["batch_stats"])
+    (_, found[name]), changed[name] = model.apply(variables, x[name], rows, True, mutable=["batch_stats"])
   return sum((weight[name] * jnp.sin(y)).sum() for name, y in found.items()), (found, changed)
 
 variables = {name: jax.eval_shape(lambda: model.init(jax.random.key(0), x[:1], rows[:1], False))
@@ -334,7 +353,7 @@ def test_statistics_and_gradients_are_those_of_the_global_batch():
 
 def test_patches_are_cut_and_put_back_where_they_were():
   x, patch = np.random.default_rng(0).random((2, 4, 6, 9)), (2, 3, 3)
-  patches = video.patchify(x, patch)
+  patches = video_vit.patchify(x, patch)
   n = 0
   for a in range(2):
     for b in range(2):
@@ -343,28 +362,29 @@ def test_patches_are_cut_and_put_back_where_they_were():
         np.testing.assert_array_equal(patches[:, n], piece.reshape(2, -1))
         n += 1
   assert patches.shape == (2, n, 18)
-  np.testing.assert_array_equal(video.unpatchify(patches, (4, 6, 9), patch), x)
+  np.testing.assert_array_equal(video_vit.unpatchify(patches, (4, 6, 9), patch), x)
 
 
 def test_positions_are_sines_and_cosines_of_plane_column_and_row():
-  table = video.sincos_3d(planes=3, rows=2, columns=4, width=32)  # 8 + 12 + 12
+  table = video_vit.sincos_3d(planes=3, rows=2, columns=4, width=32)  # 8 + 12 + 12
   for token, found in enumerate(table):
     expected = []
     for position, width in ((token // 8, 8), (token % 4, 12), (token // 4 % 2, 12)):
       angles = [position * 10000 ** (-2 * i / width) for i in range(width // 2)]
       expected += [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-  np.testing.assert_array_equal(video.sincos_3d(1, 2, 4, 20), vit.sincos_2d(2, 4, 20))
+  np.testing.assert_array_equal(video_vit.sincos_3d(1, 2, 4, 20), vit.sincos_2d(2, 4, 20))
 
 
 SHAPE, PATCH = (4, 6, 8), (2, 3, 4)  # 2 x 2 x 2 patches of 24 pixels
 
 
 def video_case(depth=1, decoder=(16, 1, 2), **kwargs):
-  model = video.VideoViT(32, depth, 2, decoder, PATCH, dtype=jnp.float64, **kwargs)
+  size = dict(width=32, depth=depth, heads=2, decoder=decoder)
+  model = video_vit.VideoViT(size, PATCH, mask_ratio=0.6, dtype=jnp.float64, **kwargs)
   x, keys = np.random.default_rng(1).random((3, *SHAPE)), jax.random.split(jax.random.key(0), 3)
   variables = jax.eval_shape(
-    lambda key: model.init(key, x, keys, 0.6, method="reconstruct"), jax.random.key(1)
+    lambda key: model.init(key, x, keys, method="reconstruct"), jax.random.key(1)
   )
   return model, randomised(variables), x, keys
 
@@ -384,14 +404,14 @@ def test_video_tower_without_blocks_is_numpy():
   def dense(x, p):
     return x @ p["kernel"] + p["bias"]
 
-  patches = np.asarray(video.patchify(x, PATCH))
-  tokens = numpy_norm(dense(patches, p["patch_embed"]) + video.sincos_3d(2, 2, 2, 32), p["norm"])
-  assert (
-    relative(jit(lambda v: model.apply(v, x, None, False))(variables), tokens.mean(axis=1)) < 1e-12
+  patches = np.asarray(video_vit.patchify(x, PATCH))
+  tokens = numpy_norm(
+    dense(patches, p["patch_embed"]) + video_vit.sincos_3d(2, 2, 2, 32), p["norm"]
   )
-  out = jit(lambda v: model.apply(v, x, keys, 0.6, method="reconstruct"))(variables)
+  assert relative(jit(lambda v: model.apply(v, x)[1])(variables), tokens.mean(axis=1)) < 1e-12
+  out = jit(lambda v: model.apply(v, x, keys, method="reconstruct"))(variables)
   d, hidden = p["decoder"], np.asarray(out["patch_mask"])[..., None] > 0
-  inner = np.where(hidden, d["mask_token"], dense(tokens, d["embed"])) + video.sincos_3d(
+  inner = np.where(hidden, d["mask_token"], dense(tokens, d["embed"])) + video_vit.sincos_3d(
     2, 2, 2, 16
   )
   assert relative(out["reconstruction"], dense(numpy_norm(inner, d["norm"]), d["pred"])) < 1e-12
@@ -402,10 +422,10 @@ def test_video_tower_without_blocks_is_numpy():
 
 def test_hidden_patches_are_not_seen_and_visible_ones_are():
   model, variables, x, keys = video_case(depth=2)
-  run = jit(lambda x: model.apply(variables, x, keys, 0.6, method="reconstruct"))
+  run = jit(lambda x: model.apply(variables, x, keys, method="reconstruct"))
   out = run(x)
   hidden = np.repeat(np.asarray(out["patch_mask"])[..., None], 24, axis=2)
-  hidden = np.asarray(video.unpatchify(hidden, SHAPE, PATCH)) > 0
+  hidden = np.asarray(video_vit.unpatchify(hidden, SHAPE, PATCH)) > 0
   np.testing.assert_array_equal(
     run(np.where(hidden, 9.0, x))["reconstruction"], out["reconstruction"]
   )
@@ -418,23 +438,25 @@ def test_video_tower_applies_its_blocks_with_drop_path_growing_by_depth():
   model, variables, x, keys = video_case(depth=3, drop_path=0.6)
   p = variables["params"]
   tokens = (
-    np.asarray(video.patchify(x, PATCH)) @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
+    np.asarray(video_vit.patchify(x, PATCH)) @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
   )
   for with_keys in (None, keys):
-    y = tokens + video.sincos_3d(2, 2, 2, 32)
+    y = tokens + video_vit.sincos_3d(2, 2, 2, 32)
     for i, rate in enumerate((0.0, 0.3, 0.6)):
       y = vit.Block(2, i, rate, jnp.float64).apply({"params": p[f"block{i}"]}, y, with_keys)
     expected = numpy_norm(np.asarray(y), p["norm"]).mean(axis=1)
-    assert relative(model.apply(variables, x, None, with_keys is not None, keys), expected) < 1e-12
+    assert (
+      relative(model.apply(variables, x, None, with_keys is not None, keys)[1], expected) < 1e-12
+    )
   # evaluation drops nothing
-  assert relative(model.apply(variables, x, None, False), expected) > 1e-3
+  assert relative(model.apply(variables, x)[1], expected) > 1e-3
 
 
 def test_gradients_reach_all_parameters_of_the_video_tower():
   model, variables, x, keys = video_case()
 
   def loss(variables):
-    out = model.apply(variables, x, keys, 0.6, method="reconstruct")
+    out = model.apply(variables, x, keys, method="reconstruct")
     return (out["patch_mask"][..., None] * (out["patches"] - out["reconstruction"]) ** 2).sum()
 
   for path, grad in jax.tree_util.tree_leaves_with_path(jit(jax.grad(loss))(variables)):
@@ -523,24 +545,33 @@ def test_gated_film_is_cardiacnets_formula():
 # -------------------------------------------------------------------------------------------------------------
 # registry
 
-SPEC = dict(kind="vit", size="test", patch=(2, 8, 8), mask_ratio=0.5, drop_path=0.0)
+SPEC = dict(fn="video_vit", view="cine_slice", planes=4, size="test", patch=(2, 8, 8))
+SIZES = {
+  "slow_resnet": slow_resnet.SIZES,
+  "resnet": plane_resnet.SIZES,
+  "video_vit": video_vit.SIZES,
+}
+
+
+def complete(**changes):
+  """SPEC with changes; of another tower without what only a video transformer has."""
+  spec = SPEC | changes
+  if spec["fn"] != "video_vit" and "patch" not in changes:
+    del spec["patch"]
+  return towers.complete_entry("x", spec)
 
 
 @pytest.mark.parametrize(
-  "kind, size, dtype, out",
+  "fn, size, dtype, out",
   [
-    *(
-      (kind, size, "bfloat16", jnp.float32)
-      for kind, sizes in backbones.KINDS.items()
-      for size in sizes
-    ),
-    *((kind, "test", dtype, dtype) for kind in backbones.KINDS for dtype in ("float32", "float64")),
+    *((fn, size, "bfloat16", jnp.float32) for fn, sizes in SIZES.items() for size in sizes),
+    *((fn, "test", dtype, dtype) for fn in SIZES for dtype in ("float32", "float64")),
   ],
 )
-def test_backbones_are_called_alike(kind, size, dtype, out):
+def test_backbones_are_called_alike(fn, size, dtype, out):
   class Tower(nn.Module):
     def setup(self):
-      self.backbone = backbones.build(SPEC | dict(kind=kind, size=size), jnp.dtype(dtype))
+      self.backbone = towers.build(complete(fn=fn, size=size), dtype=jnp.dtype(dtype))
 
     def __call__(self, *args):
       return self.backbone(*args)
@@ -551,13 +582,14 @@ def test_backbones_are_called_alike(kind, size, dtype, out):
   def init(key, x, rows, keys):
     return Tower().init_with_output(key, x, rows, True, keys)
 
-  features, variables = jax.eval_shape(init, jax.random.key(0), x, jnp.ones(2), keys)
-  width = {
-    "vit": lambda s: s[0],
-    "resnet": lambda s: s[2][-1][0] * (4 if s[1] is resnet.Bottleneck else 1),
-    "slow_resnet": lambda s: 4 * s[2][-1][0],
-  }[kind](backbones.KINDS[kind][size])
+  (tokens, features), variables = jax.eval_shape(init, jax.random.key(0), x, jnp.ones(2), keys)
+  numbers = SIZES[fn][size]
+  if fn == "video_vit":
+    width = numbers["width"]
+  else:
+    width = numbers["widths"][-1] * (4 if numbers["block"] is resnet.Bottleneck else 1)
   assert (features.shape, features.dtype) == ((2, width), out)
+  assert tokens.ndim == 3 and (tokens.shape[::2], tokens.dtype) == ((2, width), out)
   assert list(variables["params"]) == ["backbone"]
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
 
@@ -566,45 +598,53 @@ def test_a_video_tower_has_a_decoder_where_it_hides_patches():
   x, keys = jnp.zeros((2, 4, 16, 24)), jax.random.split(jax.random.key(0), 2)
 
   def init(m):
-    return jax.eval_shape(
-      lambda key: m.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(0)
-    )
+    return jax.eval_shape(lambda key: m.init(key, x, keys, method="reconstruct"), jax.random.key(0))
 
-  assert "decoder" in init(backbones.build(SPEC, jnp.float32))["params"]
-  assert not backbones.build(SPEC | dict(mask_ratio=0.0), jnp.float32).decoder
+  assert "decoder" in init(towers.build(complete(mask_ratio=0.5)))["params"]
+  plain = towers.build(complete())
+  variables = jax.eval_shape(lambda key: plain.init(key, x), jax.random.key(0))
+  assert "decoder" not in variables["params"]
+
+
+def check(change):
+  spec = complete(**{"mask_ratio": 0.5} | change)
+  towers.build(spec).check("config.model.towers.x", (4, 16, 24))
 
 
 @pytest.mark.parametrize(
   "change, says",
   [
-    (dict(kind="swin"), "config.x.kind is 'swin'; expected one of slow_resnet, resnet, vit"),
-    (dict(size="r50"), "config.x.size is 'r50'; expected one of test, demo, small, base"),
-    (dict(kind="resnet"), "config.x.mask_ratio is 0.5, which config.x.kind = resnet does not have"),
-    (dict(kind="slow_resnet", mask_ratio=0.0, drop_path=0.1), "config.x.drop_path is 0.1, which"),
+    (dict(fn="swin"), ".fn is 'swin'; expected one of ecg_vit, st_mem, slow_resnet, resnet, video"),
+    (dict(size="r50"), ".size is 'r50'; expected one of test, demo, small, base"),
+    (dict(fn="resnet"), " sets mask_ratio, which resnet does not take; its parameters are size"),
+    (dict(fn="slow_resnet", drop_path=0.1), " sets drop_path, mask_ratio, which slow_resnet does"),
     (dict(patch=(2, 8, 7)), "does not divide the input of 4 x 16 x 24"),
     (dict(patch=(3, 8, 8)), "does not divide the input of 4 x 16 x 24"),
-    (dict(patch=(8, 8)), "config.x.patch is (8, 8); expected three"),
-    (dict(patch=(0, 8, 8)), "config.x.patch is (0, 8, 8); expected three"),
-    (dict(mask_ratio=1.0), "config.x.mask_ratio is 1.0 of 12 patches"),
-    (dict(mask_ratio=0.99), "config.x.mask_ratio is 0.99 of 12 patches"),
-    (dict(mask_ratio=-0.1), "config.x.mask_ratio is -0.1 of 12 patches"),
+    (dict(patch=(8, 8)), ".patch is (8, 8); expected three"),
+    (dict(patch=(0, 8, 8)), ".patch is (0, 8, 8); expected three"),
+    (dict(mask_ratio=1.0), ".mask_ratio is 1.0 of 12 patches"),
+    (dict(mask_ratio=0.99), ".mask_ratio is 0.99 of 12 patches"),
+    (dict(mask_ratio=-0.1), ".mask_ratio is -0.1 of 12 patches"),
+    (dict(view="front"), ".view is 'front'; expected one of ed_volume"),
+    (dict(planes=None), " does not set planes, how many of cine_slice the tower sees"),
   ],
 )
 def test_mistakes_of_a_config_are_one_line(change, says):
   with pytest.raises(UserError) as error:
-    backbones.check(SPEC | change, (4, 16, 24), "config.x")
-  assert says in str(error.value) and "\n" not in str(error.value)
+    check(change)
+  message = str(error.value)
+  assert f"config.model.towers.x{says}" in message or says in message
+  assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-  "change",
-  [
-    {},
-    dict(mask_ratio=0),
-    dict(mask_ratio=0.9),
-    dict(kind="resnet", mask_ratio=0),
-    dict(kind="slow_resnet", size="r50", mask_ratio=0.0, patch=()),
-  ],
-)
+@pytest.mark.parametrize("change", [{}, dict(mask_ratio=0), dict(mask_ratio=0.9)])
 def test_sound_configs_pass(change):
-  assert backbones.check(SPEC | change, (4, 16, 24), "config.x") is None
+  check(change)
+
+
+def test_a_tower_names_its_own_parameters_only():
+  spec = towers.complete_entry("x", dict(fn="slow_resnet", view="ed_volume", planes=6, size="r50"))
+  assert spec == dict(
+    fn="slow_resnet", view="ed_volume", planes=6, width=0, frozen=False, size="r50"
+  )
+  towers.build(spec).check("config.model.towers.x", (4, 16, 24))

@@ -45,7 +45,8 @@ def test_operations_of_the_autoencoder_are_those_counted_by_hand():
   """Forwards and twice that backwards; the patches need no gradient. A block: 12 D^2 weights and
   two products of [N, N]."""
   batch, patches, visible, patch = 4, 300, 60, 100
-  (D, depth, _, E, decoder, _) = vit.SIZES["tiny"]
+  size = vit.SIZES["tiny"]
+  D, depth, (E, decoder, _) = size["width"], size["depth"], size["decoder"]
 
   def block(tokens, width):
     return 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width

@@ -546,13 +546,16 @@ def test_a_damaged_evaluation_is_one_line(copy, tmp_path, capsys, spoil, words):
 
 @pytest.mark.parametrize(
   "change, words",
-  [(dict(film=True), "also takes covariates"), (dict(size=""), "has no ECG encoder")],
+  [(dict(film=True), "also takes covariates"), (None, "has no ECG encoder")],
 )
 def test_encoders_that_an_ecg_alone_does_not_serve(
   run, tmp_path, capsys, monkeypatch, change, words
 ):
   config = run.config.copy_and_resolve_references()
-  config.model.ecg.update(change)
+  if change:
+    config.model.towers.ecg.update(change)
+  else:
+    del config.model.towers["ecg"]
   monkeypatch.setattr(restore, "load_run", lambda workdir, step: run._replace(config=config))
   assert words in refused(capsys, "--workdir=w", f"--out={tmp_path / 'out'}")
 

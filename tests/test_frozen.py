@@ -29,7 +29,7 @@ def second(cohort, first, **changes):
   config = tiny_config(cohort.path)
   config.steps = 4
   config.init_from.cmr_ed = config.init_from.cmr_es = first
-  config.model.cmr.ed.frozen = config.model.cmr.es.frozen = True
+  config.model.towers.ed.frozen = config.model.towers.es.frozen = True
   config.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)
   return config
 
@@ -107,7 +107,7 @@ def test_other_weights_or_what_decides_get_other_files_and_nothing_else_does(coh
   def changed(**entries):
     other = config.copy_and_resolve_references()
     for name, value in entries.items():
-      (other if name == "dtype" else other.cmr.ed)[name] = value
+      (other if name == "dtype" else other.towers.ed)[name] = value
     return frozen.fingerprint(cohort, "ed", other, variables)
 
   assert (

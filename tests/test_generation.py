@@ -478,7 +478,7 @@ def test_only_hidden_tokens_are_learned_and_only_the_others_looked_at():
 
 def generating(cohort_path):
   c = tiny_config(cohort_path)
-  c.model.cmr, c.model.ecg.mask_ratio = {}, 0.0
+  c.model.towers = {"ecg": dict(fn="ecg_vit", view="ecg", size="test", patch=100)}
   with c.unlocked():
     c.model.tokenizer = dict(size="test", patch=(6, 16, 16), channels=4)
     c.model.segmenter = dict(size="test")
@@ -512,7 +512,7 @@ def generating(cohort_path):
       dict(generator=dict(size="test")),
       "model.generator has size; expected size, dropout, masked and covariates",
     ),
-    (dict(tokenizer={}), "it needs model.tokenizer and model.ecg.size"),
+    (dict(tokenizer={}), "it needs model.tokenizer and model.towers.ecg"),
   ],
 )
 def test_mistakes_in_the_config_are_named(cohort, changes, words):
@@ -544,7 +544,6 @@ def test_a_run_from_before_a_key_goes_on(cohort):
   older, now = generating(cohort.path), generating(cohort.path)
   older.model.generator = dict(size="test", dropout=0.1)
   assert configuration.differences(older, now) == []
-  pretrainer.build(older.model, older.data.samples)
   now.model.generator.masked = True
   assert configuration.differences(older, now) == ["model.generator.masked was None, now True"]
 

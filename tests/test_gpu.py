@@ -229,18 +229,15 @@ import json, re, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from ml_collections import ConfigDict
 import test_gpu
-from mmcl_jax import configuration
-from mmcl_jax.models import ecg
+from mmcl_jax.models.towers import ecg_vit
 from mmcl_jax.training import compiled as reading, parallel
 
 test_gpu.tell(setattr, test_gpu.HOPPER)
 nodes = topologies.get_topology_desc(platform="cuda", target_config=test_gpu.H100, topology="2x1x2")
 mesh = parallel.make_mesh(-1, 2, nodes.devices)
-c = configuration.defaults(8, 6).model
-size = dict(size=(128, 2, 2, 64, 1, 2), patch=100, mask_ratio=0.8)
-tower = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 500, dtype=jnp.bfloat16)
+size = dict(width=128, depth=2, heads=2, decoder=(64, 1, 2))
+tower = ecg_vit.EcgViT(size, 500, patch=100, mask_ratio=0.8, dtype=jnp.bfloat16)
 def loss(params, x, keys):
   out = tower.apply(params, x, keys, method="reconstruct")
   return (tower.apply(params, x)[1] ** 2).mean() + (out["reconstruction"] ** 2).mean()

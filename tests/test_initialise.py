@@ -362,7 +362,7 @@ def test_positions_that_are_no_rows_of_leads_are_an_error(shape):
     ),
     (
       dict(frozen=("ed",)),
-      "model.cmr.ed.frozen would freeze random weights (5 arrays, such as cmr_ed/backbone/",
+      "model.towers.ed.frozen would freeze random weights (5 arrays, such as cmr_ed/backbone/",
     ),
     (
       dict(init_from={"cmr_es": "W"}, frozen=("ed", "es")),

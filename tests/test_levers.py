@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from scipy import stats
 
 from conftest import python
 from mmcl_jax import configuration
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import ecg, kernels, mae, pretrainer, resnet, video, vit
+from mmcl_jax.models import kernels, mae, pretrainer, resnet, vit
+from mmcl_jax.models.towers import ecg_vit, slow_resnet, video_vit
 
 # The tests' time is compilation, and neither numbers nor memory depend on how hard LLVM tries.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -55,12 +55,11 @@ KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
 def tower(**levers):
   """How an ECG tower of 6 + 4 blocks is initialised, and its loss as a function of variables, ecg
   and keys."""
-  c = configuration.defaults(8, 6).model
-  size = dict(size=(32, 6, 2, 16, 4, 2), patch=10, mask_ratio=0.5, drop_path=0.5)
-  model = ecg.EcgTower(ConfigDict(c.ecg.to_dict() | size), 40, **levers)
+  size = dict(width=32, depth=6, heads=2, decoder=(16, 4, 2))
+  model = ecg_vit.EcgViT(size, 40, patch=10, mask_ratio=0.5, drop_path=0.5, **levers)
 
   def loss(variables, x, keys):
-    _, embedding = model.apply(variables, x, keys)
+    _, embedding = model.apply(variables, x, None, True, keys)
     return (embedding**2).sum() + (
       model.apply(variables, x, keys, method="reconstruct")["reconstruction"] ** 2
     ).mean()
@@ -112,13 +111,13 @@ def test_remat_takes_less_memory_and_dots_lie_between():
 def test_scan_compiles_one_block_for_all():
   """Eight blocks: one loop in the program, and the products of one block, where unrolled there are
   eight times as many."""
-  model = video.VideoViT(16, 8, 2, (), (1, 2, 2))
+  model = video_vit.VideoViT(dict(width=16, depth=8, heads=2), (1, 2, 2))
   params = jax.eval_shape(
     lambda key: model.init(key, jnp.ones((2, 1, 4, 4)), None, False), jax.random.key(0)
   )
   texts = {}
   for scan in (False, True):
-    model = video.VideoViT(16, 8, 2, (), (1, 2, 2), scan=scan)
+    model = video_vit.VideoViT(dict(width=16, depth=8, heads=2), (1, 2, 2), scan=scan)
     apply = jax.jit(model.apply, static_argnums=3)
     texts[scan] = apply.lower(params, jnp.ones((2, 1, 4, 4)), None, False).as_text()
 
@@ -153,13 +152,15 @@ def test_video_tower_scans_and_forgets_alike():
   x = np.random.default_rng(0).random((2, 2, 8, 8)).astype(np.float32)
   keys = jax.random.split(jax.random.key(0), 2)
   models = [
-    video.VideoViT(16, 3, 2, (16, 2, 2), (1, 4, 4), 0.5, **levers)
+    video_vit.VideoViT(
+      dict(width=16, depth=3, heads=2, decoder=(16, 2, 2)), (1, 4, 4), 0.5, 0.5, **levers
+    )
     for levers in ({}, dict(remat="blocks", scan=True))
   ]
 
   def init(model):
     return jax.eval_shape(
-      lambda key: model.init(key, x, keys, 0.5, method="reconstruct"), jax.random.key(1)
+      lambda key: model.init(key, x, keys, method="reconstruct"), jax.random.key(1)
     )
 
   shapes = [init(model) for model in models]
@@ -167,9 +168,9 @@ def test_video_tower_scans_and_forgets_alike():
   variables = drawn(shapes[0])
 
   def loss(variables, model):
-    features = model.apply(variables, x, None, True, keys)
+    _, features = model.apply(variables, x, None, True, keys)
     return (features**2).sum() + (
-      model.apply(variables, x, keys, 0.5, method="reconstruct")["reconstruction"] ** 2
+      model.apply(variables, x, keys, method="reconstruct")["reconstruction"] ** 2
     ).mean()
 
   first, second = (
@@ -182,7 +183,8 @@ def test_video_tower_scans_and_forgets_alike():
 def resnet_measured(remat):
   """Features, gradients, changed statistics of a slow ResNet of 5 blocks, and the bytes kept
   between the passes."""
-  model = resnet.SlowResNet(4, resnet.Bottleneck, ((4, 4, 3), (8, 1, 1)), remat=remat)
+  size = dict(stem=4, block=resnet.Bottleneck, widths=(4, 8), depths=(4, 1), spans=(3, 1))
+  model = slow_resnet.SlowResNet(size, remat=remat)
   x, rows = (
     np.random.default_rng(0).random((4, 3, 32, 32)).astype(np.float32),
     np.array([1, 0, 1, 1], np.float32),
@@ -191,7 +193,7 @@ def resnet_measured(remat):
   variables = drawn(shapes)
 
   def loss(params):
-    y, changed = model.apply(
+    (_, y), changed = model.apply(
       {**variables, "params": params}, x, rows, True, mutable=["batch_stats"]
     )
     return (rows[:, None] * y**2).sum(), (y, changed)
@@ -217,11 +219,14 @@ def test_resnet_remat_keeps_features_gradients_and_statistics(remat):
 # masked view
 
 
+TOWER = dict(fn="ecg_vit", view="ecg", size="test", patch=10)
+
+
 def pretrained(train=True, **changes):
   """A model with one ECG tower, random variables, a batch and its keys."""
   c = configuration.defaults(4, 6).model
   c.projection.update(hidden=8, width=4)
-  c.ecg.update({"size": "test", "patch": 10, "mask_ratio": 0.5} | changes)
+  c.towers.ecg = TOWER | {"mask_ratio": 0.5} | changes
   model = pretrainer.build(c, 40)
   rng = np.random.default_rng(0)
   batch = {
@@ -298,9 +303,9 @@ def test_masked_view_sees_everything_in_evaluation_and_hidden_patches_nowhere_in
 def test_masked_view_takes_one_pass_less_and_makes_the_same_outputs(
   monkeypatch, again, changes, passes
 ):
-  calls, real = [], ecg.EcgTower.tokens
+  calls, real = [], ecg_vit.EcgViT.tokens
   monkeypatch.setattr(
-    ecg.EcgTower, "tokens", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+    ecg_vit.EcgViT, "tokens", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
   )
   made = []
   for masked_view, expected in zip((False, True), passes):
@@ -332,40 +337,27 @@ def test_second_augmentation_has_masks_of_its_own():
       "config.model.remat is 'all'; expected one of none, blocks, dots",
     ),
     (
-      lambda c: c.ecg.update(size="test", patch=10, masked_view=True),
-      "needs model.ecg.mask_ratio above 0",
+      lambda c: c.towers.ecg.update(masked_view=True),
+      "needs config.model.towers.ecg.mask_ratio above 0",
     ),
   ],
 )
 def test_mistakes_of_a_config_are_one_line(change, says):
   c = configuration.defaults(8, 6).model
-  c.ecg.update(size="test", patch=10)
+  c.towers.ecg = TOWER
   change(c)
   with pytest.raises(UserError) as error:
     pretrainer.build(c, 40)
   assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_configs_of_older_runs_build_as_they_did():
+def test_a_config_of_the_earlier_form_is_refused_in_one_line():
   c = configuration.defaults(8, 6).model
-  c.ecg.update(size="test", patch=10)
-  with c.unlocked():
-    del c.remat, c.scan, c.ecg.masked_view
-  model = pretrainer.build(c, 40)
-  batch = {
-    "ecg": jnp.zeros((2, 12, 40)),
-    "mask": jnp.ones(2),
-    "has_ecg": jnp.ones(2),
-    "has_cmr": jnp.ones(2),
-    "cmr": {},
-  }
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-  assert (
-    "ecg"
-    in jax.eval_shape(
-      lambda key, keys: model.init(key, batch, keys, train=True), jax.random.key(0), keys
-    )["params"]
-  )
+  del c.towers
+  c.ecg, c.cmr = dict(size="test", patch=10), {}
+  with pytest.raises(UserError, match="config.model has no towers; .* train again") as error:
+    pretrainer.build(c, 40)
+  assert "\n" not in str(error.value)
 
 
 # -------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from conftest import tiny_config
 from mmcl_jax.data import schema
 from mmcl_jax.evaluators import drawings, localisation, statistics
-from mmcl_jax.models import backbones, ecg, pretrainer, video
+from mmcl_jax.models import pretrainer, towers, vit
+from mmcl_jax.models.towers import ecg_vit, video_vit
 from mmcl_jax.training import parallel, restore, steps
 
 SPECS = {
-  "resnet": dict(kind="resnet", size="test", planes=3),
-  "slow": dict(kind="slow_resnet", size="test", planes=4),
-  "vit": dict(kind="vit", size="test", planes=4, patch=(2, 8, 8), mask_ratio=0.0, drop_path=0.0),
+  "resnet": dict(fn="resnet", view="cine_slice", size="test", planes=3),
+  "slow": dict(fn="slow_resnet", view="cine_slice", size="test", planes=4),
+  "vit": dict(fn="video_vit", view="cine_slice", size="test", planes=4, patch=(2, 8, 8)),
 }
 
 
@@ -39,7 +40,7 @@ def randomised(tree, seed=0):
 @pytest.mark.parametrize("kind", SPECS)
 def test_features_are_the_mean_of_the_feature_map_and_cells_lie_where_it_says(kind):
   shape = (SPECS[kind]["planes"], 24, 40) if kind == "vit" else (SPECS[kind]["planes"], 21, 45)
-  model = backbones.build(ConfigDict(SPECS[kind]), jnp.float32)
+  model = towers.build(SPECS[kind])
   x = jax.random.uniform(jax.random.key(0), (2, *shape))
 
   def both(key):
@@ -50,7 +51,7 @@ def test_features_are_the_mean_of_the_feature_map_and_cells_lie_where_it_says(ki
         "kernel": jnp.array([0.7, -0.2, 0.1, 0.6])[:, None],
         "bias": pool["bias"] + 0.3,
       }
-    return model.apply(variables, x, jnp.ones(2), False), model.apply(
+    return model.apply(variables, x, jnp.ones(2), False)[1], model.apply(
       variables, x, method="feature_map"
     )
 
@@ -61,7 +62,7 @@ def test_features_are_the_mean_of_the_feature_map_and_cells_lie_where_it_says(ki
 
 
 def test_a_resnet_s_cell_is_in_the_middle_of_all_pixels_that_reach_it():
-  model = backbones.build(ConfigDict(SPECS["slow"]), jnp.float32)
+  model = towers.build(SPECS["slow"])
   x = jax.random.uniform(jax.random.key(0), (8, 4, 64, 72))
 
   def reach(key):
@@ -76,30 +77,17 @@ def test_a_resnet_s_cell_is_in_the_middle_of_all_pixels_that_reach_it():
 
 
 def test_a_patch_lies_where_its_pixels_do():
-  model = backbones.build(ConfigDict(SPECS["vit"]), jnp.float32)
+  model = towers.build(SPECS["vit"])
   places = np.stack(np.meshgrid(*map(np.arange, (4, 24, 40)), indexing="ij"))  # [3, T, H, W]
-  middle = np.asarray(video.patchify(places, (2, 8, 8))).mean(axis=2).reshape(3, 2, 3, 5)
+  middle = np.asarray(video_vit.patchify(places, (2, 8, 8))).mean(axis=2).reshape(3, 2, 3, 5)
   for axis, at in enumerate(model.centres(4, 24, 40)):
     along = np.moveaxis(middle[axis], axis, -1)
     np.testing.assert_allclose(along, np.broadcast_to(at, along.shape))
 
 
-@pytest.mark.parametrize("pool", ecg.POOLS)
+@pytest.mark.parametrize("pool", ecg_vit.POOLS)
 def test_a_token_is_embedded_as_if_all_were_like_it(pool):
-  config = ConfigDict(
-    dict(
-      size=(16, 0, 2, 16, 1, 2),
-      patch=10,
-      mask_ratio=0.0,
-      drop_path=0.0,
-      pool=pool,
-      positions="sincos",
-      head=0,
-      film=False,
-      siamese=False,
-    )
-  )
-  tower = ecg.EcgTower(config, samples=40)
+  tower = ecg_vit.EcgViT(dict(width=16, depth=0, heads=2), samples=40, patch=10, pool=pool)
   tokens = jax.random.normal(jax.random.key(0), (2, 48, 16))
   p = randomised(
     jax.eval_shape(lambda: tower.init(jax.random.key(1), jnp.zeros((1, 12, 40))))["params"]
@@ -120,6 +108,8 @@ def test_a_token_is_embedded_as_if_all_were_like_it(pool):
 
 # maps of a tower made by hand
 
+ECG = dict(fn="ecg_vit", view="ecg", size="test")
+
 
 def by_hand():
   """A model whose cells say how bright their 8 x 8 pixels are, (b, 1 - b), and whose ECG says what
@@ -139,17 +129,15 @@ def by_hand():
 
   spec = ConfigDict(
     dict(
-      kind="vit",
+      fn="video_vit",
       size="test",
       view="es_volume",
       planes=2,
       patch=(1, 8, 8),
-      mask_ratio=0.0,
-      drop_path=0.0,
     )
   )
   config = ConfigDict(
-    dict(model=dict(cmr=dict(hand=spec.to_dict()), ecg=dict(film=False)), data=dict(samples=20))
+    dict(model=dict(towers=dict(hand=spec.to_dict(), ecg=ECG)), data=dict(samples=20))
   )
   return SimpleNamespace(
     model=SimpleNamespace(apply=apply, config=config.model), config=config, scales=None
@@ -218,7 +206,7 @@ def test_the_map_finds_a_planted_patch_and_another_ecg_does_not():
 
 
 def test_enlarging_is_linear_between_the_centres_and_flat_outside():
-  spec = ConfigDict(dict(kind="vit", size="test", patch=(1, 2, 4), mask_ratio=0.0, drop_path=0.0))
+  spec = dict(fn="video_vit", view="cine_slice", size="test", patch=(1, 2, 4))
   rows, columns = np.arange(3) * 2 + 0.5, np.arange(2) * 4 + 1.5
   cells = (10 * rows[:, None] + columns)[None]
   clipped = 10 * np.clip(np.arange(6), 0.5, 4.5)[:, None] + np.clip(np.arange(8), 1.5, 5.5)
@@ -319,7 +307,7 @@ def run(cohort):
   """A Run as from a checkpoint: the joint recipe at its smallest, one tower frozen, with parameters
   of which none is neutral."""
   config = tiny_config(cohort.path)
-  config.model.cmr.es.frozen = True
+  config.model.towers.es.frozen = True
   model = pretrainer.build(config.model, config.data.samples)
   example = steps.example(config, cohort.info["shapes"], 0, 1)
   shapes = jax.eval_shape(
@@ -445,7 +433,8 @@ def test_the_ecg_s_map_is_that_of_every_window_by_itself(run, evaluated, cohort)
 @pytest.mark.parametrize("pool, scan", [("mean", False), ("cls", True), ("attention", False)])
 def test_attention_is_the_softmax_of_the_model_s_own_parameters(run, pool, scan):
   config = ConfigDict(run.config.model.to_dict())
-  config.ecg.pool, config.ecg.mask_ratio, config.cmr, config.scan = pool, 0.0, {}, scan
+  config.towers = {"ecg": config.towers.ecg.to_dict() | dict(pool=pool, mask_ratio=0.0)}
+  config.scan = scan
   model = pretrainer.build(config, 500)
   signal = jax.random.normal(jax.random.key(0), (2, 12, 500))
   variables = {
@@ -488,7 +477,7 @@ def test_attention_is_the_softmax_of_the_model_s_own_parameters(run, pool, scan)
   e = q @ k.swapaxes(-1, -2) / np.sqrt(8)
   rows = np.exp(e - e.max(-1, keepdims=True))
   rows /= rows.sum(-1, keepdims=True)
-  ours = localisation.attention(*(np.float32(x.swapaxes(1, 2)) for x in (q, k)))
+  ours = vit.attention_weights(*(np.float32(x.swapaxes(1, 2)) for x in (q, k)))
   np.testing.assert_allclose(ours, rows, atol=1e-4)
   np.testing.assert_allclose(ours.sum(axis=-1), 1, rtol=1e-5)
   expected = rows.mean(axis=(1, 2)) if pool == "attention" else rows.mean(axis=(1, 2))[:, 1:]

@@ -13,7 +13,8 @@ from scipy.special import erf
 from mmcl_jax import configuration
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import ecg, mae, pretrainer, resnet, vit
+from mmcl_jax.models import mae, pretrainer, resnet, vit
+from mmcl_jax.models.towers import ecg_vit
 
 
 def test_positions_are_the_published_formula():
@@ -65,21 +66,7 @@ def test_mask_hides_the_right_share_and_belongs_to_the_sample():
 
 
 def ecg_tower(**changes):
-  config = (
-    dict(
-      size=(16, 1, 2, 16, 1, 2),
-      patch=10,
-      mask_ratio=0.5,
-      drop_path=0.0,
-      pool="mean",
-      positions="sincos",
-      head=0,
-      film=False,
-      siamese=False,
-    )
-    | changes
-  )
-  return ecg.EcgTower(ConfigDict(config), samples=40)
+  return ecg_vit.EcgViT(**(dict(size="test", samples=40, patch=10, mask_ratio=0.5) | changes))
 
 
 def test_encoder_of_visible_tokens_sees_only_them():
@@ -130,7 +117,7 @@ def test_covariates_modulate_all_tokens_after_the_blocks_and_before_the_norm():
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
   covariates = jax.random.normal(jax.random.key(2), (2, 3))
   plain, tower = ecg_tower(pool="cls"), ecg_tower(pool="cls", film=True, film_after=True)
-  variables = tower.init(jax.random.key(1), x, None, covariates)
+  variables = tower.init(jax.random.key(1), x, conditions=covariates)
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
   rest = {name: x for name, x in variables["params"].items() if name != "film"}
   before = np.asarray(plain.apply({"params": rest}, x, method="tokens"), np.float64)
@@ -139,7 +126,7 @@ def test_covariates_modulate_all_tokens_after_the_blocks_and_before_the_norm():
   after = gain[:, None] * before + shift[:, None]
   z = after[:, 0]
   expected = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
-  tokens, embedding = tower.apply(variables, x, None, covariates)
+  tokens, embedding = tower.apply(variables, x, conditions=covariates)
   np.testing.assert_allclose(tokens, after[:, 1:], rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-5)
 
@@ -178,14 +165,16 @@ def test_dropout_is_timm_s_and_belongs_to_the_sample():
   ecgs = jax.random.normal(jax.random.key(0), (2, 12, 40))
   variables = plain.init(jax.random.key(1), ecgs)
   np.testing.assert_array_equal(dropping.apply(variables, ecgs)[1], plain.apply(variables, ecgs)[1])
-  trained, steady = (tower.apply(variables, ecgs, keys)[1] for tower in (dropping, plain))
+  trained, steady = (
+    tower.apply(variables, ecgs, None, True, keys)[1] for tower in (dropping, plain)
+  )
   assert not np.allclose(trained, steady)
 
 
 @pytest.mark.reported("MMCL's encoder started from scratch with MAE's weights and fixed positions")
 def test_from_scratch_weights_and_positions_start_as_timm_has_them():
   x = jnp.zeros((2, 12, 40))
-  size = (64, 2, 4, 16, 1, 2)
+  size = dict(width=64, depth=2, heads=4)
   tower = ecg_tower(size=size, positions="learned", timm_start=True, mask_ratio=0.0)
   params = tower.init(jax.random.key(0), x)["params"]
   for leaf in (
@@ -212,8 +201,9 @@ def test_a_decoder_other_than_its_size_s():
   assert {"block0", "block1"} == {name for name in params["decoder"] if name.startswith("block")}
   c = configuration.defaults(8, 6).model
   for decoder in ((24, 2), (26, 2, 2), (24, 2, 5)):
-    c.ecg.update(size="test", patch=10, mask_ratio=0.5, decoder=decoder)
-    with pytest.raises(UserError, match="config.model.ecg.decoder is"):
+    c.towers.ecg = dict(fn="ecg_vit", view="ecg", size="test", patch=10, mask_ratio=0.5)
+    c.towers.ecg.decoder = decoder
+    with pytest.raises(UserError, match="config.model.towers.ecg.decoder is"):
       pretrainer.build(c, 40)
 
 

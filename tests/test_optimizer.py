@@ -265,7 +265,7 @@ def test_updates_are_their_formula(case):
   def frozen(path):
     return (
       path.startswith("cmr_ed/backbone/")
-      and config.model.cmr.ed.frozen
+      and config.model.towers.ed.frozen
       or any(re.search(regex, path) for regex in config.freeze)
     )
 
@@ -395,7 +395,7 @@ def test_a_frozen_tower_is_its_backbone():
     ),
     (dict(freeze="^ecg/"), "expected a tuple of regexes"),
     (dict(freeze=("ecg(",)), "which is no regex"),
-    (dict(freeze=("backbone/stem",)), "set config.model.cmr.ed.frozen=True"),
+    (dict(freeze=("backbone/stem",)), "set config.model.towers.ed.frozen=True"),
     (dict(freeze=("^cmr_ed/",)), "batch statistics of cmr_ed/backbone would go on changing"),
     (dict(freeze=("^head_ecg/norm1",)), "leave it out of config.freeze"),
     (

@@ -6,14 +6,16 @@ import itertools
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from conftest import ROOT
-from mmcl_jax import configuration, objectives, ranges, train
+from mmcl_jax import configuration, objectives, ranges, registry, train
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import towers
 
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
 # arguments of recipes beside the size
-CHOICES = ("arm", "view", "stage", "kind", "start", "task", "targets")
+CHOICES = ("arm", "view", "stage", "kind", "start", "task", "targets", "encoder")
 OUTSIDE = float("nan"), float("inf"), -float("inf"), -2, 1e40, 2**63, True, None, "1"
 
 
@@ -52,23 +54,35 @@ def numbers(config):
 
 @pytest.fixture(scope="module")
 def configs():
-  return dict(recipes())
+  found = dict(recipes())
+  for config in found.values():
+    config.model = towers.complete(config.model)
+  return found
 
 
 def test_every_number_of_every_recipe_has_a_range_and_is_in_it(configs):
   assert len(configs) > 60
   for name, config in configs.items():
-    without = [path for path in numbers(config) if ranges.of(path, config.objectives) is None]
+    without = [path for path in numbers(config) if ranges.of(path, config) is None]
     assert not without, f"{name}: mmcl_jax/ranges.py says nothing of {without}"
     ranges.check(config)
 
 
 def test_every_number_of_a_built_in_objective_has_a_range():
   for name in objectives.BUILT_IN:
-    entry = {"x": {"fn": name}}
+    config = ConfigDict(dict(objectives=dict(x=dict(fn=name))))
     for parameter in inspect.signature(objectives.find(name, "")).parameters.values():
       if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool):
-        expected = ranges.of(f"objectives.x.{parameter.name}", entry)
+        expected = ranges.of(f"objectives.x.{parameter.name}", config)
+        assert expected and expected.holds(parameter.default), f"{name}.{parameter.name}"
+
+
+def test_every_number_of_a_built_in_tower_has_a_range():
+  for name, path in towers.BUILT_IN.items():
+    config = ConfigDict(dict(model=dict(towers=dict(x=dict(fn=name)))))
+    for parameter in registry.parameters(registry.resolve(path, {}, "fn"), without=towers.GIVEN):
+      if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool):
+        expected = ranges.of(f"model.towers.x.{parameter.name}", config)
         assert expected and expected.holds(parameter.default), f"{name}.{parameter.name}"
 
 
@@ -97,7 +111,7 @@ def test_every_number_outside_its_range_is_one_line(configs):
   for config in configs.values():
     for path in numbers(config).keys() - seen:
       seen.add(path)
-      expected = ranges.of(path, config.objectives)
+      expected = ranges.of(path, config)
       for value in OUTSIDE:
         if expected.holds(value):
           continue
@@ -125,8 +139,8 @@ def test_every_number_outside_its_range_is_one_line(configs):
     ("bad_rows", (-1,), (0,)),
     ("stop_after", (-1,), (0,)),
     ("mesh.data", (0, -2), (-1, 4)),
-    ("model.ecg.mask_ratio", (1.0, -0.1), (0.0, 0.8)),
-    ("model.cmr.ed.planes", (0, 6.0), (6,)),
+    ("model.towers.ecg.mask_ratio", (1.0, -0.1), (0.0, 0.8)),
+    ("model.towers.ed.planes", (0, 6.0), (6,)),
     ("model.max_scale", (0.0,), (100.0,)),
     ("augment.ecg.time_flip", (1.1, -0.1), (0.0, 1.0)),
     ("objectives.dual_phase.temperature", (0.0, -0.1, 1e-50), (0.07,)),  # 1e-50 is 0 in float32

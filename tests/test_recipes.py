@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from mmcl_jax import configuration, objectives as objective_room, prepare, train
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import pretrainer, towers
 from mmcl_jax.training import metrics, state as state_room, steps as step_room
 
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
@@ -233,9 +233,9 @@ def test_a_stage_starts_where_the_earlier_ones_ended(walk, name):
 @pytest.mark.parametrize("name", CHAINED)
 def test_frozen_encoders_stay_as_they_are_and_all_else_learns(walk, name):
   seen = walk(name)
-  assert {tower for tower, spec in seen.config.model.cmr.items() if spec.frozen} == FROZEN.get(
-    name, set()
-  )
+  assert {
+    tower for tower, spec in seen.config.model.towers.items() if spec.get("frozen")
+  } == FROZEN.get(name, set())
   modules = [
     module
     for module in seen.start["params"]
@@ -323,9 +323,9 @@ PUBLISHED = {
   "ecg_mae:tiny": {
     "data.ecg_profile": "mmcl",
     "data.samples": 2500,
-    "model.ecg.patch": 100,
-    "model.ecg.mask_ratio": 0.8,
-    "model.ecg.siamese": False,
+    "model.towers.ecg.patch": 100,
+    "model.towers.ecg.mask_ratio": 0.8,
+    "model.towers.ecg.siamese": False,
     "objectives.reconstruction.region": "all",
     "objectives.reconstruction.ncc_weight": 0.1,
     "augment.ecg.gain_noise_sigma": 0.25,
@@ -342,8 +342,8 @@ PUBLISHED = {
   "ecg_mae:medium": {
     "data.ecg_profile": "dual_phase",
     "data.samples": 5000,
-    "model.ecg.mask_ratio": 0.7,
-    "model.ecg.siamese": True,
+    "model.towers.ecg.mask_ratio": 0.7,
+    "model.towers.ecg.siamese": True,
     "objectives.siamese.weight": 0.1,
     "objectives.siamese.fn": "simsiam",
     "objectives.reconstruction.region": "all",
@@ -358,21 +358,21 @@ PUBLISHED = {
   },
   "ecg_mae:large": {
     "data.samples": 5000,
-    "model.ecg.mask_ratio": 0.8,
+    "model.towers.ecg.mask_ratio": 0.8,
     "objectives.reconstruction.region": "all",
     "objectives.reconstruction.ncc_weight": 0.1,
     "batch": 32,
     "optimizer.learning_rate": 5e-5,
     "optimizer.weight_decay": 0.05,
   },
-  "ecg_mae:base": {"model.ecg.size": "base", "model.ecg.decoder": (512, 8, 16)},
+  "ecg_mae:base": {"model.towers.ecg.size": "base", "model.towers.ecg.decoder": (512, 8, 16)},
   "cmr_simclr:r50": {
     "model.projection.hidden": 2048,
     "model.projection.width": 128,
     "optimizer.l2": True,
-    "model.cmr.image.kind": "resnet",
-    "model.cmr.image.size": "r50",
-    "model.cmr.image.view": "three_frames",
+    "model.towers.image.fn": "resnet",
+    "model.towers.image.size": "r50",
+    "model.towers.image.view": "three_frames",
     "augment.twice": True,
     "augment.cmr.rotation_deg": 45,
     "objectives.simclr.fn": "nt_xent",
@@ -386,11 +386,11 @@ PUBLISHED = {
   },
   "mmcl:tiny": {
     "data.samples": 2500,
-    "model.ecg.size": "tiny",
-    "model.ecg.drop_path": 0.1,
-    "model.ecg.pool": "mean",
-    "model.cmr.image.size": "r50",
-    "model.cmr.image.frozen": False,
+    "model.towers.ecg.size": "tiny",
+    "model.towers.ecg.drop_path": 0.1,
+    "model.towers.ecg.pool": "mean",
+    "model.towers.image.size": "r50",
+    "model.towers.image.frozen": False,
     "model.projection.hidden": 512,
     "model.projection.width": 128,
     "model.projection.norm": False,
@@ -398,7 +398,7 @@ PUBLISHED = {
     "augment.ecg.phase_noise_always": True,
     "optimizer.l2": True,
     "optimizer.b2": 0.999,
-    "model.ecg.timm_start": False,
+    "model.towers.ecg.timm_start": False,
     "objectives.contrastive.a": "ecg",
     "objectives.contrastive.b": "image",
     "objectives.contrastive.b_to_a": 0.75,
@@ -412,15 +412,15 @@ PUBLISHED = {
   "mmcl:tiny,arm=wo_mdm": {
     "optimizer.learning_rate": 3e-4,
     "init_except": (),
-    "model.ecg.positions": "learned",
-    "model.ecg.timm_start": True,
+    "model.towers.ecg.positions": "learned",
+    "model.towers.ecg.timm_start": True,
   },
   "cmr_phenotype:r50": {
-    "model.cmr.ed.kind": "slow_resnet",
-    "model.cmr.ed.size": "r50",
-    "model.cmr.ed.planes": 6,
-    "model.cmr.ed.view": "ed_volume",
-    "model.cmr.ed.width": 768,
+    "model.towers.ed.fn": "slow_resnet",
+    "model.towers.ed.size": "r50",
+    "model.towers.ed.planes": 6,
+    "model.towers.ed.view": "ed_volume",
+    "model.towers.ed.width": 768,
     "batch": 96,
     "optimizer.learning_rate": 1e-4,
     "optimizer.weight_decay": 1e-5,
@@ -431,7 +431,7 @@ PUBLISHED = {
   "cmr_phenotype:r50,view=es_volume": {
     "data.targets": ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV"),
     "seen": 200 * 23_843,
-    "model.cmr.es.planes": 6,
+    "model.towers.es.planes": 6,
   },
   "cmr_phenotype:r50,targets=13": {
     "seen": 400 * 23_843,
@@ -452,24 +452,27 @@ PUBLISHED = {
     ),
   },
   "cmr_phenotype:r50,view=cine_slice,targets=3": {
-    "model.cmr.cine.planes": 50,
+    "model.towers.cine.planes": 50,
     "data.targets": ("LVEDV", "LVM", "RVEDV"),
   },
-  "cmr_phenotype:r50,view=ed_slice,targets=all": {"model.cmr.slice.planes": 1, "data.targets": ()},
+  "cmr_phenotype:r50,view=ed_slice,targets=all": {
+    "model.towers.slice.planes": 1,
+    "data.targets": (),
+  },
   "dual_phase:medium": {
     "data.samples": 5000,
-    "model.ecg.size": "medium",
-    "model.ecg.head": 1000,
-    "model.ecg.pool": "mean",
-    "model.cmr.ed.frozen": True,
-    "model.cmr.es.frozen": True,
-    "model.cmr.es.view": "es_volume",
-    "model.cmr.es.planes": 6,
-    "model.cmr.es.width": 768,
+    "model.towers.ecg.size": "medium",
+    "model.towers.ecg.head": 1000,
+    "model.towers.ecg.pool": "mean",
+    "model.towers.ed.frozen": True,
+    "model.towers.es.frozen": True,
+    "model.towers.es.view": "es_volume",
+    "model.towers.es.planes": 6,
+    "model.towers.es.width": 768,
     "model.projection.hidden": 768,
     "model.projection.width": 128,
     "objectives.dual_phase.temperature": 0.07,
-    "model.ecg.drop_path": 0.1,
+    "model.towers.ecg.drop_path": 0.1,
     "objectives.dual_phase.w_ed": 1,
     "objectives.dual_phase.w_es": 1,
     "objectives.dual_phase.w_edes": 1,
@@ -481,31 +484,33 @@ PUBLISHED = {
     "seen": 200 * 23_940,
   },
   "arms:medium,arm=ed_slice": {
-    "model.ecg.drop_path": 0.1,
-    "model.cmr.slice.view": "ed_slice",
+    "model.towers.ecg.drop_path": 0.1,
+    "model.towers.slice.view": "ed_slice",
     "objectives.contrastive.temperature": 0.07,
     "objectives.contrastive.b": "slice",
     "objectives.contrastive.b_to_a": 0.5,
     "optimizer.learning_rate": 1e-5,
   },
-  "arms:medium,arm=cine_slice": {"model.cmr.cine.view": "cine_slice", "model.cmr.cine.planes": 50},
+  "arms:medium,arm=cine_slice": {
+    "model.towers.cine.view": "cine_slice",
+    "model.towers.cine.planes": 50,
+  },
   "arms:medium,arm=ed_volume": {
-    "model.cmr.ed.view": "ed_volume",
-    "model.cmr.ed.planes": 6,
-    "model.cmr.ed.frozen": True,
+    "model.towers.ed.view": "ed_volume",
+    "model.towers.ed.planes": 6,
+    "model.towers.ed.frozen": True,
   },
   "arms:medium,arm=ecg_only": {
-    "model.ecg.mask_ratio": 0.7,
+    "model.towers.ecg.mask_ratio": 0.7,
     "objectives.siamese.weight": 0.1,
     "init_except": (),
   },
   "cardiacnets:large,stage=cmr": {
-    "model.cmr.sax.kind": "vit",
-    "model.cmr.sax.mask_ratio": 0.5,
-    "model.cmr.lax.mask_ratio": 0.5,
-    "model.cmr.lax.view": "lax",
-    "model.cmr.sax.planes": 50,
-    "model.ecg.size": "",
+    "model.towers.sax.fn": "video_vit",
+    "model.towers.sax.mask_ratio": 0.5,
+    "model.towers.lax.mask_ratio": 0.5,
+    "model.towers.lax.view": "lax",
+    "model.towers.sax.planes": 50,
     "objectives.sax_lax.temperature": 0.1,
     "objectives.sax_lax.a": "sax",
     "objectives.sax_lax.b": "lax",
@@ -516,28 +521,28 @@ PUBLISHED = {
     "warm-up": TEN,
   },
   "cardiacnets:large,stage=ecg": {
-    "model.ecg.size": "large",
-    "model.ecg.patch": 100,
-    "model.ecg.mask_ratio": 0.8,
-    "model.ecg.film": False,
+    "model.towers.ecg.size": "large",
+    "model.towers.ecg.patch": 100,
+    "model.towers.ecg.mask_ratio": 0.8,
+    "model.towers.ecg.film": False,
     "augment.ecg.time_flip": 0.33,
     "augment.ecg.sign_flip": 0.33,
     "objectives.reconstruction.region": "all",
     "objectives.reconstruction.ncc_weight": 0.1,
-    "model.ecg.dropout": 0,
+    "model.towers.ecg.dropout": 0,
     "batch": 32,
     "optimizer.learning_rate": 5e-5,
     "warm-up": TEN,
   },
   "cardiacnets:large,stage=align": {
-    "model.ecg.film": True,
-    "model.ecg.film_after": True,
-    "model.ecg.pool": "cls",
-    "model.ecg.dropout": 0.05,
+    "model.towers.ecg.film": True,
+    "model.towers.ecg.film_after": True,
+    "model.towers.ecg.pool": "cls",
+    "model.towers.ecg.dropout": 0.05,
     "model.projection.hidden": 0,
     "freeze": ("^head_(sax|lax)/",),
-    "model.cmr.sax.frozen": True,
-    "model.cmr.lax.frozen": True,
+    "model.towers.sax.frozen": True,
+    "model.towers.lax.frozen": True,
     "objectives.ecg_sax.temperature": 0.1,
     "objectives.ecg_lax.temperature": 0.1,
     "model.projection.width": 256,
@@ -547,8 +552,8 @@ PUBLISHED = {
     "warm-up": TEN,
   },
   "cardionets:base,stage=cmr": {
-    "model.cmr.cine.size": "base",
-    "model.cmr.cine.planes": 50,
+    "model.towers.cine.size": "base",
+    "model.towers.cine.planes": 50,
     "batch": 128,
     "warm-up": TEN,
     "optimizer.learning_rate": 1e-3 * 128 / 256,
@@ -556,15 +561,15 @@ PUBLISHED = {
   "cardionets:base,stage=ecg": {
     "data.ecg_profile": "cardionets",
     "data.samples": 9 * 250,
-    "model.ecg.size": "base",
-    "model.ecg.patch": 75,
-    "model.ecg.decoder": (256, 4, 4),
+    "model.towers.ecg.size": "base",
+    "model.towers.ecg.patch": 75,
+    "model.towers.ecg.decoder": (256, 4, 4),
     "objectives.reconstruction.norm_pix": True,
   },
   "cardionets:base,stage=align": {
     "data.samples": 2250,
-    "model.ecg.patch": 75,
-    "model.cmr.cine.frozen": True,
+    "model.towers.ecg.patch": 75,
+    "model.towers.cine.frozen": True,
     "model.projection.width": 256,
     "objectives.contrastive.fn": "phenotype_weighted",
     "objectives.contrastive.temperature": 0.05,
@@ -575,10 +580,10 @@ PUBLISHED = {
     "warm-up": FIFTH,
   },
   "supervised:tiny": {
-    "model.ecg.positions": "learned",
-    "model.ecg.timm_start": True,
-    "model.ecg.size": "tiny",
-    "model.ecg.pool": "attention",
+    "model.towers.ecg.positions": "learned",
+    "model.towers.ecg.timm_start": True,
+    "model.towers.ecg.size": "tiny",
+    "model.towers.ecg.pool": "attention",
     "model.regression": ("ecg",),
     "optimizer.learning_rate": 3e-5 * 32 / 4,
     "optimizer.layer_decay": 1,
@@ -595,10 +600,10 @@ PUBLISHED = {
     "stop_on": "validation/diseases",
   },
   "supervised:tiny,start=pretrained": {
-    "model.ecg.timm_start": False,
+    "model.towers.ecg.timm_start": False,
     "optimizer.learning_rate": 3e-6 * 32 / 4,
     "optimizer.layer_decay": 0.75,
-    "model.ecg.drop_path": 0.1,
+    "model.towers.ecg.drop_path": 0.1,
     "augment.ecg.gain_noise_sigma": 0.2,
     "augment.ecg.rescale_sigma": 0.5,
     "augment.ecg.phase_noise_strength": 0.075,
@@ -615,6 +620,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_published_constants(recipe):
   c = configure(recipe)
+  c.model = towers.complete(c.model)
   found = configuration.flatten(c.to_dict()) | {
     "warm-up": c.optimizer.warmup / c.steps,
     "seen": c.steps * c.batch,
@@ -723,7 +729,7 @@ def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
     types.SimpleNamespace(params=variables["params"], statistics=variables["batch_stats"]),
   )
   state_room.treatments(c, variables["params"], variables["batch_stats"])
-  auxiliary = BY_CLS if c.model.ecg.pool == "cls" else AUXILIARY
+  auxiliary = BY_CLS if c.model.towers.get("ecg", {}).get("pool") == "cls" else AUXILIARY
   counts = {
     module: sum(
       x.size
@@ -745,7 +751,7 @@ def test_a_recipe_has_the_keys_of_the_contract_and_its_sizes(name):
   module = load(name)
   free = (
     "init_from",
-    "model.cmr",
+    "model.towers",
     "model.tokenizer",
     "model.segmenter",
     "model.generator",
@@ -756,14 +762,13 @@ def test_a_recipe_has_the_keys_of_the_contract_and_its_sizes(name):
     return {key for key in configuration.flatten(c.to_dict()) if not key.startswith(free)}
 
   known = keys(configuration.defaults(8, 6))
-  towers = {"kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen"}
   assert {"test", "demo"} <= set(module.SIZES)
   for size in module.SIZES:
     c = module.get_config(size)
     assert keys(c) == known
-    assert all(set(spec) == towers for spec in c.model.cmr.values())
+    towers.complete(c.model)
     generation = [module for module in ("tokenizer", "segmenter") if c.model[module]]
-    assert set(c.init_from) <= {"ecg", *(f"cmr_{tower}" for tower in c.model.cmr), *generation}
+    assert set(c.init_from) <= {"ecg", *(f"cmr_{tower}" for tower in c.model.towers), *generation}
     assert module.get_config(f"size={size},batch=4,steps=10").steps == 10
 
 

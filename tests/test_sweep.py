@@ -40,9 +40,9 @@ def test_graph_gives_every_recipe_the_stages_that_it_starts_from():
       if module == "ecg":
         assert earlier.arm == "mae"
       else:
-        (teacher,) = config_of(earlier).model.cmr.values()
-        mine = config.model.cmr[module.removeprefix("cmr_")]
-        assert (mine.kind, mine.view) == (teacher.kind, teacher.view)
+        (teacher,) = config_of(earlier).model.towers.values()
+        mine = config.model.towers[module.removeprefix("cmr_")]
+        assert (mine.fn, mine.view) == (teacher.fn, teacher.view)
     wanted = set(config.init_from) if run.arm in (*sweep.ARMS, "mmcl") else set()
     assert set(run.starts) == wanted, run.name
     before[run.name] = run
@@ -365,7 +365,7 @@ def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(
   from mmcl_jax.training import parallel
 
   config = tiny_config(cohort.path)
-  config.model.ecg.mask_ratio, config.model.cmr = 0.0, {}
+  config.model.towers = {"ecg": dict(fn="ecg_vit", view="ecg", size="test", patch=100)}
   configuration.save(config, str(tmp_path))
   rng = np.random.default_rng(0)
 

@@ -125,7 +125,7 @@ def test_a_stage_starts_from_st_mem(cohort, tmp_path, capsys):
       f"--workdir={tmp_path / 'later'}",
       f"--config.data.cohort={cohort.path}",
       f"--config.init_from.ecg={tmp_path / 'w'}",
-      "--config.model.cmr.cine.frozen=False",
+      "--config.model.towers.cine.frozen=False",
       "--config.init_except=()",
       "--config.optimizer.learning_rate=0.0",
       "--config.evaluators=('losses',)",

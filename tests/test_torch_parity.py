@@ -82,7 +82,7 @@ def vit(pool, tmp_path, dtype="float64", trained=False):
 def test_vit_encoder(pool, trained, tmp_path):
   """Measured: tokens and embedding 9e-16, gradients 9e-17 of the norm."""
   net, model, variables = vit(pool, tmp_path, trained=trained)
-  assert model.config.ecg.positions == ("learned" if trained else "sincos")
+  assert model.config.towers.ecg.positions == ("learned" if trained else "sincos")
   x, rng = ecgs(), np.random.default_rng(2)
   a, b = rng.normal(size=(B, 60, WIDE[0])), rng.normal(size=(B, WIDE[0]))
 

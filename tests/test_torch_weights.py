@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 torch = pytest.importorskip(
   "torch", reason="the tests of PyTorch weights need torch: pip install '.[torch]'"
@@ -18,12 +19,13 @@ from mmcl_jax import configuration
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import localisation
 from mmcl_jax.interop import modules, recognise, torch_weights
-from mmcl_jax.models import pretrainer, st_mem
+from mmcl_jax.models import pretrainer
+from mmcl_jax.models.towers import st_mem
 
 PATCH, SAMPLES, B = 20, 100, 2
 TEST = (16, 1, 2)  # vit.SIZES["test"], and its decoder
 RESNET = (4, published.Basic, ((4, 1), (8, 1)))  # resnet.SIZES["test"]
-SLOW = (4, ((4, 1, 3),))  # resnet.SLOW_SIZES["test"]
+SLOW = (4, ((4, 1, 3),))  # slow_resnet.SIZES["test"]
 
 
 class AttributeDict(dict):
@@ -120,7 +122,7 @@ def test_signal_encoder_mdm(tmp_path):
     },
   )
   model, variables, report = torch_weights.read(path)
-  c = model.config.ecg
+  c = model.config.towers.ecg
   assert (c.size, c.patch, c.pool, c.positions, model.samples) == (
     "test",
     PATCH,
@@ -167,9 +169,9 @@ def test_signal_encoder_mmcl(tmp_path, norms, head_width):
   embedding = net(torch.tensor(ECG))
   close(found["ecg_embedding"], embedding)
   assert (
-    model.config.ecg.pool == "mean"
-    and model.config.ecg.head == head_width
-    and not model.config.ecg.mask_ratio
+    model.config.towers.ecg.pool == "mean"
+    and model.config.towers.ecg.head == head_width
+    and not model.config.towers.ecg.mask_ratio
   )
   close(found["ecg_projection"], net.head(embedding) if head_width else embedding)
   assert any("norm of the CLS token" in line and "norm.weight" in line for line in report) == (
@@ -189,8 +191,8 @@ def test_image_encoders(tmp_path, form):
     "prefixed": prefixed("module.encoder_imaging.", net),
   }[form]
   model, variables, report = torch_weights.read(saved(tmp_path, {"state_dict": state, "epoch": 3}))
-  spec = model.config.cmr.image
-  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == (
+  spec = model.config.towers.image
+  assert (spec.fn, spec.size, spec.view, spec.planes, spec.width) == (
     "resnet",
     "test",
     "three_frames",
@@ -253,7 +255,7 @@ def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
   parts, tree = lightning()
   model, variables, report = torch_weights.read(saved(tmp_path, tree, "last.ckpt"))
   assert model.config.projection.to_dict() == dict(hidden=10, ecg_hidden=0, width=6, norm=False)
-  assert model.config.ecg.head == 0
+  assert model.config.towers.ecg.head == 0
   found = encode_ecg(model, variables)
   close(found["ecg_projection"], parts["head_ecg"](parts["ecg"](torch.tensor(ECG))))
   embedding, projection = encode_cmr(model, variables, "image", IMAGE)
@@ -266,7 +268,10 @@ def test_lightning_checkpoint_gives_both_towers_and_both_heads(tmp_path):
 
   # one of them
   model, variables, report = torch_weights.read(tmp_path / "last.ckpt", tower="image")
-  assert not model.config.ecg.size and list(variables["params"]) == ["cmr_image", "head_image"]
+  assert "ecg" not in model.config.towers and list(variables["params"]) == [
+    "cmr_image",
+    "head_image",
+  ]
   assert any(
     "other towers: encoder_ecg.cls_token" in line and "projection_head_ecg.layers.0.weight" in line
     for line in report
@@ -376,8 +381,8 @@ def test_slow_resnet(tmp_path, channels, slices, fc, blocks):
   model, variables, report = torch_weights.read(
     saved(tmp_path, {"model_state_dict": state}), tower="es"
   )
-  spec = model.config.cmr.es
-  assert (spec.kind, spec.size, spec.view, spec.planes, spec.width) == (
+  spec = model.config.towers.es
+  assert (spec.fn, spec.size, spec.view, spec.planes, spec.width) == (
     "slow_resnet",
     "test",
     "es_volume",
@@ -437,8 +442,8 @@ def test_st_mem(tmp_path, head_width):
     }
   path = saved(tmp_path, {"model": state})
   model, variables, report = torch_weights.read(path, heads=TEST[2])
-  c = model.config.ecg
-  assert (c.kind, c.size, c.patch, c.head, model.samples) == (
+  c = model.config.towers.ecg
+  assert (c.fn, c.size, c.patch, c.head, model.samples) == (
     "st_mem",
     "test",
     PATCH,
@@ -494,7 +499,7 @@ def test_cardiacnets_encoder(tmp_path):
 def test_where_st_mem_looks():
   """Its attention falls on patches, lead by lead, and on separators, which are left out."""
   c = configuration.defaults(batch=2, steps=1).model
-  c.ecg.update(kind="st_mem", size="test", patch=PATCH, positions="learned")
+  c.towers.ecg = dict(fn="st_mem", view="ecg", size="test", patch=PATCH)
   model = pretrainer.build(c, SAMPLES)
   batch = {"ecg": jnp.asarray(ECG), "mask": jnp.ones(B), "has_ecg": jnp.ones(B)}
   variables = model.init(jax.random.key(0), batch, jax.random.split(jax.random.key(1), B))
@@ -502,8 +507,8 @@ def test_where_st_mem_looks():
   assert weights.shape == (B, 60) and (weights.sum(axis=1) < 1).all()  # separators have the rest
   sequence = jnp.arange(12 * 7).reshape(1, -1)
   assert st_mem.patches(sequence)[0, :6].tolist() == [1, 2, 3, 4, 5, 8]
-  c.ecg.mask_ratio = 0.5
-  with pytest.raises(UserError, match="mask_ratio=0.5; ST-MEM's encoder has"):
+  c.towers.ecg.mask_ratio = 0.5
+  with pytest.raises(UserError, match="sets mask_ratio, which st_mem does not take"):
     pretrainer.build(c, SAMPLES)
 
 
@@ -513,22 +518,28 @@ def test_where_st_mem_looks():
 def test_sizes_are_read_off_shapes(tmp_path):
   for size, numbers, patch, samples in (
     ("tiny", (384, 3, 6), 100, 2500),
-    ((192, 12, 3), (192, 12, 3), 50, 1000),
+    (ConfigDict(dict(width=192, depth=12, heads=3)), (192, 12, 3), 50, 1000),
   ):
     net = published.ViT(*numbers, patch, samples)
     model, _ = torch_weights.load(saved(tmp_path, net.state_dict()))
-    assert model.config.ecg.size == size and (model.config.ecg.patch, model.samples) == (
+    assert model.config.towers.ecg.size == size and (
+      model.config.towers.ecg.patch,
+      model.samples,
+    ) == (
       patch,
       samples,
     )
-    assert model.config.ecg.positions == "sincos"
+    assert model.config.towers.ecg.positions == "sincos"
   mae = published.MaskedAutoencoder(384, 3, 6, 100, 2500, (256, 2, 8))
-  assert torch_weights.load(saved(tmp_path, mae.state_dict()))[0].config.ecg.size == "tiny"
+  assert torch_weights.load(saved(tmp_path, mae.state_dict()))[0].config.towers.ecg.size == "tiny"
   # fixed positions serve any length
   longer, _ = torch_weights.load(tmp_path / "x.pth", samples=5000)
   assert longer.samples == 5000
   net.pos_embed.data += 0.1
-  assert torch_weights.load(saved(tmp_path, net.state_dict()))[0].config.ecg.positions == "learned"
+  assert (
+    torch_weights.load(saved(tmp_path, net.state_dict()))[0].config.towers.ecg.positions
+    == "learned"
+  )
   with pytest.raises(UserError, match="learned positions for 1000 samples, --samples=2000"):
     torch_weights.load(tmp_path / "x.pth", samples=2000)
 
@@ -544,7 +555,7 @@ def test_heads_that_no_weight_tells(tmp_path):
   close(encode_ecg(model, variables)["ecg_embedding"], net(torch.tensor(ECG)))
   torch_weights.save(model, variables, tmp_path / "x.safetensors", "ecg")
   again, _ = torch_weights.load(tmp_path / "x.safetensors")  # our own files tell them
-  assert again.config.ecg.size[2] == 5
+  assert again.config.towers.ecg.size.heads == 5
 
 
 @pytest.mark.reported(
@@ -570,7 +581,7 @@ def test_heads_hang_on_width_and_depth(tmp_path):
 def test_pooling_is_read_off_keys_or_given(tmp_path):
   classifier = vit(("norm",), head=3, pool="cls")
   model, variables = torch_weights.load(saved(tmp_path, classifier.state_dict()))
-  assert model.config.ecg.pool == "cls"
+  assert model.config.towers.ecg.pool == "cls"
   close(encode_ecg(model, variables)["ecg_embedding"], classifier(torch.tensor(ECG)))
   plain = vit(("norm",), pool="cls")
   model, variables = torch_weights.load(saved(tmp_path, plain.state_dict()), pool="cls")
@@ -580,11 +591,11 @@ def test_pooling_is_read_off_keys_or_given(tmp_path):
   # what is asked for stands
   for pool, idle in (("cls", "fc_norm.weight"), ("mean", "attention_pool.in_proj_weight")):
     other, _, report = torch_weights.read(tmp_path / "x.pth", pool=pool)
-    assert other.config.ecg.pool == pool
+    assert other.config.towers.ecg.pool == pool
     assert any(
       f"pooling that --pool={pool} does not use" in line and idle in line for line in report
     )
-  assert model.config.ecg.pool == "attention"
+  assert model.config.towers.ecg.pool == "attention"
   close(encode_ecg(model, variables)["ecg_embedding"], attention(torch.tensor(ECG)))
 
 
@@ -661,7 +672,7 @@ def test_resnets_go_out(tmp_path):
 def test_published_resnets_there_and_back(tmp_path, build):
   net = build()
   model, variables = torch_weights.load(saved(tmp_path, net.state_dict()))
-  state = torch_weights.state_dict(model, variables, next(iter(model.config.cmr)))
+  state = torch_weights.state_dict(model, variables, next(iter(model.config.towers)))
   assert set(state) == set(net.state_dict())
   for key, x in net.state_dict().items():
     np.testing.assert_array_equal(state[key], x, err_msg=key)
@@ -682,7 +693,7 @@ def test_what_pytorch_has_no_layers_for(tmp_path):
   model, variables = torch_weights.load(saved(tmp_path, vit().state_dict()))
   with pytest.raises(UserError, match="--tower=ed; this model has ecg"):
     torch_weights.state_dict(model, variables, "ed")
-  model.config.ecg.film = True  # before the blocks
+  model.config.towers.ecg.film = True  # before the blocks
   with pytest.raises(UserError, match="modulated by covariates"):
     torch_weights.state_dict(model, variables, "ecg")
 
@@ -768,7 +779,8 @@ def test_what_is_no_encoder(tmp_path):
   tree["state_dict"]["logit_scale"] = torch.tensor(1.0)
   refused(saved(tmp_path, tree), "logit_scale", "--ignore=REGEX")
   assert (
-    torch_weights.load(tmp_path / "x.pth", ignore=("logit_scale",))[0].config.ecg.size == "test"
+    torch_weights.load(tmp_path / "x.pth", ignore=("logit_scale",))[0].config.towers.ecg.size
+    == "test"
   )
   state = vit().state_dict()
   state["blocks.99999.norm1.weight"] = torch.ones(16)
@@ -791,7 +803,7 @@ def test_a_decoder_with_other_positions_is_refused(tmp_path):
   assert (
     torch_weights.load(tmp_path / "x.pth", ignore=("^decoder_", "^mask_token$"))[
       0
-    ].config.ecg.mask_ratio
+    ].config.towers.ecg.mask_ratio
     == 0
   )
 

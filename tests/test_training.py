@@ -126,6 +126,12 @@ def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(
   assert manifest["cohort"] == cohort.fingerprint and manifest["mixed"] == [ecg_only.fingerprint]
 
 
+def without_cmr(config):
+  """The config with its ECG tower alone."""
+  del config.model.towers.ed, config.model.towers.es
+  return config
+
+
 @pytest.mark.parametrize(
   "change, words",
   [
@@ -136,7 +142,7 @@ def test_ecg_only_cohort_trains_beside_paired_data_and_resumes_exactly(
     (lambda c, p: c.data.update(mix=((p, 0.5), (p, 0.5))), "shares"),
     (lambda c, p: c.data.update(mix=(("/nowhere", 0.5),)), "no cohort at '/nowhere'"),
     (lambda c, p: c.data.update(mix=("ptbxl", 0.5)), "expected pairs of a cohort and its share"),
-    (lambda c, p: setattr(c.model, "cmr", {}) or c.data.update(cohort=p), "no val split"),
+    (lambda c, p: without_cmr(c).data.update(cohort=p), "no val split"),
     (
       lambda c, p: c.update(evaluators=()) or c.data.update(cohort=p),
       "has no CMR to train on; take a recipe without",
@@ -416,7 +422,7 @@ def test_a_non_finite_step_stops_with_the_last_good_checkpoint(
 
 def test_an_objective_without_its_output_is_found_before_compiling(cohort, tmp_path):
   c = tiny_config(cohort.path)
-  c.model.cmr = {}
+  without_cmr(c)
   with pytest.raises(
     UserError,
     match="objectives.dual_phase asks for 'cmr'.*outputs are .*ecg_projection.*reconstruction",
@@ -444,17 +450,17 @@ def fails(capsys, flags):
     ("--config.steps=0", "steps is 0"),
     ("--config.batch=0", "batch is 0"),
     ("--config.mesh.model=2", "2 devices|1 x model=2"),
-    ("--config.model.ecg.size=huge", "'huge'; expected one of"),
-    ("--config.model.ecg.mask_ratio=1.5", "from 0"),
-    ("--config.model.ecg.patch=7", "does not divide"),
+    ("--config.model.towers.ecg.size=huge", "'huge'; expected one of"),
+    ("--config.model.towers.ecg.mask_ratio=1.5", "from 0"),
+    ("--config.model.towers.ecg.patch=7", "does not divide"),
     ("--config.objectives.dual_phase.fn=triplet", "'triplet'; expected one of"),
     ("--config.objectives.dual_phase.temperature=cold", "temperature"),
     ("--config.evaluators=('nope',)", "nope"),
     ("--config.data.targets=('nope',)", "nope"),
-    ("--config.model.cmr.ed.view=nope", "expected one of ed_volume"),
-    ("--config.model.cmr.ed.planes=99", "12 planes"),
+    ("--config.model.towers.ed.view=nope", "expected one of ed_volume"),
+    ("--config.model.towers.ed.planes=99", "12 planes"),
     ("--config.init_from.ecg=/nowhere", "/nowhere"),
-    ("--config.model.cmr.ed.frozen=True", "frozen"),
+    ("--config.model.towers.ed.frozen=True", "frozen"),
     ("--config.data.ecg_profile=mmcl", "profile 'minimal'"),
     ("--config.data.samples=9999", "9999"),
     ("--config.data.cohort=/nowhere", "no cohort at '/nowhere'"),

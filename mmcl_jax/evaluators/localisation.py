@@ -29,7 +29,8 @@ from mmcl_jax.data import pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.evaluators import statistics
 from mmcl_jax.evaluators.retrieval import TIE
-from mmcl_jax.models import backbones, pretrainer, st_mem, vit
+from mmcl_jax.models import pretrainer
+from mmcl_jax.models import towers as tower_lib
 from mmcl_jax.objectives.contrastive import normalise
 from mmcl_jax.training import inference, steps
 
@@ -60,6 +61,11 @@ def evaluate(
     examples: what `drawings.relevance` draws, one a recording.
     Both are empty, with a line that says so, where no recording of test has both ECG and CMR.
   """
+  for name, spec in tower_lib.cmr(run.model.config).items():
+    if not hasattr(tower_lib.build(spec), "feature_map"):
+      if jax.process_index() == 0:
+        print(f"no localisation: the tower {name} ({spec.fn}) has no feature map")
+      return {}, []
   source = paired(cohort.splits["test"], MOST)
   if not len(source):
     if jax.process_index() == 0:
@@ -83,7 +89,12 @@ def evaluate(
   results, first = {}, pipeline.Rows(source, list(range(min(SHOWN, len(source)))))
   if "labels" in cohort.info["shapes"]:
     weights = statistics.bootstrap_weights(found["subject"], draws, seed)
-    results["cosine"] = score(run.config.model.cmr, source, found, weights)
+    results["cosine"] = score(tower_lib.cmr(run.config.model), source, found, weights)
+  tower = tower_lib.build(run.model.config.towers.ecg)
+  if not hasattr(tower, "locate") or not hasattr(tower, "attention_map"):
+    if jax.process_index() == 0:
+      print(f"no relevance maps of the ECG: the tower {type(tower).__name__} has no patches")
+    return results, []
   results["completeness"], examples = explain(
     run, first, {name: x[: len(first)] for name, x in found.items()}
   )
@@ -121,7 +132,7 @@ def make_maps(run):
   where the batch has nobody else's beside (so it depends on the batch, and on the hosts); ecg [B,
   E] and cmr/TOWER [B, E].
   """
-  model, scales = run.model, run.scales if run.config.model.ecg.film else None
+  model, scales = run.model, run.scales if run.config.model.towers.ecg.get("film") else None
   embed_ecg = steps.make_embed_ecg(model, run.config.data.samples)
 
   def maps(variables, rows):
@@ -155,9 +166,9 @@ def enlarge(cells: np.ndarray, spec, shape) -> np.ndarray:
   columns that it sees.
 
   Linear between the centres of the cells, constant beyond the outermost; spec: of the tower, as in
-  config.model.cmr.
+  config.model.towers.
   """
-  centres = backbones.build(spec, jnp.float32).centres(*shape)
+  centres = tower_lib.build(spec).centres(*shape)
   # [length, cells]
   matrices = [
     np.stack([np.interp(np.arange(length), at, one) for one in np.eye(len(at))], axis=1)
@@ -166,32 +177,18 @@ def enlarge(cells: np.ndarray, spec, shape) -> np.ndarray:
   return np.einsum("...zhw,Zz,Hh,Ww->...ZHW", cells, *matrices, optimize=True)
 
 
-def attention(q, k):
-  """Softmax rows [B, H, M, N] of queries [B, M, H, D] over keys [B, N, H, D]."""
-  return jax.nn.softmax(
-    jnp.einsum("bmhd,bnhd->bhmn", q, k, precision="highest") * q.shape[-1] ** -0.5, axis=-1
-  )
-
-
 def in_sight(model):
   """The same network, whose insides can be captured, and which lets gradients through frozen
   towers."""
   config = ConfigDict(model.config.to_dict() | {"remat": "none", "scan": False})
-  for spec in config.cmr.values():
+  for spec in tower_lib.cmr(config).values():
     spec.frozen = False
   return model.clone(config=config)
 
 
 def attention_map(model, variables, ecg, conditions=None):
-  """[B, N]: what each patch of the ECG gets of the attention that ends in the embedding, mean over
-  heads.
-
-  Of the attention pool's query; else in the last block, of the CLS token where that is the
-  embedding, or of all patches alike where their mean is. What goes to the CLS token itself is left
-  out.
-  """
-  c = model.config.ecg
-  _, depth, heads, *_ = vit.numbers(c.size)
+  """[B, N]: what each patch of the ECG gets of the attention that ends in the embedding, as the ECG
+  tower's `attention_map` says."""
   _, found = in_sight(model).apply(
     variables,
     ecg,
@@ -200,16 +197,9 @@ def attention_map(model, variables, ecg, conditions=None):
     mutable=["intermediates"],
     capture_intermediates=lambda module, method: module.name == "qkv" and method == "__call__",
   )
-  pool = c.pool == "attention"
-  qkv = found["intermediates"]["ecg"]["pool" if pool else f"block{depth - 1}"]["qkv"]["__call__"][
-    0
-  ].astype(jnp.float32)
-  q, k, _ = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
-  if pool:
-    return attention(q.mean(axis=1, keepdims=True), k).mean(axis=(1, 2))
-  if pretrainer.is_st_mem(model.config):
-    return st_mem.patches(attention(st_mem.patches(q), k).mean(axis=(1, 2)))
-  return attention(q[:, :1] if c.pool == "cls" else q[:, 1:], k).mean(axis=(1, 2))[:, 1:]
+  layers = found["intermediates"]["ecg"]
+  tower = tower_lib.build(model.config.towers.ecg)
+  return tower.attention_map({name: layer["qkv"]["__call__"][0] for name, layer in layers.items()})
 
 
 def integrated_gradients(slope, x, title: str = ""):
@@ -236,7 +226,7 @@ def score(towers, source, found: dict, weights: np.ndarray) -> dict:
   """How well the image maps find the heart.
 
   Args:
-    towers: config.model.cmr.
+    towers: entries of the CMR towers in config.model.towers.
     source: B records with labels.
     found: of `make_maps`, their rows in the same order, and of the untrained model
       untrained_map/TOWER.
@@ -368,7 +358,7 @@ def explain(run, source, found: dict) -> tuple[dict, list[dict]]:
       rate_hz}, "towers": {TOWER: {seen, labels, cosine, top (of the most relevant tenth), gradients
         [P, H, W]}}}; labels are 0 where there are none.
   """
-  towers = run.config.model.cmr
+  towers = tower_lib.cmr(run.config.model)
 
   def jitted(f):
     return jax.jit(f, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
@@ -377,7 +367,9 @@ def explain(run, source, found: dict) -> tuple[dict, list[dict]]:
     pipeline.one_pass(source, batch=len(source), fields=pretrainer.fields(run.config.model))
   )
   batch = jitted(
-    lambda rows: steps.to_float(rows, run.scales if run.config.model.ecg.film else None)
+    lambda rows: steps.to_float(
+      rows, run.scales if run.config.model.towers.ecg.get("film") else None
+    )
   )(rows)
   of_ecg = jax.device_get(jitted(make_ecg_maps(run))(run.state.variables, batch, found))
   slopes = jitted(make_slopes(run))
@@ -389,7 +381,7 @@ def explain(run, source, found: dict) -> tuple[dict, list[dict]]:
     name: pretrainer.look(jax.device_get(batch["cmr"]), spec) for name, spec in towers.items()
   }
   seen["ecg"] = jax.device_get(batch["ecg"])[
-    :, :, : of_ecg["cosine"].shape[2] * run.config.model.ecg.patch
+    :, :, : of_ecg["cosine"].shape[2] * run.config.model.towers.ecg.patch
   ]
   gradients = integrated_gradients(lambda share: at(share)[1], seen, "integrated gradients")
   (end, _), (start, _) = at(1.0), at(0.0)
@@ -434,7 +426,7 @@ def explain(run, source, found: dict) -> tuple[dict, list[dict]]:
 def make_ecg_maps(run):
   """(variables, batch, found) -> cosine and attention of each patch of the ECG, [B, L, patches];
   found as of `make_maps`."""
-  model, towers = run.model, run.config.model.cmr
+  model, towers = run.model, tower_lib.cmr(run.config.model)
 
   def maps(variables, batch, found):
     B, L, _ = batch["ecg"].shape
@@ -468,7 +460,8 @@ def make_slopes(run):
   The other modality stays as it is (found, as of `make_maps`); the ECG's cosine is the mean over
   towers.
   """
-  model, towers, samples = in_sight(run.model), run.config.model.cmr, run.config.data.samples
+  model, samples = in_sight(run.model), run.config.data.samples
+  towers = tower_lib.cmr(run.config.model)
   embed_ecg = steps.make_embed_ecg(model, samples)
 
   def slopes(variables, batch, found, share):

@@ -18,6 +18,7 @@ from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import one_line
 from mmcl_jax.evaluators import report
 from mmcl_jax.models import pretrainer, vit
+from mmcl_jax.models import towers as tower_lib
 
 RESEARCH_ONLY = "Research only. Not a medical device."
 USE = """\
@@ -76,10 +77,8 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
 
 
 def details(config, manifest):
-  c, profile, window = config.model.ecg, config.data.ecg_profile, config.data.samples
-  width, depth, heads, *_ = vit.numbers(c.size)
+  profile, window = config.data.ecg_profile, config.data.samples
   rate, whole = preprocess_ecg.rate_hz(profile), preprocess_ecg.samples(profile)
-  size = f", size {code(c.size)}" if isinstance(c.size, str) else ""
   mean = (
     f" at a time; the embedding is the mean over the {whole // window} of a recording"
     if window < whole
@@ -89,9 +88,8 @@ def details(config, manifest):
   facts = {
     "Input": f"12-lead ECG, {whole / rate:g} s at {rate} Hz, normalised by the profile `{profile}`: float32 "
     f"[B, {len(schema.LEADS)}, {whole}]",
-    "Output": f"embedding, float32 [B, {width}]",
-    "Encoder": f"vision transformer{size}: {depth} blocks of width {width}, {heads} heads; patches of {c.patch} samples "
-    f"of one lead; {c.pool} pooling; {config.model.dtype}",
+    "Output": f"embedding, float32 [B, {width(config)}]",
+    "Encoder": encoder(config),
     "Window": f"{window / rate:g} s{mean}",
     "Parameters": f"{parameters(config):,}",
     **(
@@ -110,6 +108,21 @@ def details(config, manifest):
   return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
+def encoder(config):
+  """The ECG tower in words."""
+  c = config.model.towers.ecg
+  if c.fn not in ("ecg_vit", "st_mem"):
+    own = (f"{key}={value}" for key, value in c.items() if key not in ("fn", "view"))
+    return f"{code(c.fn)}, {escaped(', '.join(own))}; {config.model.dtype}"
+  numbers = vit.sized(c.size)
+  size = f", size {code(c.size)}" if isinstance(c.size, str) else ""
+  return (
+    f"vision transformer{size}: {numbers['depth']} blocks of width {numbers['width']}, "
+    f"{numbers['heads']} heads; patches of {c.patch} samples of one lead; "
+    f"{c.get('pool', 'mean')} pooling; {config.model.dtype}"
+  )
+
+
 def trained(config, manifest):
   """How the weights came about: updates, objectives, the towers beside the encoder, and what it
   started from."""
@@ -122,8 +135,8 @@ def trained(config, manifest):
     for name, one in config.objectives.items()
   ]
   towers = [
-    f"{code(name)} ({one.kind} on {one.view}{', frozen' * one.frozen})"
-    for name, one in config.model.cmr.items()
+    f"{code(name)} ({one.fn} on {one.view}{', frozen' if one.frozen else ''})"
+    for name, one in tower_lib.cmr(config.model).items()
   ]
   chose = (manifest.get("best") or {}).get("step") is not None
   best = f", the best of them on validation by {code(config.stop_on)}" if chose else ""
@@ -138,10 +151,24 @@ def trained(config, manifest):
 
 def parameters(config) -> int:
   """Learned numbers of the ECG encoder: those that an embedding is computed with."""
+  _, variables = encoder_shapes(config)
+  return sum(x.size for x in jax.tree.leaves(variables["params"]["ecg"]))
+
+
+def width(config) -> int:
+  """Of the embedding of an ECG."""
+  return encoder_shapes(config)[0]["ecg_embedding"].shape[1]
+
+
+def encoder_shapes(config):
+  """Shapes of what the ECG encoder gives for one ECG, and of its variables."""
   model = pretrainer.build(config.model, config.data.samples, targets=1, diseases=1)
   ecg = jax.ShapeDtypeStruct((1, len(schema.LEADS), config.data.samples), jnp.float32)
-  found = jax.eval_shape(lambda ecg: model.init(jax.random.key(0), ecg, method="embed_ecg"), ecg)
-  return sum(x.size for x in jax.tree.leaves(found["params"]["ecg"]))
+
+  def run(ecg):
+    return model.init_with_output(jax.random.key(0), ecg, method="embed_ecg")
+
+  return jax.eval_shape(run, ecg)
 
 
 def factors(manifest, results):
@@ -309,7 +336,7 @@ def caveats(results):
 
 
 def loader(config, results):
-  outputs = {"embedding": vit.numbers(config.model.ecg.size)[0]}
+  outputs = {"embedding": width(config)}
   if results and results["phenotypes"]:
     outputs["phenotypes"] = len(results["phenotypes"])
   return LOADER.format(

@@ -29,7 +29,7 @@ def check(config) -> None:
     raise UserError(
       f"config.evaluators has {', '.join(unknown)}; expected some of {', '.join(EVALUATORS)}"
     )
-  if "phenotypes" in config.evaluators and not config.model.ecg.size and not config.model.cmr:
+  if "phenotypes" in config.evaluators and not config.model.towers:
     raise UserError(
       "config.evaluators has phenotypes, and this model has no embedding to probe; set evaluators=('losses',)"
     )
@@ -68,7 +68,7 @@ def phenotype_probes(config, model, objectives, cohort, source, scales, mesh):
   """
   embed = jax.jit(steps.make_embed(model, config, scales))
   names = list(cohort.info["phenotypes"])
-  reads_ecg = bool(config.model.ecg.size)
+  reads_ecg = "ecg" in config.model.towers
   if not names:
     if jax.process_index() == 0:
       print(

@@ -425,7 +425,7 @@ def _evaluation_page(results, images):
         localisation_rows(located["cosine"]),
       )
     )
-  if located:
+  if located.get("completeness"):
     sections.append(
       ("Integrated gradients: do they add up?", completeness_rows(located["completeness"]))
     )

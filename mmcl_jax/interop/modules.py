@@ -46,18 +46,18 @@ IDLE = (
   ("temporal_mlp.", "cmr_encoder.", "a second name of an encoder's Linear over slices"),
 )
 LAYOUTS = {  # kind -> what it is called, and keys that tell of it
-  "vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
+  "ecg_vit": ("a ViT with timm's keys", r"^blocks\.\d+\.attn\.qkv\.weight$"),
   "st_mem": ("ST-MEM's encoder", r"^block\d+\.attn\.fn\.to_qkv\.weight$"),
   "slow_resnet": ("a slow ResNet with PyTorchVideo's keys", r"(^|\.)res_blocks\.\d+\.branch2\."),
   "resnet": ("a ResNet with torchvision's keys", r"^(layer[1-4]|[4-7])\.\d+\.conv\d\.weight$"),
 }
-OF_ECG = ("vit", "st_mem")
+OF_ECG = ("ecg_vit", "st_mem")
 # What an encoder without a name is called.
-DEFAULT = {"vit": "ecg", "st_mem": "ecg", "slow_resnet": "ed", "resnet": "image"}
+DEFAULT = {"ecg_vit": "ecg", "st_mem": "ecg", "slow_resnet": "ed", "resnet": "image"}
 # the children of a ResNet in nn.Sequential; a slow ResNet without `blocks`, and its last block, a
 # Linear
 RENAMED = {
-  "vit": (),
+  "ecg_vit": (),
   "st_mem": (),
   "resnet": (
     (r"^0\.", "conv1."),

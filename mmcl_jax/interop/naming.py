@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mmcl_jax.models import resnet
+from mmcl_jax.models.towers import slow_resnet
 
 
 class Name(NamedTuple):
@@ -104,21 +104,16 @@ def names(
   """
   for (collection, path), shape in shapes.items():
     module, _, rest = path.partition("/")
-    kind = (
-      config.ecg.get("kind", "vit")
-      if module == "ecg"
-      else "head"
-      if module.startswith("head_")
-      else ""
-    )
-    if module.startswith("cmr_"):
-      kind = config.cmr[module.removeprefix("cmr_")].kind
+    kind = ""
+    if module.startswith("head_"):
+      kind = "head"
+    elif module == "ecg" or module.startswith("cmr_"):
+      kind = config.towers[module.removeprefix("cmr_")].fn
     if kind == "head":
       rules = NORMED_HEAD if config.projection.norm else HEAD
-    elif kind == "vit" and module == "ecg":
-      if rest.startswith("siamese") or (
-        rest.startswith("film/") and not config.ecg.get("film_after", False)
-      ):
+    elif kind == "ecg_vit":
+      film_before = rest.startswith("film/") and not config.towers.ecg.film_after
+      if rest.startswith("siamese") or film_before:
         continue
       rules = VIT
     elif kind == "st_mem":
@@ -145,7 +140,7 @@ def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, 
   if not rest.endswith("/kernel"):
     return tuple(shape)
   into, out = shape[-2:]
-  if rest == "patch_embed/kernel" and kind == "vit":
+  if rest == "patch_embed/kernel" and kind == "ecg_vit":
     return out, 1, 1, into  # one lead, `into` samples
   if not rest.startswith("backbone/") or rest.startswith("backbone/slice_pool/"):
     return out, into
@@ -154,5 +149,6 @@ def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, 
     return out, into, *window
   span = 1
   if found := re.match(r"backbone/stage(\d+)_block\d+/conv1/", rest):
-    span = resnet.SLOW_SIZES[config.cmr[module.removeprefix("cmr_")].size][2][int(found[1])][2]
+    size = config.towers[module.removeprefix("cmr_")].size
+    span = slow_resnet.SIZES[size]["spans"][int(found[1])]
   return out, into // span, span, *window

@@ -11,16 +11,18 @@ from mmcl_jax import configuration
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.interop.modules import LAYOUTS, OF_ECG, Modules, Options, split
-from mmcl_jax.models import resnet, vit
+from mmcl_jax.models import vit
+from mmcl_jax.models.resnet import Bottleneck
+from mmcl_jax.models.towers import resnet, slow_resnet
 
 L = len(schema.LEADS)
 MAX_DEPTH, MAX_WIDTH = 200, 16384  # beyond them it is no model but a way to take memory
 # Width and blocks -> attention heads, of published encoders: our sizes; MMCL's and CardiacNets'
 # small, medium, big and huge (ECGEncoder.py); timm's ViT-Ti and ViT-S. The same of decoders: ours,
 # and that of MMCL's big.
-HEADS = {(width, depth): heads for width, depth, heads, *_ in vit.SIZES.values()}
+HEADS = {(size["width"], size["depth"]): size["heads"] for size in vit.SIZES.values()}
 HEADS |= {(512, 4): 8, (640, 6): 8, (768, 8): 8, (1280, 32): 16, (192, 12): 3, (384, 12): 6}
-DECODER_HEADS = {(width, depth): heads for *_, width, depth, heads in vit.SIZES.values()}
+DECODER_HEADS = {size["decoder"][:2]: size["decoder"][2] for size in vit.SIZES.values()}
 DECODER_HEADS |= {(256, 4): 8, (512, 8): 16}
 
 
@@ -50,14 +52,15 @@ def recognise(
   found, widths = Found(c.model, options.samples or c.data.samples, modules, {}, [], []), {}
   for module, kind in modules.kinds.items():
     if kind in OF_ECG:
-      spec, samples, widths["ecg"] = (ecg if kind == "vit" else st_mem)(found, metadata, options)
-      with c.ignore_type():  # a size is a name, or numbers
-        c.model.ecg.update(spec)
+      spec, samples, widths["ecg"] = (ecg if kind == "ecg_vit" else st_mem)(
+        found, metadata, options
+      )
+      c.model.towers.ecg = {"fn": kind, "view": "ecg", **spec}
       covariates = last_axis(modules.arrays["ecg"], r"^fcs\.0\.weight$")
       found = found._replace(samples=samples, covariates=covariates)
     else:
       name = module.removeprefix("cmr_")
-      c.model.cmr[name], widths[name] = cmr(found, kind, name, options)
+      c.model.towers[name], widths[name] = cmr(found, kind, name, options)
   c.model.projection.update(projection(found, widths, path))
   return found
 
@@ -91,15 +94,18 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   are fixed tables."""
   keys, head = found.modules.arrays["ecg"], found.modules.arrays.get("head_ecg", {})
   decodes = any(key.startswith(("decoder_", "mask_token")) for key in keys)
-  width, depth, heads = size = transformer(
+  width, depth, heads = transformer(
     keys, "", r"cls_token|pos_embed|norm\.weight|fc_norm\.weight", options, metadata
   )
+  size = {"width": width, "depth": depth, "heads": heads}
   if decodes:
-    size += transformer(
+    size["decoder"] = transformer(
       keys, "decoder_", r"decoder_embed\.bias|mask_token|decoder_norm\.weight", options, metadata
     )
-    found.notes.append("mask ratio 0.8, which the file does not say (config.model.ecg.mask_ratio)")
-  named = next((name for name, numbers in vit.SIZES.items() if numbers[: len(size)] == size), None)
+    found.notes.append(
+      "mask ratio 0.8, which the file does not say (config.model.towers.ecg.mask_ratio)"
+    )
+  named = named_size(size)
   patch = (
     last_axis(keys, r"^patch_embed\.proj\.weight$")
     or last_axis(keys, r"^decoder_pred\.bias$")
@@ -108,7 +114,7 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   spec = {"size": named or size, "patch": patch, "mask_ratio": 0.8 if decodes else 0.0, "head": 0}
   spec["positions"], samples = positions(found, width, patch, options)
   if "decoder_pos_embed" in keys:
-    decoder_positions(found, size[3])
+    decoder_positions(found, size["decoder"][0])
   spec["pool"] = pooling(found, decodes, options)
   modulated = "fcs.0.weight" in keys
   if modulated:
@@ -126,7 +132,9 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
     else:
       spec["head"] = out
       spec["head_norm"] = spec["pool"] == "attention" and not head and not modulated
-  decoder = f", decoder {size[3]} wide, {size[4]} blocks, {size[5]} heads" if decodes else ""
+  decoder = ""
+  if decodes:
+    decoder = ", decoder {} wide, {} blocks, {} heads".format(*size["decoder"])
   found.notes.insert(
     0,
     f"ECG encoder: {'MAE' if decodes else 'ViT'} with timm's keys, {width} wide, {depth} blocks, {heads} "
@@ -140,6 +148,14 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
       "its head sees the embedding through fc_norm once more, as in MMCL's code for fine-tuning"
     )
   return spec, samples, spec["head"] or width
+
+
+def named_size(size: dict) -> str | None:
+  """The name in vit.SIZES of the size with these numbers."""
+  for name, numbers in vit.SIZES.items():
+    if size.items() <= numbers.items():
+      return name
+  return None
 
 
 def transformer(keys, prefix: str, others: str, options: Options, metadata) -> tuple[int, int, int]:
@@ -210,22 +226,15 @@ def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
     raise UserError(
       f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are others"
     )
-  size = (width, depth, heads)
-  named = next((name for name, numbers in vit.SIZES.items() if numbers[:3] == size), None)
+  size = {"width": width, "depth": depth, "heads": heads}
+  named = named_size(size)
   head = len(keys["head.weight"]) if "head.weight" in keys else 0
   found.notes.append(
     f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads "
     f"(size {named or 'of its own'}), "
     f"patches of {patch} samples, {samples} samples" + f", head {head}" * bool(head)
   )
-  spec = {
-    "kind": "st_mem",
-    "size": named or size,
-    "patch": patch,
-    "positions": "learned",
-    "pool": "mean",
-    "head": head,
-  }
+  spec = {"size": named or size, "patch": patch, "head": head}
   return spec, samples, head or width
 
 
@@ -273,7 +282,7 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
     )
   found.notes.append(
     "positions of its own (trained): a later stage takes them with "
-    "--config.model.ecg.positions=learned"
+    "--config.model.towers.ecg.positions=learned"
   )
   return "learned", samples
 
@@ -326,8 +335,7 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
     else ("conv1.weight", r"layer{}\.\d+\.(conv1|bn1)\.")
   )
   size = match_size(keys, slow, stem, first, name)
-  x, known = keys.get(stem), resnet.SLOW_SIZES if slow else resnet.SIZES
-  _, block, stages = known[size]
+  x, numbers = keys.get(stem), (slow_resnet if slow else resnet).SIZES[size]
   channels = x.shape[1] if x is not None and x.ndim == 4 + slow else 1 if slow else 3
   if slow:
     pool = keys.get("temporal_mlp.weight")
@@ -352,7 +360,7 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
   view = options.view or default_view(name, slow, planes)
   if view not in schema.VIEWS:
     raise UserError(f"--view={view}; expected one of {', '.join(schema.VIEWS)}")
-  features = stages[-1][0] * (4 if block is resnet.Bottleneck else 1)
+  features = numbers["widths"][-1] * (4 if numbers["block"] is Bottleneck else 1)
   width = last_axis(keys, r"^fc\.bias$") or (len(keys["fc.weight"]) if "fc.weight" in keys else 0)
   linear = f", a Linear to {width} after them" if width else ""
   found.notes.append(
@@ -360,26 +368,23 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
     f"the view {view}, {features} features{linear}"
   )
   return dict(
-    kind=kind,
+    fn=kind,
     size=size,
     view=view,
     planes=planes,
     width=width,
-    patch=(1, 16, 16),
-    mask_ratio=0.0,
-    drop_path=0.0,
     frozen=False,
   ), width or features
 
 
 def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
-  """The size (resnet.SIZES, SLOW_SIZES) with this stem, kind of block and widths of stages.
+  """The size (SIZES of resnet or slow_resnet) with this stem, kind of block and widths of stages.
 
   Args:
     stem: key of the first convolution.
     first: regex, with the stage to be filled in, of the layers that are as wide as their stage.
   """
-  known = resnet.SLOW_SIZES if slow else resnet.SIZES
+  known = (slow_resnet if slow else resnet).SIZES
 
   def width(i):
     return common(
@@ -391,16 +396,16 @@ def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
   ]
   channels = len(keys[stem]) if stem in keys and keys[stem].ndim else 0
   bottleneck = slow or any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in keys)
-  for size, (stem_channels, block, stages) in known.items():
+  for size, numbers in known.items():
     if (
-      (block is resnet.Bottleneck) == bottleneck
-      and [stage[0] for stage in stages] == widths
-      and channels in (0, stem_channels)
+      (numbers["block"] is Bottleneck) == bottleneck
+      and list(numbers["widths"]) == widths
+      and channels in (0, numbers["stem"])
     ):
       return size
   sizes = "; ".join(
-    f"{size}: {stem_channels}, {', '.join(str(stage[0]) for stage in stages)}"
-    for size, (stem_channels, _, stages) in known.items()
+    f"{size}: {numbers['stem']}, {', '.join(map(str, numbers['widths']))}"
+    for size, numbers in known.items()
   )
   raise UserError(
     f"the encoder {name} has a stem of {channels} channels, {'bottleneck' if bottleneck else 'basic'} blocks and "

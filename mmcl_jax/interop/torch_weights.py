@@ -10,7 +10,7 @@ import numpy as np
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.interop import modules, naming, recognise, torch_files
-from mmcl_jax.models import pretrainer, vit
+from mmcl_jax.models import pretrainer, towers, vit
 from mmcl_jax.support.tree import flatten_variables, unflatten_variables
 
 
@@ -166,7 +166,7 @@ def image_shapes(config) -> dict[str, list[int]]:
   """Stored field -> a shape that has the planes which the CMR towers see; how large images are is
   the cohort's."""
   found = {}
-  for spec in config.cmr.values():
+  for spec in towers.cmr(config).values():
     field = schema.VIEWS[spec.view]
     planes = max(spec.planes, found[field][-3] if field in found else 0)
     found[field] = [*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64]
@@ -205,7 +205,7 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
     for key in state
     if key.endswith(".running_mean")
   }
-  if c.ecg.size:
+  if "ecg" in c.towers:
     state |= tables(model, flat["params", "ecg/patch_embed/kernel"].dtype)
   module, unwanted = "", ()
   if tower in ("ecg", "ecg_mae"):
@@ -215,7 +215,7 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
       if tower == "ecg_mae"
       else ("decoder_", "mask_token"),
     )
-    if tower == "ecg" and c.ecg.pool != "cls" and not pretrainer.is_st_mem(c):
+    if tower == "ecg" and c.towers.ecg.get("pool", "cls") != "cls":
       unwanted += ("norm.",)  # the decoder's
   elif tower:
     module = f"cmr_{tower}."
@@ -227,30 +227,34 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
 
 def check_tower(c, tower: str | None) -> None:
   """Is the tower there, and is there a PyTorch layout of it?"""
-  towers = [*(["ecg"] if c.ecg.size else []), *c.cmr]
-  known = towers + (["ecg_mae"] if c.ecg.size and c.ecg.mask_ratio else [])
+  ecg, known = c.towers.get("ecg", {}), list(c.towers)
+  if ecg.get("mask_ratio"):
+    known.append("ecg_mae")
   if tower not in (None, *known):
     raise UserError(f"--tower={tower}; this model has {', '.join(known)}")
-  for name in towers if tower is None else [tower.removesuffix("_mae")]:
-    if name == "ecg" and c.ecg.film and not c.ecg.get("film_after", False):
+  for name in c.towers if tower is None else [tower.removesuffix("_mae")]:
+    if name == "ecg" and ecg.get("film") and not ecg.film_after:
       raise UserError(
-        "the ECG encoder is modulated by covariates (config.model.ecg.film), for which PyTorch's ViTs have no "
+        "the ECG encoder is modulated by covariates (config.model.towers.ecg.film), for which PyTorch's ViTs have no "
         "layer; train one without"
       )
-    if name != "ecg" and c.cmr[name].kind == "vit":
+    if c.towers[name].fn not in modules.LAYOUTS:
       raise UserError(
-        f"the tower {name} is a video transformer, which has no PyTorch layout here; name another --tower, such "
-        "as ecg"
+        f"the tower {name} ({c.towers[name].fn}) has no PyTorch layout here; name another --tower, "
+        f"one of {', '.join(modules.LAYOUTS)}"
       )
 
 
 def tables(model, dtype) -> dict[str, np.ndarray]:
   """The fixed positions, which PyTorch keeps among the weights."""
-  c = model.config.ecg
-  width, _, _, *decoder = vit.numbers(c.size, c.get("decoder", ()))
-  columns = model.samples // c.patch
-  found = {"ecg.pos_embed": width} if c.positions == "sincos" else {}
-  found |= {"ecg.decoder_pos_embed": decoder[0]} if c.mask_ratio else {}
+  c = model.config.towers.ecg
+  if c.fn != "ecg_vit":
+    return {}
+  size, columns, found = vit.sized(c.size, c.decoder), model.samples // c.patch, {}
+  if c.positions == "sincos":
+    found["ecg.pos_embed"] = size["width"]
+  if c.mask_ratio:
+    found["ecg.decoder_pos_embed"] = size["decoder"][0]
   return {key: recognise.table(columns, width).astype(dtype) for key, width in found.items()}
 
 
@@ -260,11 +264,11 @@ def save(model, variables, path, tower: str | None = None) -> list[str]:
   Its metadata tells the attention heads, which no weight does.
   """
   state, left = export(model, variables, tower)
-  metadata = {}
-  if model.config.ecg.size and tower in (None, "ecg", "ecg_mae"):
-    numbers = vit.numbers(model.config.ecg.size, model.config.ecg.get("decoder", ()))
-    metadata = {"heads": str(numbers[2])} | (
-      {"decoder_heads": str(numbers[5])} if model.config.ecg.mask_ratio else {}
-    )
+  metadata, ecg = {}, model.config.towers.get("ecg")
+  if ecg and tower in (None, "ecg", "ecg_mae"):
+    numbers = vit.sized(ecg.size, ecg.get("decoder", ()))
+    metadata["heads"] = str(numbers["heads"])
+    if ecg.get("mask_ratio"):
+      metadata["decoder_heads"] = str(numbers["decoder"][2])
   torch_files.save(state, path, metadata)
   return left

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcl_jax.models import kernels, pooling, video, vit
+from mmcl_jax.models import kernels, pooling, vit
+from mmcl_jax.models.towers import video_vit
 from mmcl_jax.models.kernels import at_least_float32
 
 # name -> width, depth, heads. Widths are multiples of 16.
@@ -102,7 +103,7 @@ class Generator(nn.Module):
       nn.silu(dense(self.width, "time1")(waves(time).astype(self.dtype)))
     )
     x = dense(self.width, "embed")(x.astype(self.dtype)) + jnp.asarray(
-      video.sincos_3d(*grid, self.width), self.dtype
+      video_vit.sincos_3d(*grid, self.width), self.dtype
     )
     block = Block if self.remat == "none" else nn.remat(Block, policy=vit.remat_policy(self.remat))
     for i in range(self.depth):

@@ -1,5 +1,4 @@
-"""The whole pre-training model, assembled from `config.model`: an ECG tower, any number of CMR
-towers, their heads.
+"""The whole pre-training model, assembled from `config.model`: the towers and their heads.
 
 Parameters of a tower stand under its name: `ecg`, `cmr_NAME`, with `head_NAME` (projection),
 `regression_NAME` and `classification_NAME`; beside them `tokenizer`, `segmenter` and `generator`.
@@ -13,40 +12,41 @@ from ml_collections import ConfigDict
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import backbones, ecg, generator, mar, segmenter, st_mem, tokenizer, vit
+from mmcl_jax.models import generator, mar, segmenter, tokenizer, towers, vit
 from mmcl_jax.models.heads import Projection
 from mmcl_jax.models.kernels import at_least_float32
 
-# keys of model.cmr.NAME
-TOWER = ("kind", "size", "view", "planes", "width", "patch", "mask_ratio", "drop_path", "frozen")
 DTYPES = ("float32", "bfloat16", "float64")
 GENERATOR = 1 << 20  # use of a row's keys (`fold`), beyond those of any tower
 
 
 class CmrTower(nn.Module):
-  """A backbone over planes of one view (models.backbones), and a Linear after it."""
+  """A tower over planes of one view (models.towers), and a Linear after it.
 
-  config: ConfigDict
-  dtype: jnp.dtype
-  remat: str = "none"
-  scan: bool = False
+  Attributes:
+    spec: its entry of config.model.towers.
+    given: keywords of towers.GIVEN.
+  """
+
+  spec: ConfigDict
+  given: dict
 
   def setup(self):
-    self.backbone = backbones.build(self.config, self.dtype, self.remat, self.scan)
-    if self.config.width:
-      self.fc = nn.Dense(self.config.width)
+    self.backbone = towers.build(self.spec, **self.given)
+    if self.spec.width:
+      self.fc = nn.Dense(self.spec.width)
 
   def features(self, planes, rows, train=False, keys=None):
     """planes [B, Z, H, W] in [0, 1] -> features [B, F]. A frozen backbone runs in evaluation mode,
     without gradient."""
-    if self.config.frozen:
-      return jax.lax.stop_gradient(self.backbone(planes, rows, False, None))
-    return self.backbone(planes, rows, train, keys)
+    if self.spec.frozen:
+      return jax.lax.stop_gradient(self.backbone(planes, rows, False, None)[1])
+    return self.backbone(planes, rows, train, keys)[1]
 
   def embed(self, features):
     """features [B, F] -> embedding [B, D], at least float32."""
     features = at_least_float32(features)
-    return self.fc(features) if self.config.width else features
+    return self.fc(features) if self.spec.width else features
 
   def locate(self, planes):
     """planes [B, Z, H, W] -> [B, Z', H', W', D]: the embedding if all of the feature map were like
@@ -54,7 +54,7 @@ class CmrTower(nn.Module):
     return self.embed(self.backbone.feature_map(planes))
 
   def reconstruct(self, planes, keys):
-    return self.backbone.reconstruct(planes, keys, self.config.mask_ratio)
+    return self.backbone.reconstruct(planes, keys)
 
 
 class Pretrainer(nn.Module):
@@ -63,7 +63,7 @@ class Pretrainer(nn.Module):
   Outputs, a dict of what an objective or evaluator may want (jit removes what nobody uses); a key
   is missing where the config does not ask for it:
     ecg_tokens [B, N, D], ecg_embedding [B, D], ecg_projection [B, E]; in training with
-    ecg.masked_view, of the M visible patches alone: ecg_tokens [B, M, D],
+    towers.ecg.masked_view, of the M visible patches alone: ecg_tokens [B, M, D],
     reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden), siamese.{projection,
     prediction} [2, B, E], cmr.NAME.{features [B, F], embedding [B, D], projection [B, E]} and, of a
     masked video transformer, {patches, reconstruction [B, N, P], patch_mask [B, N]},
@@ -81,32 +81,30 @@ class Pretrainer(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    depth = c.get("remat", "none"), c.get("scan", False)  # absent from the configs of older runs
-    hidden = dict.fromkeys(c.cmr, c.projection.hidden)
-    hidden["ecg"] = c.projection.get("ecg_hidden", 0) or c.projection.hidden
-    names = list(c.cmr)
-    if c.ecg.size:
-      if is_st_mem(c):
-        self.ecg = st_mem.StMem(c.ecg, self.samples, dtype, *depth)
-      else:
-        self.ecg = ecg.EcgTower(c.ecg, self.samples, dtype, *depth)
-      names.append("ecg")
-    self.cmr = {name: CmrTower(spec, dtype, *depth) for name, spec in c.cmr.items()}
+    given = {"dtype": dtype, "remat": c.remat, "scan": c.scan, "samples": self.samples}
+    depth = c.remat, c.scan
+    cmr = towers.cmr(c)
+    hidden = dict.fromkeys(cmr, c.projection.hidden)
+    if "ecg" in c.towers:
+      self.ecg = towers.build(c.towers.ecg, **given)
+      hidden["ecg"] = c.projection.ecg_hidden or c.projection.hidden
+    self.cmr = {name: CmrTower(spec, given) for name, spec in cmr.items()}
     self.head = {
-      name: Projection(hidden[name], c.projection.width, c.projection.norm) for name in names
+      name: Projection(width, c.projection.width, c.projection.norm)
+      for name, width in hidden.items()
     }
     self.regression = {name: nn.Dense(self.targets) for name in c.regression}
-    self.classification = {name: nn.Dense(self.diseases) for name in c.get("classification", ())}
-    if c.get("tokenizer"):
+    self.classification = {name: nn.Dense(self.diseases) for name in c.classification}
+    if c.tokenizer:
       spec = c.tokenizer
       self.tokenizer = tokenizer.Tokenizer(
         *tokenizer.SIZES[spec.size], tuple(spec.patch), spec.channels, dtype, *depth
       )
-    if c.get("segmenter"):
+    if c.segmenter:
       self.segmenter = segmenter.Segmenter(
         segmenter.SIZES[c.segmenter.size], len(schema.LABELS), dtype
       )
-    if c.get("generator"):
+    if c.generator:
       kind = mar.MaskedGenerator if masked(c) else generator.Generator
       self.generator = kind(
         *generator.SIZES[c.generator.size], c.tokenizer.channels, dtype, depth[0]
@@ -124,16 +122,28 @@ class Pretrainer(nn.Module):
 
     seen: a glimpse (models.ecg) that takes the place of a look at the whole ECG.
     """
-    tokens, embedding = self.ecg(ecg, keys, conditions, seen)
+    if seen is not None:
+      tokens, embedding = self.ecg.embed_visible(seen)
+    else:
+      tokens, embedding = self.ecg(ecg, rows, train, keys, **self.modulated_by(conditions))
     return {
       "ecg_tokens": tokens,
       "ecg_embedding": embedding,
-      "ecg_projection": self.head["ecg"](self.ecg.features(embedding), rows, train),
+      "ecg_projection": self.head["ecg"](self.before_head(embedding), rows, train),
     }
+
+  def modulated_by(self, conditions) -> dict:
+    """What an ECG tower with FiLM is called with beside the ECG."""
+    return {"conditions": conditions} if self.config.towers.ecg.get("film") else {}
+
+  def before_head(self, embedding):
+    """What the ECG's projection head sees."""
+    return self.ecg.features(embedding) if hasattr(self.ecg, "features") else embedding
 
   def embed_ecg(self, ecg, conditions=None):
     """ecg_embedding of encode_ecg alone."""
-    return {"ecg_embedding": self.ecg(ecg, None, conditions)[1]}
+    embedding = self.ecg(ecg, None, False, None, **self.modulated_by(conditions))[1]
+    return {"ecg_embedding": embedding}
 
   def encode_cmr(self, batch, keys=None, train=False, only=None):
     """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken
@@ -145,9 +155,7 @@ class Pretrainer(nn.Module):
       if name in cached:
         features = cached[name]
       else:
-        features = tower.features(
-          look(batch["cmr"], self.config.cmr[name]), rows, train, fold(keys, i + 1)
-        )
+        features = tower.features(look(batch["cmr"], tower.spec), rows, train, fold(keys, i + 1))
       embedding = tower.embed(features)
       found[name] = {
         "features": features,
@@ -158,15 +166,14 @@ class Pretrainer(nn.Module):
 
   def locate_ecg(self, ecg, conditions=None):
     """ecg [B, L, T] -> [B, N, E]: the projection of every patch token as if there were no other."""
-    tokens, _ = self.ecg(ecg, conditions=conditions)
-    return self.head["ecg"](self.ecg.features(self.ecg.locate(tokens)))
+    tokens, _ = self.ecg(ecg, None, False, None, **self.modulated_by(conditions))
+    return self.head["ecg"](self.before_head(self.ecg.locate(tokens)))
 
   def locate_cmr(self, cmr):
     """cmr {field: [B, ...]} -> {tower: [B, Z', H', W', E]}: the projection of every cell of the
     tower's feature map."""
     return {
-      name: self.head[name](tower.locate(look(cmr, self.config.cmr[name])))
-      for name, tower in self.cmr.items()
+      name: self.head[name](tower.locate(look(cmr, tower.spec))) for name, tower in self.cmr.items()
     }
 
   def flow(self, batch, tokens, latents, keys, train):
@@ -197,7 +204,7 @@ class Pretrainer(nn.Module):
   def condition(self, tokens, given, shape, conditions=None):
     """What a generator takes last, from the shape (Z, H, W) of a stack and covariates [B, V], for
     one that asks for them."""
-    covariates = conditions if self.config.generator.get("covariates", False) else None
+    covariates = conditions if self.config.generator.covariates else None
     return tokens, given, tokenizer.grid_of(shape, self.config.tokenizer.patch), covariates
 
   def velocity(self, x, time, *condition):
@@ -209,19 +216,19 @@ class Pretrainer(nn.Module):
     return self.generator.tell(latents, hidden, *self.condition(*condition))
 
   def reconstruct(self, ecg, keys, conditions=None, rows=None, train=False, seen=None):
-    """See models.ecg.EcgTower.reconstruct."""
+    """See models.towers.ecg_vit.EcgViT.reconstruct."""
     return self.ecg.reconstruct(ecg, keys, conditions, rows, train, seen)
 
   def encode(self, batch, keys, train, mask_keys=None):
     """With mask_keys [B] the ECG is embedded from a glimpse at it, which goes along as `glimpse`
     (FLIP, Li et al. 2023)."""
     outputs, keys = {}, keys if train else None
-    if self.config.ecg.size:
+    if "ecg" in self.config.towers:
       rows, conditions, seen = batch["mask"] * batch["has_ecg"], batch.get("conditions"), None
       if mask_keys is not None:
         seen = outputs["glimpse"] = self.ecg.glimpse(batch["ecg"], mask_keys, conditions, keys)
       outputs |= self.encode_ecg(batch["ecg"], conditions, keys, rows, train, seen)
-    if self.config.cmr:
+    if self.cmr:
       outputs["cmr"] = self.encode_cmr(batch, keys, train)
     return outputs
 
@@ -230,7 +237,8 @@ class Pretrainer(nn.Module):
     drop-path, batch statistics."""
     c = self.config
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    masked_view = train and bool(c.ecg.size) and c.ecg.get("masked_view", False)
+    ecg = c.towers.get("ecg", {})
+    masked_view = train and ecg.get("masked_view", False)
     # both augmentations go through together, so that batch statistics are of both
     if "again" in batch:
 
@@ -252,26 +260,26 @@ class Pretrainer(nn.Module):
       outputs = self.encode(batch, path_keys, train, mask_keys if masked_view else None)
     seen = outputs.pop("glimpse", None)
     embeddings = {name: found["embedding"] for name, found in outputs.get("cmr", {}).items()}
-    if c.ecg.size:
+    if ecg:
       embeddings["ecg"] = outputs["ecg_embedding"]
-      if c.ecg.mask_ratio:
-        rows = batch["mask"] * batch["has_ecg"]
-        outputs |= self.reconstruct(
-          batch["ecg"], mask_keys, batch.get("conditions"), rows, train, seen
-        )
-    for i, (name, spec) in enumerate(c.cmr.items()):
-      if spec.mask_ratio and not spec.frozen:
+    if ecg.get("mask_ratio"):
+      rows = batch["mask"] * batch["has_ecg"]
+      outputs |= self.reconstruct(
+        batch["ecg"], mask_keys, batch.get("conditions"), rows, train, seen
+      )
+    for i, (name, spec) in enumerate(towers.cmr(c).items()):
+      if spec.get("mask_ratio") and not spec.frozen:
         outputs["cmr"][name] |= self.cmr[name].reconstruct(
           look(batch["cmr"], spec), fold(mask_keys, i + 1)
         )
-    if c.get("tokenizer"):
+    if c.tokenizer:
       outputs["tokenizer"] = self.tokenizer(
         batch["cmr"]["ed_es_volumes"], path_keys if train else None
       )
-    if c.get("generator"):
+    if c.generator:
       latents, tokens = outputs["tokenizer"]["latent_mean"], outputs["ecg_tokens"]
       outputs["generator"] = self.flow(batch, tokens, latents, fold(path_keys, GENERATOR), train)
-    if c.get("segmenter"):
+    if c.segmenter:
       outputs["segmentation"] = self.segmenter(batch["cmr"]["ed_es_volumes"])
     for kind, read_outs in (
       ("regression", self.regression),
@@ -279,11 +287,10 @@ class Pretrainer(nn.Module):
     ):
       if read_outs:
         outputs[kind] = {name: read_out(embeddings[name]) for name, read_out in read_outs.items()}
-    outputs |= {
-      name: getattr(self, name)
-      for name, on in (("log_scale", c.learned_temperature), ("bias", c.learned_bias))
-      if on
-    }
+    if c.learned_temperature:
+      outputs["log_scale"] = self.log_scale
+    if c.learned_bias:
+      outputs["bias"] = self.bias
     return outputs
 
 
@@ -319,20 +326,30 @@ def fields(config: ConfigDict, only=None) -> tuple[str, ...]:
   """Stored fields of the cohort that the model looks at, or of its CMR towers those of the towers
   `only`."""
   found = {
-    schema.VIEWS[spec.view] for name, spec in config.cmr.items() if only is None or name in only
+    schema.VIEWS[spec.view]
+    for name, spec in towers.cmr(config).items()
+    if only is None or name in only
   }
-  found |= {"ed_es_volumes"} if config.get("tokenizer") or config.get("segmenter") else set()
-  return tuple(sorted(found | ({"labels"} if config.get("segmenter") else set())))
+  if config.tokenizer or config.segmenter:
+    found.add("ed_es_volumes")
+  if config.segmenter:
+    found.add("labels")
+  return tuple(sorted(found))
 
 
 def learning(config: ConfigDict) -> list[str]:
   """The CMR towers that are not frozen."""
-  return [name for name, spec in config.cmr.items() if not spec.frozen]
+  return [name for name, spec in towers.cmr(config).items() if not spec.get("frozen")]
+
+
+def frozen(config: ConfigDict) -> list[str]:
+  """The CMR towers that are frozen."""
+  return [name for name, spec in towers.cmr(config).items() if spec.get("frozen")]
 
 
 def masked(config: ConfigDict) -> bool:
   """Does the generator draw a few tokens at a time (models.mar)?"""
-  return bool(config.generator.get("masked", False))  # absent from the configs of older runs
+  return config.generator.masked
 
 
 def noise_shape(config: ConfigDict, shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -344,15 +361,19 @@ def noise_shape(config: ConfigDict, shape: tuple[int, int, int]) -> tuple[int, i
 
 def takes_covariates(config: ConfigDict) -> list[str]:
   """Keys of config.model that make it ask for more of a person than the ECG."""
-  of_generator = config.get("generator") and config.generator.get("covariates", False)
-  return ["ecg.film"] * bool(config.ecg.film) + ["generator.covariates"] * bool(of_generator)
+  taking = []
+  if config.towers.get("ecg", {}).get("film"):
+    taking.append("towers.ecg.film")
+  if config.generator and config.generator.covariates:
+    taking.append("generator.covariates")
+  return taking
 
 
 def sees_all(config: ConfigDict, batch: dict) -> bool:
   """Does the batch hold what every CMR tower needs: its view, or its cached features?"""
   return all(
     name in batch.get("features", {}) or schema.VIEWS[spec.view] in batch["cmr"]
-    for name, spec in config.cmr.items()
+    for name, spec in towers.cmr(config).items()
   )
 
 
@@ -365,62 +386,49 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
   """
   if config.dtype not in DTYPES:
     raise UserError(f"config.model.dtype is {config.dtype!r}; expected one of {', '.join(DTYPES)}")
-  if (remat := config.get("remat", "none")) not in vit.REMAT:
-    raise UserError(f"config.model.remat is {remat!r}; expected one of {', '.join(vit.REMAT)}")
-  if (
-    not config.ecg.size
-    and not config.cmr
-    and not config.get("tokenizer")
-    and not config.get("segmenter")
-  ):
+  if config.remat not in vit.REMAT:
     raise UserError(
-      "config.model names no tower; set model.ecg.size, an entry in model.cmr, or model.tokenizer"
+      f"config.model.remat is {config.remat!r}; expected one of {', '.join(vit.REMAT)}"
     )
-  if config.ecg.size:
-    check_ecg(config.ecg, samples)
-  known = [*config.cmr, *(["ecg"] if config.ecg.size else [])]
-  if "ecg" in config.cmr:
-    raise UserError(
-      "config.model.cmr names a tower 'ecg', which is the name of the ECG tower; take another one"
-    )
+  config = towers.complete(config)
+  if not config.towers and not config.tokenizer and not config.segmenter:
+    raise UserError("config.model names no tower; set an entry in model.towers, or model.tokenizer")
+  if "ecg" in config.towers:
+    check_tower("ecg", config.towers.ecg, (len(schema.LEADS), samples))
   for kind, there, what in (
     ("regression", targets, "phenotypes, the cohort has none of config.data.targets"),
     ("classification", diseases, "diseases, the cohort has none"),
   ):
-    read_outs = config.get(kind, ())
-    if unknown := [name for name in read_outs if name not in known]:
+    read_outs = config[kind]
+    if unknown := [name for name in read_outs if name not in config.towers]:
       raise UserError(
-        f"config.model.{kind} names {', '.join(unknown)}; expected some of {', '.join(known)}"
+        f"config.model.{kind} names {', '.join(unknown)}; expected some of "
+        f"{', '.join(config.towers)}"
       )
     if read_outs and not there:
       raise UserError(f"config.model.{kind} asks for {what}")
-  for name, spec in config.cmr.items():
-    if lacking := sorted(set(TOWER) - set(spec)) + sorted(set(spec) - set(TOWER)):
-      raise UserError(
-        f"config.model.cmr.{name} lacks, or does not know, {', '.join(lacking)}; a tower has {', '.join(TOWER)}"
-      )
-    if spec.view not in schema.VIEWS:
-      raise UserError(
-        f"config.model.cmr.{name}.view is {spec.view!r}; expected one of {', '.join(schema.VIEWS)}"
-      )
-  if config.get("tokenizer"):
+  if config.tokenizer:
     check_tokenizer(config.tokenizer)
-  if (spec := config.get("segmenter")) and (
-    list(spec) != ["size"] or spec.size not in segmenter.SIZES
-  ):
+  if (spec := config.segmenter) and (list(spec) != ["size"] or spec.size not in segmenter.SIZES):
     raise UserError(
       f"config.model.segmenter is {spec.to_dict()}; expected dict(size=S), S one of {', '.join(segmenter.SIZES)}, or "
       "{} for none"
     )
-  if config.get("generator"):
+  if config.generator:
     check_generator(config)
   return Pretrainer(config, samples, targets, diseases)
 
 
+def check_tower(name: str, spec, shape) -> None:
+  """Does input of `shape` suit a tower? (L, T) of an ECG, (planes, H, W) of the CMR."""
+  tower = towers.build(spec, samples=shape[-1])
+  if hasattr(tower, "check"):
+    tower.check(f"config.model.towers.{name}", shape)
+
+
 def check_generator(config: ConfigDict):
   c = config.generator
-  # older runs have the first two
-  if not {"size", "dropout"} <= set(c) <= {"size", "dropout", "masked", "covariates"}:
+  if sorted(c) != ["covariates", "dropout", "masked", "size"]:
     raise UserError(
       f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, or {{}} for none"
     )
@@ -428,13 +436,14 @@ def check_generator(config: ConfigDict):
     raise UserError(
       f"config.model.generator.size is {c.size!r}; expected one of {', '.join(generator.SIZES)}"
     )
-  if not config.get("tokenizer") or not config.ecg.size:
+  if not config.tokenizer or "ecg" not in config.towers:
     raise UserError(
-      "config.model.generator makes latents of the tokenizer from an ECG; it needs model.tokenizer and model.ecg.size"
+      "config.model.generator makes latents of the tokenizer from an ECG; it needs model.tokenizer "
+      "and model.towers.ecg"
     )
-  if config.ecg.get("masked_view", False):
+  if config.towers.ecg.get("masked_view"):
     raise UserError(
-      "config.model.generator looks at all tokens of an ECG; set model.ecg.masked_view=False"
+      "config.model.generator looks at all tokens of an ECG; set model.towers.ecg.masked_view=False"
     )
 
 
@@ -449,78 +458,18 @@ def check_tokenizer(c: ConfigDict):
     )
 
 
-def is_st_mem(config: ConfigDict) -> bool:
-  """Is the ECG tower of config.model ST-MEM's (models.st_mem) instead of a ViT?"""
-  return config.ecg.get("kind", "vit") == "st_mem"
-
-
-def check_ecg(c: ConfigDict, samples: int):
-  if c.get("kind", "vit") not in ecg.KINDS:
-    raise UserError(f"config.model.ecg.kind is {c.kind!r}; expected one of {', '.join(ecg.KINDS)}")
-  if c.get("kind", "vit") == "st_mem":
-    others = {
-      "pool": "mean",
-      "positions": "learned",
-      "mask_ratio": 0.0,
-      "film": False,
-      "siamese": False,
-      "masked_view": False,
-      "dropout": 0.0,
-    }
-    if wrong := [f"{name}={c[name]!r}" for name, value in others.items() if c[name] != value]:
-      raise UserError(
-        f"config.model.ecg has kind='st_mem' and {', '.join(wrong)}; ST-MEM's encoder has "
-        f"{', '.join(f'{name}={value!r}' for name, value in others.items())}: set them, or kind='vit'"
-      )
-  for key, known in (("size", vit.SIZES), ("pool", ecg.POOLS), ("positions", ecg.POSITIONS)):
-    if isinstance(c[key], str) and c[key] not in known:
-      raise UserError(f"config.model.ecg.{key} is {c[key]!r}; expected one of {', '.join(known)}")
-  if samples % c.patch:
-    raise UserError(
-      f"config.model.ecg.patch is {c.patch}, which does not divide config.data.samples = {samples}"
-    )
-  tokens = len(schema.LEADS) * samples // c.patch
-  if not 0 <= c.mask_ratio < 1 or (c.mask_ratio and not 0 < round(tokens * c.mask_ratio) < tokens):
-    raise UserError(
-      f"config.model.ecg.mask_ratio is {c.mask_ratio} of {tokens} patches; expected a number from 0 (no decoder) to "
-      "below 1 that hides at least one patch and leaves one"
-    )
-  if c.get("film_after", False) and not c.film:
-    raise UserError(
-      "config.model.ecg.film_after says where covariates modulate the tokens; it "
-      "needs model.ecg.film=True"
-    )
-  if c.get("masked_view", False) and not c.mask_ratio:
-    raise UserError(
-      "config.model.ecg.masked_view embeds the patches that a mask leaves visible; it needs "
-      "model.ecg.mask_ratio above 0"
-    )
-  decoder = tuple(c.get("decoder", ()))  # absent from the configs of older runs
-  fits = len(decoder) == 3 and not (decoder[0] % 4 or decoder[0] % decoder[2])
-  if decoder and not (fits and c.mask_ratio):
-    raise UserError(
-      f"config.model.ecg.decoder is {decoder}; expected width (a multiple of 4 and of "
-      "the heads), blocks and heads of the masked autoencoder's decoder, or () for that "
-      "of the size; it needs model.ecg.mask_ratio above 0"
-    )
-  if c.siamese and not c.mask_ratio:
-    raise UserError(
-      "config.model.ecg.siamese compares two random masks; it needs model.ecg.mask_ratio above 0"
-    )
-
-
 def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
   """Do the cohort's images, of these stored `shapes`, suit the towers?"""
-  for name, spec in config.cmr.items():
-    where, shape = f"config.model.cmr.{name}", shapes[schema.VIEWS[spec.view]]
-    planes = {"ed_slice": 1, "three_frames": 3}.get(spec.view, spec.planes)
-    held = shape[-3]
-    if not 1 <= planes <= held:
+  for name, spec in towers.cmr(config).items():
+    shape = shapes[schema.VIEWS[spec.view]]
+    planes = towers.PLANES.get(spec.view, spec.planes)
+    if not 1 <= planes <= shape[-3]:
       raise UserError(
-        f"{where}.planes is {spec.planes}; the cohort's {spec.view} has {held} planes"
+        f"config.model.towers.{name}.planes is {spec.planes}; the cohort's {spec.view} has "
+        f"{shape[-3]} planes"
       )
-    backbones.check(spec, (planes, *shape[-2:]), where)
-  if config.get("tokenizer"):
+    check_tower(name, spec, (planes, *shape[-2:]))
+  if config.tokenizer:
     shape, patch = shapes["ed_es_volumes"][1:], tuple(config.tokenizer.patch)
     if len(patch) != 3 or any(
       not isinstance(side, int) or side < 1 or length % side for side, length in zip(patch, shape)
@@ -529,7 +478,7 @@ def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
         f"config.model.tokenizer.patch is {patch}; expected divisors of the cohort's {shape[0]} slices and of the sides "
         f"of their {shape[1]} x {shape[2]} pixels"
       )
-  if config.get("segmenter") and any(side % 8 for side in shapes["ed_es_volumes"][2:]):
+  if config.segmenter and any(side % 8 for side in shapes["ed_es_volumes"][2:]):
     raise UserError(
       f"config.model.segmenter halves an image three times; the cohort's have {shapes['ed_es_volumes'][2:]} pixels: "
       "prepare it with a --size that 8 divides"

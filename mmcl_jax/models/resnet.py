@@ -1,5 +1,5 @@
-"""ResNets for CMR: 2-D (He et al. 2016) and 'slow' 3-D (slow_r50, Feichtenhofer et al. 2019; slices
-are its time axis).
+"""What the ResNets for CMR share: towers/resnet.py, 2-D (He et al. 2016), and towers/slow_resnet.py,
+3-D (slow_r50, Feichtenhofer et al. 2019; slices are its time axis).
 
 Both are one body over x [B, Z, H, W, C]. The slow kernels span either the plane or the slice axis,
 never both, so every layer is a 2-D convolution over folded slices or a matrix product over
@@ -9,6 +9,7 @@ image is a stack of one slice.
 
 import functools
 import math
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 
 from mmcl_jax.models import kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
+from mmcl_jax.models.towers import one_of
 
 # He et al. 2015, as torchvision has it
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -146,40 +148,37 @@ class Bottleneck(Residual):
     )
 
 
-# name -> stem channels, block, then (width, blocks) a stage.
-SIZES = {
-  "test": (4, Basic, ((4, 1), (8, 1))),
-  "demo": (16, Basic, ((16, 1), (32, 1), (64, 1))),
-  "r18": (64, Basic, ((64, 2), (128, 2), (256, 2), (512, 2))),
-  # v1.5, as torchvision's: MMCL
-  "r50": (64, Bottleneck, ((64, 3), (128, 4), (256, 6), (512, 3))),
-}
-
-# name -> stem channels, block, then (width, blocks, slices that a kernel spans) a stage.
-SLOW_SIZES = {
-  "test": (4, Bottleneck, ((4, 1, 3),)),
-  "demo": (8, Bottleneck, ((8, 1, 1), (16, 1, 3), (32, 1, 3))),
-  # slow_r50: dual-phase
-  "r50": (64, Bottleneck, ((64, 3, 1), (128, 4, 1), (256, 6, 3), (512, 3, 3))),
-}
-
-
 class Body(nn.Module):
-  """From the image to the last feature map; the two networks below differ in what goes in and how
-  it is pooled."""
+  """From the image to the last feature map; the ResNets differ in what goes in and how it is pooled.
 
-  stem: int
-  block: type[Residual]
-  stages: tuple
+  Attributes:
+    size: a name of the class's SIZES, or such a dict: stem (channels), block, and of every stage
+      widths, depths (blocks) and spans (slices that a kernel spans).
+  """
+
+  SIZES: ClassVar[dict[str, dict]]
+
+  size: Any
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"  # as in vit.through
+
+  def check(self, where: str, shape) -> None:
+    """Raises a UserError where the size is unknown; any planes of `shape` (planes, H, W) will do."""
+    if isinstance(self.size, str):
+      one_of(where, "size", self.size, self.SIZES)
+
+  @property
+  def numbers(self) -> dict:
+    """stem, block, widths, depths, spans."""
+    return self.SIZES[self.size] if isinstance(self.size, str) else self.size
 
   @nn.compact
   def body(self, x, rows, train):
     """x [B, Z, H, W, C] -> [B, Z, H', W', F], at least float32; every stage halves H and W, the
     stem by four."""
+    size = self.numbers
     stem = nn.Conv(
-      self.stem,
+      size["stem"],
       (7, 7),
       (2, 2),
       padding=3,
@@ -192,64 +191,18 @@ class Body(nn.Module):
       BatchNorm(self.dtype, name="stem_norm")(per_slice(stem, x.astype(self.dtype)), rows, train)
     )
     x = per_slice(max_pool, x)
-    block = self.block
+    block = size["block"]
     if self.remat != "none":
       block = nn.remat(block, static_argnums=(3,), policy=vit.remat_policy(self.remat))  # 3: train
-    for i, (width, blocks, *span) in enumerate(self.stages):
-      for j in range(blocks):
+    stages = zip(size["widths"], size["depths"], size["spans"], strict=True)
+    for i, (width, depth, span) in enumerate(stages):
+      for j in range(depth):
         stride = 2 if i > 0 and j == 0 else 1
-        x = block(width, stride, *span, dtype=self.dtype, name=f"stage{i}_block{j}")(x, rows, train)
+        layer = block(width, stride, span, dtype=self.dtype, name=f"stage{i}_block{j}")
+        x = layer(x, rows, train)
     return at_least_float32(x)
 
   def every(self, length):
     """Pixels of a side that the cells of the last feature map are centred on: every stride-th, as
     all kernels are odd."""
-    return np.arange(0, length, 2 ** (1 + len(self.stages)))
-
-
-class ResNet(Body):
-  """Image [B, C, H, W], planes as channels -> features [B, F]: torchvision's ResNet without its fc.
-
-  Intensities in [0, 1] go in as they are, as MMCL feeds its image encoder.
-  """
-
-  def __call__(self, image, rows, train, keys=None):
-    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them;
-    keys: unused."""
-    return self.body(jnp.moveaxis(image, 1, -1)[:, None], rows, train).mean(axis=(1, 2, 3))
-
-  def feature_map(self, image):
-    """[B, C, H, W] -> [B, 1, H', W', F]."""
-    return self.body(jnp.moveaxis(image, 1, -1)[:, None], None, False)
-
-  def centres(self, planes, height, width):
-    return np.array([(planes - 1) / 2]), self.every(height), self.every(width)
-
-
-class SlowResNet(Body):
-  """Volume [B, Z, H, W] in [0, 1] -> features [B, F].
-
-  Intensities are taken to [-1, 1]; spatial mean, then one Linear(Z -> 1) over the slices, as in the
-  dual-phase system.
-  """
-
-  def setup(self):
-    def starts_as_mean(key, shape, dtype):
-      return jnp.full(shape, 1 / shape[0], dtype)
-
-    self.slice_pool = nn.Dense(1, kernel_init=starts_as_mean)
-
-  def __call__(self, volume, rows, train, keys=None):
-    """Args: rows [B] weight in the batch statistics, 0 for padding; train: use and update them;
-    keys: unused."""
-    x = self.body((2 * volume - 1)[..., None], rows, train).mean(axis=(2, 3))  # [B, Z, F]
-    return self.slice_pool(x.swapaxes(1, 2))[..., 0]
-
-  def feature_map(self, volume):
-    """[B, Z, H, W] -> [B, Z, H', W', F]: every slice with the weight that `slice_pool` gives it."""
-    x = self.body((2 * volume - 1)[..., None], None, False)
-    pool = self.slice_pool.variables["params"]
-    return x.shape[1] * pool["kernel"][:, None, None] * x + pool["bias"]
-
-  def centres(self, planes, height, width):
-    return np.arange(planes), self.every(height), self.every(width)
+    return np.arange(0, length, 2 ** (1 + len(self.numbers["widths"])))

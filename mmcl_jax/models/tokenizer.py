@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcl_jax.models import video, vit
+from mmcl_jax.models import vit
+from mmcl_jax.models.towers import video_vit
 from mmcl_jax.models.kernels import at_least_float32
 
 PHASES = 2
@@ -61,13 +62,13 @@ class Tokenizer(nn.Module):
     self.pixels = dense(PHASES * int(np.prod(self.patch)))
 
   def transform(self, x, grid, blocks, norm):
-    x += jnp.asarray(video.sincos_3d(*grid, self.width), x.dtype)
+    x += jnp.asarray(video_vit.sincos_3d(*grid, self.width), x.dtype)
     return norm(vit.through(blocks, x, None, self.remat, self.scan))
 
   def encode(self, stacks):
     """stacks [B, P, Z, H, W] -> mean and log-variance [B, N, C] of the latents, at least
     float32."""
-    patches = [video.patchify(2 * stacks[:, phase] - 1, self.patch) for phase in range(PHASES)]
+    patches = [video_vit.patchify(2 * stacks[:, phase] - 1, self.patch) for phase in range(PHASES)]
     x = self.patch_embed(jnp.concatenate(patches, axis=-1).astype(self.dtype))
     x = self.posterior(
       self.transform(x, grid_of(stacks.shape[2:], self.patch), self.encoder, self.encoder_norm)
@@ -81,7 +82,9 @@ class Tokenizer(nn.Module):
     x = self.latent_embed(latents.astype(self.dtype))
     x = self.transform(x, grid_of(shape, self.patch), self.decoder, self.decoder_norm)
     phases = jnp.split(at_least_float32(self.pixels(x)), PHASES, axis=-1)
-    return 0.5 + 0.5 * jnp.stack([video.unpatchify(x, shape, self.patch) for x in phases], axis=1)
+    return 0.5 + 0.5 * jnp.stack(
+      [video_vit.unpatchify(x, shape, self.patch) for x in phases], axis=1
+    )
 
   def __call__(self, stacks, keys=None):
     """stacks [B, P, Z, H, W] and back. keys [B]: latents are drawn (training); None: they are their

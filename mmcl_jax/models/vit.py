@@ -10,27 +10,32 @@ import numpy as np
 
 from mmcl_jax.models import kernels
 
-# name -> width, depth, heads of the encoder; width, depth, heads of the MAE decoder.
+# decoder: width, blocks and heads of the masked autoencoder's
 SIZES = {
-  "test": (16, 1, 2, 16, 1, 2),
-  "demo": (96, 2, 2, 64, 1, 2),  # for a laptop
-  "tiny": (384, 3, 6, 256, 2, 8),  # MMCL, Turgut et al. 2025: 5.4 M parameters
-  "medium": (576, 12, 8, 256, 2, 8),  # dual-phase, Alvarez-Florez et al. 2026 ("mediumDeep")
-  "base": (768, 12, 12, 256, 2, 8),
+  "test": dict(width=16, depth=1, heads=2, decoder=(16, 1, 2)),
+  # for a laptop
+  "demo": dict(width=96, depth=2, heads=2, decoder=(64, 1, 2)),
+  # MMCL, Turgut et al. 2025: 5.4 M parameters
+  "tiny": dict(width=384, depth=3, heads=6, decoder=(256, 2, 8)),
+  # dual-phase, Alvarez-Florez et al. 2026 ("mediumDeep")
+  "medium": dict(width=576, depth=12, heads=8, decoder=(256, 2, 8)),
+  "base": dict(width=768, depth=12, heads=12, decoder=(256, 2, 8)),
   # CardiacNets, Ding et al. 2024 (decoder of He et al. 2022)
-  "large": (1024, 24, 16, 512, 8, 16),
+  "large": dict(width=1024, depth=24, heads=16, decoder=(512, 8, 16)),
 }
 
 DROPOUT = 1 << 16  # uses of a row's keys by dropout, beyond those of drop-path and of towers
 
 
-def numbers(size, decoder=()) -> tuple[int, ...]:
-  """The numbers of a size: a name of SIZES, or the numbers themselves (read off foreign weights).
+def sized(size, decoder=()) -> dict:
+  """width, depth, heads and decoder of a size.
 
-  decoder: width, depth and heads of another decoder than that of the size; (): its own.
+  Args:
+    size: a name of SIZES, or such a dict itself (read off foreign weights).
+    decoder: width, blocks and heads of another decoder than that of the size; (): its own.
   """
-  whole = SIZES[size] if isinstance(size, str) else tuple(size)
-  return (*whole[:3], *decoder) if decoder else whole
+  found = SIZES[size] if isinstance(size, str) else {"decoder": (), **size}
+  return found | {"decoder": tuple(decoder)} if decoder else found
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
@@ -190,6 +195,18 @@ def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool =
   rates = jnp.array([float(block.drop_path) for block in blocks])
   run_again = again(run)
   return jax.lax.scan(lambda x, block: (run_again(x, *block), None), x, (stacked, layers, rates))[0]
+
+
+def attention_weights(q, k):
+  """Softmax rows [B, H, M, N] of queries [B, M, H, D] over keys [B, N, H, D]."""
+  logits = jnp.einsum("bmhd,bnhd->bhmn", q, k, precision="highest") * q.shape[-1] ** -0.5
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def queries_and_keys(qkv, heads: int):
+  """[B, N, 3 D] -> queries and keys [B, N, H, D / H], float32."""
+  qkv = qkv.astype(jnp.float32).reshape(*qkv.shape[:2], 3, heads, -1)
+  return qkv[:, :, 0], qkv[:, :, 1]
 
 
 def compute_params(block: Block):

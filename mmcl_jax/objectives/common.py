@@ -1,7 +1,7 @@
 """What objectives share: names of projections, which rows count, distances between phenotypes,
 checks of parameters.
 
-A projection is named by its tower: "ecg", or a CMR tower of `config.model.cmr`, or either with
+A projection is named by its tower: "ecg", or a CMR tower of `config.model.towers`, or either with
 ".again" for the second augmentation of the same rows (`config.augment.twice`).
 """
 

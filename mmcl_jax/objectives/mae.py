@@ -67,7 +67,7 @@ def cmr_mae(outputs, batch, of: str = "sax", norm_pix: bool = False) -> Loss:
   Args:
     outputs: cmr.NAME.{patches, reconstruction} [B, N, P], cmr.NAME.patch_mask [B, N] (1 = hidden).
     batch: has_cmr, mask [B].
-    of: a CMR tower of kind=vit with a mask_ratio.
+    of: a CMR tower with a mask_ratio above 0, such as video_vit.
     norm_pix: each patch is normalised first.
   """
   if common.tower(of)[0] == "ecg":

@@ -25,13 +25,15 @@ from mmcl_jax.support import files
 from mmcl_jax.training import inference, steps
 
 VERSION = 1  # of what a tower makes of an image; raise it when that changes
-DECIDING = ("kind", "size", "view", "planes", "patch")  # of a tower's config, for its features
+# keys of a tower's entry that its features do not depend on
+NOT_DECIDING = ("width", "frozen", "mask_ratio", "drop_path")
 
 
 def fingerprint(cohort, name: str, config, variables) -> str:
   """128 bits of the cohort, the tower `name` of `config` (config.model) and its weights."""
-  spec = config.cmr[name].to_dict()
-  facts = [VERSION, cohort.fingerprint, config.dtype, *(spec[key] for key in DECIDING)]
+  spec = config.towers[name].to_dict()
+  deciding = sorted((key, x) for key, x in spec.items() if key not in NOT_DECIDING)
+  facts = [VERSION, cohort.fingerprint, config.dtype, deciding]
   digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
   for collection in ("params", "batch_stats"):
     backbone = variables[collection].get(f"cmr_{name}", {}).get("backbone", {})
@@ -62,7 +64,7 @@ def with_features(
   Returns:
     the split's source as it is where no tower is frozen, else pipeline.WithFeatures.
   """
-  frozen = [name for name, spec in model.config.cmr.items() if spec.frozen]
+  frozen = pretrainer.frozen(model.config)
   source = cohort.splits[split]
   if not frozen or not len(source):
     return source
@@ -137,5 +139,5 @@ def write(file: pathlib.Path, features: np.ndarray) -> None:
   except OSError as error:
     raise UserError(
       f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make room, or set "
-      "config.model.cmr.NAME.frozen=False to run the tower in every step"
+      "config.model.towers.NAME.frozen=False to run the tower in every step"
     ) from None

@@ -12,6 +12,7 @@ from scipy.interpolate import CubicSpline
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import towers
 from mmcl_jax.support.tree import flatten_variables
 from mmcl_jax.training import state as state_room
 
@@ -190,8 +191,8 @@ def difference(config, earlier, module: str, where: str, workdir: str) -> str:
   if not module.startswith("cmr_"):
     return ""
   name = module.removeprefix("cmr_")
-  there = name if where == workdir else next(iter(earlier.model.cmr))
-  before, here = earlier.model.cmr[there].view, config.model.cmr[name].view
+  there = name if where == workdir else next(iter(towers.cmr(earlier.model)))
+  before, here = earlier.model.towers[there].view, config.model.towers[name].view
   if before == here:
     return ""
   if where != workdir:
@@ -239,15 +240,17 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
 def check_frozen(config, origin) -> None:
   """No tower is frozen at random weights, and no generator learns the latents of a random
   tokenizer."""
-  for tower, spec in config.model.cmr.items():
+  for tower, spec in towers.cmr(config.model).items():
     fresh = [
       label(key)
       for key, text in origin.items()
-      if spec.frozen and key[1].startswith(f"cmr_{tower}/backbone/") and text.startswith(FRESH)
+      if spec.get("frozen")
+      and key[1].startswith(f"cmr_{tower}/backbone/")
+      and text.startswith(FRESH)
     ]
     if fresh:
       raise UserError(
-        f"config.model.cmr.{tower}.frozen would freeze random weights ({len(fresh)} arrays, such as "
+        f"config.model.towers.{tower}.frozen would freeze random weights ({len(fresh)} arrays, such as "
         f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the tower, "
         "and nothing of its backbone to config.init_except"
       )

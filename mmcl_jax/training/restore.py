@@ -116,13 +116,13 @@ def load_variables(workdir: str) -> dict:
 def load_ecg_run(workdir: str, step: int | None = None) -> Run:
   """A run whose ECG encoder asks for nothing but an ECG."""
   run = load_run(workdir, step)
-  if not run.config.model.ecg.size:
+  if "ecg" not in run.config.model.towers:
     raise UserError(
-      f"{workdir} has no ECG encoder (config.model.ecg.size is empty); take a run that has one"
+      f"{workdir} has no ECG encoder (config.model.towers has no ecg); take a run that has one"
     )
-  if run.config.model.ecg.film:
+  if run.config.model.towers.ecg.get("film"):
     raise UserError(
-      f"the ECG encoder of {workdir} also takes covariates (config.model.ecg.film), which ECG files do not hold; "
+      f"the ECG encoder of {workdir} also takes covariates (config.model.towers.ecg.film), which ECG files do not hold; "
       "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False"
     )
   return run

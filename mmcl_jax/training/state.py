@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mmcl_jax.errors import UserError
+from mmcl_jax.models import towers
 from mmcl_jax.training import parallel
 
 
@@ -154,7 +155,7 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
   learning rate.
 
   Frozen: what a regex of `config.freeze` finds, and the backbones of the towers with
-  `config.model.cmr.NAME.frozen`.
+  `config.model.towers.NAME.frozen`.
   Factor: of the first entry of `config.optimizer.rates` whose regex is found, times
   `layer_factors`.
 
@@ -171,10 +172,12 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
   decays = dict(zip(paths, jax.tree.leaves(decayed(params)), strict=True))
   shown = f"{', '.join(paths[:: max(len(paths) // 5, 1)][:5])}, ..."
 
-  towers = [
-    f"^cmr_{re.escape(name)}/backbone/" for name, tower in config.model.cmr.items() if tower.frozen
+  frozen_towers = [
+    f"^cmr_{re.escape(name)}/backbone/"
+    for name, tower in towers.cmr(config.model).items()
+    if tower.get("frozen")
   ]
-  frozen = {path for path in paths if any(re.search(regex, path) for regex in towers)}
+  frozen = {path for path in paths if any(re.search(regex, path) for regex in frozen_towers)}
   for regex in regexes(config.freeze, "config.freeze"):
     found = [path for path in paths if re.search(regex, path)]
     if not found:
@@ -185,7 +188,7 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
     frozen |= set(found)
   if len(frozen) == len(paths):
     raise UserError(
-      f"config.freeze {tuple(config.freeze)} and config.model.cmr.*.frozen leave no parameter to train; "
+      f"config.freeze {tuple(config.freeze)} and config.model.towers.*.frozen leave no parameter to train; "
       f"parameters are {shown}"
     )
 
@@ -217,7 +220,8 @@ def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
   blocks = {path: int(found[1]) for path in paths if (found := re.match(r"ecg/block(\d+)/", path))}
   if decay < 1 and not blocks:
     raise UserError(
-      f"config.optimizer.layer_decay is {decay}, but this model has no ECG tower; set it to 1.0"
+      f"config.optimizer.layer_decay is {decay}, but this model has no ECG tower with layers named "
+      "block0, block1 and so on; set it to 1.0"
     )
   depth = max(blocks.values(), default=-1) + 1
 
@@ -243,7 +247,7 @@ def check_statistics(regex: str, found: list[str], statistics) -> None:
     module = part(touched[0])
     tower = re.fullmatch("cmr_(.+)/backbone", module)
     way_out = (
-      f"set config.model.cmr.{tower[1]}.frozen=True, which keeps all of it in evaluation mode"
+      f"set config.model.towers.{tower[1]}.frozen=True, which keeps all of it in evaluation mode"
       if tower
       else "leave it out of config.freeze"
     )

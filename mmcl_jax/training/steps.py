@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mmcl_jax import objectives as objective_room
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import generator, mar, pretrainer
+from mmcl_jax.models import generator, mar, pretrainer, towers
 from mmcl_jax.training import accumulate, state as state_room
 
 
@@ -99,7 +99,7 @@ def augment(batch, keys, config):
   Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a
   gather per row.
   """
-  reads_ecg, samples, strengths = bool(config.model.ecg.size), config.data.samples, config.augment
+  reads_ecg, samples, strengths = "ecg" in config.model.towers, config.data.samples, config.augment
 
   def rows(ecg, cmr, keys):
     ecg_keys, cmr_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -308,8 +308,11 @@ def make_embed(model, config, scales):
   embed_ecg, (mean, sd) = make_embed_ecg(model, config.data.samples), scales.target
 
   def embed(variables, batch):
-    batch, outputs = to_float(batch, scales if config.model.ecg.film else None), {}
-    if config.model.ecg.size:
+    batch, outputs = (
+      to_float(batch, scales if config.model.towers.get("ecg", {}).get("film") else None),
+      {},
+    )
+    if "ecg" in config.model.towers:
       found = embed_ecg(variables, batch["ecg"], batch.get("conditions"))
       outputs = {"embedding": found["ecg_embedding"], "ecg_projection": found["ecg_projection"]}
 
@@ -321,16 +324,16 @@ def make_embed(model, config, scales):
 
       if "ecg" in config.model.regression:
         outputs["own_phenotypes"] = mean + sd * read_out("regression")
-      if "ecg" in config.model.get("classification", ()):  # absent from the configs of older runs
+      if "ecg" in config.model.classification:
         outputs["own_diseases"] = jax.nn.sigmoid(read_out("classification"))
-    if config.model.cmr and pretrainer.sees_all(config.model, batch):
-      towers = model.apply(variables, batch, method="encode_cmr")
+    if towers.cmr(config.model) and pretrainer.sees_all(config.model, batch):
+      found = model.apply(variables, batch, method="encode_cmr")
       outputs["cmr_projection"] = jnp.stack(
-        [tower["projection"] for tower in towers.values()], axis=1
+        [tower["projection"] for tower in found.values()], axis=1
       )
-      if not config.model.ecg.size:
+      if "ecg" not in config.model.towers:
         outputs["embedding"] = jnp.concatenate(
-          [tower["embedding"] for tower in towers.values()], axis=1
+          [tower["embedding"] for tower in found.values()], axis=1
         )
     return outputs
 

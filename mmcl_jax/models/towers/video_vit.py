@@ -1,4 +1,4 @@
-"""Video transformer for CMR planes (frames of a cine or slices of a stack), and its masked
+"""`video_vit`: video transformer for CMR planes (frames of a cine or slices of a stack), and its masked
 autoencoder.
 
 As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over
@@ -7,23 +7,29 @@ CLS token: features are the mean over the tokens. Letters: B batch, T H W planes
 tokens, P pixels of a patch, D width.
 """
 
+import math
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from mmcl_jax.errors import UserError
 from mmcl_jax.models import kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.mae import random_mask
+from mmcl_jax.models.towers import one_of
 from mmcl_jax.models.vit import sincos_2d
 
-# name -> width, depth, heads of the encoder; (width, depth, heads) of the MAE decoder. Widths are
-# multiples of 16.
+# Widths are multiples of 16. decoder: width, blocks and heads of the masked autoencoder's
 SIZES = {
-  "test": (16, 1, 2, (16, 1, 2)),
-  "demo": (96, 2, 2, (64, 1, 2)),  # for a laptop
-  "small": (384, 12, 6, (192, 4, 3)),  # ViT-S; decoder of VideoMAE
+  "test": dict(width=16, depth=1, heads=2, decoder=(16, 1, 2)),
+  # for a laptop
+  "demo": dict(width=96, depth=2, heads=2, decoder=(64, 1, 2)),
+  # ViT-S; decoder of VideoMAE
+  "small": dict(width=384, depth=12, heads=6, decoder=(192, 4, 3)),
   # ViT-B: CardioNets, Ding et al. 2026; decoder of He et al. 2022
-  "base": (768, 12, 12, (512, 8, 16)),
+  "base": dict(width=768, depth=12, heads=12, decoder=(512, 8, 16)),
 }
 
 
@@ -97,30 +103,61 @@ class Decoder(nn.Module):
 
 
 class VideoViT(nn.Module):
-  """Planes [B, T, H, W] in [0, 1] -> features [B, D]; T, H, W are multiples of `patch`'s sides.
+  """Planes [B, T, H, W] in [0, 1] -> embedding [B, D]; T, H, W are multiples of `patch`'s sides.
 
-  decoder: (width, depth, heads), or () where nothing is to be reconstructed.
+  Attributes:
+    size: a name of SIZES, or dict(width, depth, heads, decoder).
+    patch: planes, rows, columns.
+    mask_ratio: share of the patches that the masked autoencoder hides; 0: no decoder.
+    drop_path: of the last block, rising from 0 (stochastic depth).
   """
 
-  width: int
-  depth: int
-  heads: int
-  decoder: tuple = ()
+  size: Any
   patch: tuple[int, int, int] = (1, 16, 16)
+  mask_ratio: float = 0.0
   drop_path: float = 0.0
   dtype: jnp.dtype = jnp.float32
   remat: str = "none"
   scan: bool = False
 
+  def check(self, where: str, shape) -> None:
+    """Raises a UserError where the parameters do not suit planes of `shape` (T, H, W)."""
+    if isinstance(self.size, str):
+      one_of(where, "size", self.size, SIZES)
+    patch, ratio = self.patch, self.mask_ratio
+    if len(patch) != 3 or not all(isinstance(side, int) and side > 0 for side in patch):
+      raise UserError(
+        f"{where}.patch is {patch}; expected three whole numbers above 0: planes, rows, columns"
+      )
+    if any(length % side for length, side in zip(shape, patch, strict=True)):
+      raise UserError(
+        f"{where}.patch is {patch}, which does not divide the input of "
+        f"{' x '.join(map(str, shape))} (planes, rows, columns); choose a patch that does, or other "
+        "planes"
+      )
+    tokens = math.prod(shape) // math.prod(patch)
+    if ratio and (not 0 < ratio < 1 or not 0 < round(tokens * ratio) < tokens):
+      raise UserError(
+        f"{where}.mask_ratio is {ratio} of {tokens} patches; expected 0, or a number below 1 that "
+        "hides at least one patch and leaves one"
+      )
+
+  @property
+  def numbers(self) -> dict:
+    """width, depth, heads, decoder."""
+    return SIZES[self.size] if isinstance(self.size, str) else self.size
+
   def setup(self):
-    self.patch_embed = vit.Dense(self.width, self.dtype)
-    for i in range(self.depth):
-      rate = self.drop_path * i / max(self.depth - 1, 1)
-      setattr(self, f"block{i}", vit.Block(self.heads, i, rate, self.dtype))
+    width, depth, heads = (self.numbers[name] for name in ("width", "depth", "heads"))
+    self.patch_embed = vit.Dense(width, self.dtype)
+    self.blocks = [
+      vit.Block(heads, i, self.drop_path * i / max(depth - 1, 1), self.dtype, name=f"block{i}")
+      for i in range(depth)
+    ]
     self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
-    if self.decoder:
-      self.mae_decoder = Decoder(
-        *self.decoder, int(np.prod(self.patch)), self.dtype, self.remat, self.scan, name="decoder"
+    if self.mask_ratio:
+      self.decoder = Decoder(
+        *self.numbers["decoder"], math.prod(self.patch), self.dtype, self.remat, self.scan
       )
 
   def grid(self, x):
@@ -133,39 +170,38 @@ class VideoViT(nn.Module):
     Returns: tokens [B, M, D] after the final norm.
     """
     patches = patchify(x, self.patch)
-    position = jnp.asarray(sincos_3d(*self.grid(x), self.width))[None]
+    position = jnp.asarray(sincos_3d(*self.grid(x), self.patch_embed.features))[None]
     if keep is not None:  # masking first: hidden patches need no embedding
       patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
       position = position[0][keep]
     tokens = self.patch_embed(patches)
     tokens += position.astype(tokens.dtype)
-    blocks = [getattr(self, f"block{i}") for i in range(self.depth)]
-    return self.norm(vit.through(blocks, tokens, keys, self.remat, self.scan))
+    return self.norm(vit.through(self.blocks, tokens, keys, self.remat, self.scan))
 
-  def __call__(self, x, rows, train, keys=None):
-    """x [B, T, H, W] -> features [B, D], at least float32. rows: unused; keys [B]: drop-path where
-    `train`."""
-    return at_least_float32(self.tokens(x, keys=keys if train else None)).mean(axis=1)
+  def __call__(self, x, rows=None, train=False, keys=None):
+    """x [B, T, H, W] -> tokens [B, N, D] and their mean [B, D], at least float32."""
+    tokens = at_least_float32(self.tokens(x, keys=keys if train else None))
+    return tokens, tokens.mean(axis=1)
 
   def feature_map(self, x):
     """[B, T, H, W] -> [B, T', H', W', D]: the tokens, where they lie."""
-    return at_least_float32(self.tokens(x)).reshape(len(x), *self.grid(x), self.width)
+    return at_least_float32(self.tokens(x)).reshape(len(x), *self.grid(x), -1)
 
   def centres(self, *shape):
     return tuple(
       (np.arange(length // side) + 0.5) * side - 0.5 for length, side in zip(shape, self.patch)
     )
 
-  def reconstruct(self, x, keys, ratio):
-    """Hides a share `ratio` of the patches by `keys` [B] and fills them in (He et al. 2022).
+  def reconstruct(self, x, keys):
+    """Hides the share `mask_ratio` of the patches by `keys` [B] and fills them in (He et al. 2022).
 
     Returns: patches, reconstruction [B, N, P] in the intensities of x; patch_mask [B, N], 1 =
     hidden.
     """
     patches = at_least_float32(patchify(x, self.patch))
-    keep, restore, mask = random_mask(keys, patches.shape[1], ratio)
+    keep, restore, mask = random_mask(keys, patches.shape[1], self.mask_ratio)
     return {
       "patches": patches,
-      "reconstruction": self.mae_decoder(self.tokens(x, keep), restore, self.grid(x)),
+      "reconstruction": self.decoder(self.tokens(x, keep), restore, self.grid(x)),
       "patch_mask": mask,
     }

@@ -1,0 +1,298 @@
+"""`ecg_vit`: a vision transformer over patches of one ECG lead, its pooling, and its
+masked-autoencoder decoder.
+
+Letters: B batch, L leads, T samples, N tokens, M visible ones, D width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmcl_jax.data import schema
+from mmcl_jax.errors import UserError
+from mmcl_jax.models import mae, vit
+from mmcl_jax.models.heads import Projection
+from mmcl_jax.models.kernels import at_least_float32
+from mmcl_jax.models.pooling import AttentionPool, FiLM, GatedFiLM
+from mmcl_jax.models.towers import one_of
+
+POOLS = ("mean", "attention", "cls")
+POSITIONS = ("sincos", "learned")
+SIMSIAM = 1024, 128  # hidden widths of projector and predictor in MMCL's and dual-phase's code
+
+
+class EcgViT(nn.Module):
+  """ViT over patches of one lead x `patch` samples, with a CLS token and 2-D positions (lead,
+  time).
+
+  Attributes:
+    size: a name of vit.SIZES, or dict(width, depth, heads, decoder).
+    samples: the length T that it is made for.
+    patch: samples of one lead.
+    mask_ratio: share of the patches that the masked autoencoder hides; 0: no decoder.
+    drop_path: of the last block, rising from 0 (stochastic depth).
+    pool, positions: of POOLS and POSITIONS.
+    head: width of timm's `head`, between the embedding and the projection; 0: none.
+    film: covariates modulate the tokens.
+    siamese: SimSiam's heads over two random masks.
+    head_norm: fc_norm once more before `head`, as in MMCL's fine-tuned encoders.
+    decoder: width, blocks, heads of the masked autoencoder's decoder; (): that of the size.
+    timm_start: weights and learned positions start from N(0, 0.02); else as in MAE.
+    film_after: FiLM after the blocks, with ReLU, as CardiacNets has it.
+    dropout: in training, as timm's drop_rate.
+    masked_view: in training, embed the patches that the mask left visible (FLIP): one pass less.
+  """
+
+  size: Any
+  samples: int
+  patch: int = 100
+  mask_ratio: float = 0.0
+  drop_path: float = 0.0
+  pool: str = "mean"
+  positions: str = "sincos"
+  head: int = 0
+  film: bool = False
+  siamese: bool = False
+  head_norm: bool = False
+  decoder: tuple = ()
+  timm_start: bool = False
+  film_after: bool = False
+  dropout: float = 0.0
+  masked_view: bool = False
+  dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scan: bool = False
+
+  def check(self, where: str, shape) -> None:
+    """Raises a UserError where the parameters do not suit an ECG of `shape` (L, T)."""
+    check_patches(where, self.size, self.patch, shape[1])
+    one_of(where, "pool", self.pool, POOLS)
+    one_of(where, "positions", self.positions, POSITIONS)
+    tokens = shape[0] * shape[1] // self.patch
+    hidden = round(tokens * self.mask_ratio)
+    if not 0 <= self.mask_ratio < 1 or (self.mask_ratio and not 0 < hidden < tokens):
+      raise UserError(
+        f"{where}.mask_ratio is {self.mask_ratio} of {tokens} patches; expected a number from 0 "
+        "(no decoder) to below 1 that hides at least one patch and leaves one"
+      )
+    if self.film_after and not self.film:
+      raise UserError(
+        f"{where}.film_after says where covariates modulate the tokens; it needs {where}.film=True"
+      )
+    if self.masked_view and not self.mask_ratio:
+      raise UserError(
+        f"{where}.masked_view embeds the patches that a mask leaves visible; it needs "
+        f"{where}.mask_ratio above 0"
+      )
+    if self.decoder:
+      fits = len(self.decoder) == 3 and not (
+        self.decoder[0] % 4 or self.decoder[0] % self.decoder[2]
+      )
+      if not (fits and self.mask_ratio):
+        raise UserError(
+          f"{where}.decoder is {self.decoder}; expected width (a multiple of 4 and of the heads), "
+          "blocks and heads of the masked autoencoder's decoder, or () for that of the size; it "
+          f"needs {where}.mask_ratio above 0"
+        )
+    if self.siamese and not self.mask_ratio:
+      raise UserError(
+        f"{where}.siamese compares two random masks; it needs {where}.mask_ratio above 0"
+      )
+
+  def setup(self):
+    size = vit.sized(self.size, self.decoder)
+    width, depth, heads = size["width"], size["depth"], size["heads"]
+    tokens = len(schema.LEADS) * self.samples // self.patch
+    normal = nn.initializers.normal
+    of_blocks, of_patches = {}, {}
+    if self.timm_start:
+      of_blocks = {"kernel_init": normal(0.02)}
+      of_patches = dict.fromkeys(("kernel_init", "bias_init"), vit.torch_uniform(self.patch))
+    self.patch_embed = vit.Dense(width, self.dtype, **of_patches)
+    cls_start = normal(1e-6 if self.timm_start else 0.02)
+    self.cls_token = self.param("cls_token", cls_start, (1, 1, width))
+    if self.positions == "learned":
+      table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
+
+      def as_table(*_):
+        return jnp.pad(table, ((1, 0), (0, 0)))[None]
+
+      start = normal(0.02) if self.timm_start else as_table
+      self.pos_embed = self.param("pos_embed", start, (1, 1 + tokens, width))
+    self.blocks = [
+      vit.Block(
+        heads,
+        i,
+        self.drop_path * i / max(depth - 1, 1),
+        self.dtype,
+        dropout=self.dropout,
+        name=f"block{i}",
+        **of_blocks,
+      )
+      for i in range(depth)
+    ]
+    self.norm = nn.LayerNorm(epsilon=1e-6)
+    if self.pool != "cls":
+      self.fc_norm = nn.LayerNorm(epsilon=1e-6)
+    if self.pool == "attention":
+      self.attention_pool = AttentionPool(heads, self.dtype, name="pool")
+    if self.film:
+      modulation = GatedFiLM if self.film_after else FiLM
+      self.modulate = modulation(self.dtype, name="film")
+    if self.head:
+      self.head_layer = nn.Dense(self.head, name="head")
+    if self.mask_ratio:
+      self.mae_decoder = mae.Decoder(
+        *size["decoder"], self.patch, self.dtype, self.remat, self.scan, name="decoder"
+      )
+    if self.siamese:
+      projector, predictor = SIMSIAM
+      self.projector = Projection(
+        projector, width, norm=True, last="plain", name="siamese_projector"
+      )
+      self.predictor = Projection(
+        predictor, width, norm=True, last="none", name="siamese_predictor"
+      )
+
+  def sincos(self, tokens, width):
+    return vit.sincos_2d(len(schema.LEADS), tokens // len(schema.LEADS), width)
+
+  def tokens(self, ecg, keep=None, keys=None, conditions=None):
+    """Args: ecg [B, L, T]; keep [B, M] patches to look at (None: all); keys [B] for dropout and
+    drop-path (None: evaluation); conditions [B, V] standardised covariates, where the config says
+    `film`.
+
+    Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
+    """
+    B, L, T = ecg.shape
+    N, width = L * T // self.patch, self.patch_embed.features
+    x = ecg.reshape(B, N, self.patch)
+    learned = self.positions == "learned"
+    if learned:
+      position = self.pos_embed[:, 1:]
+    else:
+      position = jnp.asarray(self.sincos(N, width), x.dtype)[None]
+    if keep is not None:  # masking first: hidden patches need no embedding
+      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
+      position = position[0][keep]
+    x = self.patch_embed(x)
+    x += position.astype(x.dtype)
+    cls = self.cls_token + self.pos_embed[:, :1] if learned else self.cls_token
+    x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, width)).astype(x.dtype), x], axis=1)
+    x = vit.dropout(x, keys, self.dropout, 0)
+    if self.film and not self.film_after:
+      x = self.modulate(x, conditions)
+    x = vit.through(self.blocks, x, keys, self.remat, self.scan)
+    return self.modulate(x, conditions) if self.film_after else x
+
+  def pooled(self, tokens):
+    """tokens [B, 1 + M, D] -> embedding [B, D], at least float32."""
+    tokens = at_least_float32(tokens)
+    if self.pool == "cls":
+      return self.norm(tokens)[:, 0]
+    patches = tokens[:, 1:]
+    if self.pool == "attention":
+      return self.fc_norm(self.attention_pool(patches))
+    return self.fc_norm(patches.mean(axis=1))
+
+  def locate(self, tokens):
+    """tokens [B, N, D] of patches -> [B, N, D]: the embedding that each would give if all tokens,
+    CLS too, were like it."""
+    alone = tokens.reshape(-1, 1, tokens.shape[-1])
+    return self.pooled(jnp.repeat(alone, 2, axis=1)).reshape(tokens.shape)
+
+  def features(self, embedding):
+    """What the projection head sees: the embedding, or timm's `head` of it."""
+    if self.head_norm:
+      embedding = self.fc_norm(embedding)
+    return self.head_layer(embedding) if self.head else embedding
+
+  def __call__(self, ecg, rows=None, train=False, keys=None, conditions=None):
+    """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]."""
+    return self.embed_visible({"visible": self.tokens(ecg, keys=keys, conditions=conditions)})
+
+  def embed_visible(self, seen):
+    """Tokens [B, M, D] and embedding [B, D] of the visible patches of a glimpse."""
+    tokens = seen["visible"]
+    return at_least_float32(tokens[:, 1:]), self.pooled(tokens)
+
+  def fill_in(self, ecg, keep, restore, conditions=None):
+    """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives
+    it."""
+    return self.decode(self.tokens(ecg, keep, conditions=conditions), restore)
+
+  def decode(self, visible, restore):
+    return self.mae_decoder(self.norm(visible), restore, len(schema.LEADS))
+
+  def glimpse(self, ecg, mask_keys, conditions=None, keys=None):
+    """Hides patches by mask_keys [B] and encodes the others, as the masked autoencoder does (He et
+    al. 2022).
+
+    With keys [B] drop-path is in it, and so in what the decoder gets.
+
+    Returns: visible tokens [B, 1 + M, D] before any final norm; restore and mask [B, N] of
+    mae.random_mask.
+    """
+    B, L, T = ecg.shape
+    keep, restore, mask = mae.random_mask(mask_keys, L * T // self.patch, self.mask_ratio)
+    return {"visible": self.tokens(ecg, keep, keys, conditions), "restore": restore, "mask": mask}
+
+  def reconstruct(self, ecg, mask_keys, conditions=None, rows=None, train=False, seen=None):
+    """Fills in what a glimpse at the ECG leaves hidden; `seen` is that glimpse where it was had
+    already.
+
+    Returns:
+      reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden); with `siamese` also
+      siamese.{projection, prediction} [2, B, E] of two random masks (SimSiam, Chen & He 2021), as
+        in MMCL's later code.
+    """
+    B, L, _ = ecg.shape
+    seen = seen or self.glimpse(ecg, mask_keys, conditions)
+    outputs = {
+      "reconstruction": self.decode(seen["visible"], seen["restore"]),
+      "patch_mask": seen["mask"].reshape(B, L, -1),
+    }
+    if self.siamese:
+      other_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(mask_keys)
+      other = self.glimpse(ecg, other_keys, conditions)
+      views = [self.norm(x["visible"])[:, 1:].mean(axis=1) for x in (seen, other)]
+      z = [self.projector(view, rows, train) for view in views]  # statistics: of a view
+      p = [self.predictor(x, rows, train) for x in z]
+      outputs["siamese"] = {"projection": jnp.stack(z), "prediction": jnp.stack(p)}
+    return outputs
+
+  def attention_map(self, qkv):
+    """[B, N]: what each patch gets of the attention that ends in the embedding, mean over heads.
+
+    Of the attention pool's query; else in the last block, of the CLS token where that is the
+    embedding, or of all patches alike where their mean is. What goes to the CLS token itself is
+    left out.
+
+    Args:
+      qkv: {layer: [B, 1 + N, 3 D]}, what the `qkv` of each layer gives.
+    """
+    size = vit.sized(self.size)
+    pool = self.pool == "attention"
+    layer = "pool" if pool else f"block{size['depth'] - 1}"
+    q, k = vit.queries_and_keys(qkv[layer], size["heads"])
+    if pool:
+      return vit.attention_weights(q.mean(axis=1, keepdims=True), k).mean(axis=(1, 2))
+    asking = q[:, :1] if self.pool == "cls" else q[:, 1:]
+    return vit.attention_weights(asking, k).mean(axis=(1, 2))[:, 1:]
+
+
+def check_patches(where: str, size, patch: int, samples: int) -> None:
+  """Raises a UserError for an unknown size, or a patch that does not divide the samples."""
+  if isinstance(size, str):
+    one_of(where, "size", size, vit.SIZES)
+  elif not {"width", "depth", "heads"} <= set(size) <= {"width", "depth", "heads", "decoder"}:
+    raise UserError(
+      f"{where}.size is {dict(size)}; expected one of {', '.join(vit.SIZES)}, or "
+      "dict(width, depth, heads, decoder)"
+    )
+  if not isinstance(patch, int) or patch < 1 or samples % patch:
+    raise UserError(
+      f"{where}.patch is {patch}, which does not divide config.data.samples = {samples}"
+    )
