@@ -4,9 +4,9 @@ memory stay flat?
     python benchmarks/prepare.py --subjects=1000 --frames=10 --out=study/prepare
 
 Takes about 12 minutes on 2 CPU cores and 3 GB of disk. Writes raw files of synthetic hearts as UK
-Biobank gives them (tests/raw_ukb.py; the first subjects each have a fault), makes cohorts of a
+Biobank gives them (tests/helpers/raw_ukb.py; the first subjects each have a fault), makes cohorts of a
 quarter, a half and all of the subjects, and holds every one against the truth with the checks of
-tests/test_raw_ukb.py. Then times each reader on one core. Run again, it goes on; ends with
+tests/process/test_raw_ukb.py. Then times each reader on one core. Run again, it goes on; ends with
 OUT/results.json and tables. Real samples beside the repository (../shared/realdata) are timed where
 they are there.
 """
@@ -24,7 +24,7 @@ import time
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # rates are per core
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests/helpers", "tests/process")]
 
 import nibabel
 import numpy as np

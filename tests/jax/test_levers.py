@@ -1,0 +1,558 @@
+"""What saves memory and time must not change the numbers: remat, scan, masked views, and the
+kernels of our own."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from common import python
+from mmcl_jax import configuration
+from mmcl_jax.errors import UserError
+from mmcl_jax.models import kernels, mae, pretrainer, resnet, vit
+from mmcl_jax.models.towers import ecg_vit, slow_resnet, video_vit
+
+# The tests' time is compilation, and neither numbers nor memory depend on how hard LLVM tries.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def difference(found, expected):
+  """Largest difference of two trees, relative to the largest expected value of the leaf."""
+
+  def of(x, y):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    assert x.shape == y.shape
+    return np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)
+
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  return max(map(of, jax.tree.leaves(found), jax.tree.leaves(expected)))
+
+
+def drawn(shapes, seed=0):
+  """Variables of these shapes, none of them 0 or 1, as fresh ones would be."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    if path[-1].key in ("var", "scale"):
+      return rng.uniform(0.5, 1.5, x.shape).astype(x.dtype)
+    return (
+      rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[:-1]) if path[-1].key == "kernel" else 4)
+    ).astype(x.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# ------------------------------------------------------------------------------------------------------
+# remat and scan
+
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+
+
+def tower(**levers):
+  """How an ECG tower of 6 + 4 blocks is initialised, and its loss as a function of variables, ecg
+  and keys."""
+  size = dict(width=32, depth=6, heads=2, decoder=(16, 4, 2))
+  model = ecg_vit.EcgViT(size, 40, patch=10, mask_ratio=0.5, drop_path=0.5, **levers)
+
+  def loss(variables, x, keys):
+    _, embedding = model.apply(variables, x, None, True, keys)
+    return (embedding**2).sum() + (
+      model.apply(variables, x, keys, method="reconstruct")["reconstruction"] ** 2
+    ).mean()
+
+  def init(key, x, keys):
+    return model.init(key, x, keys, method=lambda m, x, keys: (m(x), m.reconstruct(x, keys)))
+
+  return init, loss
+
+
+def kept(f, *args) -> int:
+  """Bytes that the forward pass keeps for the backward pass. What XLA's CPU compiler plans tells
+  nothing: it drops the barriers that hold a recomputation apart from the first one."""
+  pull = jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args)
+  return sum(
+    x.size * x.dtype.itemsize
+    for x in jax.tree.leaves(pull)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  )
+
+
+@functools.cache
+def measured(**levers):
+  """Loss and gradients, and the bytes that are kept between the passes."""
+  init, loss = tower(**levers)
+  x = np.random.default_rng(1).normal(size=(4, 12, 40)).astype(np.float32)
+  variables = drawn(jax.eval_shape(init, jax.random.key(0), x, KEYS))
+  keys = jax.random.split(jax.random.key(3), 4)
+  found = jax.device_get(jit(jax.value_and_grad(loss))(variables, x, keys))
+  return found, kept(lambda variables: loss(variables, x, keys), variables)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", vit.REMAT)
+def test_numbers_and_parameters_do_not_depend_on_remat_and_scan(remat, scan):
+  found, expected = measured(remat=remat, scan=scan)[0], measured(remat="none", scan=False)[0]
+  assert difference(found, expected) < 1e-5  # of each leaf's largest; measured 2e-6
+  assert "block5" in found[1]["params"] and "block3" in found[1]["params"]["decoder"]
+
+
+def test_remat_takes_less_memory_and_dots_lie_between():
+  none, dots, blocks = (
+    measured(remat=remat, scan=False)[1] for remat in ("none", "dots", "blocks")
+  )
+  assert blocks < 0.1 * none and 2 * blocks < dots < 0.5 * none, (none, dots, blocks)
+  assert measured(remat="blocks", scan=True)[1] < 0.2 * measured(remat="none", scan=True)[1]
+
+
+def test_scan_compiles_one_block_for_all():
+  """Eight blocks: one loop in the program, and the products of one block, where unrolled there are
+  eight times as many."""
+  model = video_vit.VideoViT(dict(width=16, depth=8, heads=2), (1, 2, 2))
+  params = jax.eval_shape(
+    lambda key: model.init(key, jnp.ones((2, 1, 4, 4)), None, False), jax.random.key(0)
+  )
+  texts = {}
+  for scan in (False, True):
+    model = video_vit.VideoViT(dict(width=16, depth=8, heads=2), (1, 2, 2), scan=scan)
+    apply = jax.jit(model.apply, static_argnums=3)
+    texts[scan] = apply.lower(params, jnp.ones((2, 1, 4, 4)), None, False).as_text()
+
+  def count(scan, op):
+    return texts[scan].count(f"stablehlo.{op}")
+
+  assert (count(False, "while"), count(True, "while")) == (0, 1)
+  assert (count(False, "dot_general"), count(True, "dot_general")) == (8 * 6 + 1, 6 + 1)
+  assert len(texts[True].splitlines()) < 0.5 * len(texts[False].splitlines())
+
+
+def test_scan_in_bfloat16_casts_what_the_blocks_cast():
+  (a, ga), (b, gb) = (
+    measured(remat="none", scan=scan, dtype=jnp.bfloat16)[0] for scan in (False, True)
+  )
+  assert abs(a - b) < 1e-2 * abs(a) and difference(gb, ga) < 0.1
+  norms = vit.compute_params(
+    vit.Block(2, dtype=jnp.bfloat16).bind(
+      {
+        "params": {
+          "norm1": {"scale": jnp.ones(4)},
+          "qkv": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)},
+        }
+      }
+    )
+  )
+  assert norms["norm1"]["scale"].dtype == jnp.float32
+  assert norms["qkv"]["kernel"].dtype == norms["qkv"]["bias"].dtype == jnp.bfloat16
+
+
+def test_video_tower_scans_and_forgets_alike():
+  x = np.random.default_rng(0).random((2, 2, 8, 8)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), 2)
+  models = [
+    video_vit.VideoViT(
+      dict(width=16, depth=3, heads=2, decoder=(16, 2, 2)), (1, 4, 4), 0.5, 0.5, **levers
+    )
+    for levers in ({}, dict(remat="blocks", scan=True))
+  ]
+
+  def init(model):
+    return jax.eval_shape(
+      lambda key: model.init(key, x, keys, method="reconstruct"), jax.random.key(1)
+    )
+
+  shapes = [init(model) for model in models]
+  assert shapes[0] == shapes[1]
+  variables = drawn(shapes[0])
+
+  def loss(variables, model):
+    _, features = model.apply(variables, x, None, True, keys)
+    return (features**2).sum() + (
+      model.apply(variables, x, keys, method="reconstruct")["reconstruction"] ** 2
+    ).mean()
+
+  first, second = (
+    jit(jax.value_and_grad(functools.partial(loss, model=model)))(variables) for model in models
+  )
+  assert difference(second, first) < 1e-5
+
+
+@functools.cache
+def resnet_measured(remat):
+  """Features, gradients, changed statistics of a slow ResNet of 5 blocks, and the bytes kept
+  between the passes."""
+  size = dict(stem=4, block=resnet.Bottleneck, widths=(4, 8), depths=(4, 1), spans=(3, 1))
+  model = slow_resnet.SlowResNet(size, remat=remat)
+  x, rows = (
+    np.random.default_rng(0).random((4, 3, 32, 32)).astype(np.float32),
+    np.array([1, 0, 1, 1], np.float32),
+  )
+  shapes = jax.eval_shape(lambda key: model.init(key, x, rows, False), jax.random.key(0))
+  variables = drawn(shapes)
+
+  def loss(params):
+    (_, y), changed = model.apply(
+      {**variables, "params": params}, x, rows, True, mutable=["batch_stats"]
+    )
+    return (rows[:, None] * y**2).sum(), (y, changed)
+
+  found = jax.device_get(jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
+  return found, kept(lambda params: loss(params)[0], variables["params"]), shapes
+
+
+@pytest.mark.parametrize("remat", vit.REMAT[1:])
+def test_resnet_remat_keeps_features_gradients_and_statistics(remat):
+  (found, some, shapes), (expected, whole, before) = resnet_measured(remat), resnet_measured("none")
+  assert shapes == before
+  assert difference(found, expected) < 1e-4
+
+  def statistics(result):
+    return result[0][1][1]["batch_stats"]
+
+  assert difference(statistics(found), statistics(expected)) < 1e-6
+  assert some < 0.5 * whole, (some, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# masked view
+
+
+TOWER = dict(fn="ecg_vit", view="ecg", size="test", patch=10)
+
+
+def pretrained(train=True, **changes):
+  """A model with one ECG tower, random variables, a batch and its keys."""
+  c = configuration.defaults(4, 6).model
+  c.projection.update(hidden=8, width=4)
+  c.towers.ecg = TOWER | {"mask_ratio": 0.5} | changes
+  model = pretrainer.build(c, 40)
+  rng = np.random.default_rng(0)
+  batch = {
+    "ecg": rng.normal(size=(4, 12, 40)).astype(np.float32),
+    "conditions": rng.normal(size=(4, 2)).astype(np.float32),
+    "cmr": {},
+    **{name: np.ones(4, np.float32) for name in ("mask", "has_ecg", "has_cmr")},
+  }
+  keys = jax.random.split(jax.random.key(0), 4)
+  return (
+    model,
+    drawn(jax.eval_shape(lambda key: model.init(key, batch, keys), jax.random.key(0))),
+    batch,
+    keys,
+  )
+
+
+@pytest.mark.parametrize(
+  "changes", [{}, dict(pool="cls", drop_path=0.4), dict(pool="attention", head=6, film=True)]
+)
+def test_masked_view_is_the_embedding_of_the_patches_that_the_decoder_gets(changes):
+  model, variables, batch, keys = pretrained(masked_view=True, **changes)
+
+  def by_hand(model, ecg):
+    mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    keep, restore, mask = mae.random_mask(mask_keys, 48, 0.5)
+    visible = model.ecg.tokens(ecg, keep, path_keys, batch["conditions"])
+    embedding = model.ecg.pooled(visible)
+    return {
+      "ecg_tokens": visible[:, 1:],
+      "ecg_embedding": embedding,
+      "reconstruction": model.ecg.decode(visible, restore),
+      "ecg_projection": model.head["ecg"](model.ecg.features(embedding)),
+      "patch_mask": mask.reshape(4, 12, 4),
+    }
+
+  def both(variables):
+    return (
+      model.apply(variables, batch, keys, True, mutable=["batch_stats"])[0],
+      model.apply(variables, batch["ecg"], method=by_hand),
+    )
+
+  found, expected = jit(both)(variables)
+  assert found["ecg_tokens"].shape == (4, 24, 16)
+  assert difference(found, expected) < 1e-6
+
+
+def test_masked_view_sees_everything_in_evaluation_and_hidden_patches_nowhere_in_training():
+  model, variables, batch, keys = pretrained(masked_view=True)
+  plain = pretrained()[0]
+  run = jit(
+    lambda batch: [
+      m.apply(variables, batch, keys, train) for train in (False, True) for m in (plain, model)
+    ]
+  )
+  all_of_it, too, unmasked, seen = run(batch)
+  jax.tree.map(np.testing.assert_array_equal, too, all_of_it)
+  assert difference(seen["reconstruction"], unmasked["reconstruction"]) < 1e-6
+  assert np.abs(unmasked["ecg_embedding"] - seen["ecg_embedding"]).max() > 1e-3
+  hidden = np.asarray(seen["patch_mask"]).repeat(10, axis=2) > 0
+  *_, changed = run(batch | {"ecg": np.where(hidden, np.float32(9), batch["ecg"])})
+  jax.tree.map(np.testing.assert_array_equal, changed, seen)
+
+
+@pytest.mark.parametrize(
+  "again, changes, passes",
+  [
+    (False, {}, (2, 1)),
+    (True, {}, (2, 1)),
+    (False, dict(siamese=True), (3, 2)),
+    (True, dict(siamese=True, film=True), (3, 2)),
+  ],
+)
+def test_masked_view_takes_one_pass_less_and_makes_the_same_outputs(
+  monkeypatch, again, changes, passes
+):
+  calls, real = [], ecg_vit.EcgViT.tokens
+  monkeypatch.setattr(
+    ecg_vit.EcgViT, "tokens", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+  )
+  made = []
+  for masked_view, expected in zip((False, True), passes):
+    model, variables, batch, keys = pretrained(masked_view=masked_view, **changes)
+    batch |= {"again": {"ecg": batch["ecg"], "cmr": {}}} if again else {}
+    calls.clear()
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    outputs, _ = jax.eval_shape(apply, variables, batch, keys)
+    assert len(calls) == expected
+    for found in (outputs, outputs.get("again", {})):
+      found.pop("ecg_tokens", None)
+    made.append(outputs)
+  assert made[0] == made[1]
+
+
+def test_second_augmentation_has_masks_of_its_own():
+  model, variables, batch, keys = pretrained(masked_view=True)
+  run = jit(lambda batch: model.apply(variables, batch, keys, True))
+  one, two = run(batch), run(batch | {"again": {"ecg": batch["ecg"], "cmr": {}}})
+  assert difference({name: two[name] for name in one}, one) < 1e-5
+  assert (np.abs(two["again"]["ecg_embedding"] - one["ecg_embedding"]).max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    (
+      lambda c: c.update(remat="all"),
+      "config.model.remat is 'all'; expected one of none, blocks, dots",
+    ),
+    (
+      lambda c: c.towers.ecg.update(masked_view=True),
+      "needs config.model.towers.ecg.mask_ratio above 0",
+    ),
+  ],
+)
+def test_mistakes_of_a_config_are_one_line(change, says):
+  c = configuration.defaults(8, 6).model
+  c.towers.ecg = TOWER
+  change(c)
+  with pytest.raises(UserError) as error:
+    pretrainer.build(c, 40)
+  assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_of_the_earlier_form_is_refused_in_one_line():
+  c = configuration.defaults(8, 6).model
+  del c.towers
+  c.ecg, c.cmr = dict(size="test", patch=10), {}
+  with pytest.raises(UserError, match="config.model has no towers; .* train again") as error:
+    pretrainer.build(c, 40)
+  assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------
+# kernels
+
+
+def plain_attention(q, k, v):
+  weights = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1]), axis=-1)
+  return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+ORDER = np.argsort(np.random.default_rng(5).random((3, 7)), axis=1)
+FORMS = {  # ours, the same written out, shapes of the arguments
+  "linear": (
+    kernels.linear,
+    lambda x, w, b: jnp.einsum("bni,io->bno", x, w) + b,
+    ((3, 5, 4), (4, 6), (6,)),
+  ),
+  "gelu": (kernels.gelu, lambda x: x * jax.scipy.stats.norm.cdf(x), ((3, 50),)),
+  "attention": (kernels.attention, plain_attention, ((2, 7, 3, 4),) * 3),
+  "own_attention": (kernels.own_attention, plain_attention, ((2, 7, 3, 4),) * 3),
+  "pooling": (kernels.attention, plain_attention, ((2, 1, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4))),
+  "convolve": (
+    lambda x, w: kernels.convolve(
+      x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ),
+    lambda x, w: sum(
+      jnp.einsum(
+        "bhwc,co->bhwo",
+        jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + 7 : 2, j : j + 6 : 2],
+        w[i, j],
+      )
+      for i in range(3)
+      for j in range(3)
+    ),
+    ((2, 7, 6, 3), (3, 3, 3, 4)),
+  ),
+  "permute": (
+    lambda x: kernels.permute(x, ORDER),
+    lambda x: jnp.stack([row[i] for row, i in zip(x, ORDER)]),
+    ((3, 7, 4),),
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  "dtype, bound", [("float32", 1e-6), ("float64", 1e-12), ("bfloat16", 5e-2)]
+)
+def test_kernels_and_their_gradients_are_the_functions_written_out(dtype, bound):
+  """In float64 at the numbers of the dtype. Under vmap and jax.checkpoint too, as each of them is
+  used."""
+  rng = np.random.default_rng(0)
+  args = {
+    name: [rng.normal(size=shape) for shape in shapes] for name, (_, _, shapes) in FORMS.items()
+  }
+
+  def of(f, args):
+    """f, and the gradients of a sum that weighs its values unequally."""
+
+    def loss(*args):
+      return (
+        (y := f(*args)).astype(jnp.float64) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)
+      ).sum()
+
+    return f(*args), *jax.grad(loss, argnums=tuple(range(len(args))))(*args)
+
+  def ours(args):
+    def again(x):
+      return jnp.stack([x, x])
+
+    found = {}
+    for name, x in args.items():
+      form = FORMS[name][0]
+      mapped = jax.vmap(lambda *x, form=form: of(form, x))(*map(again, x))
+      found[name] = (
+        of(form, x),
+        of(jax.checkpoint(form), x),
+        jax.tree.map(lambda x: x[1], mapped),
+      )
+    return found
+
+  with jax.enable_x64(True):
+    args = jax.tree.map(lambda x: jnp.asarray(x, dtype), args)
+    found = jit(ours)(args)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float64), args)
+    expected = jit(lambda args: {name: of(FORMS[name][1], x) for name, x in args.items()})(exact)
+  assert all(x.dtype == dtype for x in jax.tree.leaves(found))
+  far = {name: max(difference(one, expected[name]) for one in found[name]) for name in FORMS}
+  assert max(far.values()) < bound, far
+
+
+def test_gelu_is_exact_in_its_tails():
+  x = np.linspace(-6, 6, 4001, dtype=np.float32)
+  y, slope = jit(lambda x: (kernels.gelu(x), jax.grad(lambda x: kernels.gelu(x).sum())(x)))(x)
+  z = x.astype(np.float64)
+  assert np.abs(y - z * stats.norm.cdf(z)).max() < 1e-6
+  assert np.abs(slope - (stats.norm.cdf(z) + z * stats.norm.pdf(z))).max() < 1e-6
+
+
+def test_large_logits_do_not_overflow():
+  q = jnp.full((1, 4, 1, 4), 200.0)
+  value, grads = jit(jax.value_and_grad(lambda q: kernels.own_attention(q, q, q).sum()))(q)
+  assert value == 16 * 200.0 and np.isfinite(grads).all()
+
+
+def block_loss(params, x):
+  return (vit.Block(2).apply({"params": params}, x) ** 2).sum()
+
+
+def lowered(platform):
+  x = jnp.ones((2, 5, 16))
+  params = jax.eval_shape(lambda key: vit.Block(2).init(key, x), jax.random.key(0))["params"]
+  return (
+    jax.jit(jax.grad(block_loss)).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+  )
+
+
+def test_what_helps_a_cpu_alone_is_in_no_other_program(monkeypatch):
+  """Lowered here for each platform: the barrier, and the two gradients that our own attention has
+  as [B, H, D, N]."""
+
+  def products(text):
+    return [
+      line
+      for line in text.splitlines()
+      if "dot_general" in line and line.endswith("tensor<2x2x8x5xf32>")
+    ]
+
+  def marks(text):
+    return ("optimization_barrier" in text, len(products(text)) == 2)
+
+  assert marks(lowered("cpu")) == (True, True)
+  assert marks(lowered("tpu")) == marks(lowered("cuda")) == (False, False)
+  monkeypatch.setattr(kernels, "OWN", set())
+  assert marks(lowered("cpu")) == (False, False)
+
+
+@pytest.mark.parametrize("off", sorted(kernels.OWN))
+def test_every_kernel_of_our_own_can_be_taken_out(monkeypatch, off):
+  ours = FORMS[off][0]
+  args = [jnp.ones(shape) for shape in FORMS[off][2]]
+
+  # a new function: a new trace
+  def text():
+    return jax.jit(jax.grad(lambda args: ours(*args).sum())).lower(args).as_text()
+
+  before = text()
+  monkeypatch.setattr(kernels, "OWN", kernels.OWN - {off})
+  assert text() != before
+
+
+def test_gradient_of_a_permutation_is_no_scatter():
+  text = (
+    jax.jit(jax.grad(lambda x: (kernels.permute(x, ORDER) ** 2).sum()))
+    .lower(jnp.ones((3, 7, 4)))
+    .as_text()
+  )
+  assert "stablehlo.gather" in text and "stablehlo.scatter" not in text
+
+
+DEVICES = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mmcl_jax.models import kernels, vit
+
+rng, block = np.random.default_rng(0), vit.Block(2, dtype=jnp.float64)
+order = np.argsort(rng.random((16, 5)), axis=1)
+x = rng.normal(size=(16, 5, 8))
+params = jax.eval_shape(lambda key: block.init(key, x), jax.random.key(0))["params"]
+params = jax.tree.map(lambda s: rng.normal(size=s.shape), params)
+def loss(params, x, order):
+  return (kernels.permute(block.apply({"params": params}, x), order) ** 2).sum()
+options = {"xla_backend_optimization_level": 0}
+step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=options)
+found = {"one": jax.device_get(step(params, x, order))}
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+with jax.set_mesh(mesh):
+  rows = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
+  place = lambda w: jax.device_put(w, NamedSharding(mesh, P(*[None] * (w.ndim - 1), "model")))
+  found["split"] = jax.device_get(step(jax.tree.map(place, params), rows(x), rows(order)))
+  def each(params, x, order):  # the program of one device
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, x, order)
+    return jax.lax.psum(value, ("data", "model")), grads
+  both = P(("data", "model"))
+  found["shard_map"] = jax.device_get(jax.jit(jax.shard_map(each, in_specs=(P(), both, both), out_specs=(P(), (P(), both))),
+                                              compiler_options=options)(params, x, order))
+differ = lambda a, b: max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+print(json.dumps({name: differ(tree, found["one"]) for name, tree in found.items()}))
+"""
+
+
+def test_kernels_are_the_same_on_eight_devices():
+  """Parameters split over `model`, rows over `data`, by the partitioner; and one program a device
+  under shard_map."""
+  found = json.loads(python(DEVICES, devices=8).strip().splitlines()[-1])
+  assert set(found) == {"one", "split", "shard_map"} and max(found.values()) < 1e-12, found

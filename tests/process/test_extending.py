@@ -1,0 +1,76 @@
+"""The parts of docs/extending.md work as they stand there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from common import ROOT
+from extending import SECTIONS, blocks, write
+from mmcl_jax.data import cohort as cohort_room, schema, synthetic
+from mmcl_jax.data.preprocess import ecg as preprocess_ecg
+from mmcl_jax.training import metrics
+
+
+def run(heading: str, folder, *more: str, **instead: str) -> subprocess.CompletedProcess:
+  """Runs the command of a section in `folder`, with further flags and words in place of others."""
+  (command,) = blocks(heading, "bash")
+  for old, new in instead.items():
+    command = command.replace(old, new)
+  path, verb, *flags = re.match(r"PYTHONPATH=(\S+) mmcl (\w+) (.*)\n\Z", command).groups()
+  done = subprocess.run(
+    [sys.executable, "-m", f"mmcl_jax.{verb}", *shlex.split(*flags), *more],
+    cwd=folder,
+    env=os.environ | {"PYTHONPATH": f"{path}:{ROOT}"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_an_example_has_at_most_20_lines_of_code(heading):
+  """Imports, comments, docstrings and blank lines aside."""
+  for code in blocks(heading, "python"):
+    code = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
+    lines = [line.strip() for line in code.splitlines()]
+    kept = [line for line in lines if line and not re.match("#|import |from ", line)]
+    assert len(kept) <= 20, code
+
+
+def test_a_loss(tmp_path, cohort):
+  write("A loss", tmp_path)
+  flags = "--config.every.log=1", "--config.every.save=2", "--config.every.evaluate=2"
+  run("A loss", tmp_path, *flags, **{":demo": ":test,steps=2", "=cohort": f"={cohort.path}"})
+  log = metrics.read(tmp_path / "run/metrics.jsonl")
+  assert all(record["spread/smallest_sd"] > 0 for record in log if "spread/smallest_sd" in record)
+  assert all(0 <= record["spread"] < 1 for record in log if "spread" in record)
+  assert any("spread/smallest_sd" in record for record in log)
+  assert any("validation/spread" in record for record in log)
+
+
+def test_a_source(tmp_path):
+  write("A source", tmp_path)
+  (tmp_path / "npz").mkdir()
+  for i in range(30):
+    ecg = np.repeat(synthetic.subject(5, i)["ecg"], 2, axis=1)  # 1,000 Hz
+    if i == 4:
+      ecg[6] = 0.25
+    np.savez(tmp_path / f"npz/DEMO{i:04d}.npz", LVEF=50 + i, **dict(zip(schema.LEADS, ecg)))
+  (tmp_path / "cohort.private").mkdir()
+  # of 30 people a salt drawn anew leaves val empty once in 24 runs
+  (tmp_path / "cohort.private/salt").write_text("5" * 64)
+  done = run("A source", tmp_path, "--processes=2")
+  cohort = cohort_room.load(str(tmp_path / "cohort"))
+  found = {float(r["phenotypes"][0]): r for source in cohort.splits.values() for r in source}
+  assert sorted(found) == [50 + i for i in range(30) if i != 4]
+  wanted = preprocess_ecg.normalise(synthetic.subject(5, 7)["ecg"], "minimal")
+  ecg = found[57]["ecg"] * found[57]["ecg_scale"]
+  assert np.corrcoef(ecg.ravel(), wanted.ravel())[0, 1] > 0.99
+  quality = (tmp_path / "cohort/quality.json").read_text()
+  assert "flat lead V1" in quality and "DEMO" not in quality + done.stdout + done.stderr
