@@ -27,7 +27,7 @@ from pydicom.uid import (
 )
 from scipy import io as scipy_io
 
-from common import ROOT, python
+from common import ROOT
 from mmcl_jax.data import readers
 from mmcl_jax.data.readers import (
   array_ecg,
@@ -1452,13 +1452,6 @@ def test_links_lead_to_recordings(tmp_path, suffix, valid):
   np.testing.assert_array_equal(
     readers.read_ecg(found).ecg_mv, readers.read_ecg(valid[suffix][0]).ecg_mv
   )
-
-
-def test_import_loads_no_format():
-  code = """import sys
-from mmcl_jax.data import readers
-print(sorted({"wfdb", "pydicom", "defusedxml", "pandas", "scipy"} & set(sys.modules)))"""
-  assert python(code).strip() == "[]"
 
 
 def valid_files(folder):
