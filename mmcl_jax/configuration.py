@@ -82,7 +82,7 @@ def recipe(name: str, arg: str | None = None) -> ConfigDict:
     raise
   except Exception as error:  # of any kind: the file is the user's
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
     where = f"{path}, line {lines[-1]}" if lines else path
     raise UserError(f"{where}: {type(error).__name__}: {error}") from None
   if not isinstance(config, ConfigDict):

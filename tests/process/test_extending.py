@@ -11,6 +11,7 @@ import pytest
 
 from common import ROOT
 from extending import SECTIONS, blocks, write
+from mmcl_jax import configuration, objectives
 from mmcl_jax.data import cohort as cohort_room, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.training import metrics
@@ -52,6 +53,25 @@ def test_a_loss(tmp_path, cohort):
   assert all(0 <= record["spread"] < 1 for record in log if "spread" in record)
   assert any("spread/smallest_sd" in record for record in log)
   assert any("validation/spread" in record for record in log)
+
+
+def test_the_loss_in_the_readme(tmp_path, monkeypatch):
+  """Its modules are imported as a config imports them, and its values are NumPy's."""
+  text = (ROOT / "README.md").read_text()
+  for name, code in re.findall(r"`(my_\w+\.py)`.*?```python\n(.*?)```", text, re.DOTALL):
+    (tmp_path / name).write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  config = configuration.recipe(str(tmp_path / "my_recipe.py"), "test")
+  assert set(config.objectives) == set(configuration.recipe("joint", "test").objectives) | {
+    "spread"
+  }
+  (objective,) = (one for one in objectives.build(config.objectives) if one.name == "spread")
+  x = np.random.default_rng(0).normal(0, 0.5, (7, 5)).astype(np.float32)
+  mask = np.float32([1, 1, 1, 1, 1, 1, 0])
+  loss = objective.loss({"ecg_projection": x}, {"mask": mask})
+  expected = np.maximum(1 - np.sqrt(x.var(axis=0) + 1e-4), 0).mean()
+  np.testing.assert_allclose(loss.values, np.full(7, expected), rtol=1e-5)
+  np.testing.assert_array_equal(loss.weight, mask)
 
 
 def test_a_source(tmp_path):
