@@ -26,6 +26,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
+# training alone, without evaluations in between
+UNWATCHED = ("--config.evaluators.losses.every=0", "--config.evaluators.probes.every=0")
 
 
 def main():
@@ -82,7 +84,7 @@ def start(args) -> dict:
         sys.executable,
         "-m",
         "mmcl_jax.train",
-        *command(args, name, "--config.steps=1", "--config.evaluators=()"),
+        *command(args, name, "--config.steps=1", *UNWATCHED),
       ],
       check=True,
       env=env,
@@ -106,7 +108,7 @@ def checkpoint(args) -> dict:
   config, flags = configuration.from_flags(
     "run",
     "",
-    command(args, "checkpoint", f"--config.every.save={args.save}", "--config.evaluators=()"),
+    command(args, "checkpoint", f"--config.every.save={args.save}", *UNWATCHED),
     {"workdir": ""},
   )
   default, _ = configuration.from_flags(
@@ -171,10 +173,10 @@ def checkpoint(args) -> dict:
 
 
 def evaluation(args) -> dict:
-  import jax
   from mmcl_jax import evaluate, train
-  from mmcl_jax.data import cohort as cohort_room
+  from mmcl_jax.data import cohort as cohort_room, schema
   from mmcl_jax.evaluators import embeddings
+  from mmcl_jax.evaluators.context import Context
   from mmcl_jax.training import checkpoint as room, restore
 
   workdir, collect, timed = f"{args.out}/checkpoint", embeddings.collect, []
@@ -195,8 +197,9 @@ def evaluation(args) -> dict:
   whole = time.perf_counter() - begun
   run, cohort = restore.load_run(workdir), cohort_room.load(args.cohort)
   embeddings.collect = twice
-  with jax.set_mesh(run.mesh), contextlib.redirect_stdout(io.StringIO()):
-    evaluate.embed_splits(run, cohort, 64, ())
+  with contextlib.redirect_stdout(io.StringIO()):
+    for split in schema.SPLITS:
+      Context(run, cohort, "test", workdir, 64).features(split)
   rows = sum(n for n, _ in timed)
   return {
     "evaluate_s": round(whole, 1),

@@ -41,6 +41,6 @@ def get_config(arg=None):
   c.model.tokenizer = dict(size=size["tokenizer"], patch=size["patch"], channels=size["channels"])
   # SD of the scanner's noise, of the grey scale
   c.objectives.autoencoder = dict(fn="kl_autoencoder", weight=1.0, noise=0.05)
-  c.evaluators = ("losses",)  # there is no embedding to probe
+  c.evaluators.probes.every = 0  # there is no embedding to probe
   c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.01)
   return c

@@ -29,6 +29,6 @@ def get_config(arg=None):
   c.init_from = dict(segmenter="")  # workdir of weights to start from; "": fresh
   c.model.segmenter = dict(size=size["segmenter"])
   c.objectives.segmentation = dict(fn="segmentation", weight=1.0)
-  c.evaluators = ("losses",)  # there is no embedding to probe
+  c.evaluators.probes.every = 0  # there is no embedding to probe
   c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.01)
   return c

@@ -98,6 +98,6 @@ def get_config(arg=None):
     covariates=False,
   )  # beside the ECG, withheld as often
   c.objectives.flow = dict(fn="flow_matching", weight=1.0)
-  c.evaluators = ("losses",)
+  c.evaluators.probes.every = 0
   c.optimizer.update(learning_rate=size["learning_rate"], weight_decay=0.0, ema=size["ema"])
   return c

@@ -16,12 +16,17 @@ import numpy as np
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import figures, report, statistics
-from mmcl_jax.evaluators.phenotypes import FEWEST_TEST_ROWS
+from mmcl_jax.evaluators.base import Table, interval, number
+from mmcl_jax.evaluators.statistics import FEWEST_TEST_ROWS
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 
 DRAWS = 1000
 COVARIATES = "covariates"
+FIGURE_TITLES = {
+  "r2": "R2 of every phenotype, beside its baselines",
+  "auroc": "AUROC of every disease",
+}
 
 
 class Evaluation(NamedTuple):
@@ -141,33 +146,25 @@ def compare(runs: list[str], out: str) -> str:
     f"that stay away from 0 when {counts} are to be right at once. They are of these training runs: other seeds may "
     "differ by more."
   )
-  sections = [
-    (title, rows)
-    for title, rows in (
-      ("Phenotypes: test R2", side_by_side("phenotype", results["r2"])),
-      ("Phenotypes: difference of R2", changes("phenotype", results["differences"]["r2"])),
-      (
-        "Phenotypes: mean R2 (SD) over seeds",
-        seed_rows("phenotype", results["seeds"].get("r2", {})),
-      ),
-      ("Diseases: test AUROC", side_by_side("disease", results["auroc"])),
-      ("Diseases: difference of AUROC", changes("disease", results["differences"]["auroc"])),
-      (
-        "Diseases: mean AUROC (SD) over seeds",
-        seed_rows("disease", results["seeds"].get("auroc", {})),
-      ),
-      ("Retrieval of the CMR by its ECG, and back: R@10", retrieval_rows(results["retrieval"])),
-    )
-    if len(rows) > 1
-  ]
+  retrieved = retrieval_table(results["retrieval"])
+  tables = []
+  for what, name, kind, title in (
+    ("r2", "R2", "phenotype", "Phenotypes"),
+    ("auroc", "AUROC", "disease", "Diseases"),
+  ):
+    tables.append(side_by_side(f"{title}: test {name}", kind, results[what]))
+    tables.append(changes(f"{title}: difference of {name}", kind, results["differences"][what]))
+    seeds_title = f"{title}: mean {name} (SD) over seeds"
+    tables.append(seed_table(seeds_title, kind, results["seeds"].get(what, {})))
+  tables = [table for table in (*tables, retrieved) if table.rows]
   what, label = ("r2", "test R\u00b2") if phenotypes else ("auroc", "test AUROC")
   forest = {
     run: {name: {"mean": entry["value"], "ci": entry["ci"]} for name, entry in scores.items()}
     for run, scores in results[what].items()
   }
-  images = {}
+  image = None
   if names[what]:
-    images[what] = report.png(
+    image = report.png(
       figures.forest(
         forest,
         names[what],
@@ -183,12 +180,13 @@ def compare(runs: list[str], out: str) -> str:
   }
   with report.replaced(out) as folder:
     (folder / "results.json").write_text(report.as_json(results))
-    for name, image in images.items():
-      (folder / f"{name}.png").write_bytes(image)
-    (folder / "report.html").write_text(
-      report.page("Comparison", notes, facts, sections, images, {}), encoding="utf-8"
-    )
-  text = "\n\n".join(report.aligned(rows) for _, rows in sections)
+    images = []
+    if image:
+      (folder / f"{what}.png").write_bytes(image)
+      images.append((FIGURE_TITLES[what], image))
+    page = report.page("Comparison", notes, facts, tables, images, {})
+    (folder / "report.html").write_text(page, encoding="utf-8")
+  text = "\n\n".join(report.as_text(table) for table in tables)
   return "\n\n".join([text, *notes, f"{out}/report.html"])
 
 
@@ -400,62 +398,46 @@ def table(names: list[str], value: np.ndarray, draws: np.ndarray) -> dict:
   return {name: {"value": float(value[k]), "ci": ci[:, k].tolist()} for k, name in enumerate(names)}
 
 
-# Rows of text, headings first
+def side_by_side(title: str, kind: str, scores: dict) -> Table:
+  rows = []
+  for name in next(iter(scores.values()), {}):
+    row = [name]
+    for one in scores.values():
+      row.append(interval(one[name]["value"], one[name]["ci"]))
+    rows.append(row)
+  return Table(title, [kind, *scores], rows)
 
 
-def side_by_side(what: str, scores: dict) -> list[list[str]]:
-  names = list(next(iter(scores.values()), {}))
-  return [
-    [what, *scores],
-    *(
-      [name, *(report.interval(one[name]["value"], one[name]["ci"]) for one in scores.values())]
-      for name in names
-    ),
-  ]
-
-
-def changes(what: str, differences: dict) -> list[list[str]]:
-  rows = [[what, *differences]]
+def changes(title: str, kind: str, differences: dict) -> Table:
+  """Differences to the reference; * marks those that stand."""
+  rows = []
   for entries in zip(*differences.values()):
-    rows.append(
-      [
-        entries[0]["name"],
-        *(report.interval(one["value"], one["ci"]) + " *" * one["stands"] for one in entries),
-      ]
-    )
-  return rows
+    row = [entries[0]["name"]]
+    for one in entries:
+      mark = " *" if one["stands"] else ""
+      row.append(interval(one["value"], one["ci"]) + mark)
+    rows.append(row)
+  return Table(title, [kind, *differences], rows)
 
 
-def seed_rows(what: str, families: dict) -> list[list[str]]:
-  names = list(next(iter(families.values()), {}))
-  return [
-    [what, *families],
-    *(
-      [
-        name,
-        *(
-          f"{report.number(one[name]['mean'])} ({report.number(one[name]['sd'])})"
-          for one in families.values()
-        ),
-      ]
-      for name in names
-    ),
-  ]
+def seed_table(title: str, kind: str, families: dict) -> Table:
+  rows = []
+  for name in next(iter(families.values()), {}):
+    row = [name]
+    for one in families.values():
+      row.append(f"{number(one[name]['mean'])} ({number(one[name]['sd'])})")
+    rows.append(row)
+  return Table(title, [kind, *families], rows)
 
 
-def retrieval_rows(retrieval: dict) -> list[list[str]]:
-  return [
-    ["run", "ECG to CMR", "CMR to ECG", "chance", "candidates"],
-    *(
-      [
-        run,
-        *(report.number(ways[way]["r@10"]) for way in ("ecg_to_cmr", "cmr_to_ecg")),
-        report.number(ways["ecg_to_cmr"]["chance_r@10"]),
-        f"{ways['ecg_to_cmr']['n_candidates']:,}",
-      ]
-      for run, ways in retrieval.items()
-    ),
-  ]
+def retrieval_table(retrieval: dict) -> Table:
+  rows = []
+  for run, ways in retrieval.items():
+    there, back = ways["ecg_to_cmr"], ways["cmr_to_ecg"]
+    recalls = [number(there["r@10"]), number(back["r@10"]), number(there["chance_r@10"])]
+    rows.append([run, *recalls, f"{there['n_candidates']:,}"])
+  head = ["run", "ECG to CMR", "CMR to ECG", "chance", "candidates"]
+  return Table("Retrieval of the CMR by its ECG, and back: R@10", head, rows)
 
 
 if __name__ == "__main__":

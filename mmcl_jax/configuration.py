@@ -19,9 +19,20 @@ from mmcl_jax.support.paths import local
 from mmcl_jax.support.tree import flatten
 
 # What a later run in the same workdir may change: none of it alters the numbers beyond float
-# rounding. (every.evaluate does where training stops early, and may not change there.) Paths of
+# rounding. (Those of STOPPING do where training stops early, and may not change there.) Paths of
 # cohorts and earlier stages may, too: see `differences`.
-FREE = ("mesh", "sharding", "loader", "every", "keep", "per_device_batch", "bad_rows", "bad_steps")
+FREE = (
+  "mesh",
+  "sharding",
+  "loader",
+  "every",
+  "evaluators",
+  "keep",
+  "per_device_batch",
+  "bad_rows",
+  "bad_steps",
+)
+STOPPING = ("every.evaluate", "evaluators.losses.every")
 
 
 def parse_arg(arg: str | None, **known) -> ConfigDict:
@@ -219,7 +230,22 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.bad_rows = 0
   # steps in a row with a loss or gradient that is not finite that may be skipped before it stops
   c.bad_steps = 0
-  c.evaluators = ("losses", "phenotypes")  # on the validation split, every.evaluate steps
+  # name -> dict(fn, every, parameters of fn); all run in `mmcl evaluate`. every: steps between two
+  # evaluations on the validation split while training; -1: those of every.evaluate, 0: none
+  c.evaluators = dict(
+    losses=dict(fn="losses", every=-1),
+    probes=dict(fn="probes", every=-1),
+    phenotypes=dict(fn="phenotypes", every=0),
+    diseases=dict(fn="diseases", every=0),
+    low_data=dict(fn="low_data", every=0),
+    survival=dict(fn="survival", every=0),
+    retrieval=dict(fn="retrieval", every=0),
+    generation=dict(fn="generation", every=0),
+    localisation=dict(fn="localisation", every=0),
+    training_curves=dict(fn="training_curves", every=0),
+    reconstruction=dict(fn="reconstruction", every=0),
+    data=dict(fn="data", every=0),
+  )
   # evaluations in a row without a better c.stop_on after which training ends; 0: never
   c.stop_after = 0
   # a loss on validation, such as "validation/phenotypes"; the step where it is best is kept
@@ -375,7 +401,7 @@ def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
     f"{key} was {kept.get(key)!r}, now {now.get(key)!r}"
     for key in sorted(kept.keys() | now.keys())
     if not same(key, kept.get(key), now.get(key))
-    and (key.split(".")[0] not in FREE or (key == "every.evaluate" and kept.get("stop_after")))
+    and (key.split(".")[0] not in FREE or (key in STOPPING and kept.get("stop_after")))
     # a key that came with a later version, and is off, changes nothing
     and (key in kept or now[key])
   ]

@@ -28,7 +28,7 @@ from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.sources import synthetic
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.evaluators import phenotypes, quality, statistics
+from mmcl_jax.evaluators import quality, ridge, statistics
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 
@@ -363,8 +363,8 @@ def ceiling(cohort: Cohort) -> dict[str, float]:
     }
     for name in ("ecg_parameters", "phenotypes")
   )
-  probe = phenotypes.fit_probe(x["train"], y["train"], x["val"], y["val"])
-  scores = statistics.r2(y["test"], phenotypes.predict(probe, x["test"]))
+  probe = ridge.fit_probe(x["train"], y["train"], x["val"], y["val"])
+  scores = statistics.r2(y["test"], ridge.predict(probe, x["test"]))
   return dict(zip(cohort.info["phenotypes"], map(float, scores)))
 
 

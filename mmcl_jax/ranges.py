@@ -38,6 +38,9 @@ COUNT_OR_NONE = Range("a whole number of at least 0", 0, 2**31 - 1, whole=True)
 COUNT_OR_ALL = Range(
   "a whole number of at least 1, or -1 for all that are left", 1, 2**31 - 1, whole=True, also=-1
 )
+COUNT_NONE_OR_DEFAULT = Range(
+  "a whole number of at least 0, or -1 for config.every.evaluate", 0, 2**31 - 1, whole=True, also=-1
+)
 SEED = Range("a whole number from 0 to 4294967295", 0, 2**32 - 1, whole=True)
 POSITIVE = Range("a number above 0", TINY, LARGEST)
 NOT_NEGATIVE = Range("a number of at least 0", 0, LARGEST)
@@ -54,6 +57,7 @@ OF_CONFIG = (
   (r"seed", SEED),
   (r"batch|steps|accumulation|keep|data\.samples", COUNT),
   (r"every\.(log|evaluate|save)", COUNT),
+  (r"evaluators\.\w+\.every", COUNT_NONE_OR_DEFAULT),
   (r"every\.save_minutes", NOT_NEGATIVE),
   (r"per_device_batch|bad_rows|bad_steps|stop_after", COUNT_OR_NONE),
   (r"data\.mix\[\d+\]\[1\]", PROPER_PART),

@@ -18,10 +18,10 @@ import time
 import jax
 import numpy as np
 
-from mmcl_jax import configuration, objectives as objective_room, ranges
+from mmcl_jax import configuration, evaluators, objectives as objective_room, ranges
 from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError, writing
-from mmcl_jax.evaluators import online
+from mmcl_jax.evaluators.context import Context
 from mmcl_jax.models import pretrainer, towers
 from mmcl_jax.support import locks
 from mmcl_jax.support.tree import flatten
@@ -92,7 +92,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
   distributed.check_mesh(mesh)
   scales = targets(cohort, config)
   objectives = objective_room.build(config.objectives)
-  online.check(config)
+  watching = evaluators.in_training(config)
   stopping.check(config)
   model = pretrainer.build(
     config.model, config.data.samples, len(scales.names), len(scales.diseases)
@@ -166,11 +166,12 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
         **config.loader,
       )
 
-    evaluators = (
-      online.build(config, model, objectives, cohort, records(cohort, "val"), scales, mesh)
-      if config.evaluators
-      else []
-    )
+    about = {"cohort": cohort.fingerprint, "shapes": cohort.info["shapes"], **spacing}
+    # without a state, which each evaluation brings
+    run = restore.Run(config, model, mesh, start, None, scales, about)
+    context = Context(run, cohort, "val", workdir, config.batch)
+    if watching:
+      context.records["val"] = records(cohort, "val")
     if first_process:
       configuration.save(config, workdir)
       print(
@@ -246,13 +247,13 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       def due(every, step=step):
         return step > start and (step % every == 0 or step == config.steps)
 
-      if due(config.every.evaluate) or due(config.every.save) or asked:
+      due_now = [one for one in watching if due(one.every)]
+      if due_now or due(config.every.save) or asked:
         asked = max(asked, flush_pending())
         pending = None
-      if due(config.every.evaluate):
+      if due_now:
         scores = {}
-        for evaluate in evaluators:
-          found = dict(evaluate(state))
+        for found in evaluators.scores(due_now, context.at(step, state)):
           writer.write_scalars(step, found)
           if first_process:
             print(
@@ -262,7 +263,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
             )
           scores |= found
         # by the first host's number: hosts that differed by a rounding would part for good
-        if config.stop_after:
+        if config.stop_after and config.stop_on in scores:
           best = stopping.judged(
             best, step, float(distributed.gather(np.float32([scores[config.stop_on]]))[0][0])
           )
@@ -482,9 +483,11 @@ def check_cohorts(cohort, others, config):  # noqa: C901
   shares = [share for _, share in others]
   if sum(shares) >= 1:
     raise UserError(f"config.data.mix has the shares {shares}; expected less than 1 together")
-  if config.evaluators and not cohort.splits["val"]:
+  watching = evaluators.in_training(config)
+  if watching and not cohort.splits["val"]:
     raise UserError(
-      f"the cohort {cohort.path} has no val split; prepare it with one or set config.evaluators=()"
+      f"the cohort {cohort.path} has no val split; prepare it with one or set "
+      f"config.evaluators.NAME.every=0 for {', '.join(one.name for one in watching)}"
     )
   length = cohort.info["shapes"]["ecg"][1]
   if reads_ecg and not 0 < config.data.samples <= length:

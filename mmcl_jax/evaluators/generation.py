@@ -16,7 +16,9 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from mmcl_jax.data import pipeline, schema
-from mmcl_jax.evaluators import images, statistics
+from mmcl_jax.evaluators import figures, images, statistics
+from mmcl_jax.evaluators.base import Result, Table, interval, number
+from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.phenotypes import entry
 from mmcl_jax.models import pretrainer
 from mmcl_jax.training import inference, steps
@@ -29,7 +31,39 @@ POOL = 2
 STEPS = 12  # of the flow, or of each token's, two looks each
 SHOWN = 4  # test subjects of the figure, and draws of each
 PHENOTYPES = ("LVEDV", "LVESV", "LVEF", "LVM", "RVEDV", "RVESV", "RVEF")
+TITLES = {
+  "drawn": "drawn from the {given}",
+  "another_ecg": "drawn from another's {given}",
+  "without_ecg": "drawn without {given}",
+  "train": "all of train",
+  "covariates": "neighbours by covariates",
+  "ecg_neighbours": "neighbours by ECG embedding",
+  "mean_heart": "mean heart",
+  "rebuilt": "the real one, by the tokenizer",
+  "real": "the real one",
+}
 AGAINST = ("another_ecg", "without_ecg", "train", "covariates", "ecg_neighbours", "mean_heart")
+
+
+def generation(context: Context, draws: int = 1000, seed: int = 0) -> Result:
+  """Draws hearts for the first people of the split and judges them, of a run with a generator.
+
+  Args:
+    context: with the split that is scored.
+    draws, seed: of the bootstrap over test subjects.
+  """
+  run, cohort = context.run, context.cohort
+  if parts(run.config.model) != ["tokenizer", "segmenter", "generator"] or not context.cmr_fields:
+    return Result()
+  features = context.all_features()
+  if why := lacking(run, cohort, features):
+    context.say(f"no hearts are drawn: {why}")
+    return Result()
+  with jax.set_mesh(run.mesh):
+    results, shown = evaluate(run, cohort, features, draws=draws, seed=seed, split=context.split)
+  figure = figures.hearts(**shown, note=context.note)
+  figure.set_label("Generated, not measured: hearts drawn from an ECG, beside the real one")
+  return Result({"generation": results}, tables(results), {"hearts": figure})
 
 
 def parts(model) -> list[str]:
@@ -150,16 +184,24 @@ def complete(features: dict, cohort) -> np.ndarray:
 
 
 def evaluate(
-  run, cohort, features: dict, batch: int = 4, draws: int = 1000, seed: int = 0
+  run,
+  cohort,
+  features: dict,
+  batch: int = 4,
+  draws: int = 1000,
+  seed: int = 0,
+  split: str = "test",
 ) -> tuple[dict, dict]:
-  """Draws hearts for the first SUBJECTS of test that have ECG and CMR; what is `lacking` must be
+  """Draws hearts for the first SUBJECTS of `split` that have ECG and CMR; what is `lacking` must be
   asked before.
 
   Args:
     run: with generator, tokenizer and segmenter (training.restore.Run).
-    features: {split: {name: array}} of all splits, in their order (evaluators.embeddings.collect).
+    features: {split: {name: array}} of train and, as "test", of what is scored, in their order
+      (evaluators.embeddings.collect).
     batch: subjects at a time.
     draws, seed: of the bootstrap over test subjects.
+    split: of the cohort, what is scored.
 
   Returns:
     results: `images.WHAT.{psnr, ssim, dice_LV, ...}`, `phenotypes.WHAT.NAME.{r2, r2_ci, bias, sd,
@@ -191,7 +233,7 @@ def evaluate(
       also=("spacing", *also),
     )
 
-  hearts = pipeline.Rows(cohort.splits["test"], test["row"])
+  hearts = pipeline.Rows(cohort.splits[split], test["row"])
   found = over(make_draws(run, shape, SAMPLES), "draw hearts", hearts)
   blind = (
     over(make_draws(run, shape, POOL, guidance=0.0), "without their ECG", hearts)
@@ -436,3 +478,66 @@ def memorisation(drawn: np.ndarray, real: np.ndarray, train: np.ndarray) -> dict
     "nearest_real": float(np.median(of_real)),
     "closer": float((of_drawn < np.quantile(of_real, 0.01)).mean()),
   }
+
+
+def tables(results: dict) -> list[Table]:
+  counts, hearts = results["counts"], f"Hearts drawn from the {results['given']}"
+  measured = (
+    f"{hearts}: what they measure ({counts['draws']} of each of {counts['subjects']} test subjects)"
+  )
+  return [
+    phenotype_table(results, measured),
+    picture_table(results, f"{hearts}: images, and labels by the segmenter"),
+    spread_table(results, f"{hearts}: spread, and copies"),
+  ]
+
+
+def shown_as(results: dict, what: str) -> str:
+  return TITLES[what].format(given=results["given"])
+
+
+def phenotype_table(results: dict, title: str) -> Table:
+  """Of each phenotype and each thing to show for an ECG: CRPS (lower is better), R2 of the mean,
+  bias."""
+  rows = []
+  for name in PHENOTYPES:
+    for what, scores in results["phenotypes"].items():
+      score, minus = scores[name], results["differences"].get(what, {}).get(name, {})
+      rows.append(
+        [
+          name,
+          shown_as(results, what),
+          interval(score["crps"], score["crps_ci"]),
+          interval(minus.get("value"), minus.get("ci")),
+          interval(score["r2"], score["r2_ci"]),
+          number(score["bias"]),
+        ]
+      )
+  head = ["phenotype", "shown", "CRPS", "draws minus this", "R2 of the mean", "bias"]
+  return Table(title, head, rows)
+
+
+def picture_table(results: dict, title: str) -> Table:
+  columns = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "dice_LV": "Dice LV",
+    "dice_MYO": "Dice MYO",
+    "dice_RV": "Dice RV",
+  }
+  rows = []
+  for what, scores in results["images"].items():
+    rows.append([shown_as(results, what), *(number(scores.get(name)) for name in columns)])
+  return Table(title, ["shown", *columns.values()], rows)
+
+
+def spread_table(results: dict, title: str) -> Table:
+  rows = [["share of them that lack a chamber", number(results["unmeasured"]["drawn"])]]
+  for name, x in results["diversity"].items():
+    rows.append([f"SD of {name} over that of all hearts", number(x)])
+  copied = results["memorisation"]
+  if copied:
+    rows.append(["distance to the nearest training heart", number(copied["nearest_drawn"])])
+    rows.append(["the same of real test hearts", number(copied["nearest_real"])])
+    rows.append(["share nearer than 99 % of these", number(copied["closer"])])
+  return Table(title, ["draws of one subject", ""], rows)

@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 from mmcl_jax.data import pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.evaluators import statistics
+from mmcl_jax.evaluators import drawings, statistics
+from mmcl_jax.evaluators.base import Result, Table, interval, number
+from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.retrieval import TIE
 from mmcl_jax.models import pretrainer
 from mmcl_jax.models import towers as tower_lib
@@ -42,8 +44,37 @@ SHOWN = 2  # of them drawn
 STEPS = 64  # of the integral from zeros to the input
 
 
+def localisation(context: Context, draws: int = 1000, seed: int = 0) -> Result:
+  """Scores and explains the split of a run with ECG and CMR towers on a cohort with both.
+
+  Args:
+    context: with the split that is scored.
+    draws, seed: of the bootstrap over subjects.
+  """
+  if why := context.why_unpaired():
+    context.say(f"no localisation: {why}")
+    return Result()
+  with jax.set_mesh(context.run.mesh):
+    results, examples = evaluate(
+      context.run,
+      context.untrained(),
+      context.cohort,
+      context.batch,
+      draws,
+      seed,
+      context.split,
+    )
+  if not results:
+    return Result()
+  drawn = drawings.relevance(examples, context.note)
+  for name, figure in drawn.items():
+    _, kind, i = name.split("_")
+    figure.set_label(f"Localisation in the {kind.upper()}, recording {i}")
+  return Result({"localisation": results}, tables(results), drawn)
+
+
 def evaluate(
-  run, untrained, cohort, batch: int, draws: int = 1000, seed: int = 0
+  run, untrained, cohort, batch: int, draws: int = 1000, seed: int = 0, split: str = "test"
 ) -> tuple[dict, list[dict]]:
   """Scores the image maps of the test split and explains its first recordings; of a run with an ECG
   tower and CMR towers.
@@ -55,21 +86,22 @@ def evaluate(
     cohort: with the fields that the towers look at; scored where it has `labels`.
     batch: rows at a time.
     draws, seed: of the bootstrap over subjects.
+    split: what is scored and explained.
 
   Returns:
     results: cosine as `score` gives it and completeness as `explain` does.
     examples: what `drawings.relevance` draws, one a recording.
-    Both are empty, with a line that says so, where no recording of test has both ECG and CMR.
+    Both are empty, with a line that says so, where no recording of it has both ECG and CMR.
   """
   for name, spec in tower_lib.cmr(run.model.config).items():
     if not hasattr(tower_lib.build(spec), "feature_map"):
       if jax.process_index() == 0:
         print(f"no localisation: the tower {name} ({spec.fn}) has no feature map")
       return {}, []
-  source = paired(cohort.splits["test"], MOST)
+  source = paired(cohort.splits[split], MOST)
   if not len(source):
     if jax.process_index() == 0:
-      print(f"no localisation: no test recording of {cohort.path} has both an ECG and a CMR")
+      print(f"no localisation: no {split} recording of {cohort.path} has both an ECG and a CMR")
     return {}, []
   maps = jax.jit(make_maps(run))
 
@@ -84,7 +116,7 @@ def evaluate(
     batch=batch,
     fields=pretrainer.fields(run.config.model),
     also=("subject",),
-    title="localise test",
+    title=f"localise {split}",
   )
   results, first = {}, pipeline.Rows(source, list(range(min(SHOWN, len(source)))))
   if "labels" in cohort.info["shapes"]:
@@ -487,3 +519,48 @@ def make_slopes(run):
     return near, slope
 
   return slopes
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def tables(results: dict) -> list[Table]:
+  """Where the image maps point, where the cohort has labels; and whether gradients add up."""
+  found = []
+  if results.get("cosine"):
+    found.append(inside_table(results["cosine"]))
+  if "completeness" in results:
+    found.append(completeness_table(results["completeness"]))
+  return found
+
+
+def inside_table(cosine: dict) -> Table:
+  columns = {
+    "value": "share",
+    "another_ecg": "another ECG",
+    "untrained": "untrained, one draw",
+    "minus_another_ecg": "minus another ECG",
+    "minus_untrained": "minus untrained",
+  }
+  rows = []
+  for place, structures in cosine.items():
+    for structure, score in structures.items():
+      row = [place, structure, f"{score['n']:,}"]
+      for name in columns:
+        row.append(interval(score[name], score["ci" if name == "value" else f"{name}_ci"]))
+      rows.append([*row, number(score["chance"])])
+  title = "Localisation: share of the tenth of the pixels nearest to the ECG that lies inside"
+  head = ["tower / phase", "inside", "n", *columns.values(), "by chance"]
+  return Table(title, head, rows)
+
+
+def completeness_table(completeness: dict) -> Table:
+  """Of each recording shown: what the cosine gains over an input of zeros, and what integrated
+  gradients account for."""
+  rows = []
+  for name, found in completeness.items():
+    for i, (gain, total) in enumerate(zip(found["gain"], found["sum"]), 1):
+      rows.append([name, str(i), f"{gain:.4f}", f"{total:.4f}"])
+  head = ["input", "recording", "gain of the cosine", "sum of the gradients"]
+  return Table("Integrated gradients: do they add up?", head, rows)

@@ -7,10 +7,40 @@ validation split, and test is the same for all.
 
 import numpy as np
 
-from mmcl_jax.evaluators import diseases, phenotypes, statistics
+from mmcl_jax.evaluators import diseases, figures, phenotypes, ridge, statistics
+from mmcl_jax.evaluators.base import Result
+from mmcl_jax.evaluators.context import Context
 
 SHARES, SEEDS = (0.01, 0.1), 5
 MODELS = ("embedding", "random_encoder", "covariates")
+
+
+def low_data(context: Context) -> Result:
+  """Scores against the number of labelled training subjects, of phenotypes and diseases that all of
+  them allow to score."""
+  measured, _, _ = phenotypes.scored(context)
+  ill, _, _ = diseases.scored(context)
+  columns = []
+  for c, score in enumerate(ill["embedding"].values()):
+    if "auroc" in score:
+      columns.append(c)
+  names = list(context.cohort.info["phenotypes"])
+  members = {}
+  for group, found in measured["group_members"].items():
+    members[group] = [names.index(name) for name in found]
+  whole = {}
+  for model, groups in measured["groups"].items():
+    if model in MODELS:
+      whole[model] = [score["value"] for score in groups.values()]
+      if columns:
+        scores = list(ill[model].values())
+        whole[model].append(np.mean([scores[c]["auroc"] for c in columns]))
+  curves = evaluate(context.all_features(), members, columns, whole)
+  drawn = {}
+  if curves["embedding"]:  # nothing is scored where test has too few labels
+    drawn["low_data"] = figures.low_data(curves, context.note)
+    drawn["low_data"].set_label("Few labels: probes fitted on a part of the training subjects")
+  return Result({"low_data": curves}, figures=drawn)
 
 
 def evaluate(
@@ -20,7 +50,7 @@ def evaluate(
   with labels.
 
   Args:
-    features: {split: {name: array}}, see phenotypes.inputs.
+    features: {split: {name: array}}, see ridge.inputs.
     groups: name -> columns of `phenotypes`.
     scored: columns of `diseases`, whose mean is called `diseases (AUROC)`.
     whole: {MODEL: `scores` of the probes of all training rows}, which are fitted anyway.
@@ -37,7 +67,7 @@ def evaluate(
   )
   _, row_subject = np.unique(train["subject"], axis=0, return_inverse=True)
   row_subject, people = row_subject.ravel(), np.unique(row_subject.ravel()[labelled])
-  models = {name: x for name, x in phenotypes.inputs(features).items() if name in MODELS}
+  models = {name: x for name, x in ridge.inputs(features).items() if name in MODELS}
   found = {
     model: {group: [] for group in (*groups, *(["diseases (AUROC)"] if scored else []))}
     for model in models
@@ -74,10 +104,8 @@ def scores(
   """Mean R2 of every group, then mean AUROC, of probes fitted on the training rows `rows`
   (bool)."""
   train, val, test = (features[split] for split in ("train", "val", "test"))
-  probe = phenotypes.fit_probe(
-    x["train"][rows], train["phenotypes"][rows], x["val"], val["phenotypes"]
-  )
-  r2 = statistics.r2(test["phenotypes"].astype(np.float64), phenotypes.predict(probe, x["test"]))
+  probe = ridge.fit_probe(x["train"][rows], train["phenotypes"][rows], x["val"], val["phenotypes"])
+  r2 = statistics.r2(test["phenotypes"].astype(np.float64), ridge.predict(probe, x["test"]))
   r2 = np.where(np.isnan(probe["intercept"]), 0.0, r2)
   found = [r2[columns].mean() for columns in groups.values()]
   if scored:

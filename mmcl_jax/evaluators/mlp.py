@@ -14,7 +14,7 @@ import optax
 from scipy.special import expit
 from tqdm import tqdm
 
-from mmcl_jax.evaluators.phenotypes import standardisation
+from mmcl_jax.evaluators.ridge import standardisation
 
 ROWS = 4096  # predicted at a time
 BATCH, RATE, WEIGHT_DECAY, EPOCHS, PATIENCE = 256, 1e-3, 1e-2, 100, 5

@@ -16,7 +16,8 @@ from mmcl_jax import configuration
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import one_line
-from mmcl_jax.evaluators import report
+from mmcl_jax.evaluators import data, diseases, phenotypes, readouts, report, retrieval
+from mmcl_jax.evaluators.base import Table, number
 from mmcl_jax.models import pretrainer, vit
 from mmcl_jax.models import towers as tower_lib
 
@@ -265,35 +266,34 @@ def source_of(results):
 def data_tables(results):
   """The data card of an evaluation: records, labels and cases by split; what was read, and what
   left out."""
-  sections = report.data_sections(results.get("data", {}), results["counts"])
-  return "".join(
-    f"\n\n{title.removeprefix('Data: ').capitalize()}:\n\n{table(rows)}" for title, rows in sections
-  )
+  parts = []
+  for one in data.tables(results.get("data", {}), results["counts"]):
+    title = one.title.removeprefix("Data: ").capitalize()
+    parts.append(f"\n\n{title}:\n\n{table(one)}")
+  return "".join(parts)
 
 
 def scores(results):
   if not results:
     return "No metrics were measured."
-  sections = []
+  found = []
   if results["phenotypes"]:
-    errors = ["MAE", *(report.number(score["mae"]) for score in results["phenotypes"].values())]
-    sections.append(
-      (
-        "Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit",
-        [[*row, error] for row, error in zip(report.headline(results), errors)],
-      )
-    )
-  if diseases := {
-    model: found
-    for model, found in results.get("diseases", {}).items()
-    if found and model not in report.READOUTS
-  }:
-    sections.append(
-      ("Diseases on test (few cases: counted, not scored)", report.disease_rows(diseases))
-    )
+    one = phenotypes.headline(results)
+    rows = []
+    for row, score in zip(one.rows, results["phenotypes"].values()):
+      rows.append([*row, number(score["mae"])])
+    title = "Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit"
+    found.append(Table(title, [*one.head, "MAE"], rows))
+  scored = {}
+  for model, one in results.get("diseases", {}).items():
+    if one and model not in readouts.TITLES:
+      scored[model] = one
+  if scored:
+    title = "Diseases on test (few cases: counted, not scored)"
+    found.append(diseases.table(scored)._replace(title=title))
   if results.get("retrieval"):
-    sections.append(("Retrieval over the test split", report.retrieval_rows(results["retrieval"])))
-  tables = [f"{title}:\n\n{table(rows)}" for title, rows in sections]
+    found.append(retrieval.table(results["retrieval"]))
+  tables = [f"{one.title}:\n\n{table(one)}" for one in found]
   return (
     "\n\n".join([*tables[:1], *gains(results.get("differences", {})), *tables[1:]])
     or "Nothing was scored."
@@ -352,12 +352,13 @@ def prose(text: str) -> str:
   return re.sub(r"(?m)^(\d*)([#>+=.)-]+)(?=\s|$)", r"\1\\\2", text)
 
 
-def table(rows: list[list[str]]) -> str:
-  """Rows of text, headings first, as a Markdown table; the first column flush left."""
-  head, *body = [[escaped(cell) for cell in row] for row in rows]
-  return "\n".join(
-    f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body)
-  )
+def table(one: Table) -> str:
+  """A table in Markdown; the first column flush left."""
+  lines = []
+  for row in (one.head, *one.rows):
+    lines.append(f"| {' | '.join(escaped(cell) for cell in row)} |")
+  lines.insert(1, f"| {' | '.join(['---', *['---:'] * (len(one.head) - 1)])} |")
+  return "\n".join(lines)
 
 
 def escaped(text: str) -> str:

@@ -4,15 +4,20 @@ validation, scored on test.
 Letters: N rows, D features, K phenotypes, G strengths, R bootstrap draws.
 """
 
+import csv
+import io
 import re
 
 import numpy as np
 
-from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import statistics
+from mmcl_jax.evaluators import figures, readouts, statistics
+from mmcl_jax.evaluators.base import Result, Table, interval, number
+from mmcl_jax.evaluators.context import Context
+from mmcl_jax.evaluators.report import as_cell
+from mmcl_jax.evaluators.ridge import fit_probe, inputs, predict
+from mmcl_jax.evaluators.statistics import FEWEST_TEST_ROWS
 
-STRENGTHS = np.logspace(-2, 6, 17)
-FEWEST_TEST_ROWS = 10
+BASELINES = {"random_encoder": "random", "covariates": "covariates", "with_covariates": "emb + cov"}
 # of UK Biobank's category 157 (data/ukb_fields.py): name -> start of its phenotypes' names
 GROUPS = {
   "left ventricle": "LV",
@@ -31,6 +36,56 @@ DIFFERENCES = (
 )
 
 
+def phenotypes(context: Context, draws: int = 1000, seed: int = 0) -> Result:
+  """R2 and further scores of every phenotype, from the embedding, baselines and read-outs.
+
+  Args:
+    context: features of train, val and the scored split.
+    draws, seed: of the bootstrap over test subjects.
+
+  Returns:
+    metrics and predictions as `evaluate` gives them; the probe of the embedding, which `mmcl embed`
+    and `mmcl export` apply, as probes.npz; results.csv, one line per model and phenotype.
+  """
+  results, predictions, probe = scored(context, draws, seed)
+  drawn = {}
+  if results["phenotypes"]:
+    y, predicted = predictions["y_true"], predictions["embedding"]
+    shown = results | {"encoder": context.reads}
+    drawn["r2"] = figures.r2_bars(shown, context.note)
+    drawn["r2"].set_label("R2 of every phenotype, beside its baselines")
+    drawn["predicted_against_true"] = figures.predicted_against_true(
+      y, predicted, results["phenotypes"], context.note
+    )
+    drawn["predicted_against_true"].set_label("Predicted against measured")
+    drawn["bland_altman"] = figures.bland_altman(y, predicted, results["phenotypes"], context.note)
+    drawn["bland_altman"].set_label(
+      "Bland-Altman: difference against mean, with bias and 95 % limits of agreement"
+    )
+  # for whoever reads the intervals of `mmcl embed` alone
+  probe = probe | {"note": context.seen_people.get("note", "")}
+  return Result(
+    results,
+    tables(results, context.reads),
+    drawn,
+    predictions,
+    {"probes": probe},
+    {"results.csv": as_csv(results)},
+  )
+
+
+def scored(context: Context, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
+  """`evaluate` on the features of `context`, once for all evaluators that ask for it."""
+
+  def make():
+    features, known = context.all_features(), context.cohort.info["phenotypes"]
+    measured, _ = readouts.of(context)
+    context.say(f"fitting probes, drawing {draws:,} bootstrap samples")
+    return evaluate(features, list(known), list(known.values()), measured, draws, seed)
+
+  return context.once(("phenotypes", draws, seed), make)
+
+
 def evaluate(
   features: dict,
   names: list,
@@ -42,7 +97,7 @@ def evaluate(
   """Probes of every phenotype from every input, scored on the test split.
 
   Args:
-    features: {split: {name: array}} of 'train', 'val', 'test'; see `inputs`.
+    features: {split: {name: array}} of 'train', 'val', 'test'; see `ridge.inputs`.
     names, units: K each, of the columns of `phenotypes`.
     others: {READOUT: predictions [N, K] of test, in units}, of read-outs that were fitted
     elsewhere.
@@ -55,7 +110,7 @@ def evaluate(
         `share_of_ceiling.NAME`, as results.json has them; a score that cannot be told is NaN.
     predictions: on test, in the units of the phenotypes: `subject`, `y_true` [N, K], and one [N, K]
       per model.
-    probe: of the ECG embedding alone, as `fit_probe` returns it, with `names`, `units` and
+    probe: of the ECG embedding alone, as `ridge.fit_probe` returns it, with `names`, `units` and
       `half_width` [K], that of a 95 % prediction interval; `coverage95` of results is its share of
         test rows.
   """
@@ -155,120 +210,6 @@ def share_of_ceiling(y, embedding, ceiling, weights, names) -> dict:
   }
 
 
-def inputs(features: dict) -> dict:
-  """What each probe sees, {model: {split: float64 [N, D]}}: the ECG embedding, and the baselines it
-  has to beat.
-
-  `random_encoder` is there where `random_embedding` is; `covariates` and `with_covariates` where
-  there are covariates; `ceiling`, the generator's own ECG parameters, where the cohort is synthetic
-  and knows them.
-  """
-  models = {"embedding": {s: f["embedding"] for s, f in features.items()}}
-  if "random_embedding" in features["train"]:
-    models["random_encoder"] = {s: f["random_embedding"] for s, f in features.items()}
-  if "ecg_parameters" in features["train"]:
-    models["ceiling"] = {s: f["ecg_parameters"] for s, f in features.items()}
-  for model, splits in models.items():
-    for split, x in splits.items():
-      bad = int((~np.isfinite(x)).any(axis=1).sum())
-      if bad:
-        raise UserError(
-          f"{model}: {bad} of {len(x)} rows of the {split} split are not finite; a probe needs finite "
-          "features. Evaluate an earlier checkpoint, or look for bad recordings in the cohort."
-        )
-  if features["train"].get("covariates", np.empty((0, 0))).shape[1]:
-    models["covariates"] = fill_missing({s: f["covariates"] for s, f in features.items()})
-    models["with_covariates"] = {
-      s: np.concatenate([models["embedding"][s], models["covariates"][s]], axis=1) for s in features
-    }
-  return {
-    model: {s: np.asarray(x, np.float64) for s, x in splits.items()}
-    for model, splits in models.items()
-  }
-
-
-def fill_missing(covariates: dict) -> dict:
-  """{split: [N, V], NaN unknown} -> the training mean for NaN, and a 0/1 column per covariate that
-  train misses."""
-  train = covariates["train"]
-  missing = np.isnan(train)
-  mean = np.where(missing, 0.0, train).sum(axis=0) / np.maximum((~missing).sum(axis=0), 1)
-  flagged = missing.any(axis=0)
-  return {
-    split: np.concatenate([np.where(np.isnan(x), mean, x), np.isnan(x)[:, flagged]], axis=1)
-    for split, x in covariates.items()
-  }
-
-
-def fit_probe(
-  train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray
-) -> dict:
-  """Ridge regression of each phenotype on the rows that have it: min |y - Zw - b|^2 + strength |w|^2, Z standardised.
-
-  The strength is the one of least squared error on validation. Ties go to the strongest, so that a
-  phenotype with no validation labels is predicted by (nearly) its mean rather than by an untested
-  fit.
-
-  Args:
-    train_x, val_x: [N, D], finite.
-    train_y, val_y: [N, K], NaN = not measured.
-
-  Returns:
-    coef [D, K] and intercept [K] on the features as they come (NaN intercept where train has no
-    label at all), strength [K], and at_edge bool [K]: the strength is an end of STRENGTHS, so a
-      better one may lie outside.
-  """
-  mean, scale = standardisation(train_x)
-  train_z, val_z = (train_x - mean) / scale, (val_x - mean) / scale
-  known = np.isfinite(train_y)
-  coef, intercept = (
-    np.zeros((train_x.shape[1], train_y.shape[1])),
-    np.full(train_y.shape[1], np.nan),
-  )
-  strength = np.zeros(train_y.shape[1])
-  for pattern in np.unique(known, axis=1).T:
-    columns = np.flatnonzero((known == pattern[:, None]).all(axis=0))
-    if not pattern.any():
-      strength[columns] = STRENGTHS[-1]
-      continue
-    # One eigendecomposition gives every strength of every phenotype that these rows have:
-    # w = V (S + strength)^-1 V' Z'y with Z'Z = V S V', Z and y centred, which leaves the intercept
-    # unpenalised.
-    z, y = train_z[pattern], train_y[pattern][:, columns].astype(np.float64)
-    z_mean, y_mean = z.mean(axis=0), y.mean(axis=0)
-    z = z - z_mean
-    eigenvalues, vectors = np.linalg.eigh(z.T @ z)
-    projected = vectors.T @ (z.T @ (y - y_mean))
-    shrink = 1 / (np.maximum(eigenvalues, 0.0)[:, None] + STRENGTHS)  # [D, G]
-    val_projected = (val_z - z_mean) @ vectors
-    for k, column in enumerate(columns):
-      # [N, G]
-      error = val_projected @ (projected[:, k, None] * shrink) + y_mean[k] - val_y[:, column, None]
-      best = len(STRENGTHS) - 1 - np.argmin(np.nansum(error**2, axis=0)[::-1])
-      w = vectors @ (projected[:, k] * shrink[:, best])
-      coef[:, column] = w / scale
-      intercept[column] = y_mean[k] - z_mean @ w - mean @ coef[:, column]
-      strength[column] = STRENGTHS[best]
-  return {
-    "coef": coef,
-    "intercept": intercept,
-    "strength": strength,
-    "at_edge": np.isin(strength, STRENGTHS[[0, -1]]),
-  }
-
-
-def predict(probe: dict, x: np.ndarray) -> np.ndarray:
-  """Phenotypes [N, K], in their units, of features [N, D]."""
-  return x @ probe["coef"] + probe["intercept"]
-
-
-def standardisation(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and standard deviation [D] of x [N, D]; 1 for a feature that varies by no more than
-  float32 rounding."""
-  mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-  return mean, np.where(scale > 1e-6 * np.abs(mean), scale, 1.0)
-
-
 def _scores(y, prediction, r2, drawn, probe, names, units):
   """{NAME: its scores} of one model on test, R2 [K] and its draws [R, K] given; of a ridge also
   strength and coverage."""
@@ -307,3 +248,90 @@ def _scores(y, prediction, r2, drawn, probe, names, units):
         "strength_at_edge": bool(probe["at_edge"][k]),
       }
   return found
+
+
+def tables(results: dict, encoder: str = "ECG") -> list[Table]:
+  """Those that there is something for: scores beside the baselines, groups, other read-outs."""
+  found = []
+  if results.get("phenotypes"):
+    found.append(headline(results, encoder))
+  if results.get("group_members"):
+    found.append(group_table(results))
+  if results.get("readouts") and results.get("phenotypes"):
+    found.append(readout_table(results, encoder))
+  return found
+
+
+def headline(results: dict, encoder: str = "ECG") -> Table:
+  """Of each phenotype: unit, R2 with its interval, baselines and ceiling where known."""
+  baselines = {}
+  for model in BASELINES:
+    if model in results.get("baselines", {}):
+      baselines[model] = results["baselines"][model]
+  ceiling = results.get("ceiling", {})
+  own = results.get("readouts", {}).get("own_head", {})
+  head = ["phenotype", "unit", "R2 [95 % CI]"]
+  if own:
+    head.append("own head")
+  head += [BASELINES[model] for model in baselines]
+  if ceiling:
+    head.append("ceiling")
+  rows = []
+  for name, score in results.get("phenotypes", {}).items():
+    row = [name, score["units"], interval(score["r2"], score["r2_ci"])]
+    if own:
+      row.append(interval(own[name]["r2"], own[name]["r2_ci"]))
+    row += [number(scores[name]["r2"]) for scores in baselines.values()]
+    if ceiling:
+      row.append(number(ceiling.get(name)))
+    rows.append(row)
+  return Table(f"Phenotypes from the {encoder}", head, rows)
+
+
+def group_table(results: dict) -> Table:
+  """Mean R2 of every group of phenotypes from every model, the ceiling last."""
+  models = [model for model in results["groups"] if model != "ceiling"]
+  if "ceiling" in results["groups"]:
+    models.append("ceiling")
+  titles = BASELINES | readouts.TITLES
+  head = ["group", "phenotypes", *(titles.get(model, model) for model in models)]
+  rows = []
+  for group, members in results["group_members"].items():
+    row = [group, str(len(members))]
+    for model in models:
+      score = results["groups"][model][group]
+      row.append(interval(score["value"], score["ci"]))
+    rows.append(row)
+  return Table("Mean R2 of groups of phenotypes", head, rows)
+
+
+def readout_table(results: dict, encoder: str = "ECG") -> Table:
+  """R2 and Pearson's correlation of every read-out, beside the linear probe's R2."""
+  head = ["phenotype", "linear"]
+  for name in results["readouts"]:
+    title = readouts.TITLES.get(name, name)
+    head += [title, f"{title}, r"]
+  rows = []
+  for name, score in results["phenotypes"].items():
+    row = [name, number(score["r2"])]
+    for scores in results["readouts"].values():
+      row.append(interval(scores[name]["r2"], scores[name]["r2_ci"]))
+      row.append(number(scores[name]["pearson"]))
+    rows.append(row)
+  title = f"Other read-outs of the {encoder} (R2; r: Pearson's correlation)"
+  return Table(title, head, rows)
+
+
+def as_csv(results: dict) -> str:
+  """One line per model and phenotype; empty cells for what is not known."""
+  models = {"embedding": results["phenotypes"], **results["baselines"], **results["readouts"]}
+  file = io.StringIO(newline="")
+  rows = csv.writer(file)
+  rows.writerow(["model", "phenotype", "r2", "lo", "hi", "pearson", "mae", "n", "units"])
+  for model, scores in models.items():
+    for name, score in scores.items():
+      values = []
+      for value in (score["r2"], *score["r2_ci"], score["pearson"], score["mae"]):
+        values.append(value if np.isfinite(value) else None)
+      rows.writerow([model, as_cell(name), *values, score["n"], as_cell(score["units"])])
+  return file.getvalue()

@@ -10,7 +10,27 @@ projections
 
 import numpy as np
 
-from mmcl_jax.evaluators import mlp, neighbours, phenotypes, retrieval
+from mmcl_jax.evaluators import mlp, neighbours, retrieval, ridge
+from mmcl_jax.evaluators.context import Context
+
+TITLES = {
+  "own_head": "own head",
+  "knn": "k-NN",
+  "mlp": "MLP",
+  "cmr_neighbours": "CMR neighbours (zero-shot)",
+}
+
+
+def of(context: Context) -> tuple[dict, dict]:
+  """`predict` on the features of `context`, once for all evaluators that score read-outs."""
+
+  def make():
+    info = context.cohort.info
+    return predict(
+      context.all_features(), context.run.scales, list(info["phenotypes"]), list(info["diseases"])
+    )
+
+  return context.once("readouts", make)
 
 
 def predict(features: dict, scales, names: list[str], diseases: list[str]) -> tuple[dict, dict]:
@@ -28,7 +48,7 @@ def predict(features: dict, scales, names: list[str], diseases: list[str]) -> tu
   """
   train, val, test = (features[split] for split in ("train", "val", "test"))
   x = {split: found["embedding"].astype(np.float64) for split, found in features.items()}
-  mean, scale = phenotypes.standardisation(x["train"])
+  mean, scale = ridge.standardisation(x["train"])
   near = [retrieval.unit((x[split] - mean) / scale) for split in ("train", "val", "test")]
   found = {}
   for kind, wanted, learned in (

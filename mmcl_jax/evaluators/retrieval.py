@@ -6,12 +6,38 @@ Letters: N rows (recordings with both an ECG and a CMR), P phases, E projection 
 
 import numpy as np
 
+from mmcl_jax.evaluators import figures
+from mmcl_jax.evaluators.base import Result, Table
+from mmcl_jax.evaluators.context import Context
+
 DEPTHS = (1, 5, 10)
 TIE = 1e-6  # cosines nearer than this are equal: it covers the rounding of float32 products
 BLOCK_SCORES = 2**22  # scores held at a time
 
 
-def retrieval(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[dict, dict]:
+def retrieval(context: Context) -> Result:
+  """Retrieval over the scored split, of a run with ECG and CMR towers on a cohort with both."""
+  if why := context.why_unpaired():
+    context.say(f"no retrieval: {why}")
+    return Result()
+  features = context.features(context.split)
+  pairs = features["has_cmr"] > 0
+  if not pairs.any():  # an ECG and a CMR, not only the one here, the other there
+    return Result()
+  results, found = evaluate(
+    features["ecg_projection"][pairs], features["cmr_projection"][pairs], features["subject"][pairs]
+  )
+  figure = figures.retrieval_ranks(found, context.note)
+  figure.set_label("Retrieval: share answered within the first k")
+  one = results["ecg_to_cmr"]
+  context.say(
+    f"retrieval of the CMR by its ECG: R@10 {one['r@10']:.3f} (chance {one['chance_r@10']:.3f}, "
+    f"{one['n_candidates']} candidates)"
+  )
+  return Result({"retrieval": results}, [table(results, context.split)], {"retrieval": figure})
+
+
+def evaluate(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[dict, dict]:
   """Retrieval over the whole split, in both directions.
 
   Args:
@@ -72,3 +98,17 @@ def _ranks(queries, gallery, person):
     best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
     found[rows] = 1 + (~own & ~(scores < best - TIE)).sum(axis=1)
   return found
+
+
+def table(results: dict, split: str = "test") -> Table:
+  """Recall, median rank and chance of both directions."""
+  columns = list(next(iter(results.values())))
+  rows = []
+  for direction, scores in results.items():
+    row = [direction.replace("_", " ")]
+    for column in columns:
+      value = scores[column]
+      row.append(f"{value:,.3g}" if isinstance(value, float) else f"{value:,}")
+    rows.append(row)
+  head = ["direction", *(column.replace("_", " ") for column in columns)]
+  return Table(f"Retrieval over the {split} split", head, rows)

@@ -10,6 +10,8 @@ serves all scores, so comparisons are paired.
 
 import numpy as np
 
+# of a phenotype in test, below which it is not scored
+FEWEST_TEST_ROWS = 10
 BLOCK_PAIRS = 2**24  # pairs of people held at a time
 
 

@@ -12,12 +12,36 @@ import numpy as np
 from sklearn.decomposition import PCA
 
 from mmcl_jax.evaluators import statistics
-from mmcl_jax.evaluators.phenotypes import inputs, standardisation
+from mmcl_jax.evaluators.base import Result, Table, interval, number
+from mmcl_jax.evaluators.context import Context
+from mmcl_jax.evaluators.ridge import inputs, standardisation
 
 COMPONENTS = 64
 STRENGTHS = np.logspace(4, -1, 6)  # of the ridge penalty, strongest first
 FEWEST_EVENTS = 30  # in train and in test, below which nothing is fitted or scored
 MODELS = ("embedding", "random_encoder", "covariates", "with_covariates")
+
+
+def survival(context: Context, draws: int = 1000, seed: int = 0) -> Result:
+  """C-index of every disease, of a cohort that has dates and where scikit-survival is installed.
+
+  Args:
+    context: features of train, val and the scored split.
+    draws, seed: of the bootstrap over test subjects.
+  """
+  if "event_years" not in context.cohort.info["shapes"]:
+    return Result()
+  if not installed():
+    context.say(
+      "no incident risk: the cohort has dates, but scikit-survival is not installed; pip install "
+      "'mmcl-jax[survival]'"
+    )
+    return Result()
+  names = context.cohort.info["diseases"]
+  results, predictions = evaluate(context.all_features(), names, draws, seed)
+  tables = [table(results, context.reads)] if any(results.values()) else []
+  named = {f"survival_{name}": x for name, x in predictions.items() if name != "subject"}
+  return Result({"survival": results}, tables, predictions=named)
 
 
 def installed() -> bool:
@@ -46,7 +70,7 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
   """A Cox model of every disease from every input of MODELS that is there, scored on test.
 
   Args:
-    features: {split: {name: array}}, see phenotypes.inputs; and event_years [N, C], followed_years
+    features: {split: {name: array}}, see ridge.inputs; and event_years [N, C], followed_years
       [N] (data/schema.py).
     names: C, of the columns of `diseases`.
 
@@ -130,3 +154,17 @@ def fit(train: tuple, val: tuple, test: np.ndarray) -> tuple[np.ndarray, float]:
     if np.nan_to_num(score, nan=-1.0) > best[0]:
       best = (np.nan_to_num(score, nan=-1.0), model, strength)
   return best[1].predict(test), float(best[2])
+
+
+def table(results: dict, encoder: str = "ECG") -> Table:
+  """Of each disease: counts, and the C-index of every model."""
+  head = ["disease", "events", "n", "median years"]
+  head += [f"C-index {model.replace('_', ' ')}" for model in results]
+  rows = []
+  for name, counts in next(iter(results.values())).items():
+    row = [name, f"{counts['events']:,}", f"{counts['n']:,}", number(counts["median_years"])]
+    for scores in results.values():
+      row.append(interval(scores[name].get("c_index"), scores[name].get("c_index_ci")))
+    rows.append(row)
+  title = f"Incident disease from the {encoder} (few events: counted, not scored)"
+  return Table(title, head, rows)

@@ -37,8 +37,12 @@ def check(config) -> None:
       f"config.stop_on is {config.stop_on!r}; expected a loss on validation, of which lower is better: "
       f"{', '.join(known)}"
     )
-  if config.stop_after and "losses" not in config.evaluators:
+  watching = []
+  for entry in config.evaluators.values():
+    if entry.get("every", -1) != 0:
+      watching.append(str(entry.get("fn")))
+  if config.stop_after and "losses" not in watching:
     raise UserError(
-      f"config.stop_on is {config.stop_on}, which 'losses' in config.evaluators computes; it has "
-      f"{', '.join(config.evaluators) or 'nothing'}"
+      f"config.stop_on is {config.stop_on}, which the evaluator 'losses' computes while training; "
+      f"config.evaluators has {', '.join(watching) or 'nothing'} with an `every` that is not 0"
     )

@@ -33,7 +33,7 @@ def tiny_config(cohort_path):
   c = configuration.recipe(str(ROOT / "configs/joint.py"), "test")
   c.data.cohort, c.data.samples = cohort_path, 500
   c.every.log, c.every.save, c.every.evaluate = 1, 3, 6
-  c.evaluators = ("losses",)
+  c.evaluators.probes.every = 0
   return c
 
 
@@ -47,7 +47,7 @@ def tiny_flags(cohort_path, workdir):
     "--config.every.log=1",
     "--config.every.save=3",
     "--config.every.evaluate=6",
-    "--config.evaluators=('losses',)",
+    "--config.evaluators.probes.every=0",
   ]
 
 

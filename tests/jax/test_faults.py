@@ -240,7 +240,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_the_limit_and_name_their_su
   # rows of steps 2, 3 and 5
   config.objectives = dict(mine=dict(fn="breaking:breaks", weight=1.0, at=(9, 17, 34)))
   config.every.save, config.every.evaluate, config.bad_steps = 1, 100, 1
-  config.evaluators = ()
+  config.evaluators = {}
   order = [
     row
     for batch, _ in zip(pipeline.train_batches(cohort.splits["train"], seed=0, batch=8), range(6))

@@ -19,7 +19,7 @@ def first(cohort, tmp_path_factory):
   """A stage that trains both CMR towers."""
   workdir = tmp_path_factory.mktemp("first") / "w"
   config = tiny_config(cohort.path)
-  config.steps, config.evaluators = 3, ()
+  config.steps, config.evaluators = 3, {}
   train.train(config, str(workdir))
   return str(workdir)
 

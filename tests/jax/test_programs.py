@@ -32,7 +32,7 @@ from mmcl_jax import (
 from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import diseases, survival
+from mmcl_jax.evaluators import data, diseases, scored, setup, survival
 from mmcl_jax.training import backend, metrics, people
 
 REAL = ROOT.parent / "shared/realdata/ecg/cinc2021_wfdb"
@@ -162,28 +162,28 @@ def test_the_own_cohort_is_found_where_the_config_has_it_or_where_it_lay(
   cohort, tmp_path, monkeypatch
 ):
   manifest = {"cohort": cohort.fingerprint, "cohort_path": cohort.path}
-  monkeypatch.setattr(evaluate.checkpoint, "manifest", lambda workdir, step: manifest)
+  monkeypatch.setattr(setup.checkpoint, "manifest", lambda workdir, step: manifest)
   monkeypatch.chdir(tmp_path)
   config = tiny_config("c/")
   pathlib.Path("w").mkdir()
   configuration.save(config, "w")
-  assert evaluate.own_cohort("w", 3).path == cohort.path
+  assert setup.own_cohort("w", 3).path == cohort.path
   shutil.copytree(cohort.path, "c")
-  assert evaluate.own_cohort("w", 3).path == "c/"
+  assert setup.own_cohort("w", 3).path == "c/"
   description = pathlib.Path("c/cohort.json")
   description.write_text(
     json.dumps(json.loads(description.read_text()) | {"fingerprint": "another"})
   )
-  assert evaluate.own_cohort("w", 3).path == cohort.path
+  assert setup.own_cohort("w", 3).path == cohort.path
   manifest["cohort_path"] = "/gone"
   with pytest.raises(UserError, match="^c/ is no longer the cohort .* --cohort=DIR"):
-    evaluate.own_cohort("w", 3)
+    setup.own_cohort("w", 3)
   shutil.rmtree("c")
   with pytest.raises(UserError, match="^no cohort at 'c/' or '/gone', .* --cohort=DIR"):
-    evaluate.own_cohort("w", 3)
+    setup.own_cohort("w", 3)
   manifest["cohort"] = ""
   with pytest.raises(UserError, match="come from elsewhere .* --cohort=DIR"):
-    evaluate.own_cohort("w", 3)
+    setup.own_cohort("w", 3)
 
 
 @pytest.mark.reported(
@@ -197,14 +197,14 @@ def test_evaluations_on_cohorts_of_one_name_lie_side_by_side(tmp_path, own, step
   run = types.SimpleNamespace(step=6, manifest={"cohort": own})
   for _ in range(2):  # a second time each is where it was
     for (fingerprint, folder), step in zip((("f", "/a/c"), ("g", "/b/c/"), ("h", "/d/c")), steps):
-      found = evaluate.place(
+      found = scored.place(
         tmp_path, run, types.SimpleNamespace(path=folder, fingerprint=fingerprint)
       )
       assert found == tmp_path / step
       found.mkdir(exist_ok=True)
       (found / "results.json").write_text(json.dumps({"cohort_fingerprint": fingerprint}))
   (found / "results.json").write_text("damaged")
-  assert evaluate.place(tmp_path, run, types.SimpleNamespace(path="/d/c", fingerprint="h")) == found
+  assert scored.place(tmp_path, run, types.SimpleNamespace(path="/d/c", fingerprint="h")) == found
 
 
 def dated(item, seed=8):
@@ -323,7 +323,6 @@ def ptb_run(ptb, tmp_path_factory):
         f"--config={ROOT}/configs/supervised.py:test,task=diseases",
         f"--workdir={out}",
         f"--config.data.cohort={ptb.path}",
-        "--config.evaluators=('losses','phenotypes')",
       ]
     )
     evaluate.main([f"--workdir={out}", f"--out={out}-report"])
@@ -415,7 +414,7 @@ def test_an_evaluation_of_another_run_is_refused(ptb_run, workdir, tmp_path):
 
 def test_a_cohort_without_any_label_is_refused_before_the_work(workdir, ptb, monkeypatch):
   monkeypatch.setattr(
-    evaluate.cohort_room, "load", lambda path: ptb._replace(info=ptb.info | {"diseases": []})
+    setup.cohort_room, "load", lambda path: ptb._replace(info=ptb.info | {"diseases": []})
   )
   with pytest.raises(
     UserError, match="has no phenotypes and no diseases; evaluation fits on train"
@@ -435,7 +434,7 @@ def no_work(monkeypatch):
     raise Reached
 
   for place in (
-    "mmcl_jax.evaluate.embed_splits",
+    "mmcl_jax.evaluators.context.Context.features",
     "mmcl_jax.export.lower",
     "mmcl_jax.training.restore.load_encoder",
     "mmcl_jax.generate.load_generator",
@@ -505,19 +504,19 @@ def test_where_all_can_be_written_the_work_begins(workdir, no_work, tmp_path):
 )
 def test_what_lies_beside_a_cohort_may_be_damaged(cohort, tmp_path, capsys, text):
   (tmp_path / "quality.json").write_bytes(text)
-  assert evaluate.prepared(cohort._replace(path=str(tmp_path))) == {"steps": {}, "rejected": {}}
+  assert data.prepared(cohort._replace(path=str(tmp_path))) == {"steps": {}, "rejected": {}}
   assert "quality.json cannot be read" in capsys.readouterr().out
-  assert evaluate.prepared(cohort)["steps"]["kept"] == SUBJECTS and not capsys.readouterr().out
+  assert data.prepared(cohort)["steps"]["kept"] == SUBJECTS and not capsys.readouterr().out
 
 
 def test_lines_that_are_damaged_cost_themselves_alone(cohort, tmp_path, capsys):
   (tmp_path / "evaluation").mkdir()
-  scored, curves = tmp_path / "evaluation/scored.jsonl", tmp_path / "metrics.jsonl"
-  evaluate.count_scoring(tmp_path, 6, cohort)
-  scored.write_bytes(scored.read_bytes() + b'\xff\n[3]\n{"cohort_fingerprint": "another"}\n')
-  evaluate.count_scoring(tmp_path, 6, cohort)
+  log, curves = tmp_path / "evaluation/scored.jsonl", tmp_path / "metrics.jsonl"
+  scored.count_scoring(tmp_path, 6, cohort)
+  log.write_bytes(log.read_bytes() + b'\xff\n[3]\n{"cohort_fingerprint": "another"}\n')
+  scored.count_scoring(tmp_path, 6, cohort)
   assert (
-    evaluate.scored_before(tmp_path, cohort) == 2
+    scored.scored_before(tmp_path, cohort) == 2
     and "2 lines cannot be read" in capsys.readouterr().out
   )
   curves.write_bytes(
@@ -527,17 +526,17 @@ def test_lines_that_are_damaged_cost_themselves_alone(cohort, tmp_path, capsys):
 
 
 def test_a_scoring_that_cannot_be_counted_is_said(cohort, tmp_path, capsys, monkeypatch):
-  evaluate.scored_before(tmp_path, cohort)
-  evaluate.count_scoring(tmp_path, 6, cohort)
+  scored.scored_before(tmp_path, cohort)
+  scored.count_scoring(tmp_path, 6, cohort)
 
   def refuse(path, flags):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(evaluate.files, "opened", refuse)
-  assert evaluate.scored_before(tmp_path, cohort) == 1
+  monkeypatch.setattr(scored.files, "opened", refuse)
+  assert scored.scored_before(tmp_path, cohort) == 1
   assert "this scoring of the test split will not be counted" in capsys.readouterr().out
-  evaluate.count_scoring(tmp_path, 6, cohort)
-  assert evaluate.scored_before(tmp_path, cohort) == 1
+  scored.count_scoring(tmp_path, 6, cohort)
+  assert scored.scored_before(tmp_path, cohort) == 1
 
 
 def write_wfdb(folder, name, ecg_mv, rate=500, leads=schema.LEADS):

@@ -13,10 +13,11 @@ from scipy.special import expit
 from sklearn.metrics import r2_score
 
 from common import ROOT
-from mmcl_jax import configuration, evaluate, train
+from mmcl_jax import configuration, evaluate, evaluators, train
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import online, readouts
+from mmcl_jax.evaluators import readouts
+from mmcl_jax.evaluators.base import Result
 from mmcl_jax.training import checkpoint, metrics, restore, stopping
 from hosts import launch, said, statuses
 
@@ -72,7 +73,10 @@ def test_the_newest_and_the_best_are_kept(steps, keep, best, gone):
       "'validation/r2/LVM'; expected a loss .*validation/diseases, validation/phenotypes",
     ),
     (dict(stop_on=""), "stop_on is ''"),
-    (dict(evaluators=("phenotypes",)), "'losses' in config.evaluators computes; it has phenotypes"),
+    (
+      dict(evaluators=dict(losses=dict(every=0), probes=dict(every=-1))),
+      "'losses' computes while .* has probes with",
+    ),
   ],
 )
 def test_what_there_is_not_to_stop_on_is_one_line(config, tmp_path, changes, words):
@@ -100,20 +104,17 @@ def tuning(cohort_path):
   c.model.classification = ("ecg",)
   c.objectives.diseases = supervised.get_config("test,task=diseases").objectives.diseases
   c.every.update(log=1, evaluate=2, save=100)
-  c.keep, c.stop_after, c.evaluators = 1, 2, ("losses",)
+  c.keep, c.stop_after, c.evaluators.probes.every = 1, 2, 0
   return c
 
 
-def made_up(config, model, objectives, cohort, source, scales, mesh):
-  def run(state):
-    yield "validation/phenotypes", LOSSES[int(state.step)]
-
-  return run
+def made_up(context):
+  return Result({"phenotypes": LOSSES[int(context.run.state.step)]})
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-  monkeypatch.setitem(online.EVALUATORS, "losses", made_up)
+  monkeypatch.setitem(evaluators.BUILT_IN, "losses", f"{__name__}:made_up")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def stopped(cohort, tmp_path_factory):
   """The workdir of a run that ended early without a break, and its final state."""
   workdir = tmp_path_factory.mktemp("stopping") / "w"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(online.EVALUATORS, "losses", made_up)
+    patch.setitem(evaluators.BUILT_IN, "losses", f"{__name__}:made_up")
     state = train.train(tuning(cohort.path), str(workdir))
   return workdir, jax.device_get(state)
 
@@ -258,16 +259,16 @@ import sys
 import jax
 from common import ROOT
 from mmcl_jax import cli, train
-from mmcl_jax.evaluators import online
+from mmcl_jax import evaluators
+from mmcl_jax.evaluators.base import Result
 from test_stopping import LOSSES, tuning
 
-def apart(*args):
-  def run(state):
-    yield "validation/phenotypes", LOSSES[int(state.step)] - 0.25 * int(state.step) * jax.process_index()
-  return run
+def apart(context):
+  step = int(context.run.state.step)
+  return Result({"phenotypes": LOSSES[step] - 0.25 * step * jax.process_index()})
 
 def main(argv):
-  online.EVALUATORS["losses"] = apart
+  evaluators.BUILT_IN["losses"] = "__main__:apart"
   state = train.train(tuning(argv[0]), argv[1])
   print("ended at", int(jax.device_get(state.step)), flush=True)
 

@@ -128,7 +128,7 @@ def test_a_stage_starts_from_st_mem(cohort, tmp_path, capsys):
       "--config.model.towers.cine.frozen=False",
       "--config.init_except=()",
       "--config.optimizer.learning_rate=0.0",
-      "--config.evaluators=('losses',)",
+      "--config.evaluators.probes.every=0",
     ]
   )
   run = restore.load_run(str(tmp_path / "later"))

@@ -144,7 +144,7 @@ def without_cmr(config):
     (lambda c, p: c.data.update(mix=("ptbxl", 0.5)), "expected pairs of a cohort and its share"),
     (lambda c, p: without_cmr(c).data.update(cohort=p), "no val split"),
     (
-      lambda c, p: c.update(evaluators=()) or c.data.update(cohort=p),
+      lambda c, p: setattr(c, "evaluators", {}) or c.data.update(cohort=p),
       "has no CMR to train on; take a recipe without",
     ),
   ],
@@ -455,7 +455,8 @@ def fails(capsys, flags):
     ("--config.model.towers.ecg.patch=7", "does not divide"),
     ("--config.objectives.dual_phase.fn=triplet", "'triplet'; expected one of"),
     ("--config.objectives.dual_phase.temperature=cold", "temperature"),
-    ("--config.evaluators=('nope',)", "nope"),
+    ("--config.evaluators.losses.fn=nope", "'nope'; expected one of losses, probes"),
+    ("--config.evaluators.losses.every=-2", "at least 0, or -1 for"),
     ("--config.data.targets=('nope',)", "nope"),
     ("--config.model.towers.ed.view=nope", "expected one of ed_volume"),
     ("--config.model.towers.ed.planes=99", "12 planes"),

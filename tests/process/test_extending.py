@@ -1,5 +1,6 @@
 """The parts of docs/extending.md work as they stand there."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import pytest
 
 from common import ROOT
 from extending import SECTIONS, blocks, write
-from mmcl_jax import configuration, objectives
+from mmcl_jax import configuration, evaluate, objectives
 from mmcl_jax.data import cohort as cohort_room, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.training import metrics
@@ -72,6 +73,32 @@ def test_the_loss_in_the_readme(tmp_path, monkeypatch):
   expected = np.maximum(1 - np.sqrt(x.var(axis=0) + 1e-4), 0).mean()
   np.testing.assert_allclose(loss.values, np.full(7, expected), rtol=1e-5)
   np.testing.assert_array_equal(loss.weight, mask)
+
+
+def test_an_evaluator(tmp_path, cohort, monkeypatch):
+  """In the log of training; then, alone, in results.json and in the report."""
+  write("An evaluator", tmp_path)
+  flags = [f"--config.evaluators.{name}.every=0" for name in ("losses", "probes")]
+  flags += ["--config.evaluators.effective_rank.every=2", "--config.every.save=2"]
+  words = {":demo": ":test,steps=4", "=cohort": f"={cohort.path}"}
+  run("An evaluator", tmp_path, *flags, **words)
+  log = metrics.read(tmp_path / "run/metrics.jsonl")
+  found = [row["validation/effective_rank"] for row in log if "validation/effective_rank" in row]
+  assert len(found) == 2 and all(1 <= value <= 16 for value in found)
+
+  file = tmp_path / "run/config.json"
+  config = json.loads(file.read_text())
+  config["evaluators"] = {"effective_rank": config["evaluators"]["effective_rank"]}
+  file.write_text(json.dumps(config))
+  monkeypatch.syspath_prepend(tmp_path)
+  evaluate.evaluate(str(tmp_path / "run"))
+  out = tmp_path / "run/evaluation/4"
+  results = json.loads((out / "results.json").read_text())
+  score, page = results["effective_rank"], (out / "report.html").read_text()
+  assert score["ci"][0] <= score["value"] <= score["ci"][1] and "phenotypes" not in results
+  assert "Dimensions that the embedding uses" in page and "effective rank</th>" in page
+  assert "<h2>Share of the variance by principal component</h2>" in page
+  assert (out / "variance.png").exists() and page.count("data:image/png") == 1
 
 
 def test_a_source(tmp_path):

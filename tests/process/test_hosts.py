@@ -303,7 +303,7 @@ def test_stopped_runs_end_in_the_state_of_an_uninterrupted_one(cohort, tmp_path,
     lambda self, step, *args, **kwargs: (saved.append(step), save(self, step, *args, **kwargs)),
   )
   config = tiny_config(cohort.path)
-  config.evaluators = ()
+  config.evaluators = {}
   config.every.save = 100
   # a long time passes between any two looks
   clock = itertools.count(0, 60 * config.every.save_minutes + 1)

@@ -22,7 +22,16 @@ from sklearn.metrics import (
 )
 
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import diseases, figures, phenotypes, report, retrieval, statistics
+from mmcl_jax.evaluators import (
+  diseases,
+  figures,
+  phenotypes,
+  report,
+  retrieval,
+  ridge,
+  statistics,
+)
+from mmcl_jax.evaluators.base import Result
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 
 NAMES, UNITS = ["LVEDV", "LVEF", "WT"], ["ml", "%", "mm"]
@@ -269,23 +278,21 @@ def test_half_width_is_the_order_statistic_and_endless_where_too_few_rows_are_kn
 
 def test_probe_is_the_ridge_of_sklearn_at_the_strength_best_on_validation(features):
   train, val = features["train"], features["val"]
-  probe = phenotypes.fit_probe(
+  probe = ridge.fit_probe(
     train["embedding"], train["phenotypes"], val["embedding"], val["phenotypes"]
   )
   mean, scale = train["embedding"].mean(axis=0), train["embedding"].std(axis=0)
   z, z_val = (train["embedding"] - mean) / scale, (val["embedding"] - mean) / scale
   for k in range(3):
     known, known_val = np.isfinite(train["phenotypes"][:, k]), np.isfinite(val["phenotypes"][:, k])
-    fits = [
-      Ridge(alpha=s).fit(z[known], train["phenotypes"][known, k]) for s in phenotypes.STRENGTHS
-    ]
+    fits = [Ridge(alpha=s).fit(z[known], train["phenotypes"][known, k]) for s in ridge.STRENGTHS]
     scores = [
       r2_score(val["phenotypes"][known_val, k], fit.predict(z_val[known_val])) for fit in fits
     ]
     best = int(np.argmax(scores))
-    assert probe["strength"][k] == phenotypes.STRENGTHS[best]
+    assert probe["strength"][k] == ridge.STRENGTHS[best]
     np.testing.assert_allclose(
-      phenotypes.predict(probe, val["embedding"])[:, k], fits[best].predict(z_val), rtol=1e-4
+      ridge.predict(probe, val["embedding"])[:, k], fits[best].predict(z_val), rtol=1e-4
     )
 
 
@@ -297,9 +304,9 @@ def test_choosing_the_strength_on_the_rows_of_the_interval_hardly_narrows_it():
   y = x @ (rng.normal(size=(100, 100)) * (rng.random((100, 100)) < 0.2)) + 3 * rng.standard_t(
     4, size=(1299, 100)
   )
-  probe = phenotypes.fit_probe(x[:200], y[:200], x[200:299], y[200:299])
-  half = statistics.half_width(y[200:299], phenotypes.predict(probe, x[200:299]))
-  covered = statistics.coverage(y[299:], phenotypes.predict(probe, x[299:]), half)
+  probe = ridge.fit_probe(x[:200], y[:200], x[200:299], y[200:299])
+  half = statistics.half_width(y[200:299], ridge.predict(probe, x[200:299]))
+  covered = statistics.coverage(y[299:], ridge.predict(probe, x[299:]), half)
   assert len(set(probe["strength"])) > 2 and covered.mean() == pytest.approx(0.95, abs=0.01)
 
 
@@ -307,13 +314,13 @@ def test_strength_follows_the_noise_and_edges_are_told():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(400, 30))
   clean = x @ rng.normal(size=(30, 1))
-  probe = phenotypes.fit_probe(
+  probe = ridge.fit_probe(
     x[:200],
     np.hstack([clean, rng.normal(size=clean.shape)])[:200],
     x[200:],
     np.hstack([clean, rng.normal(size=clean.shape)])[200:],
   )
-  assert probe["strength"][0] == phenotypes.STRENGTHS[0] and probe["at_edge"][0]
+  assert probe["strength"][0] == ridge.STRENGTHS[0] and probe["at_edge"][0]
   assert probe["strength"][1] > 100
 
 
@@ -322,18 +329,18 @@ def test_probe_with_more_features_than_rows_dead_features_and_absent_labels():
   x = rng.normal(size=(40, 100)).astype(np.float32)
   x[:, 3] = 0.1  # a dead unit
   y = np.stack([x[:, 0], np.full(40, np.nan), np.full(40, 2.5)], axis=1)
-  probe = phenotypes.fit_probe(x[:30], y[:30], x[30:], y[30:])
-  prediction = phenotypes.predict(probe, x)
+  probe = ridge.fit_probe(x[:30], y[:30], x[30:], y[30:])
+  prediction = ridge.predict(probe, x)
   assert np.isfinite(prediction[:, [0, 2]]).all() and np.isnan(prediction[:, 1]).all()
   np.testing.assert_allclose(prediction[:, 2], 2.5, rtol=1e-6)
-  unseen = phenotypes.fit_probe(x[:30], y[:30], x[30:], np.full_like(y[30:], np.nan))
-  assert unseen["strength"][0] == phenotypes.STRENGTHS[-1]
-  np.testing.assert_allclose(phenotypes.predict(unseen, x)[:, 0], x[:30, 0].mean(), atol=0.01)
+  unseen = ridge.fit_probe(x[:30], y[:30], x[30:], np.full_like(y[30:], np.nan))
+  assert unseen["strength"][0] == ridge.STRENGTHS[-1]
+  np.testing.assert_allclose(ridge.predict(unseen, x)[:, 0], x[:30, 0].mean(), atol=0.01)
 
 
 def test_standardisation_is_exact_in_float32_and_leaves_a_dead_unit_alone():
   x = np.random.default_rng(0).normal(size=(5000, 2)).astype(np.float32) * [1, 1e-7] + [1000, 1]
-  mean, scale = phenotypes.standardisation(x.astype(np.float32))
+  mean, scale = ridge.standardisation(x.astype(np.float32))
   assert mean[0] == pytest.approx(x[:, 0].mean(), rel=1e-7) and scale[0] == pytest.approx(
     x[:, 0].std(), rel=1e-4
   )
@@ -374,7 +381,7 @@ def test_evaluate_scores_what_sklearn_scores_and_ranks_the_models(features, eval
       )
     assert results["differences"]["embedding_minus_random_encoder"][name]["ci"][0] > 0
   np.testing.assert_array_equal(
-    phenotypes.predict(probe, features["test"]["embedding"].astype(np.float64)),
+    ridge.predict(probe, features["test"]["embedding"].astype(np.float64)),
     predictions["embedding"],
   )
 
@@ -425,7 +432,7 @@ def test_features_that_are_not_finite_are_a_clear_error(features):
 
 def test_missing_covariates_become_the_training_mean_and_a_flag():
   nan = np.nan
-  filled = phenotypes.fill_missing(
+  filled = ridge.fill_missing(
     {"train": np.array([[1.0, 5], [3, nan]]), "test": np.array([[nan, nan]])}
   )
   np.testing.assert_array_equal(filled["train"], [[1, 5, 0], [3, 5, 1]])
@@ -562,7 +569,7 @@ def test_retrieval_matches_the_loop_with_repeats_ties_and_zeros(monkeypatch, blo
   )
   for direction in slow:
     np.testing.assert_array_equal(fast[direction], slow[direction])
-  scores = retrieval.retrieval(ecg, cmr, subjects(ids))[0]["ecg_to_cmr"]
+  scores = retrieval.evaluate(ecg, cmr, subjects(ids))[0]["ecg_to_cmr"]
   assert (
     scores["r@5"] == np.mean(np.array(slow["ecg_to_cmr"]) <= 5) and scores["n_candidates"] == 60
   )
@@ -571,7 +578,7 @@ def test_retrieval_matches_the_loop_with_repeats_ties_and_zeros(monkeypatch, blo
 
 def test_other_recordings_of_the_subject_do_not_push_its_match_down():
   ecg = np.eye(4)[[0, 0, 0, 1, 2]]
-  scores = retrieval.retrieval(ecg, ecg[:, None], subjects([9, 9, 9, 1, 2]))[0]
+  scores = retrieval.evaluate(ecg, ecg[:, None], subjects([9, 9, 9, 1, 2]))[0]
   assert scores["ecg_to_cmr"]["r@1"] == scores["cmr_to_ecg"]["r@1"] == 1
 
 
@@ -593,16 +600,14 @@ def test_the_two_phases_count_alike_whatever_their_lengths():
 )
 def test_collapsed_embeddings_never_look_good(collapsed):
   collapsed = collapsed.astype(np.float32)
-  for scores in retrieval.retrieval(collapsed, collapsed[:, None], subjects(range(500)))[
-    0
-  ].values():
+  for scores in retrieval.evaluate(collapsed, collapsed[:, None], subjects(range(500)))[0].values():
     assert scores["r@10"] == 0 and scores["median_rank"] == 500
 
 
 def test_random_embeddings_score_at_chance():
   rng = np.random.default_rng(0)
   ids = subjects(rng.integers(0, 600, 1000))
-  for scores in retrieval.retrieval(
+  for scores in retrieval.evaluate(
     rng.normal(size=(1000, 16)), rng.normal(size=(1000, 2, 16)), ids
   )[0].values():
     assert scores["chance_r@10"] == pytest.approx(scores["r@10"], abs=0.02)
@@ -619,7 +624,7 @@ def assembled(features, evaluated):
   results, predictions, probe = evaluated
   ill = diseases.evaluate(features, ["HF", "CM"], draws=20)[0]
   embedding = features["test"]["embedding"]
-  found = retrieval.retrieval(embedding, embedding[:, None], features["test"]["subject"])[0]
+  found = retrieval.evaluate(embedding, embedding[:, None], features["test"]["subject"])[0]
   results = {
     "note": SYNTHETIC_NOTE,
     "checkpoint": "<run>&1",
@@ -636,10 +641,17 @@ def assembled(features, evaluated):
   return results, predictions, probe
 
 
+def whole(results, predictions, probe, figures=()):
+  """What `report.write` takes."""
+  texts = {"results.csv": phenotypes.as_csv(results)}
+  tables = [*phenotypes.tables(results), diseases.table(results["diseases"])]
+  return Result(results, tables, dict(figures), predictions, {"probes": probe}, texts)
+
+
 def test_report_holds_everything_and_no_nan(tmp_path, assembled):
   results, predictions, probe = assembled
   bars = figures.r2_bars(results, results["note"])
-  out = report.write(results, predictions, probe, {"r2": bars}, tmp_path / "a" / "r")
+  out = report.write(whole(results, predictions, probe, {"r2": bars}), tmp_path / "a" / "r")
   assert {p.name for p in out.iterdir()} == {
     "results.json",
     "results.csv",
@@ -684,7 +696,7 @@ def test_report_holds_everything_and_no_nan(tmp_path, assembled):
 
 def test_a_report_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeypatch, assembled):
   results, predictions, probe = assembled
-  out = report.write(results, predictions, probe, {}, tmp_path / "r")
+  out = report.write(whole(results, predictions, probe), tmp_path / "r")
   before = {p.name: p.read_bytes() for p in out.iterdir()}
   changed = {**results, "checkpoint": "other"}
 
@@ -694,16 +706,16 @@ def test_a_report_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeyp
   with monkeypatch.context() as patch:
     patch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError):
-      report.write(changed, predictions, probe, {}, out)
-  replace = os.replace
+      report.write(whole(changed, predictions, probe), out)
+  replace = report.os.replace
   with monkeypatch.context() as patch:  # the very last rename fails
     patch.setattr(
       os, "replace", lambda a, b: full() if str(a).endswith(f".{os.getpid()}") else replace(a, b)
     )
     with pytest.raises(OSError):
-      report.write(changed, predictions, probe, {}, out)
+      report.write(whole(changed, predictions, probe), out)
   assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-  report.write(changed, predictions, probe, {}, out)
+  report.write(whole(changed, predictions, probe), out)
   assert json.loads((out / "results.json").read_text())["checkpoint"] == "other"
   assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
@@ -711,19 +723,18 @@ def test_a_report_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeyp
 def test_a_folder_that_is_no_report_is_not_replaced(tmp_path, assembled):
   (tmp_path / "thesis.tex").write_text("years of work")
   with pytest.raises(UserError, match="not a report"):
-    report.write(*assembled, {}, tmp_path)
+    report.write(whole(*assembled), tmp_path)
   assert (tmp_path / "thesis.tex").exists()
 
 
 def test_table_is_short_and_aligned(assembled):
-  lines = report.table(assembled[0]).splitlines()
+  lines = report.as_text(phenotypes.headline(assembled[0])).splitlines()
   assert len(lines) == 4 and max(map(len, lines)) < 100
   assert len({line.index("  ", line.index("]")) for line in lines[:3]}) == 1
   assert re.match(r"LVEDV +ml +0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]( +0\.\d{3}){3} +0\.800$", lines[1])
   assert lines[3].split()[2] == "-"
-  assert (
-    report.table({"phenotypes": assembled[0]["phenotypes"]}).splitlines()[0].split()[-1] == "CI]"
-  )
+  alone = phenotypes.headline({"phenotypes": assembled[0]["phenotypes"]})
+  assert report.as_text(alone).splitlines()[0].split()[-1] == "CI]"
 
 
 def test_every_figure_draws_even_from_little(features, assembled):

@@ -13,7 +13,9 @@ from matplotlib.text import Text
 
 from mmcl_jax import cli, compare, embed, generate
 from mmcl_jax.errors import UserError, one_line
+from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators import (
+  data,
   diseases,
   drawings,
   figures,
@@ -110,6 +112,14 @@ def evaluated():
   return results, predictions, probe, ill
 
 
+def whole(results, predictions, probe):
+  """What `report.write` takes, with the tables of the evaluators."""
+  tables = [*phenotypes.tables(results), diseases.table(results["diseases"])]
+  tables += data.tables(results["data"], results["counts"])
+  texts = {"results.csv": phenotypes.as_csv(results)}
+  return Result(results, tables, {}, predictions, {"probes": probe}, texts)
+
+
 def drawn(figure):
   """PNG of a figure in which no name became a formula."""
   image = report.png(figure)
@@ -172,7 +182,7 @@ def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_termi
   evaluated, tmp_path, capsys
 ):
   results, predictions, probe, _ = evaluated
-  report.write(results, predictions, probe, {}, tmp_path / "report")
+  report.write(whole(results, predictions, probe), tmp_path / "report")
   tags, page = Tags(), (tmp_path / "report/report.html").read_text(encoding="utf-8")
   tags.feed(page)
   assert (
@@ -188,9 +198,9 @@ def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_termi
   for row in rows[1:]:
     assert row[1][:1] not in tuple("=+-@") and row[-1][:1] not in tuple("=+-@")
   assert "'=1+1" in {row[1] for row in rows} and "'=2+2" in {row[1] for row in rows}
-  table = report.table(results)
-  assert not COMMANDS.search(table) and len(table.splitlines()) == 1 + len(HOSTILE)
-  assert not COMMANDS.search(report.table(results | {"phenotypes": {}}))
+  for table in (phenotypes.headline(results), diseases.table(results["diseases"])):
+    text = report.as_text(table)
+    assert not COMMANDS.search(text) and len(text.splitlines()) == 1 + len(HOSTILE)
 
 
 def test_no_name_is_markdown_in_a_model_card(evaluated):
@@ -259,7 +269,7 @@ def test_a_comparison_of_runs_with_hostile_names(evaluated, tmp_path):
   predictions = predictions | {f"disease_{name}": x for name, x in ill.items() if name != "subject"}
   folders = [str(tmp_path / name) for name in ("$\\frac{", "<b>run", "\x1b[31m")]
   for folder in folders:
-    report.write(results | {"config": {}}, predictions, probe, {}, folder)
+    report.write(whole(results | {"config": {}}, predictions, probe), folder)
   text = compare.compare(folders, str(tmp_path / "out"))
   tags, page = Tags(), (tmp_path / "out/report.html").read_text(encoding="utf-8")
   tags.feed(page)

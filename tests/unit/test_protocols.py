@@ -16,11 +16,12 @@ from mmcl_jax.evaluators import (
   mlp,
   neighbours,
   phenotypes,
-  report,
   retrieval,
+  ridge,
   statistics,
   survival,
 )
+from mmcl_jax.evaluators.base import interval
 
 
 def subjects(ids):
@@ -122,7 +123,7 @@ def test_the_mlp_learns_what_a_line_cannot(bent, monkeypatch):
   monkeypatch.setattr(mlp, "RATE", 1e-2)
   monkeypatch.setattr(mlp, "EPOCHS", 30)
   found = mlp.predict(train, y, val, y_val, test)
-  line = phenotypes.predict(phenotypes.fit_probe(train, y, val, y_val), test)
+  line = ridge.predict(ridge.fit_probe(train, y, val, y_val), test)
   assert (
     statistics.r2(y_test[:, 0], line[:, 0])
     < 0.1
@@ -228,12 +229,12 @@ def test_groups_and_other_readouts_are_scored_like_the_probe(features):
     and "strength" in results["phenotypes"]["LVM"]
   )
   assert set(results["baselines"]) == {"random_encoder", "covariates", "with_covariates"}
-  rows = report.group_rows(results)
-  assert rows[0][:3] == ["group", "phenotypes", "embedding"] and rows[1][:2] == [
+  table = phenotypes.group_table(results)
+  assert table.head[:3] == ["group", "phenotypes", "embedding"] and table.rows[0][:2] == [
     "left ventricle",
     "2",
   ]
-  assert report.readout_rows(results)[3][2] == report.interval(
+  assert phenotypes.readout_table(results).rows[2][2] == interval(
     r2(guess, 2), results["readouts"]["knn"]["RVEDV"]["r2_ci"]
   )
 
@@ -261,7 +262,7 @@ def test_few_labels_are_those_of_whole_subjects_and_all_of_them_give_the_probe(f
   everybody = np.ones(len(features["train"]["subject"]), bool)
   fitted = {
     model: low_data.scores(x, features, everybody, groups, scored)
-    for model, x in phenotypes.inputs(features).items()
+    for model, x in ridge.inputs(features).items()
     if model in low_data.MODELS
   }
   curves = low_data.evaluate(features, groups, scored, fitted)
@@ -286,8 +287,7 @@ def test_few_labels_are_those_of_whole_subjects_and_all_of_them_give_the_probe(f
   )
   rows = features["train"]["diseases"][:, 0] == 0  # a subset without a case
   assert (
-    low_data.scores(phenotypes.inputs(features)["embedding"], features, rows, groups, scored)[-1]
-    == 0.5
+    low_data.scores(ridge.inputs(features)["embedding"], features, rows, groups, scored)[-1] == 0.5
   )
 
 
@@ -377,8 +377,8 @@ def test_cox_is_scored_on_test_and_few_events_are_only_counted():
   )
   assert found["events"] == happened.sum() and "c_index" not in results["embedding"]["none"]
   assert np.isnan(predictions["embedding"][:, 1]).all()
-  rows = report.survival_rows(results)
-  assert rows[1][0] == "HF" and rows[2][-1] == "-" and re.match(r"0\.\d{3} \[", rows[1][-1])
+  rows = survival.table(results).rows
+  assert rows[0][0] == "HF" and rows[1][-1] == "-" and re.match(r"0\.\d{3} \[", rows[0][-1])
 
 
 def test_what_a_subset_knows_nothing_of_counts_as_its_mean_and_who_has_no_label_is_not_drawn(
@@ -399,7 +399,7 @@ def test_what_a_subset_knows_nothing_of_counts_as_its_mean_and_who_has_no_label_
   ]
   train["phenotypes"][:, 1] = np.nan
   both, one = low_data.scores(
-    phenotypes.inputs(few)["embedding"], few, rows, {"both": [0, 1], "one": [0]}, []
+    ridge.inputs(few)["embedding"], few, rows, {"both": [0, 1], "one": [0]}, []
   )
   assert both == pytest.approx(one / 2, abs=1e-12) and one > 0.3
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mmcl_jax.evaluators import report
+from mmcl_jax.evaluators.base import Table
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -24,16 +25,14 @@ def page(tmp_path_factory):
   """A page with a wide table, a figure, a long path and a config."""
   figure = Figure(figsize=(9, 3))
   figure.subplots().plot([0, 1], [0, 1], "k")
-  rows = [
-    ["phenotype", *(f"column {i}" for i in range(12))],
-    *([f"name {k}", *["0.123 [0.100, 0.150]"] * 12] for k in range(20)),
-  ]
+  head = ["phenotype", *(f"column {i}" for i in range(12))]
+  rows = [[f"name {k}", *["0.123 [0.100, 0.150]"] * 12] for k in range(20)]
   text = report.page(
     "Evaluation",
     ["A <note> & more"],
     {"workdir": "/a/very/long/path" * 12},
-    [("Table", rows)],
-    {"r2": report.png(figure)},
+    [Table("Table", head, rows, "A note <below>")],
+    [("R2", report.png(figure))],
     {"Config": {"key": "value " * 60}},
   )
   file = tmp_path_factory.mktemp("page") / "report.html"
@@ -71,6 +70,7 @@ def test_the_page_is_whole_and_needs_no_network(page):
     "default-src 'none'" in text
     and not re.search(r"https?://|@import|url\(|<script", text)
     and "A &lt;note&gt; &amp; more" in text
+    and "A note &lt;below&gt;" in text
   )
 
 

@@ -361,7 +361,7 @@ def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(
   cohort, tmp_path, monkeypatch
 ):
   from mmcl_jax import configuration, evaluate
-  from mmcl_jax.evaluators import diseases
+  from mmcl_jax.evaluators import context, diseases, setup
   from mmcl_jax.training import parallel
 
   config = tiny_config(cohort.path)
@@ -384,13 +384,13 @@ def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(
     step=0,
     mesh=parallel.make_mesh(data=-1, model=1),
     manifest={"cohort": cohort.fingerprint},
+    state=None,
     scales=types.SimpleNamespace(names=(), diseases=()),
   )
-  monkeypatch.setattr(evaluate.restore, "load_run", lambda *_: run)
-  monkeypatch.setattr(evaluate.restore, "untrained", lambda *_: {})
+  monkeypatch.setattr(setup.restore, "load_run", lambda *_: run)
   monkeypatch.setattr(evaluate.restore, "checksum", lambda *_: "")
-  monkeypatch.setattr(evaluate.people, "of_run", lambda *_: evaluate.people.People({}, {}))
-  monkeypatch.setattr(evaluate, "embed_splits", lambda *_: features)
+  monkeypatch.setattr(setup.people, "of_run", lambda *_: setup.people.People({}, {}))
+  monkeypatch.setattr(context.Context, "features", lambda self, split: features[split])
   evaluate.evaluate(str(tmp_path), step=0, cohort_path=cohort.path)
   found = np.load(tmp_path / "evaluation/0/predictions.npz")
   _, wanted, _ = diseases.evaluate(features, cohort.info["diseases"], draws=2)
