@@ -6,8 +6,8 @@
     encoder = mmcl_jax.load_encoder("run")       # made by `mmcl train`
     recording = mmcl_jax.read_ecg("first.hea")   # WFDB, CardioSoft XML, DICOM, CSV or NPY
 
-`Loss` is what a loss of your own returns (docs/extending.md). The rest of the package may change
-between minor versions. Nothing is imported before it is used: `import mmcl_jax` brings no JAX.
+`Loss` and `Result` are what a loss and an evaluator of your own return (docs/extending.md). The
+rest of the package may change between minor versions. Nothing is imported before it is used: `import mmcl_jax` brings no JAX.
 """
 
 import importlib
@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from mmcl_jax.data.cohort import load as load_cohort
   from mmcl_jax.data.readers import read_ecg
+  from mmcl_jax.evaluators.base import Result
   from mmcl_jax.objectives import Loss
   from mmcl_jax.training.restore import load_encoder
 
 __version__ = "0.1.0"
-__all__ = ["Loss", "load_cohort", "load_encoder", "read_ecg"]
+__all__ = ["Loss", "Result", "load_cohort", "load_encoder", "read_ecg"]
 
 PUBLIC = {
   "Loss": "mmcl_jax.objectives:Loss",
+  "Result": "mmcl_jax.evaluators.base:Result",
   "load_cohort": "mmcl_jax.data.cohort:load",
   "load_encoder": "mmcl_jax.training.restore:load_encoder",
   "read_ecg": "mmcl_jax.data.readers:read_ecg",
