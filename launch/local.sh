@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several processes on this machine as several hosts: to try such a run, or one process per GPU (process I has GPU I).
-#   bash launch/local.sh 2 train --config=configs/joint.py:demo --workdir=W --config.data.cohort=demo/cohort
+#   bash launch/local.sh 2 train --config=joint:demo --workdir=W --config.data.cohort=demo/cohort
 # Ctrl-C and SIGTERM reach all of them: training saves a checkpoint and exits with 75, the same command goes on.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

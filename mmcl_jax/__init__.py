@@ -7,7 +7,8 @@
     recording = mmcl_jax.read_ecg("first.hea")   # WFDB, CardioSoft XML, DICOM, CSV or NPY
 
 `Loss` and `Result` are what a loss and an evaluator of your own return (docs/extending.md). The
-rest of the package may change between minor versions. Nothing is imported before it is used: `import mmcl_jax` brings no JAX.
+rest of the package may change between minor versions. Nothing is imported before it is used:
+`import mmcl_jax` brings no JAX.
 """
 
 import importlib

@@ -90,7 +90,14 @@ class Records:
 
 
 def load(path: str) -> Cohort:
-  """Opens a cohort; a UserError says what is missing or of another version."""
+  """Opens a cohort.
+
+  Args:
+    path: a folder made by `mmcl prepare`.
+
+  Raises:
+    UserError: what is missing, damaged or of another version.
+  """
   folder = pathlib.Path(path)
   if not path or not folder.is_dir():
     raise UserError(

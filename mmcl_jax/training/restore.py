@@ -129,7 +129,15 @@ def load_ecg_run(workdir: str, step: int | None = None) -> Run:
 
 
 def load_encoder(workdir: str, step: int | None = None) -> Encoder:
-  """The ECG tower of a checkpoint alone."""
+  """Loads the ECG encoder of a checkpoint.
+
+  Args:
+    workdir: of a run of `mmcl train`, or made by `mmcl convert`.
+    step: of the checkpoint; None: the best of a run that stops early, else the last.
+
+  Raises:
+    UserError: there is no such checkpoint, it is damaged, or its encoder also needs covariates.
+  """
   run = load_ecg_run(workdir, step)
   embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
   # On one device of this host: every host embeds recordings of its own, at its own pace.
