@@ -1,13 +1,19 @@
 """The tiny cohort, and what is said at the end."""
 
+import fcntl
 import importlib.util
+import os
+import pickle
+import shutil
 import signal
 
 import common  # sets what JAX reads when it starts, so before anything that imports JAX
+import jax
 import pytest
 from ml_collections import config_flags  # noqa: F401  (registers its flag types once)
 
 from mmcl_jax import prepare
+from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.support import processes
 
 # Under nohup some are ignored, and would be by the programs that tests start and signal.
@@ -17,12 +23,67 @@ for signum in processes.SIGNALS:
 
 
 @pytest.fixture(scope="session")
-def cohort(tmp_path_factory):
+def once(tmp_path_factory):
+  """once(name, make): the folder of that name, made by make(folder) and shared by pytest's workers:
+  the first that asks makes it, and the others wait. Nobody changes what lies in it."""
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own below the common one
+    base = base.parent
+
+  def made(name, make):
+    folder, done = base / "shared" / name, base / "shared" / f"{name}.done"
+    done.parent.mkdir(exist_ok=True)
+    with open(done.with_suffix(".lock"), "w") as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      try:
+        if not done.exists():
+          shutil.rmtree(folder, ignore_errors=True)
+          make(folder)
+          done.touch()
+      finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # also where a forked process holds the file open
+    return folder
+
+  return made
+
+
+@pytest.fixture(scope="session")
+def cohort(once):
   """SUBJECTS synthetic subjects: enough in test for scores, enough in train for batches of 16."""
-  out = tmp_path_factory.mktemp("data") / "cohort"
-  return prepare.prepare_synthetic(
-    str(out), common.SUBJECTS, seed=7, shares=common.SHARES, profile="minimal", processes=2
-  )
+
+  def make(folder):
+    prepare.prepare_synthetic(
+      str(folder), common.SUBJECTS, seed=7, shares=common.SHARES, profile="minimal", processes=2
+    )
+
+  return cohort_lib.load(str(once("cohort", make)))
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, once):
+  """A workdir with checkpoints at steps 3 and 6, trained without a break, and its final state as
+  training returned it. Whoever changes it takes a copy."""
+  from mmcl_jax import train
+
+  def make(folder):
+    folder.mkdir()
+    state = train.train(common.tiny_config(cohort.path), str(folder / "w"))
+    (folder / "state.pickle").write_bytes(pickle.dumps(jax.device_get(state)))
+
+  folder = once("trained", make)
+  return folder / "w", pickle.loads((folder / "state.pickle").read_bytes())
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, once):
+  """A copy of that workdir, evaluated at step 6."""
+  from mmcl_jax import evaluate
+
+  def make(folder):
+    shutil.copytree(trained[0], folder)
+    evaluate.main([f"--workdir={folder}"])
+
+  return once("evaluated", make)
 
 
 @pytest.fixture

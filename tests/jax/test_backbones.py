@@ -1,8 +1,6 @@
-"""CMR backbones and pooling against torch modules and NumPy, in float64; devices against each
-other."""
+"""CMR backbones and pooling against torch modules and NumPy, in float64."""
 
 import functools
-import json
 
 import flax.linen as nn
 import jax
@@ -10,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import python
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pooling, resnet, towers, vit
 from mmcl_jax.models.towers import slow_resnet, video_vit
@@ -299,52 +296,6 @@ def test_a_batch_of_padding_alone_uses_and_keeps_the_running_statistics():
   np.testing.assert_allclose(y, still, rtol=1e-6)
   jax.tree.map(np.testing.assert_array_equal, changed, variables["batch_stats"])
   assert np.isfinite(grad).all()
-
-
-DEVICES = """
-import json
-import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_enable_x64", True)
-from jax.sharding import PartitionSpec as P, NamedSharding
-from mmcl_jax.models.towers import resnet, slow_resnet
-
-rng = np.random.default_rng(0)
-models = {"resnet": (resnet.ResNet("test", dtype=jnp.float64), rng.random((16, 3, 16, 16))),
-          "slow": (slow_resnet.SlowResNet("test", dtype=jnp.float64), rng.random((16, 3, 16, 16)))}
-rows = np.ones(16)
-rows[[0, 1, 5]] = 0  # the first of eight devices has nothing that counts
-weight = {name: rng.normal(size=(16, 1)) * rows[:, None] for name in models}  # nobody asks for rows of weight 0
-
-def loss(params, statistics, x, rows):
-  found, changed = {}, {}
-  for name, (model, _) in models.items():
-    variables = {"params": params[name], "batch_stats": statistics[name]}
-    (_, found[name]), changed[name] = model.apply(variables, x[name], rows, True, mutable=["batch_stats"])
-  return sum((weight[name] * jnp.sin(y)).sum() for name, y in found.items()), (found, changed)
-
-variables = {name: jax.eval_shape(lambda: model.init(jax.random.key(0), x[:1], rows[:1], False))
-             for name, (model, x) in models.items()}
-values = jax.tree.map(lambda x: rng.uniform(-0.2, 1.0, x.shape), variables)
-params, statistics = ({name: v[part] for name, v in values.items()} for part in ("params", "batch_stats"))
-step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
-results = []
-for devices in (1, 8):
-  mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
-  x, r = jax.device_put(({name: x for name, (_, x) in models.items()}, rows), NamedSharding(mesh, P("data")))
-  with jax.set_mesh(mesh):
-    (_, (found, changed)), grads = step(params, statistics, x, r)
-  assert len(found["resnet"].sharding.device_set) == devices
-  results.append(jax.device_get(dict(features=found, statistics=changed, gradient=grads)))
-one, eight = results
-scale = lambda tree: max(np.abs(x).max() for x in jax.tree.leaves(tree))
-differ = lambda a, b: float(scale(jax.tree.map(np.subtract, a, b)) / scale(a))
-print(json.dumps({f"{name} {part}": differ(one[part][name], eight[part][name]) for part in one for name in models}))
-"""
-
-
-def test_statistics_and_gradients_are_those_of_the_global_batch():
-  differences = json.loads(python(DEVICES, devices=8).strip().splitlines()[-1])
-  assert len(differences) == 6 and max(differences.values()) < 1e-10, differences
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from common import PATH, alive
 from encoder import WIDTH, signature, stand_in
 from mistakes import error_of
 from recordings import heart, record, stacked
-from mmcl_jax import cli, embed
+from mmcl_jax import embed
 from mmcl_jax.data import ahead
 from mmcl_jax.data.preprocess import ecg as preprocess
 from mmcl_jax.data.readers import wfdb
@@ -239,7 +239,7 @@ def test_probes_that_cannot_be_used_are_refused(
 ):
   probes(tmp_path)
   damage(tmp_path / "evaluation/70")
-  line = error_of(lambda: run(tmp_path), capsys)
+  line = error_of(lambda _: run(tmp_path), [], capsys, beside=True)
   assert words in line and "mmcl evaluate" in line
 
 
@@ -253,7 +253,7 @@ def test_nothing_to_embed_is_an_error_that_keeps_the_reasons(tmp_path, encoder, 
     str(empty),
   ]
   for _ in range(2):
-    line = error_of(lambda: embed.main(flags), capsys)
+    line = error_of(embed.main, flags, capsys, beside=True)
     assert "0 of 2 recordings" in line and "2.00 s long" in line and "`reason`" in line
     assert list(pd.read_parquet(tmp_path / "out")["status"]) == ["rejected"] * 2
 
@@ -388,7 +388,7 @@ def test_what_is_not_of_this_run_is_refused(
   run(tmp_path)
   change(tmp_path, encoder)
   before = files(tmp_path / "out")
-  line = error_of(lambda: run(tmp_path), capsys)
+  line = error_of(lambda _: run(tmp_path), [], capsys, beside=True)
   assert words in line and str(tmp_path / "out") in line
   assert files(tmp_path / "out") == before
 
@@ -427,10 +427,7 @@ def test_a_mistake_in_the_flags_is_one_line(tmp_path, encoder, recordings, capsy
     (good, "--out"),
     (good + [f"--out={recordings}"], "holds a.dat"),
   ):
-    with pytest.raises(SystemExit) as caught:
-      cli.run(embed.main, flags)
-    assert caught.value.code == 2
-    assert word in capsys.readouterr().err
+    assert word in error_of(embed.main, flags, capsys, beside=True)
 
 
 # Readers

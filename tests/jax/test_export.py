@@ -15,8 +15,9 @@ from jax import export as jax_export
 from ml_collections import ConfigDict
 from scipy import signal
 
-from common import ROOT, python, tiny_flags
-from mmcl_jax import cli, evaluate, export, train
+from common import ROOT, python
+from mistakes import error_of
+from mmcl_jax import export
 from mmcl_jax.data import schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.evaluators import model_card, report
@@ -28,14 +29,9 @@ WIDTH, TOKENS = 16, 61  # of the `test` encoder: 12 leads x 500 samples in patch
 
 
 @pytest.fixture(scope="module")
-def workdir(cohort, tmp_path_factory):
-  """Trained for 6 steps and evaluated; no figures, which take half of that time."""
-  out = tmp_path_factory.mktemp("export") / "w"
-  train.main(tiny_flags(cohort.path, out))
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, "png", lambda figure: b"")
-    evaluate.main([f"--workdir={out}"])
-  return out
+def workdir(evaluated, tmp_path_factory):
+  """Trained for 6 steps and evaluated."""
+  return shutil.copytree(evaluated, tmp_path_factory.mktemp("export") / "w")
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +70,7 @@ def copy(workdir, at_hand, tmp_path):
 
 def refused(capsys, *flags) -> str:
   """The one line of a mistake."""
-  with pytest.raises(SystemExit) as stop:
-    cli.run(export.main, list(flags))
-  assert stop.value.code == 2
-  (error,) = capsys.readouterr().err.strip().splitlines()
-  return error
+  return error_of(export.main, flags, capsys)
 
 
 # The file

@@ -15,13 +15,9 @@ from mmcl_jax.training import frozen, metrics, restore
 
 
 @pytest.fixture(scope="module")
-def first(cohort, tmp_path_factory):
+def first(trained):
   """A stage that trains both CMR towers."""
-  workdir = tmp_path_factory.mktemp("first") / "w"
-  config = tiny_config(cohort.path)
-  config.steps, config.evaluators = 3, {}
-  train.train(config, str(workdir))
-  return str(workdir)
+  return str(trained[0])
 
 
 def second(cohort, first, **changes):

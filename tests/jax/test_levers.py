@@ -2,7 +2,6 @@
 kernels of our own."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common import python
 from mmcl_jax import configuration
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import kernels, mae, pretrainer, resnet, vit
@@ -516,43 +514,3 @@ def test_gradient_of_a_permutation_is_no_scatter():
     .as_text()
   )
   assert "stablehlo.gather" in text and "stablehlo.scatter" not in text
-
-
-DEVICES = """
-import json
-import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_enable_x64", True)
-from jax.sharding import NamedSharding, PartitionSpec as P
-from mmcl_jax.models import kernels, vit
-
-rng, block = np.random.default_rng(0), vit.Block(2, dtype=jnp.float64)
-order = np.argsort(rng.random((16, 5)), axis=1)
-x = rng.normal(size=(16, 5, 8))
-params = jax.eval_shape(lambda key: block.init(key, x), jax.random.key(0))["params"]
-params = jax.tree.map(lambda s: rng.normal(size=s.shape), params)
-def loss(params, x, order):
-  return (kernels.permute(block.apply({"params": params}, x), order) ** 2).sum()
-options = {"xla_backend_optimization_level": 0}
-step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=options)
-found = {"one": jax.device_get(step(params, x, order))}
-mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-with jax.set_mesh(mesh):
-  rows = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
-  place = lambda w: jax.device_put(w, NamedSharding(mesh, P(*[None] * (w.ndim - 1), "model")))
-  found["split"] = jax.device_get(step(jax.tree.map(place, params), rows(x), rows(order)))
-  def each(params, x, order):  # the program of one device
-    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, x, order)
-    return jax.lax.psum(value, ("data", "model")), grads
-  both = P(("data", "model"))
-  found["shard_map"] = jax.device_get(jax.jit(jax.shard_map(each, in_specs=(P(), both, both), out_specs=(P(), (P(), both))),
-                                              compiler_options=options)(params, x, order))
-differ = lambda a, b: max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
-print(json.dumps({name: differ(tree, found["one"]) for name, tree in found.items()}))
-"""
-
-
-def test_kernels_are_the_same_on_eight_devices():
-  """Parameters split over `model`, rows over `data`, by the partitioner; and one program a device
-  under shard_map."""
-  found = json.loads(python(DEVICES, devices=8).strip().splitlines()[-1])
-  assert set(found) == {"one", "split", "shard_map"} and max(found.values()) < 1e-12, found

@@ -18,7 +18,6 @@ from sklearn.metrics import r2_score, roc_auc_score
 
 from common import ROOT, SHARES, SUBJECTS, tiny_config, tiny_flags
 from mmcl_jax import (
-  cli,
   compare,
   configuration,
   convert,
@@ -39,12 +38,9 @@ REAL = ROOT.parent / "shared/realdata/ecg/cinc2021_wfdb"
 
 
 @pytest.fixture(scope="module")
-def workdir(cohort, tmp_path_factory):
+def workdir(evaluated, tmp_path_factory):
   """Trained for 6 steps and evaluated."""
-  out = tmp_path_factory.mktemp("programs") / "w"
-  train.main(tiny_flags(cohort.path, out))
-  evaluate.main([f"--workdir={out}"])
-  return out
+  return shutil.copytree(evaluated, tmp_path_factory.mktemp("programs") / "w")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +132,7 @@ def test_the_page_says_what_it_rests_on_and_how_often_test_was_scored(workdir, r
   ]
   assert report["data"]["labels"]["LVEDV"]["train"] == np.sum(known, axis=0)[0]
   assert report["data"]["steps"]["kept"] == sum(report["counts"].values()) == SUBJECTS
-  assert report["config"]["model"]["ecg"]["size"] == "test"
+  assert report["config"]["model"]["towers"]["ecg"]["size"] == "test"
   again = evaluate.evaluate(str(workdir), 6)
   page = (workdir / "evaluation/6/report.html").read_text()
   assert (
@@ -590,45 +586,6 @@ def test_real_recordings_are_embedded(workdir, tmp_path):
   assert embeddings.shape == (30, 16) and np.isfinite(embeddings).all()
   assert len(np.unique(embeddings.round(5), axis=0)) == 29  # E07509 and E07510 hold the same signal
   assert np.isfinite(rows["LVM_g"]).all()
-
-
-@pytest.mark.parametrize(
-  "program, flags, words",
-  [
-    (evaluate, ["--workdir=/nowhere"], "has no checkpoint yet"),
-    (embed, ["--workdir=/nowhere", "--input=x", "--out=/tmp/never"], "no config.json"),
-    (prepare, ["synthetic", "--subjects=3", "--out={tmp}/c"], "would hold no subject"),
-    (prepare, ["synthetic", "--subjects=0", "--out={tmp}/c"], "--subjects=0"),
-    (
-      prepare,
-      ["synthetic", "--subjects=9", "--out={tmp}/c", "--split=1,2"],
-      "three shares that sum to 1",
-    ),
-    (
-      prepare,
-      ["synthetic", "--subjects=9", "--out={tmp}/c", "--profile=nope"],
-      "expected one of minimal",
-    ),
-    (prepare, ["synthetic", "--subjects=9", "--out={tmp}/c", "--size=0"], "--size=0"),
-    (
-      prepare,
-      ["synthetic", "--subjects=9", "--out={tmp}/c", "--input=x"],
-      "no use for --input; it takes --subjects",
-    ),
-    (prepare, ["nope", "--out={tmp}/c"], "SOURCE is 'nope'; expected one of ukb"),
-    (prepare, ["no_such_module:plan", "--out={tmp}/c"], "No module named 'no_such_module'"),
-    (prepare, ["json:plan", "--out={tmp}/c"], "has no attribute 'plan'"),
-    (prepare, ["ukb", "--input={tmp}", "--out={tmp}/c"], "none named ID_20209"),
-    (prepare, ["ukb", "--input=/nowhere", "--out={tmp}/c"], "no file or folder /nowhere"),
-  ],
-)
-def test_a_user_s_mistake_is_one_line(program, flags, words, capsys, tmp_path):
-  with pytest.raises(SystemExit) as stop:
-    cli.run(program.main, [flag.replace("{tmp}", str(tmp_path)) for flag in flags])
-  assert stop.value.code == 2
-  error = capsys.readouterr().err.strip().splitlines()
-  assert len(error) == 1 and words in error[0]
-  assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_names_the_steps_there_are(workdir):

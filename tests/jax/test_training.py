@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from common import ROOT, tiny_config, tiny_flags
-from mmcl_jax import cli, configuration, train
+from common import ROOT, tiny_config
+from mmcl_jax import configuration, train
 from mmcl_jax.data import builder, cohort as cohort_room
 from mmcl_jax.data.sources import synthetic as synthetic_source
 from mmcl_jax.errors import UserError
@@ -26,11 +26,9 @@ GOLDEN = {"loss": 3.27849, "gradient_norm": 0.67407}
 
 
 @pytest.fixture(scope="module")
-def finished(cohort, tmp_path_factory):
+def finished(trained, tmp_path_factory):
   """A workdir trained to step 6 without a break, and its final state."""
-  workdir = tmp_path_factory.mktemp("run") / "w"
-  state = train.train(tiny_config(cohort.path), str(workdir))
-  return workdir, jax.device_get(state)
+  return shutil.copytree(trained[0], tmp_path_factory.mktemp("run") / "w"), trained[1]
 
 
 def same(a, b):
@@ -429,55 +427,6 @@ def test_an_objective_without_its_output_is_found_before_compiling(cohort, tmp_p
   ):
     train.train(c, str(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
-
-
-def fails(capsys, flags):
-  """Runs `mmcl train` as the console script does; returns its one line of error."""
-  with pytest.raises(SystemExit) as stop:
-    cli.run(train.main, flags)
-  assert stop.value.code == 2
-  lines = capsys.readouterr().err.strip().splitlines()
-  assert len(lines) == 1 and lines[0].startswith("mmcl: error: ")
-  return lines[0]
-
-
-@pytest.mark.parametrize(
-  "flag, words",
-  [
-    ("--config.nope=1", "nope"),
-    ("--config.optimizer.learning_rat=1", "learning_rat"),
-    ("--config.batch=many", "batch"),
-    ("--config.steps=0", "steps is 0"),
-    ("--config.batch=0", "batch is 0"),
-    ("--config.mesh.model=2", "2 devices|1 x model=2"),
-    ("--config.model.towers.ecg.size=huge", "'huge'; expected one of"),
-    ("--config.model.towers.ecg.mask_ratio=1.5", "from 0"),
-    ("--config.model.towers.ecg.patch=7", "does not divide"),
-    ("--config.objectives.dual_phase.fn=triplet", "'triplet'; expected one of"),
-    ("--config.objectives.dual_phase.temperature=cold", "temperature"),
-    ("--config.evaluators.losses.fn=nope", "'nope'; expected one of losses, probes"),
-    ("--config.evaluators.losses.every=-2", "at least 0, or -1 for"),
-    ("--config.data.targets=('nope',)", "nope"),
-    ("--config.model.towers.ed.view=nope", "expected one of ed_volume"),
-    ("--config.model.towers.ed.planes=99", "12 planes"),
-    ("--config.init_from.ecg=/nowhere", "/nowhere"),
-    ("--config.model.towers.ed.frozen=True", "frozen"),
-    ("--config.data.ecg_profile=mmcl", "profile 'minimal'"),
-    ("--config.data.samples=9999", "9999"),
-    ("--config.data.cohort=/nowhere", "no cohort at '/nowhere'"),
-    ("--config=/nowhere.py", "nowhere.py"),
-    ("--unknown=1", "unknown"),
-    ("stray", "stray"),
-  ],
-)
-def test_a_user_s_mistake_is_one_line_and_leaves_nothing(cohort, tmp_path, capsys, flag, words):
-  line = fails(capsys, [*tiny_flags(cohort.path, tmp_path / "w"), flag])
-  assert re.search(words, line), line
-  assert not (tmp_path / "w").exists()
-
-
-def test_missing_flags_are_named(capsys):
-  assert "missing --workdir" in fails(capsys, ["--config=configs/joint.py"])
 
 
 def test_broken_cohorts_are_told_apart(cohort, tmp_path):

@@ -47,10 +47,9 @@ def refused(process, status=2) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(cohort, tmp_path_factory):
+def whole(trained, tmp_path_factory):
   """A finished run of 6 steps with checkpoints at 3 and 6, and its final state."""
-  folder = tmp_path_factory.mktemp("run") / "w"
-  return folder, jax.device_get(train.train(tiny_config(cohort.path), str(folder)))
+  return shutil.copytree(trained[0], tmp_path_factory.mktemp("run") / "w"), trained[1]
 
 
 @pytest.fixture
@@ -236,7 +235,7 @@ def test_every_file_of_a_checkpoint_is_missed_and_every_flipped_bit_is_found(
 def test_a_changed_config_is_not_restored_as_if_it_were_the_run_s(whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "w")
   config = json.loads((tmp_path / "w/config.json").read_text())
-  config["model"]["ecg"]["mask_ratio"] = 0.5
+  config["model"]["towers"]["ecg"]["mask_ratio"] = 0.5
   (tmp_path / "w/config.json").write_text(json.dumps(config))
   with pytest.raises(
     UserError, match="config.json .* it is not the one that step 6 was trained with"

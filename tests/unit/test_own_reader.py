@@ -121,7 +121,7 @@ def test_a_reader_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, flag,
     (prepare.main, ["ecg", f"--input={folder}", f"--out={tmp_path}/out"]),
     (embed.main, [f"--workdir={tmp_path}", f"--input={folder}", f"--out={tmp_path}/out"]),
   ):
-    line = error_of(lambda main=main, argv=argv: main([*argv, f"--reader={flag}"]), capsys)
+    line = error_of(main, [*argv, f"--reader={flag}"], capsys, beside=True)
     assert words in line
 
 

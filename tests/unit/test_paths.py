@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from common import ROOT
+from mistakes import error_of
 from mmcl_jax import cli, configuration, train
 from mmcl_jax.errors import UserError
 from mmcl_jax.support.paths import local
@@ -160,12 +161,9 @@ def test_an_address_ends_a_program_before_it_makes_anything(
   verb, command, address, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(SystemExit) as stop:
-    cli.run(
-      importlib.import_module(f"mmcl_jax.{verb}").main, command.replace("{}", address).split()
-    )
-  error = capsys.readouterr().err.strip().splitlines()
-  assert stop.value.code == 2 and len(error) == 1 and error[0].startswith(f"mmcl: error: {address}")
+  main = importlib.import_module(f"mmcl_jax.{verb}").main
+  error = error_of(main, command.replace("{}", address).split(), capsys)
+  assert error.startswith(f"mmcl: error: {address}")
   assert not os.listdir(tmp_path)
 
 
