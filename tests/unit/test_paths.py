@@ -15,7 +15,8 @@ from mmcl_jax.support.paths import local
 
 # Flags that are text and no path. A new flag belongs here or is read by `local`.
 WORDS = {
-  "prepare": {"source", "diseases", "censored", "split", "profile", "beam"},
+  "prepare": {"source", "diseases", "censored", "split", "profile", "beam", "reader"},
+  "embed": {"reader"},
   "inspect": {"split"},
   "convert": {"tower", "ecg_profile", "pool", "view", "ignore"},
   "export": {"platforms"},
