@@ -30,28 +30,32 @@ def diseases(known: dict[str, float], names) -> np.ndarray:
 def covariates(sex=np.nan, **measured) -> np.ndarray:
   """float32 [V] of numbers or texts; `sex` is 1, 0 or a name in SEX. NaN where it is neither a
   number nor plausible."""
-  known = {"sex": SEX.get(sex.lower(), np.nan) if isinstance(sex, str) else sex}
+  if isinstance(sex, str):
+    sex = SEX.get(sex.lower(), np.nan)
+  values = {"sex": sex}
   for name, (_, low, high) in COVARIATE_LIMITS.items():
     value = number(measured.get(name, np.nan))
-    known[name] = value if low <= value <= high else np.nan
-  return np.array([known[name] for name in schema.COVARIATES], np.float32)
+    values[name] = value if low <= value <= high else np.nan
+  return np.array([values[name] for name in schema.COVARIATES], np.float32)
 
 
 def scp(stated: dict[str, float]) -> dict[str, float]:
   """{disease: 1, 0 or NaN} of {SCP-ECG statement: likelihood in %, 0 = none given}."""
-  doubtful = {code for code, likelihood in stated.items() if 0 < likelihood < LIKELY}
+  doubtful = set()
+  for code, likelihood in stated.items():
+    if 0 < likelihood < LIKELY:
+      doubtful.add(code)
   return _stated(stated.keys() - doubtful, doubtful, STATEMENTS["scp"])
 
 
 def snomed(stated: set[str], record: str) -> dict[str, float]:
   """{disease: 1, 0 or NaN} of the SNOMED CT codes of a CinC challenge's record of that name."""
-  known = _stated(stated, set(), STATEMENTS["snomed"])
-  silent = {
-    disease
-    for disease, codes in STATEMENTS["snomed"].items()
-    if any(re.fullmatch(pattern, record) for pattern in codes["silent_in"])
-  }
-  return {disease: np.nan if x == 0 and disease in silent else x for disease, x in known.items()}
+  states = _stated(stated, set(), STATEMENTS["snomed"])
+  for disease, state in states.items():
+    patterns = STATEMENTS["snomed"][disease]["silent_in"]
+    if state == 0 and any(re.fullmatch(pattern, record) for pattern in patterns):
+      states[disease] = np.nan
+  return states
 
 
 def icd(hospital: list[str], either: list[str], codes) -> dict[str, float]:
@@ -64,13 +68,14 @@ def icd(hospital: list[str], either: list[str], codes) -> dict[str, float]:
     codes: as of ukb_fields.disease_codes.
   """
   given = [code.replace(".", "").upper() for code in hospital + either]
-  present = {
-    disease
-    for disease, ranges in codes.items()
-    for first, last in ranges
-    if any(first <= code[: len(first)] <= last for code in given)
-  }
-  return {disease: 1.0 if disease in present else 0.0 if hospital else np.nan for disease in codes}
+  absent = 0.0 if hospital else np.nan
+  states = {}
+  for disease, ranges in codes.items():
+    states[disease] = absent
+    for first, last in ranges:
+      if any(first <= code[: len(first)] <= last for code in given):
+        states[disease] = 1.0
+  return states
 
 
 def literal(text: str, kind: type) -> dict | list | None:
@@ -84,7 +89,9 @@ def literal(text: str, kind: type) -> dict | list | None:
     return None
   if not isinstance(value, kind) or not all(isinstance(x, str) for x in value):
     return None
-  return value if kind is list or all(isinstance(x, (int, float)) for x in value.values()) else None
+  if kind is dict and not all(isinstance(x, (int, float)) for x in value.values()):
+    return None
+  return value
 
 
 def number(text) -> float:
@@ -97,12 +104,15 @@ def number(text) -> float:
 def _stated(certain, doubtful, vocabulary):
   """{disease: 1, 0 or NaN} of sets of statements, by a section of statements.toml; nothing where
   nothing is stated."""
-  return {
-    disease: 1.0
-    if certain & set(codes["present"])
-    else np.nan
-    if certain & set(codes["unclear"]) or doubtful & {*codes["present"], *codes["unclear"]}
-    else 0.0
-    for disease, codes in vocabulary.items()
-    if certain or doubtful
-  }
+  states = {}
+  if not certain and not doubtful:
+    return states
+  for disease, codes in vocabulary.items():
+    present, unclear = set(codes["present"]), set(codes["unclear"])
+    if certain & present:
+      states[disease] = 1.0
+    elif certain & unclear or doubtful & (present | unclear):
+      states[disease] = np.nan
+    else:
+      states[disease] = 0.0
+  return states

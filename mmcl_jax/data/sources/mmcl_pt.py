@@ -26,9 +26,8 @@ from mmcl_jax.data.readers.files import walk
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError
 
-NAME = re.compile(
-  rf"(ecgs|images)_({'|'.join(schema.SPLITS)})_.+\.pt|labels_({'|'.join(schema.SPLITS)})_(.+)_all\.pt"
-)
+_SPLIT = f"({'|'.join(schema.SPLITS)})"
+NAME = re.compile(rf"(ecgs|images)_{_SPLIT}_.+\.pt|labels_{_SPLIT}_(.+)_all\.pt")
 TAKES = ("input",)
 PROFILE = "mmcl"  # of mmcl_jax.data.preprocess.ecg: what "noBase_gn" in the files' names stands for
 # mapped: an open file takes little memory, whatever its size
@@ -48,35 +47,30 @@ class Key(NamedTuple):
 def plan(options, identify) -> Plan:
   """`options`: `input` (folders, or the files themselves)."""
   files, unused = _files(options.input)
-  parts = {
-    split: {kind: _open(path) for kind, path in found.items()} for split, found in files.items()
-  }
-  for split, found in parts.items():
-    if len({len(part) for part in found.values()}) > 1:
-      raise UserError(
-        f"the files of {split} are not of one length: "
-        + ", ".join(f"{len(part)} in {files[split][kind].name}" for kind, part in found.items())
-        + "; they are joined by position, so give those that were made together"
-      )
-  lengths = Counter(_shape(ecg)[-1:] for part in parts.values() for ecg in part["ecgs"])
-  samples = max(lengths)[0] if len(lengths) == 1 and max(lengths) else schema.ECG_SAMPLES
-  shapes = Counter(_shape(image) for part in parts.values() for image in part.get("images", ()))
+  parts = {}  # split -> kind -> tensors, by position
+  for split, paths in files.items():
+    parts[split] = {kind: _open(path) for kind, path in paths.items()}
+    _check_lengths(split, parts[split], paths)
+  lengths, shapes = Counter(), Counter()
+  for part in parts.values():
+    lengths.update(_shape(ecg)[-1:] for ecg in part["ecgs"])
+    shapes.update(_shape(image) for image in part.get("images", ()))
+  samples = schema.ECG_SAMPLES
+  if len(lengths) == 1 and max(lengths):
+    (samples,) = max(lengths)
   shape = shapes.most_common(1)[0][0] if shapes else None
   diseases, phenotypes = _labels(parts, files)
 
   items = []
   for split, part in parts.items():
-    paths = str(files[split]["ecgs"]), str(files[split]["images"]) if "images" in part else None
-    columns = [
-      np.stack([known[split] for known in group.values()], 1)
-      if group
-      else np.empty((len(part["ecgs"]), 0))
-      for group in (phenotypes, diseases)
-    ]
-    for index, (values, states) in enumerate(
-      zip(*(x.astype(np.float32) for x in columns), strict=True)
-    ):
-      items.append(Item(identify(f"{split}/{index}"), 0, Key(paths, split, index, values, states)))
+    images = str(files[split]["images"]) if "images" in part else None
+    paths = str(files[split]["ecgs"]), images
+    count = len(part["ecgs"])
+    values = _columns(phenotypes, split, count)
+    states = _columns(diseases, split, count)
+    for index in range(count):
+      key = Key(paths, split, index, values[index], states[index])
+      items.append(Item(identify(f"{split}/{index}"), 0, key))
   info = {
     "source": "files of oetu/MMCL-ECG-CMR",
     "splits_given": True,
@@ -94,6 +88,23 @@ def plan(options, identify) -> Plan:
   return Plan(items, functools.partial(read, samples, shape), info, steps, split=split_of)
 
 
+def _check_lengths(split, part, paths):
+  if len({len(tensors) for tensors in part.values()}) > 1:
+    lengths = [f"{len(tensors)} in {paths[kind].name}" for kind, tensors in part.items()]
+    raise UserError(
+      f"the files of {split} are not of one length: {', '.join(lengths)}; they are joined by "
+      "position, so give those that were made together"
+    )
+
+
+def _columns(labels, split, count):
+  """float32 [count, len(labels)] of the labels of a split."""
+  columns = np.empty((count, len(labels)), np.float32)
+  for place, by_split in enumerate(labels.values()):
+    columns[:, place] = by_split[split]
+  return columns
+
+
 def split_of(item: Item) -> str:
   return item.key.split
 
@@ -104,10 +115,11 @@ def read(
   """(record, flags) of one position; its ECG must have `samples` samples, its image the shape
   `shape`."""
   key, flags = item.key, ()
-  found = load(key.paths[0])[key.index]
-  if _shape(found) != (len(schema.LEADS), samples):
-    raise BadRecord(f"an ECG of shape {_shape(found)}; expected {(len(schema.LEADS), samples)}")
-  ecg = np.array(found, np.float32).reshape(len(schema.LEADS), samples)
+  tensor = load(key.paths[0])[key.index]
+  expected = len(schema.LEADS), samples
+  if _shape(tensor) != expected:
+    raise BadRecord(f"an ECG of shape {_shape(tensor)}; expected {expected}")
+  ecg = np.array(tensor, np.float32).reshape(expected)
   if not np.isfinite(ecg).all() or not np.ptp(ecg):
     raise BadRecord("an ECG with values that are not finite, or all the same")
   record = {
@@ -130,9 +142,8 @@ def to_uint8(image, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]
   """(uint8 [C, H, W], flags): uint8 as it is, values from 0 to 1 times 255, others from minimum to
   maximum."""
   if len(shape) != 3 or _shape(image) != shape:
-    raise BadRecord(
-      f"an image of shape {_shape(image)}; expected {shape if len(shape) == 3 else '[C, H, W]'}"
-    )
+    expected = shape if len(shape) == 3 else "[C, H, W]"
+    raise BadRecord(f"an image of shape {_shape(image)}; expected {expected}")
   image = image.reshape(shape)
   if image.dtype == np.uint8:
     return image.copy(), ()
@@ -144,8 +155,8 @@ def to_uint8(image, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]
     return np.round(image * 255).astype(np.uint8), ()
   if low == high:
     raise BadRecord("an image whose values are all the same")
-  scaled = np.round((image - low) / (high - low) * 255).astype(np.uint8)
-  return scaled, ("image scaled from its minimum to its maximum",)
+  scaled = (image - low) / (high - low) * 255
+  return np.round(scaled).astype(np.uint8), ("image scaled from its minimum to its maximum",)
 
 
 def _files(inputs):
@@ -157,17 +168,20 @@ def _files(inputs):
     if not match:
       unused += 1
       continue
-    kind, split = (match[1], match[2]) if match[1] else (match[4], match[3])
+    kind, split, label_split, target = match.groups()
+    if not kind:
+      kind, split = target, label_split
     if files.setdefault(split, {}).setdefault(kind, path) != path:
       raise UserError(
-        f"{files[split][kind].name} and {path.name} are both {kind} of {split}; expected one: give the "
-        "files that belong together in --input"
+        f"{files[split][kind].name} and {path.name} are both {kind} of {split}; expected one: give "
+        "the files that belong together in --input"
       )
-  without = [split for split, found in files.items() if "ecgs" not in found]
+  without = [split for split, paths in files.items() if "ecgs" not in paths]
   if without or not files:
     raise UserError(
-      f"--input={' '.join(map(str, inputs))}: {len(paths)} .pt files, {unused} of other names, and no "
-      f"ecgs_{'/'.join(without or schema.SPLITS)}_*.pt; expected them beside images_* and labels_*"
+      f"--input={' '.join(map(str, inputs))}: {len(paths)} .pt files, {unused} of other names, and "
+      f"no ecgs_{'/'.join(without or schema.SPLITS)}_*.pt; expected them beside images_* and "
+      "labels_*"
     )
   return {split: files[split] for split in schema.SPLITS if split in files}, unused
 
@@ -178,9 +192,8 @@ def _open(path):
     part = load(str(path))
   except BadRecord as error:
     raise UserError(f"{path}: {error}") from None
-  if not isinstance(part, list | tuple | np.ndarray) or not np.shape(
-    part if isinstance(part, np.ndarray) else [0]
-  ):
+  of_one_tensor = isinstance(part, np.ndarray) and part.ndim > 0
+  if not of_one_tensor and not isinstance(part, list | tuple):
     raise UserError(
       f"{path} holds a {type(part).__name__}; expected a list of tensors, or one tensor of them all"
     )
@@ -199,25 +212,29 @@ def _labels(parts, files):
   """Two dicts, of diseases and of phenotypes: name -> {split: float64 [N]}, NaN where a split lacks
   it."""
   columns = {}
-  for split, found in parts.items():
-    for target in found.keys() - {"ecgs", "images"}:
-      try:
-        values = np.asarray([np.asarray(x, np.float64) for x in found[target]])
-        values = values.reshape(len(values), -1)
-      except (TypeError, ValueError):
-        raise UserError(
-          f"{files[split][target]} holds what are not numbers; expected one, or K, a person"
-        ) from None
+  for split, part in parts.items():
+    for target in part.keys() - {"ecgs", "images"}:
+      values = _numbers(part[target], files[split][target])
+      several = values.shape[1] != 1
       for k in range(values.shape[1]):
-        columns.setdefault(target if values.shape[1] == 1 else f"{target}_{k}", {})[split] = values[
-          :, k
-        ]
-  for known in columns.values():
-    for split in parts.keys() - known.keys():
-      known[split] = np.full(len(parts[split]["ecgs"]), np.nan)
+        name = f"{target}_{k}" if several else target
+        columns.setdefault(name, {})[split] = values[:, k]
   diseases, phenotypes = {}, {}
-  for name in sorted(columns):
-    values = np.concatenate([*columns[name].values()])
-    binary = np.isin(values[~np.isnan(values)], (0, 1)).all()
-    (diseases if binary else phenotypes)[name] = columns[name]
+  for name, by_split in sorted(columns.items()):
+    for split in parts.keys() - by_split.keys():
+      by_split[split] = np.full(len(parts[split]["ecgs"]), np.nan)
+    values = np.concatenate([*by_split.values()])
+    if np.isin(values[~np.isnan(values)], (0, 1)).all():
+      diseases[name] = by_split
+    else:
+      phenotypes[name] = by_split
   return diseases, phenotypes
+
+
+def _numbers(labels, path):
+  """float64 [N, K]"""
+  try:
+    values = np.asarray([np.asarray(label, np.float64) for label in labels])
+    return values.reshape(len(values), -1)
+  except (TypeError, ValueError):
+    raise UserError(f"{path} holds what are not numbers; expected one, or K, a person") from None

@@ -58,95 +58,60 @@ class Visit(NamedTuple):
   labels: dict[str, np.ndarray]
 
 
-def plan(options, identify, folders: bool = False) -> Plan:  # noqa: C901
-  """`options`: input, tables, segmentations, withdrawn, diseases, codes, censored, shape.
-
-  `folders`: the CMR are folders ID_VISIT of NIfTI files, as the ukbb_cardiac pipeline leaves them,
-  instead of zips.
-  """
+def plan(options, identify) -> Plan:
+  """`options`: input, tables, segmentations, withdrawn, diseases, codes, censored, shape. The CMR
+  are zips of DICOM files."""
   listed = list(files.walk(options.input))
-  ecgs, cmrs = (
-    index(listed, ECG_FILE),
-    index_folders(listed, "sa.nii.gz") if folders else index(listed, CMR_FILE),
-  )
-  images = "sa.nii.gz in a folder ID_VISIT" if folders else "ID_20209_VISIT_ARRAY.zip"
-  if not cmrs and (folders or not ecgs):
-    raise UserError(
-      f"--input {' '.join(options.input)}: {len(listed)} files, none named {images}"
-      f"{'' if ecgs else ' or ID_20205_VISIT_ARRAY.xml'}; give the folders of both"
-    )
-  segmentations = {}
-  if options.segmentations:
-    segmentations = index_folders(
-      list(files.walk([options.segmentations], "--segmentations")), "seg_sa.nii.gz"
-    )
-    if folders or not segmentations.keys() & cmrs.keys():
-      raise UserError(
-        f"--segmentations={options.segmentations}: {len(segmentations)} folders ID_VISIT with seg_sa.nii.gz, none of "
-        "a visit with a CMR zip; expected those that ukbb_cardiac made of these zips"
-      )
-  used = {path for paths in (*ecgs.values(), *cmrs.values()) for path in paths}
-  others = Counter(
-    readers.by_suffix(path) for path in listed if not used & {path, os.path.dirname(path)}
-  )
+  ecgs, images = index(listed, ECG_FILE), index(listed, CMR_FILE)
+  if not ecgs and not images:
+    raise _nothing(options, listed, "ID_20209_VISIT_ARRAY.zip or ID_20205_VISIT_ARRAY.xml")
+  return _plan(options, identify, listed, ecgs, images, segmentations_of(options, images))
+
+
+def plan_folders(options, identify) -> Plan:
+  """As `plan`; the CMR are folders ID_VISIT of NIfTI files, as the ukbb_cardiac pipeline leaves
+  them."""
+  listed = list(files.walk(options.input))
+  ecgs, images = index(listed, ECG_FILE), index_folders(listed, "sa.nii.gz")
+  if not images:
+    or_ecgs = "" if ecgs else " or ID_20205_VISIT_ARRAY.xml"
+    raise _nothing(options, listed, f"sa.nii.gz in a folder ID_VISIT{or_ecgs}")
+  return _plan(options, identify, listed, ecgs, images, segmentations_of(options, {}))
+
+
+def _plan(options, identify, listed, ecgs, cmrs, segmentations):
+  """The Plan of visits: `ecgs`, `cmrs` and `segmentations` are (participant, visit) -> paths."""
   everybody = {participant for participant, _ in ecgs | cmrs}
-  table = None
-  if options.tables:
-    table = tables.load(options.tables, participants=everybody, censored=options.censored)
-    if not table.people and not table.rows:
-      raise UserError(
-        f"--tables {' '.join(options.tables)}: none of its participants has a file under --input; are the ids those "
-        "of another application?"
-      )
-  elif options.diseases != "any" or options.censored:
-    raise UserError(
-      "--diseases and --censored tell how to read diagnoses, of which there are none without --tables"
-    )
+  table = tables_of(options, everybody)
   codes = ukb_fields.disease_codes(options.codes)
-  codes |= dict.fromkeys(table.given if table else (), ())
+  if table:
+    codes |= dict.fromkeys(table.given, ())
   gone = tables.withdrawn(options.withdrawn) if options.withdrawn else set()
 
   items, rejected = [], []
   for participant, visit in sorted(ecgs.keys() | cmrs.keys()):
     key = participant, visit
-    found = [tuple(paths.get(key, ())) for paths in (ecgs, cmrs)]
-    segmented = [os.path.join(folder, "seg_sa.nii.gz") for folder in segmentations.get(key, ())]
-    private = (participant, *{os.path.basename(path) for paths in found for path in paths})
-    item = Item(identify(participant), visit, None, private)
+    files_of = Files(
+      tuple(ecgs.get(key, ())), tuple(cmrs.get(key, ())), tuple(segmentations.get(key, ()))
+    )
+    names = {os.path.basename(path) for path in (*files_of.ecg, *files_of.cmr)}
+    item = Item(identify(participant), visit, None, (participant, *names))
     if participant in gone:
       rejected.append((item, "the participant has withdrawn"))
     elif table and participant in table.rejected:
       rejected.append((item, table.rejected[participant]))
-    elif ecgs and not found[0]:
-      rejected.append((item, "no ECG of this visit"))
-    elif cmrs and not found[1]:
-      rejected.append((item, "no CMR of this visit"))
-    elif visit not in ukb_fields.IMAGING_VISITS:
-      rejected.append(
-        (
-          item,
-          f"visit {visit}; expected an imaging visit, {' or '.join(map(str, ukb_fields.IMAGING_VISITS))}",
-        )
-      )
-    elif len(segmented) > 1:
-      rejected.append((item, f"{len(segmented)} segmentations of this visit; expected one"))
+    elif reason := why_unusable(files_of, visit, bool(ecgs), bool(cmrs)):
+      rejected.append((item, reason))
     else:
       values, labels = of_tables(table, participant, visit, codes, options.diseases)
       remarks = ("this visit is not in the tables",) if table and key not in table.rows else ()
-      items.append(
-        item._replace(
-          key=Visit(*found, segmented[0] if segmented else None, values, remarks, labels)
-        )
-      )
+      segmentation = None
+      if files_of.segmentations:
+        segmentation = os.path.join(files_of.segmentations[0], "seg_sa.nii.gz")
+      needed = Visit(files_of.ecg, files_of.cmr, segmentation, values, remarks, labels)
+      items.append(item._replace(key=needed))
   items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))
 
-  in_tables = sum((item.private[0], item.visit) in table.rows for item in items) if table else 0
-  if items and not in_tables and table and (table.rows or table.phenotypes or table.given):
-    known = ", ".join(map(str, sorted({visit for _, visit in table.rows}))) or "none"
-    raise UserError(
-      f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit "
-      f"{items[0].visit}; the visits with values are: {known}. Tables of your own give them in a column visit"
-    )
   measured = not (table and table.phenotypes)
   info = {
     "source": "UK Biobank",
@@ -166,41 +131,124 @@ def plan(options, identify, folders: bool = False) -> Plan:  # noqa: C901
     "visits with a segmentation": len(segmentations.keys() & cmrs.keys()),
     "visits to read": len(items),
   }
+  others = files_of_other_names(listed, ecgs, cmrs)
   if others:
     steps[f"files of other names, passed over: {readers.listing(others)}"] = others.total()
   if table:
-    steps |= {"visits in the tables": in_tables}
-    steps |= {f"in the tables: {what}": count for what, count in table.problems.items()}
-  return Plan(
-    items, functools.partial(read, options.shape, list(info["phenotypes"])), info, steps, rejected
+    steps["visits in the tables"] = visits_in_tables(options, table, items)
+    for what, count in table.problems.items():
+      steps[f"in the tables: {what}"] = count
+  read_visit = functools.partial(read, options.shape, list(info["phenotypes"]))
+  return Plan(items, read_visit, info, steps, rejected)
+
+
+class Files(NamedTuple):
+  """The files of one participant at one visit."""
+
+  ecg: tuple[str, ...]
+  cmr: tuple[str, ...]
+  segmentations: tuple[str, ...]  # folders
+
+
+def _nothing(options, listed, expected):
+  return UserError(
+    f"--input {' '.join(options.input)}: {len(listed)} files, none named {expected}; "
+    "give the folders of both"
   )
 
 
-def plan_folders(options, identify) -> Plan:
-  return plan(options, identify, folders=True)
+def segmentations_of(options, zips) -> dict[tuple[str, int], list[str]]:
+  """(participant, visit) -> folders of --segmentations; UserError where none is of a zip."""
+  if not options.segmentations:
+    return {}
+  listed = list(files.walk([options.segmentations], "--segmentations"))
+  folders = index_folders(listed, "seg_sa.nii.gz")
+  if not folders.keys() & zips.keys():
+    raise UserError(
+      f"--segmentations={options.segmentations}: {len(folders)} folders ID_VISIT with "
+      "seg_sa.nii.gz, none of a visit with a CMR zip; expected those that ukbb_cardiac made of "
+      "these zips"
+    )
+  return folders
+
+
+def tables_of(options, participants: set[str]) -> tables.Table | None:
+  if not options.tables:
+    if options.diseases != "any" or options.censored:
+      raise UserError(
+        "--diseases and --censored tell how to read diagnoses, of which there are none without "
+        "--tables"
+      )
+    return None
+  table = tables.load(options.tables, participants=participants, censored=options.censored)
+  if not table.people and not table.rows:
+    raise UserError(
+      f"--tables {' '.join(options.tables)}: none of its participants has a file under --input; "
+      "are the ids those of another application?"
+    )
+  return table
+
+
+def why_unusable(files_of: Files, visit: int, with_ecg: bool, with_cmr: bool) -> str:
+  """Why a visit is not read, by its files; "" where it is. The cohort has ECGs, CMR, or both."""
+  if with_ecg and not files_of.ecg:
+    return "no ECG of this visit"
+  if with_cmr and not files_of.cmr:
+    return "no CMR of this visit"
+  if visit not in ukb_fields.IMAGING_VISITS:
+    visits = " or ".join(map(str, ukb_fields.IMAGING_VISITS))
+    return f"visit {visit}; expected an imaging visit, {visits}"
+  if len(files_of.segmentations) > 1:
+    return f"{len(files_of.segmentations)} segmentations of this visit; expected one"
+  return ""
+
+
+def files_of_other_names(listed, ecgs, cmrs) -> Counter:
+  """Files that are neither an ECG nor images, counted by suffix."""
+  used = set()
+  for paths in (*ecgs.values(), *cmrs.values()):
+    used.update(paths)
+  others = Counter()
+  for path in listed:
+    if path not in used and os.path.dirname(path) not in used:
+      others[readers.by_suffix(path)] += 1
+  return others
+
+
+def visits_in_tables(options, table, items) -> int:
+  """How many items have a row in the tables; UserError where none has and the tables have values."""
+  in_tables = sum((item.private[0], item.visit) in table.rows for item in items)
+  if items and not in_tables and (table.rows or table.phenotypes or table.given):
+    with_values = sorted({visit for _, visit in table.rows})
+    raise UserError(
+      f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit "
+      f"{items[0].visit}; the visits with values are: {', '.join(map(str, with_values)) or 'none'}. "
+      "Tables of your own give them in a column visit"
+    )
+  return in_tables
 
 
 def index(listed: list[str], pattern: re.Pattern) -> dict[tuple[str, int], list[str]]:
   """(participant, visit) -> files whose name says so, in the order of their array index."""
-  found = {}
+  numbered = {}
   for path in listed:
     if match := pattern.fullmatch(os.path.basename(path)):
-      found.setdefault((tables.canonical(match[1]), int(match[2])), []).append(
-        (int(match[3]), path)
-      )
-  return {key: [path for _, path in sorted(paths)] for key, paths in found.items()}
+      participant, visit, array = match.groups()
+      key = tables.canonical(participant), int(visit)
+      numbered.setdefault(key, []).append((int(array), path))
+  return {key: [path for _, path in sorted(paths)] for key, paths in numbered.items()}
 
 
 def index_folders(listed: list[str], name: str) -> dict[tuple[str, int], list[str]]:
   """(participant, visit) -> folders that hold a file `name`."""
-  found = {}
+  folders = {}
   for path in listed:
     folder, file = os.path.split(path)
-    if file == name and (match := FOLDER.fullmatch(os.path.basename(folder))):
-      found.setdefault(
-        (tables.canonical(match[1]), int(match[2] or FIRST_IMAGING_VISIT)), []
-      ).append(folder)
-  return {key: sorted(folders) for key, folders in found.items()}
+    match = FOLDER.fullmatch(os.path.basename(folder))
+    if file == name and match:
+      key = tables.canonical(match[1]), int(match[2] or FIRST_IMAGING_VISIT)
+      folders.setdefault(key, []).append(folder)
+  return {key: sorted(paths) for key, paths in folders.items()}
 
 
 def of_tables(table, participant: str, visit: int, codes, mode: str):
@@ -232,25 +280,21 @@ def read(shape: preprocess_cmr.Shape, names: list[str], item: Item) -> tuple[dic
     ecg = preprocess_ecg.to_standard(recording.ecg_mv, recording.rate_hz)
     flags += [f"ECG: {flag}" for flag in recording.flags]
   if visit.cmr:
-    zipped = os.path.isfile(visit.cmr[0])
-    read_cine = (
-      functools.partial(ukb_cmr_dicom.read, segmentation=visit.segmentation)
-      if zipped
-      else ukbb_cardiac.read
-    )
-    fields, measured, found = preprocess_cmr.to_record(
-      first_good("CMR", visit.cmr, read_cine, flags), shape
-    )
-    flags += [f"CMR: {flag}" for flag in found]
+    read_cine = ukbb_cardiac.read
+    if os.path.isfile(visit.cmr[0]):
+      read_cine = functools.partial(ukb_cmr_dicom.read, segmentation=visit.segmentation)
+    cine = first_good("CMR", visit.cmr, read_cine, flags)
+    fields, measured, remarks = preprocess_cmr.to_record(cine, shape)
+    flags += [f"CMR: {remark}" for remark in remarks]
   values = visit.phenotypes
   if values is None:
-    values = np.array(
-      list(measured.values()) if measured else [np.nan] * len(schema.PHENOTYPES), np.float32
-    )
+    values = np.full(len(schema.PHENOTYPES), np.nan, np.float32)
+    if measured:
+      values[:] = list(measured.values())
   elif measured and "LVEDV" in names:
-    told, seen = values[names.index("LVEDV")], measured["LVEDV"]
-    if abs(told - seen) > DISAGREEMENT * max(told, seen):  # False where one is NaN
-      flags.append(f"LVEDV is {told:.0f} ml in the tables and {seen:.0f} ml on the segmentation")
+    given, seen = values[names.index("LVEDV")], measured["LVEDV"]
+    if abs(given - seen) > DISAGREEMENT * max(given, seen):  # False where one is NaN
+      flags.append(f"LVEDV is {given:.0f} ml in the tables and {seen:.0f} ml on the segmentation")
   record = {
     "has_ecg": np.bool_(bool(visit.ecg)),
     "has_cmr": np.bool_(bool(visit.cmr)),
@@ -267,7 +311,7 @@ def first_good(kind: str, paths: tuple[str, ...], read, flags: list[str]):
   visit."""
   for i, path in enumerate(paths):
     try:
-      found = read(path)
+      recording = read(path)
     except BadRecord as error:
       if i == len(paths) - 1:
         raise
@@ -275,4 +319,4 @@ def first_good(kind: str, paths: tuple[str, ...], read, flags: list[str]):
     else:
       if further := len(paths) - 1 - i:
         flags.append(f"{further} further {kind} of the same visit left out")
-      return found
+      return recording
