@@ -19,24 +19,31 @@ def affine(key, cmr, rotation_deg: float, scale: float, shift: float):
   """In-plane rotation U(+-rotation_deg), zoom U(1 +- scale), shift U(+-shift) of the field of view;
   bilinear."""
   angle, zoom, dy, dx = jax.random.uniform(key, (4,), minval=-1.0)
-  angle, zoom = jnp.deg2rad(rotation_deg * angle), 1 + scale * zoom
+  angle = jnp.deg2rad(rotation_deg * angle)
+  zoom = 1 + scale * zoom
   H, W = cmr.shape[-2:]
-  y, x = jnp.meshgrid(jnp.arange(H) - (H - 1) / 2, jnp.arange(W) - (W - 1) / 2, indexing="ij")
+  middle_y, middle_x = (H - 1) / 2, (W - 1) / 2
+  y, x = jnp.meshgrid(jnp.arange(H) - middle_y, jnp.arange(W) - middle_x, indexing="ij")
+  turned_y = jnp.cos(angle) * y - jnp.sin(angle) * x
+  turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
   source = [
-    (jnp.cos(angle) * y - jnp.sin(angle) * x) / zoom + (H - 1) / 2 + shift * H * dy,
-    (jnp.sin(angle) * y + jnp.cos(angle) * x) / zoom + (W - 1) / 2 + shift * W * dx,
+    turned_y / zoom + middle_y + shift * H * dy,
+    turned_x / zoom + middle_x + shift * W * dx,
   ]
-  planes = cmr.reshape(-1, H, W)
-  return jax.vmap(lambda plane: map_coordinates(plane, source, order=1, mode="nearest"))(
-    planes
-  ).reshape(cmr.shape)
+
+  def resampled(plane):
+    return map_coordinates(plane, source, order=1, mode="nearest")
+
+  planes = jax.vmap(resampled)(cmr.reshape(-1, H, W))
+  return planes.reshape(cmr.shape)
 
 
 def intensity(key, cmr, sigma: float):
   """Brightness and contrast: a x + b with a ~ N(1, sigma^2), b ~ N(0, (sigma / 4)^2), clipped to
   [0, 1]."""
   a, b = jax.random.normal(key, (2,))
-  return jnp.clip(cmr * (1 + sigma * a) + sigma / 4 * b, 0.0, 1.0)
+  changed = cmr * (1 + sigma * a) + sigma / 4 * b
+  return jnp.clip(changed, 0.0, 1.0)
 
 
 def augment(key, cmr, *, rotation_deg: float, scale: float, shift: float, intensity_sigma: float):

@@ -15,8 +15,8 @@ from mmcl_jax.support.numerics import at_least_float32
 
 def tower(name: str) -> tuple[str, bool]:
   """ "image.again" -> ("image", True)."""
-  tower, dot, view = name.partition(".") if isinstance(name, str) else ("", "", "")
-  if not tower or (dot and view != "again"):
+  tower, dot, view = str(name).partition(".")
+  if not isinstance(name, str) or not tower or (dot and view != "again"):
     raise ValueError(
       f"the projection is named {name!r}; expected ecg or a CMR tower, or either followed by .again"
     )
@@ -27,16 +27,22 @@ def projection(outputs, name: str) -> jax.Array:
   """Projection [B, E] by its name; a KeyError where the model has no such tower or no second
   augmentation."""
   which, again = tower(name)
-  outputs = outputs["again"] if again else outputs
-  return outputs["ecg_projection"] if which == "ecg" else outputs["cmr"][which]["projection"]
+  if again:
+    outputs = outputs["again"]
+  if which == "ecg":
+    return outputs["ecg_projection"]
+  return outputs["cmr"][which]["projection"]
 
 
 def row_weight(batch, *names: str) -> jax.Array:
   """[B]: 1 for rows that are no padding and have what the named projections are made of (ECG, CMR),
   else 0."""
+  needed = set()
+  for name in names:
+    needed.add("has_ecg" if tower(name)[0] == "ecg" else "has_cmr")
   weight = at_least_float32(batch["mask"])
-  for need in sorted({"has_ecg" if tower(name)[0] == "ecg" else "has_cmr" for name in names}):
-    weight *= batch[need]
+  for modality in sorted(needed):
+    weight *= batch[modality]
   return weight
 
 
@@ -87,8 +93,9 @@ def phenotype_distance(batch) -> tuple[jax.Array, jax.Array]:
 
   # (x - y)^2 = x^2 - 2xy + y^2, each summed as a matrix product: differences one by one would be
   # stored, [B, B, K].
-  both, cross = times(known, known), times(jnp.square(x), known)
-  squared = jnp.maximum(cross + times(known, jnp.square(x)) - 2 * times(x, x), 0)
+  both = times(known, known)
+  squares = times(jnp.square(x), known) + times(known, jnp.square(x))
+  squared = jnp.maximum(squares - 2 * times(x, x), 0)
   # of oneself: rounding left something there
   squared = jnp.where(jnp.eye(len(x), dtype=bool), 0, squared)
   return squared / jnp.maximum(both, 1), both > 0

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax.objectives import Loss, common, ring as ring_room
+from mmcl_jax.objectives import Loss, common, ring as ring_infonce
 
 HIDDEN = -1e30  # logit of what is not compared; finite: its exponential is 0 and its gradient too
 
@@ -18,7 +18,8 @@ def normalise(z: jax.Array) -> jax.Array:
   off) outweigh the rest.
   """
   z = common.at_least_float32(z)
-  return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-6))
+  squared_norm = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+  return z * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-6))
 
 
 def may_compare(subject: jax.Array, valid: jax.Array) -> jax.Array:
@@ -50,7 +51,8 @@ def own_and_hit(logits: jax.Array, compared: jax.Array) -> tuple[jax.Array, jax.
   """Each row's own logit [B], and whether no compared one reaches it (rank one; a tie is none)."""
   own_column = jnp.eye(len(logits), dtype=bool)
   own = jnp.where(own_column, logits, 0.0).sum(axis=1)
-  return own, own > jnp.where(compared & ~own_column, logits, HIDDEN).max(axis=1)
+  others = jnp.where(compared & ~own_column, logits, HIDDEN)
+  return own, own > others.max(axis=1)
 
 
 def info_nce(
@@ -72,7 +74,9 @@ def info_nce(
   """
   logits = similarities(a, b, scale)
   own, hit = own_and_hit(logits, allowed)
-  rows, columns = (log_sum_exp(logits + log_weight, allowed, axis) for axis in (1, 0))
+  weighted = logits + log_weight
+  rows = log_sum_exp(weighted, allowed, axis=1)
+  columns = log_sum_exp(weighted, allowed, axis=0)
   return (1 - b_to_a) * rows + b_to_a * columns - own, hit
 
 
@@ -82,7 +86,7 @@ def among(subject: jax.Array, valid: jax.Array, ring: bool):
   if not isinstance(ring, bool):
     raise ValueError(f"ring is {ring!r}; expected True or False")
   if ring:
-    return functools.partial(ring_room.info_nce, subject=subject, valid=valid)
+    return functools.partial(ring_infonce.info_nce, subject=subject, valid=valid)
   return functools.partial(info_nce, allowed=may_compare(subject, valid))
 
 
@@ -114,18 +118,23 @@ def dual_phase(
   common.require_not_negative(w_ed=w_ed, w_es=w_es, w_edes=w_edes)
   total = w_ed + w_es + w_edes
   common.require_positive(**{"w_ed + w_es + w_edes": total})
-  u, a, b = (normalise(common.projection(outputs, name)) for name in ("ecg", "ed", "es"))
+  ecg = normalise(common.projection(outputs, "ecg"))
+  ed = normalise(common.projection(outputs, "ed"))
+  es = normalise(common.projection(outputs, "es"))
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, "ecg", "ed", "es")
   nce = among(batch["subject"], weight, ring)
   values, metrics = 0.0, {}
-  for name, x, y, w in (("ed", u, a, w_ed), ("es", u, b, w_es), ("edes", a, b, w_edes)):
+  pairs = (
+    ("ed", ecg, ed, w_ed),
+    ("es", ecg, es, w_es),
+    ("edes", ed, es, w_edes),
+  )
+  for name, x, y, w in pairs:
     pair, hit = nce(x, y, scale)
     values += w / total * pair
-    metrics |= {
-      f"{name}_loss": common.average(pair, weight),
-      f"{name}_r@1": common.average(hit, weight),
-    }
+    metrics[f"{name}_loss"] = common.average(pair, weight)
+    metrics[f"{name}_r@1"] = common.average(hit, weight)
   metrics["temperature"] = 1.0 / jnp.asarray(scale)
   return Loss(values, weight, metrics)
 
@@ -160,7 +169,10 @@ def clip(
   x, y = map(normalise, common.pair(outputs, a, b))
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, a, b)
-  values, hit = among(batch["subject"], weight, ring)(x, y, scale, b_to_a=b_to_a)
-  return Loss(
-    values, weight, {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)}
-  )
+  nce = among(batch["subject"], weight, ring)
+  values, hit = nce(x, y, scale, b_to_a=b_to_a)
+  metrics = {
+    "r@1": common.average(hit, weight),
+    "temperature": 1.0 / jnp.asarray(scale),
+  }
+  return Loss(values, weight, metrics)

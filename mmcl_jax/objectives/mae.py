@@ -28,7 +28,8 @@ def mae(
       f"norm_pix=True with ncc_weight={ncc_weight}; patches without their own level "
       "make no lead that NCC could compare: expected norm_pix=False or ncc_weight=0"
     )
-  x, y = common.at_least_float32(batch["ecg"]), common.at_least_float32(outputs["reconstruction"])
+  x = common.at_least_float32(batch["ecg"])
+  y = common.at_least_float32(outputs["reconstruction"])
   B, L, T = x.shape
   mask = outputs["patch_mask"]
   patches = x.reshape(B, L, mask.shape[2], -1)
@@ -36,29 +37,35 @@ def mae(
   squared = jnp.square(target - y.reshape(patches.shape))
   per_patch = squared.mean(axis=3)
   masked = (per_patch * mask).sum(axis=(1, 2)) / mask.sum(axis=(1, 2))
-  ncc = jnp.sum(zscore(x) * zscore(y), axis=2).mean(axis=1) / (T - 1)
+  products = jnp.sum(zscore(x) * zscore(y), axis=2)  # [B, L]
+  ncc = products.mean(axis=1) / (T - 1)
   mse = masked if region == "masked" else squared.mean(axis=(1, 2, 3))
   weight = common.row_weight(batch, "ecg")
-  return Loss(
-    (1 - ncc_weight) * mse + ncc_weight * (1 - ncc),
-    weight,
-    {"masked_mse": common.average(masked, weight), "ncc": common.average(ncc, weight)},
-  )
+  values = (1 - ncc_weight) * mse + ncc_weight * (1 - ncc)
+  metrics = {
+    "masked_mse": common.average(masked, weight),
+    "ncc": common.average(ncc, weight),
+  }
+  return Loss(values, weight, metrics)
 
 
 def zscore(x):
   """Per lead, with the sample variance (T - 1), so that NCC of a signal with itself is 1; a flat
   lead gives zeros."""
-  centred = x - x.mean(axis=-1, keepdims=True)
-  variance = jnp.square(centred).sum(axis=-1, keepdims=True) / (x.shape[-1] - 1)
-  return centred / jnp.sqrt(variance + 1e-8)
+  return _standardised(x, 1e-8)
 
 
 def normalised(patches):
   """patches [..., P] -> (x - mean) / sqrt(variance by P - 1, + 1e-6) of each (He et al. 2022)."""
-  centred = patches - patches.mean(axis=-1, keepdims=True)
-  variance = jnp.square(centred).sum(axis=-1, keepdims=True) / (patches.shape[-1] - 1)
-  return centred / jnp.sqrt(variance + 1e-6)
+  return _standardised(patches, 1e-6)
+
+
+def _standardised(x, epsilon):
+  """(x - mean) / sqrt(sample variance + epsilon) along the last axis."""
+  centred = x - x.mean(axis=-1, keepdims=True)
+  squares = jnp.square(centred).sum(axis=-1, keepdims=True)
+  variance = squares / (x.shape[-1] - 1)
+  return centred / jnp.sqrt(variance + epsilon)
 
 
 def cmr_mae(outputs, batch, of: str = "sax", norm_pix: bool = False) -> Loss:
@@ -73,8 +80,10 @@ def cmr_mae(outputs, batch, of: str = "sax", norm_pix: bool = False) -> Loss:
   if common.tower(of)[0] == "ecg":
     raise ValueError(f"of is {of!r}; expected a CMR tower (the ECG has the objective mae)")
   tower = outputs["cmr"][of]
-  target, mask = common.at_least_float32(tower["patches"]), tower["patch_mask"]
+  target = common.at_least_float32(tower["patches"])
+  mask = tower["patch_mask"]
   if norm_pix:
     target = normalised(target)
   per_patch = jnp.square(target - tower["reconstruction"]).mean(axis=2)
-  return Loss((per_patch * mask).sum(axis=1) / mask.sum(axis=1), common.row_weight(batch, of), {})
+  values = (per_patch * mask).sum(axis=1) / mask.sum(axis=1)
+  return Loss(values, common.row_weight(batch, of), {})

@@ -38,18 +38,24 @@ def vicreg(
   weight = common.row_weight(batch, a, b)
   n = weight.sum()
   apart = jnp.square(views[0] - views[1]).mean(axis=1)
-  flat = correlated = 0.0
+  flat, correlated = 0.0, 0.0
+  rows = weight[:, None]
   for z in views:
-    centred = (z - (z * weight[:, None]).sum(axis=0) / jnp.maximum(n, 1)) * weight[:, None]
-    cov = jnp.einsum("be,bf->ef", centred, centred, precision="highest") / jnp.maximum(n - 1, 1)
+    mean = (z * rows).sum(axis=0) / jnp.maximum(n, 1)
+    centred = (z - mean) * rows
+    products = jnp.einsum("be,bf->ef", centred, centred, precision="highest")
+    cov = products / jnp.maximum(n - 1, 1)
+    sd = jnp.sqrt(jnp.diagonal(cov) + 1e-4)
+    flat += jnp.maximum(1 - sd, 0).mean()
     diagonal = jnp.eye(len(cov), dtype=bool)
-    flat += jnp.maximum(1 - jnp.sqrt(jnp.diagonal(cov) + 1e-4), 0).mean()
     correlated += jnp.square(jnp.where(diagonal, 0, cov)).sum() / len(cov)
-  return Loss(
-    invariance * apart + variance * flat + covariance * correlated,
-    weight,
-    {"invariance": common.average(apart, weight), "variance": flat, "covariance": correlated},
-  )
+  values = invariance * apart + variance * flat + covariance * correlated
+  metrics = {
+    "invariance": common.average(apart, weight),
+    "variance": flat,
+    "covariance": correlated,
+  }
+  return Loss(values, weight, metrics)
 
 
 def simsiam(outputs, batch) -> Loss:
@@ -68,12 +74,16 @@ def simsiam(outputs, batch) -> Loss:
   Metrics: spread, sqrt(E) times the SD of unit-length projections over the batch: near 1 is
   healthy, 0 is collapse.
   """
-  z, p = (normalise(outputs["siamese"][name]) for name in ("projection", "prediction"))
+  z = normalise(outputs["siamese"]["projection"])
+  p = normalise(outputs["siamese"]["prediction"])
   weight = common.row_weight(batch, "ecg")
-  towards = jax.lax.stop_gradient(z)
-  values = -0.5 * ((p[0] * towards[1]).sum(axis=1) + (p[1] * towards[0]).sum(axis=1))
+  first, second = jax.lax.stop_gradient(z)
+  towards_second = (p[0] * second).sum(axis=1)
+  towards_first = (p[1] * first).sum(axis=1)
+  values = -0.5 * (towards_second + towards_first)
   rows = weight[:, None]
   n = jnp.maximum(weight.sum(), 1.0)
-  centred = towards[0] - (towards[0] * rows).sum(axis=0) / n
-  spread = jnp.sqrt((jnp.square(centred) * rows).sum(axis=0) / n).mean() * z.shape[2] ** 0.5
+  mean = (first * rows).sum(axis=0) / n
+  variance = (jnp.square(first - mean) * rows).sum(axis=0) / n
+  spread = jnp.sqrt(variance).mean() * z.shape[2] ** 0.5
   return Loss(values, weight, {"spread": spread})

@@ -28,19 +28,29 @@ def nt_xent(outputs, batch, of: str = "image", temperature: float = 0.1) -> Loss
     of: "ecg" or a CMR tower.
     temperature: of the softmax, where the model learns none.
   """
-  x, y = (normalise(common.projection(outputs, name)) for name in (of, f"{of}.again"))
+  x = normalise(common.projection(outputs, of))
+  y = normalise(common.projection(outputs, f"{of}.again"))
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, of)
   allowed = may_compare(batch["subject"], weight)
   # within one view a row's own logit is with itself
   others = allowed & ~jnp.eye(len(allowed), dtype=bool)
-  xx, xy, yy = (similarities(*pair, scale) for pair in ((x, x), (x, y), (y, y)))
-  first = jnp.logaddexp(log_sum_exp(xx, others, axis=1), log_sum_exp(xy, allowed, axis=1))
-  second = jnp.logaddexp(log_sum_exp(yy, others, axis=1), log_sum_exp(xy, allowed, axis=0))
+  xx = similarities(x, x, scale)
+  xy = similarities(x, y, scale)
+  yy = similarities(y, y, scale)
+  first = jnp.logaddexp(
+    log_sum_exp(xx, others, axis=1),
+    log_sum_exp(xy, allowed, axis=1),
+  )
+  second = jnp.logaddexp(
+    log_sum_exp(yy, others, axis=1),
+    log_sum_exp(xy, allowed, axis=0),
+  )
   own, hit = own_and_hit(xy, allowed)
   hit &= own > jnp.where(others, xx, HIDDEN).max(axis=1)
-  return Loss(
-    0.5 * (first + second) - own,
-    weight,
-    {"r@1": common.average(hit, weight), "temperature": 1.0 / jnp.asarray(scale)},
-  )
+  values = 0.5 * (first + second) - own
+  metrics = {
+    "r@1": common.average(hit, weight),
+    "temperature": 1.0 / jnp.asarray(scale),
+  }
+  return Loss(values, weight, metrics)

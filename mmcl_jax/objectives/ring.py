@@ -11,6 +11,7 @@ O(B E / n) and a few blocks, never O(B^2) and not even the whole other side, O(B
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -76,58 +77,62 @@ def on_own_rows(function, *args):
   def send(tree):
     return jax.lax.ppermute(tree, "data", neighbours)
 
-  return jax.shard_map(
-    functools.partial(function, devices, send), in_specs=P("data"), out_specs=P("data")
-  )(*args)
+  on_device = functools.partial(function, devices, send)
+  return jax.shard_map(on_device, in_specs=P("data"), out_specs=P("data"))(*args)
 
 
 def forward(devices, send, x, y, who):
   """`sums` of this device's rows."""
 
-  def meet(theirs, columns, mine, rows):
+  def of_blocks(theirs, columns, mine, rows):
     logits, pair, others = compare(mine, theirs)
     own, *rows = rows
     own += jnp.where(pair, logits, 0).sum(axis=1)
-    return add(columns, logits, others, axis=0), (own, *add(rows, logits, others, axis=1))
+    columns = add(columns, logits, others, axis=0)
+    rows = add(rows, logits, others, axis=1)
+    return columns, (own, *rows)
 
   mine, theirs = blocks({"z": x, **who}), blocks({"z": y, **who})
   zero = jnp.zeros_like(mine["z"][..., 0])
   # maximum, sum of exponentials relative to it
   nobody = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero
-  (own, *rows), columns = go_round(devices, send, meet, mine, (zero, *nobody), theirs, nobody)
+  start = (zero, *nobody)
+  (own, *rows), columns = go_round(devices, send, of_blocks, mine, start, theirs, nobody)
 
   # of others and oneself
   def log_sum(largest, total):
     return jnp.logaddexp(own, largest + jnp.log(total))
 
-  return joined((own, log_sum(*rows), log_sum(*columns), own > rows[0]), len(x))
+  hit = own > rows[0]
+  return joined((own, log_sum(*rows), log_sum(*columns), hit), len(x))
 
 
 def backward(devices, send, x, y, who, rows, columns, to_own, to_rows, to_columns):
   """The gradients with respect to this device's x and y [B / n, E]; `to_own` ... are those with
   respect to `sums`."""
 
-  def meet(theirs, d_theirs, mine, d_mine):
+  def of_blocks(theirs, d_theirs, mine, d_mine):
     logits, pair, others = compare(mine, theirs)
-    softmax = mine["to"][:, None] * jnp.exp(logits - mine["log_sum"][:, None]) + theirs[
-      "to"
-    ] * jnp.exp(logits - theirs["log_sum"])
-    d_logits = jnp.where(pair | others, softmax, 0) + jnp.where(pair, mine["to_own"][:, None], 0)
-    return d_theirs + dot("ij,ie->je", d_logits, mine["z"]), d_mine + dot(
-      "ij,je->ie", d_logits, theirs["z"]
-    )
+    of_rows = mine["to"][:, None] * jnp.exp(logits - mine["log_sum"][:, None])
+    of_columns = theirs["to"] * jnp.exp(logits - theirs["log_sum"])
+    softmax = jnp.where(pair | others, of_rows + of_columns, 0)
+    d_logits = softmax + jnp.where(pair, mine["to_own"][:, None], 0)
+    d_theirs = d_theirs + dot("ij,ie->je", d_logits, mine["z"])
+    d_mine = d_mine + dot("ij,je->ie", d_logits, theirs["z"])
+    return d_theirs, d_mine
 
   mine = blocks({"z": x, "log_sum": rows, "to": to_rows, "to_own": to_own, **who})
   theirs = blocks({"z": y, "log_sum": columns, "to": to_columns, **who})
   zero = jnp.zeros_like(mine["z"])
-  return joined(go_round(devices, send, meet, mine, zero, theirs, zero), len(x))
+  gradients = go_round(devices, send, of_blocks, mine, zero, theirs, zero)
+  return joined(gradients, len(x))
 
 
-def go_round(devices, send, meet, mine, rows, theirs, columns):
-  """Every block of `mine` meets every block of everybody's `theirs`.
+def go_round(devices, send, of_blocks, mine, rows, theirs, columns):
+  """Takes every block of `mine` with every block of everybody's `theirs`.
 
   Args:
-    meet: (theirs, columns, mine, rows), a block of each -> columns, rows.
+    of_blocks: (theirs, columns, mine, rows), a block of each -> columns, rows.
     rows, columns: what is kept for each row, at the start.
 
   Returns: rows and columns at the end, both of this device's own rows.
@@ -136,11 +141,13 @@ def go_round(devices, send, meet, mine, rows, theirs, columns):
   def visit(state, _):
     rows, theirs, columns = state
 
-    def one_block(rows, guest):
-      theirs, columns = guest
-      columns, rows = jax.lax.scan(
-        lambda columns, me: meet(theirs, columns, *me), columns, (mine, rows)
-      )
+    def one_block(rows, block):
+      theirs, columns = block
+
+      def with_one_of_mine(columns, own_block):
+        return of_blocks(theirs, columns, *own_block)
+
+      columns, rows = jax.lax.scan(with_one_of_mine, columns, (mine, rows))
       return rows, columns
 
     rows, columns = jax.lax.scan(one_block, rows, (theirs, columns))
@@ -155,17 +162,16 @@ def compare(mine, theirs):
   compared otherwise."""
   pair = mine["row"][:, None] == theirs["row"]
   same = (mine["subject"][:, None] == theirs["subject"]).all(axis=-1)  # so is a row to itself
-  return (
-    dot("ie,je->ij", mine["z"], theirs["z"]),
-    pair,
-    ~same & mine["valid"][:, None] & theirs["valid"],
-  )
+  others = ~same & mine["valid"][:, None] & theirs["valid"]
+  logits = dot("ie,je->ij", mine["z"], theirs["z"])
+  return logits, pair, others
 
 
 def add(running, logits, others, axis):
   """Takes a block's logits into the running maximum and the sum of exponentials relative to it."""
   largest, total = running
-  new = jnp.maximum(largest, logits.max(axis, where=others, initial=jnp.finfo(logits.dtype).min))
+  lowest = jnp.finfo(logits.dtype).min
+  new = jnp.maximum(largest, logits.max(axis, where=others, initial=lowest))
   terms = jnp.where(others, jnp.exp(logits - jnp.expand_dims(new, axis)), 0)
   return new, total * jnp.exp(largest - new) + terms.sum(axis)
 
@@ -174,15 +180,20 @@ def blocks(tree):
   """Rows [R, ...] -> [blocks, rows of a block, ...], the last filled up with zeros: no row, and not
   valid."""
   rows = len(jax.tree.leaves(tree)[0])
-  many = -(-rows // BLOCK)
-  size = -(-rows // many)
+  count = math.ceil(rows / BLOCK)
+  size = math.ceil(rows / count)
 
-  def fill(x):
-    return jnp.pad(x, [(0, many * size - rows)] + [(0, 0)] * (x.ndim - 1))
+  def in_blocks(x):
+    padding = [(0, count * size - rows)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
 
-  return jax.tree.map(lambda x: fill(x).reshape(many, size, *x.shape[1:]), tree)
+  return jax.tree.map(in_blocks, tree)
 
 
 def joined(tree, rows: int):
   """The way back: the first `rows` rows [R, ...] of blocks."""
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tree)
+
+  def in_rows(x):
+    return x.reshape(-1, *x.shape[2:])[:rows]
+
+  return jax.tree.map(in_rows, tree)

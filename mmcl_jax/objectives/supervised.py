@@ -9,8 +9,10 @@ from mmcl_jax.objectives import Loss, common
 def phenotype_regression(outputs, batch, of: str = "ecg", delta: float = 0.0) -> Loss:
   """Regression of phenotypes from an embedding: the mean over a row's known targets of
 
-    (y - t)^2                                                              (delta = 0; dual-phase's
-    CMR encoders), or (y - t)^2 / 2 within delta, else delta (|y - t| - delta / 2)           (Huber 1964; delta = 1: MyoECG's SmoothL1).
+    (y - t)^2                                                    (delta = 0; dual-phase's CMR
+      encoders), or
+    (y - t)^2 / 2 within delta, else delta (|y - t| - delta / 2)  (Huber 1964; delta = 1: MyoECG's
+      SmoothL1).
 
   Targets are standardised by the train split, so that each weighs alike whatever its unit
   (dual-phase's code regresses raw units, where volumes in mL outweigh everything). A row without a
@@ -33,15 +35,18 @@ def phenotype_regression(outputs, batch, of: str = "ecg", delta: float = 0.0) ->
       "expected the same"
     )
   error = jnp.where(known, predicted - targets, 0)
-  squared, size = jnp.square(error), jnp.abs(error)
-  each = jnp.where(size <= delta, squared / 2, delta * (size - delta / 2)) if delta else squared
+  squared = jnp.square(error)
+  each = squared
+  if delta:
+    size = jnp.abs(error)
+    linear = delta * (size - delta / 2)
+    each = jnp.where(size <= delta, squared / 2, linear)
+  values = each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
   weight = common.row_weight(batch, of) * known.any(axis=1)
-  unexplained, total = ((x * weight[:, None]).sum() for x in (squared, jnp.square(targets)))
-  return Loss(
-    each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1),
-    weight,
-    {"r2": 1 - unexplained / jnp.where(total > 0, total, 1.0)},
-  )
+  unexplained = (squared * weight[:, None]).sum()
+  total = (jnp.square(targets) * weight[:, None]).sum()
+  r2 = 1 - unexplained / jnp.where(total > 0, total, 1.0)
+  return Loss(values, weight, {"r2": r2})
 
 
 def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0.0) -> Loss:
@@ -71,17 +76,17 @@ def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0
   odds = common.at_least_float32(outputs["classification"][of])
   if odds.shape != diseases.shape:
     raise ValueError(
-      f"outputs.classification.{of} has the shape {odds.shape} and batch.diseases {diseases.shape}; "
-      "expected the same"
+      f"outputs.classification.{of} has the shape {odds.shape} and batch.diseases "
+      f"{diseases.shape}; expected the same"
     )
   known = ~jnp.isnan(diseases)
   weight = common.row_weight(batch, of) * known.any(axis=1)
 
   def cross_entropy(smoothing):
-    wanted = jnp.where(known, diseases, 0) * (1 - smoothing) + smoothing / 2
+    states = jnp.where(known, diseases, 0)
+    wanted = states * (1 - smoothing) + smoothing / 2
     each = jnp.where(known, jax.nn.softplus(odds) - wanted * odds, 0)
     return each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
 
-  return Loss(
-    cross_entropy(smoothing), weight, {"log_loss": common.average(cross_entropy(0.0), weight)}
-  )
+  metrics = {"log_loss": common.average(cross_entropy(0.0), weight)}
+  return Loss(cross_entropy(smoothing), weight, metrics)
