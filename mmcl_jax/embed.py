@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -77,7 +78,7 @@ def main(argv=None):
   probes = load_probes(
     args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation)
   )
-  size = -(-PART // args.batch) * args.batch
+  size = math.ceil(PART / args.batch) * args.batch
   del run["--workdir"]  # the checkpoint's checksum identifies the run, wherever it lies
   run |= {
     "--step": encoder.step,
@@ -110,7 +111,8 @@ def main(argv=None):
       .to_pylist()[0]
     )
     raise UserError(
-      f"{told}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` of {out}"
+      f"{told}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` of "
+      f"{out}"
     )
   print(f"{told} with step {encoder.step}: {out}, one table to pandas.read_parquet")
   if later:
@@ -190,12 +192,14 @@ def evaluation(workdir, step, given: str | None) -> Path:
     of = json.loads((Path(given) / "results.json").read_bytes())["checkpoint"]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(
-      f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); expected the "
+      f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); "
+      "expected the "
       f"folder of an evaluation of {workdir}"
     ) from None
   if of != restore.checksum(workdir, step):
     raise UserError(
-      f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected the same"
+      f"--evaluation={given} is of another checkpoint than step {step} of {workdir}; expected the "
+      "same"
     )
   return Path(given)
 
@@ -207,7 +211,8 @@ def load_probes(workdir, step, folder: Path) -> Probes:
   if not path.exists():
     if distributed.here.index == 0:
       print(
-        f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR where the cohort "
+        f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR "
+        "where the cohort "
         "has moved or the weights come from elsewhere)",
         flush=True,
       )
@@ -228,8 +233,10 @@ def load_probes(workdir, step, folder: Path) -> Probes:
     raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error
   if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
     raise UserError(
-      f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept {probes.intercept.shape}, "
-      f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it anew"
+      f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept "
+      f"{probes.intercept.shape}, "
+      f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it "
+      "anew"
     )
   if not columns and distributed.here.index == 0:
     print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)
@@ -248,7 +255,8 @@ def whole_parts(out, run) -> dict[int, np.ndarray]:
       continue
     if not (part := re.fullmatch(r"part-(\d{5,})\.parquet", file.name)):
       raise UserError(
-        f"{out} holds {file.name}, which is no part of an embedding; name a folder of its own with --out"
+        f"{out} holds {file.name}, which is no part of an embedding; name a folder of its own with "
+        "--out"
       )
     try:
       about = json.loads(pq.read_metadata(file).metadata[b"mmcl_jax"])
@@ -265,7 +273,8 @@ def whole_parts(out, run) -> dict[int, np.ndarray]:
       ) from None
     if differing:
       raise UserError(
-        f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or remove {out}"
+        f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or "
+        f"remove {out}"
       )
     if not counts[1]:
       found[int(part[1])] = counts

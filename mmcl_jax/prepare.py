@@ -1,7 +1,8 @@
 """`mmcl prepare`: raw recordings and images, or the synthetic heart, to a cohort.
 
-    mmcl prepare ukb --input /data/ecg /data/short_axis --segmentations=/data/seg --tables=main.csv --out=cohort
-    mmcl prepare wfdb --input=/data/ptb-xl --tables=/data/ptb-xl/ptbxl_database.csv --split=1,0,0 --out=ptbxl
+    mmcl prepare ukb --input /data/ecg /data/cmr --segmentations=/data/seg --tables=main.csv \\
+      --out=cohort
+    mmcl prepare wfdb --input=/data/ptb-xl --tables=/data/ptb-xl/ptbxl_database.csv --out=ptbxl
     mmcl prepare synthetic --subjects=1600 --seed=0 --out=demo/cohort
 
 Interrupted, the same command goes on where it stopped. docs/your_data.md tells what each source
@@ -102,7 +103,8 @@ def report(folder, cohort, outcome):
   for suspicion in quality.write(folder, cohort, outcome):
     print(f"LOOK: {suspicion}")
   print(
-    f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, {len(outcome.rejected)} rejected: "
+    f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, "
+    f"{len(outcome.rejected)} rejected: "
     "see quality.html in the cohort"
   )
 
@@ -235,7 +237,8 @@ def parse(argv):
     or not 0 < args.pixel_mm < 100
   ):
     raise UserError(
-      f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} --frames={args.frames} "
+      f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} "
+      f"--frames={args.frames} "
       f"--processes={args.processes}; expected positive numbers (frames may be 0)"
     )
   if args.profile not in preprocess_ecg.PROFILES:
@@ -284,7 +287,8 @@ class Identities:
     self.folder, self.known = pathlib.Path(folder), {}
     if pathlib.Path(out).resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
       raise UserError(
-        f"--private={folder} lies in --out={out}; expected another place, for a cohort may be given away"
+        f"--private={folder} lies in --out={out}; expected another place, for a cohort may be "
+        "given away"
       )
     file = self.folder / "salt"
     try:
@@ -293,7 +297,8 @@ class Identities:
       raise UserError(f"cannot read {file} ({error})") from None
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
       raise UserError(
-        f"{file} is not a salt; expected 64 hexadecimal digits: give the folder that was made with it"
+        f"{file} is not a salt; expected 64 hexadecimal digits: give the folder that was made with "
+        "it"
       )
     self.salt = bytes.fromhex(text)
 
@@ -315,7 +320,8 @@ class Identities:
       if not (self.folder / "salt").exists():
         write_private(self.folder / "salt", self.salt.hex() + "\n")
         print(
-          f"made a new salt: keep {self.folder} to yourself, and give it as --private when this cohort grows"
+          f"made a new salt: keep {self.folder} to yourself, and give it as --private when this "
+          "cohort grows"
         )
       if file.exists():
         with open(file, newline="") as f:

@@ -40,6 +40,7 @@ def run(write, shards, processes, options: list[str]) -> None:
       str(error)
     ]
     raise UserError(
-      f"the Beam pipeline failed ({reasons[-1][:300]}); the same command goes on from the shards that are "
+      f"the Beam pipeline failed ({reasons[-1][:300]}); the same command goes on from the shards "
+      "that are "
       "done"
     ) from error

@@ -63,7 +63,8 @@ def _cardiac():
 
 
 CARDIAC: dict[int, Field] = _cardiac()
-"""Field id -> phenotype; segments of WT (wall thickness at ED), Ecc, Err are AHA 1 to 16, those of Ell are six."""
+"""Field id -> phenotype; segments of WT (wall thickness at ED), Ecc, Err are AHA 1 to 16, those of
+Ell are six."""
 
 NOT_BELOW = (
   ("LVEDV", "LVESV"),
@@ -140,7 +141,8 @@ def column(name: str) -> Column | None:
 
 
 Codes = dict[str, tuple[tuple[str, str], ...]]
-"""Disease -> its ranges (first, last) of ICD-10 codes, inclusive, both of three or both of four characters."""
+"""Disease -> its ranges (first, last) of ICD-10 codes, inclusive, both of three or both of four
+characters."""
 
 
 def disease_codes(path=None) -> Codes:
@@ -157,7 +159,8 @@ def disease_codes(path=None) -> Codes:
     raise UserError(f"the list of diseases {path} cannot be read: {error.strerror}") from None
   except (ValueError, RecursionError) as error:
     raise UserError(
-      f"{path} is not a list of diseases ({type(error).__name__}: {str(error)[:200]}); expected TOML "
+      f"{path} is not a list of diseases ({type(error).__name__}: {str(error)[:200]}); expected "
+      "TOML "
       "such as mmcl_jax/data/diseases.toml"
     ) from None
   if not entries:
@@ -180,6 +183,7 @@ def _range(path, name, text):
   )
   if not match or first[0] != last[0] or first > last:
     raise UserError(
-      f"{path}: {name} has the code {str(text)[:40]!r}; expected I48, I51.7 or a range such as I20-I25"
+      f"{path}: {name} has the code {str(text)[:40]!r}; expected I48, I51.7 or a range such as "
+      "I20-I25"
     )
   return first, last

@@ -1,6 +1,7 @@
 """Objectives: what the loop minimises, chosen and weighted by the config alone.
 
-    config.objectives.NAME = dict(fn="dual_phase" | "my_package.my_module:my_loss", weight=1.0, **parameters)
+    config.objectives.NAME = dict(fn="dual_phase", weight=1.0, **parameters)
+    config.objectives.NAME = dict(fn="my_package.my_module:my_loss", weight=1.0, **parameters)
 
 An objective is `fn(outputs, batch, **parameters) -> Loss`. It sees the whole global batch (sharded
 arrays under jit): its value is the same on 1 or 512 devices. `weight` is a number, or

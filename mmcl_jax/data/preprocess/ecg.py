@@ -71,7 +71,10 @@ def rate_hz(profile: str) -> int:
 def in_words(profile: str) -> dict:
   """What an encoder of this profile is given, for those who make it without this package; JSON."""
   found = _profile(profile)
-  first = f"the first 10 s of a recording, in mV, at {ECG_RATE_HZ} Hz (polyphase resampling), leads in order"
+  first = (
+    f"the first 10 s of a recording, in mV, at {ECG_RATE_HZ} Hz (polyphase resampling), leads in "
+    "order"
+  )
   return {
     "leads": list(LEADS),
     "rate_hz": found.rate_hz,
@@ -170,7 +173,10 @@ class Profile(NamedTuple):
   rate_hz: int = ECG_RATE_HZ
 
 
-BOTH_WAYS = "run forwards and backwards (scipy.signal.sosfiltfilt), the ends mirrored for {} s (padtype='even')"
+BOTH_WAYS = (
+  "run forwards and backwards (scipy.signal.sosfiltfilt), the ends mirrored for {} s "
+  "(padtype='even')"
+)
 SCIPY_ENDS = "run forwards and backwards (scipy.signal.sosfiltfilt with its default ends)"
 SAVITZKY_GOLAY = "Savitzky-Golay filter over 15 samples, order 3"
 PROFILES = {
@@ -185,9 +191,11 @@ PROFILES = {
     _mmcl,
     (
       "clipped at 4 standard deviations of the whole recording, to both sides of 0",
-      "less each lead's baseline by asymmetric least squares (Eilers and Boelens 2005): smoothness 1e7, asymmetry 0.3, 5 "
+      "less each lead's baseline by asymmetric least squares (Eilers and Boelens 2005): smoothness "
+      "1e7, asymmetry 0.3, 5 "
       "rounds",
-      "z-score (mean and standard deviation of all samples) of each of the groups I II III, aVR aVL aVF, and V1 to V6",
+      "z-score (mean and standard deviation of all samples) of each of the groups I II III, aVR "
+      "aVL aVF, and V1 to V6",
     ),
   ),
   "dual_phase": Profile(
@@ -196,17 +204,20 @@ PROFILES = {
       f"Butterworth high-pass of order 4, 0.5 Hz, {SCIPY_ENDS}",
       "notch filter at 60 Hz, Q 40 (scipy.signal.iirnotch and filtfilt with its default ends)",
       SAVITZKY_GOLAY,
-      "z-score (mean and sample standard deviation of all samples), 1e-8 mV added to the standard deviation",
+      "z-score (mean and sample standard deviation of all samples), 1e-8 mV added to the standard "
+      "deviation",
     ),
   ),
   "dual_phase_mirrored": Profile(
     _dual_phase_mirrored,
     (
       f"Butterworth high-pass of order 4, 0.5 Hz, {BOTH_WAYS.format(EDGE_S)}",
-      "notch filter at the mains, 50 Hz, or 60 Hz where that stands out of the spectrum, Q 40 (scipy.signal.iirnotch), "
+      "notch filter at the mains, 50 Hz, or 60 Hz where that stands out of the spectrum, Q 40 "
+      "(scipy.signal.iirnotch), "
       "run and mirrored alike (filtfilt)",
       SAVITZKY_GOLAY,
-      "z-score (mean and standard deviation of all samples), 1e-5 mV added to the standard deviation",
+      "z-score (mean and standard deviation of all samples), 1e-5 mV added to the standard "
+      "deviation",
     ),
   ),
   "cardionets": Profile(

@@ -114,7 +114,8 @@ def parse_own(given: Iterable[str]) -> dict[str, str]:
     end = end.lower()
     if not name or suffix(f"name{end}") != end:
       raise UserError(
-        f"--reader is {text!r}; expected SUFFIX=package.module:function, such as .ecg=my_reader:read"
+        f"--reader is {text!r}; expected SUFFIX=package.module:function, such as "
+        ".ecg=my_reader:read"
       )
     _reader(name)
     own[end] = name

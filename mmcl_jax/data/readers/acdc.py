@@ -26,36 +26,51 @@ MAX_CONFIG_BYTES = 65536
 def find(folder) -> list[Path]:
   """The folders of patients in a folder or below it, sorted: those that hold an Info.cfg.
   UserError: cannot be listed."""
-  return sorted(path.parent for path in map(Path, walk([folder])) if path.name == "Info.cfg")
+  paths = [Path(path) for path in walk([folder])]
+  return sorted(path.parent for path in paths if path.name == "Info.cfg")
 
 
 def read(folder) -> Cine:
   """Reads one patient's folder. Raises BadRecord with the reason; errors of disk and memory
   pass."""
   folder, info = Path(folder), _info(folder)
+  name = folder.resolve().name
   numbers = {phase: _frame_number(info, phase) for phase in ("ED", "ES")}
-  stem = f"{folder.resolve().name}_frame"
-  single = {phase: folder / f"{stem}{number:02d}.nii.gz" for phase, number in numbers.items()}
-  cine = folder / f"{folder.resolve().name}_4d.nii.gz"
-  frames, flags = {phase: number - 1 for phase, number in numbers.items()}, []
+  single = {}  # files of one frame
+  for phase, number in numbers.items():
+    single[phase] = folder / f"{name}_frame{number:02d}.nii.gz"
+  cine = folder / f"{name}_4d.nii.gz"
+  flags = []
   if present(cine):
-    images, spacing, frame_s, base_first = nifti.read(cine)
+    volume = nifti.read(cine)
+    frames = {phase: number - 1 for phase, number in numbers.items()}
     for phase, path in single.items():
-      if present(path) and not np.array_equal(nifti.read(path).voxels, images[frames[phase] :][:1]):
+      of_cine = volume.voxels[frames[phase] :][:1]
+      if present(path) and not np.array_equal(nifti.read(path).voxels, of_cine):
         flags.append(f"the file of {phase} is not frame {numbers[phase]} of the cine")
   elif all(map(present, single.values())):
-    images, spacing, frame_s, base_first = nifti.two_frames(*map(nifti.read_frame, single.values()))
-    frames, flags = {"ED": 0, "ES": 1}, [ED_ES_ONLY]
+    volume = nifti.two_frames(*map(nifti.read_frame, single.values()))
+    frames = {"ED": 0, "ES": 1}
+    flags.append(ED_ES_ONLY)
   else:
     raise BadRecord(
       f"no cine (_4d.nii.gz), and not both of its frames {numbers['ED']} and {numbers['ES']}"
     )
   labels = {}
   for phase, number in numbers.items():
-    if present(path := folder / f"{stem}{number:02d}_gt.nii.gz"):
+    path = folder / f"{name}_frame{number:02d}_gt.nii.gz"
+    if present(path):
       labels[frames[phase]] = nifti.read_frame_labels(path, NUMBERS)
   return assemble(
-    images, spacing, frame_s, labels or None, NUMBERS, frames["ED"], frames["ES"], flags, base_first
+    volume.voxels,
+    volume.spacing,
+    volume.frame_s,
+    labels or None,
+    NUMBERS,
+    frames["ED"],
+    frames["ES"],
+    flags,
+    volume.base_first,
   )
 
 
@@ -72,11 +87,12 @@ def about(folder) -> dict[str, str | float]:
 
 
 def _info(folder):
-  text = read_bytes(Path(folder) / "Info.cfg", MAX_CONFIG_BYTES, "a patient's Info.cfg").decode(
-    "utf-8", "replace"
-  )
-  pairs = [line.partition(":") for line in text.splitlines()]
-  return {key.strip(): value.strip() for key, _, value in pairs}
+  data = read_bytes(Path(folder) / "Info.cfg", MAX_CONFIG_BYTES, "a patient's Info.cfg")
+  info = {}
+  for line in data.decode("utf-8", "replace").splitlines():
+    key, _, value = line.partition(":")
+    info[key.strip()] = value.strip()
+  return info
 
 
 def _frame_number(info, phase):

@@ -90,7 +90,8 @@ def _declared(path):
   file = sidecar(path)
   if file is None:
     raise BadRecord(
-      f"an array without its rate; add {DECLARE} as .json of the same name, or as ecg.json of the folder"
+      f"an array without its rate; add {DECLARE} as .json of the same name, or as ecg.json of the "
+      "folder"
     )
   content = read_bytes(file, MAX_SIDECAR_BYTES, f"a sidecar such as {DECLARE}", UTF_16)
   try:
@@ -114,7 +115,8 @@ def _read_csv(path, leads):
   lines = (content.split("\n", 2) + ["", ""])[:2]
   if max(map(len, lines)) > MAX_LINE:
     raise BadRecord(
-      f"a line of more than {MAX_LINE} characters; expected a header row of lead names, then a row a "
+      f"a line of more than {MAX_LINE} characters; expected a header row of lead names, then a row "
+      "a "
       "sample"
     )
   delimiter = next((mark for mark in ";\t" if mark in lines[0]), ",")
@@ -152,7 +154,8 @@ def _columns(names, count, leads):
   if leads is None:
     if names is None:
       raise BadRecord(
-        "its first row names no lead; expected a header row such as I,II,V1,...,V6, or leads in its "
+        "its first row names no lead; expected a header row such as I,II,V1,...,V6, or leads in "
+        "its "
         ".json"
       )
     return needed_leads(names)
@@ -167,7 +170,8 @@ def _columns(names, count, leads):
     )
   if not agree:
     raise BadRecord(
-      f"its header row and its declared leads differ ({listed(names)} against {listed(leads)}); expected the "
+      f"its header row and its declared leads differ ({listed(names)} against {listed(leads)}); "
+      "expected the "
       "same order, or no leads in the .json"
     )
   return declared if len(leads) == count else found
@@ -216,7 +220,8 @@ def _read_npy(path, leads):
     array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
   if array.dtype.kind not in "iuf" or array.ndim != 2 or len(leads) not in array.shape:
     raise BadRecord(
-      f"its array is {array.dtype.kind}{list(array.shape)}; expected integers or floats [{len(leads)}, "
+      f"its array is {array.dtype.kind}{list(array.shape)}; expected integers or floats "
+      f"[{len(leads)}, "
       f"samples] or [samples, {len(leads)}], {len(leads)} leads being declared"
     )
   if len(array) != len(leads):

@@ -49,7 +49,7 @@ MISSING = [
 # a column is lost where this share of its filled cells is dropped, and at least so many
 LOST, FEWEST_LOST = 0.9, 3
 DATES = np.array(["1930-01-01", "2036-12-31"], "datetime64[D]")
-"""Dates that can be: UK Biobank writes 1900 to 1909 and 2037 where a date is unknown or withheld."""
+"""Dates that can be: UK Biobank writes 1900 to 1909 and 2037 where one is unknown or withheld."""
 
 
 def header(path) -> list[str]:
@@ -89,7 +89,8 @@ def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
       r"CSV parse error: (?:Row #\d+: )?Expected (\d+) columns, got (\d+)", str(error)
     ):
       raise UserError(
-        f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut off, or a "
+        f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut "
+        "off, or a "
         "text not quoted?"
       ) from None
     raise unreadable(path, error) from None
@@ -222,8 +223,10 @@ def check_kept(path, kept: dict[str, Kept]) -> None:
       # what a cell is like, not whose it is
       form = re.sub(r"\d", "9", " ".join(one.example.split())[:20])
       raise UserError(
-        f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are not understood, such as "
-        f"{form!r} (digits shown as 9); expected {one.expected}{comma or ''}. Put them so, or leave the column out"
+        f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are "
+        "not understood, such as "
+        f"{form!r} (digits shown as 9); expected {one.expected}{comma or ''}. Put them so, or "
+        "leave the column out"
       )
 
 

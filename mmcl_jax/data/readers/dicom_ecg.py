@@ -87,7 +87,7 @@ def read(path) -> Recording:
 def _choose(groups):
   """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be
   derived."""
-  found, names = [], []
+  candidates, names = [], []
   for number, group in enumerate(groups):
     if absent := [name for name in REQUIRED if name not in group]:
       raise BadRecord(f"its multiplex group {number + 1} lacks {', '.join(absent)}")
@@ -96,15 +96,16 @@ def _choose(groups):
     names += [_source(channel).get("CodeMeaning") for channel in channels]
     median = "MEDIAN" in str(group.get("MultiplexGroupLabel", "")).upper()
     if not median and set(LEADS) <= set(leads) | set(DERIVABLE):
-      found.append(
-        (group.NumberOfWaveformSamples / float(group.SamplingFrequency), len(leads), number, leads)
-      )
-  if not found:
+      seconds = group.NumberOfWaveformSamples / float(group.SamplingFrequency)
+      candidates.append((seconds, len(leads), number, leads))
+  if not candidates:
     raise BadRecord(
-      f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not count); "
+      f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not "
+      "count); "
       f"it has {listed(names)}"
     )
-  return max(found, key=lambda group: group[:2])[2:]
+  *_, number, leads = max(candidates, key=lambda candidate: candidate[:2])
+  return number, leads
 
 
 def _lead(channel):
@@ -151,10 +152,10 @@ def _read_group(dataset, number, leads):
     kind = np.dtype(dtype)  # writers give fewer or more bytes than one sample has
     padding = int.from_bytes(padding[: kind.itemsize], "little", signed=kind.kind == "i")
     inside[_missing(inside, padding, rate_hz)] = np.nan
-  signals = {
-    lead: _millivolts(group.ChannelDefinitionSequence[channel], samples, lead, rate_hz)
-    for (lead, channel), samples in zip(leads.items(), values.T)
-  }
+  signals = {}
+  for (lead, channel), samples in zip(leads.items(), values.T):
+    definition = group.ChannelDefinitionSequence[channel]
+    signals[lead] = _millivolts(definition, samples, lead, rate_hz)
   return assemble(signals, rate_hz, length_flags(length, rate_hz))
 
 
@@ -181,18 +182,13 @@ def _millivolts(channel, values, lead, rate_hz):
   unit = (channel.get("ChannelSensitivityUnitsSequence") or [{}])[0].get("CodeValue")
   if unit is None or not (sensitivity := float(channel.get("ChannelSensitivity") or 0)):
     raise BadRecord(f"lead {lead} has no sensitivity with a unit: its voltage is not calibrated")
-  if (
-    max(
-      abs(_optional(channel, "ChannelSampleSkew")),
-      abs(_optional(channel, "ChannelTimeSkew")) * rate_hz,
-    )
-    >= 1
-  ):
+  skew = abs(_optional(channel, "ChannelSampleSkew"))  # samples
+  time_skew = abs(_optional(channel, "ChannelTimeSkew")) * rate_hz
+  if max(skew, time_skew) >= 1:
     raise BadRecord(f"lead {lead} is shifted in time by a sample or more")
   correction = _optional(channel, "ChannelSensitivityCorrectionFactor", 1.0)
-  return (values * sensitivity * correction + _optional(channel, "ChannelBaseline")) * mv_per(
-    unit, lead
-  )
+  baseline = _optional(channel, "ChannelBaseline")
+  return (values * sensitivity * correction + baseline) * mv_per(unit, lead)
 
 
 def _optional(channel, name, default=0.0):

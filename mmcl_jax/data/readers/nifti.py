@@ -61,9 +61,12 @@ def read(path) -> Volume:
     )
   space, time = header.get_xyzt_units()
   zooms = [float(zoom) for zoom in header.get_zooms()]
-  x, y, z = (zoom * MM[space] for zoom in zooms[:3])
-  step = zooms[3] * SECONDS.get(time, math.nan) if len(zooms) > 3 else math.nan
-  frame_s = step if FRAME_S[0] <= step <= FRAME_S[1] else math.nan
+  x, y, z = [zoom * MM[space] for zoom in zooms[:3]]
+  frame_s = math.nan
+  if len(zooms) > 3:
+    step = zooms[3] * SECONDS.get(time, math.nan)
+    if FRAME_S[0] <= step <= FRAME_S[1]:
+      frame_s = step
   return Volume(_plain(voxels), (z, y, x), frame_s, _base_first(header))
 
 
@@ -78,7 +81,8 @@ def two_frames(ed: Volume, es: Volume) -> Volume:
   """ED and ES from files of their own as frames 0 and 1; BadRecord where their grids differ."""
   if ed.voxels.shape != es.voxels.shape or not np.allclose(ed.spacing, es.spacing, rtol=1e-3):
     raise BadRecord("ED and ES differ in shape or spacing")
-  return Volume(_plain(np.concatenate([ed.voxels, es.voxels])), ed.spacing, math.nan, ed.base_first)
+  voxels = np.concatenate([ed.voxels, es.voxels])
+  return Volume(_plain(voxels), ed.spacing, math.nan, ed.base_first)
 
 
 def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
@@ -117,7 +121,8 @@ def _base_first(header):
     affine = header.get_best_affine()
   except (HeaderDataError, ValueError):  # no rotation
     return None
-  return base_first(affine[:3, 2] * (-1, -1, 1))  # NIfTI's axes lead to the right and to the front
+  direction = affine[:3, 2] * (-1, -1, 1)  # NIfTI's axes lead to the right and to the front
+  return base_first(direction)
 
 
 def _plain(voxels):
@@ -138,23 +143,25 @@ def _load(path):
       file.seek(0)
       stream = gzip.GzipFile(fileobj=file) if zipped else file
       header = _read_header(stream)
-      shape, dtype = header.get_data_shape(), header.get_data_dtype()
+      dtype = header.get_data_dtype()
       size = header["sizeof_hdr"].item()
       skip = header.get_data_offset() - size
-      need = skip + math.prod(shape) * dtype.itemsize
+      need = skip + math.prod(header.get_data_shape()) * dtype.itemsize
       try:
         # no more, whatever the stream expands to; gzip compares its checksum at the end
         body = stream.read(need + 1)
       except EOFError as error:
         raise BadRecord("the gzip stream ends early") from error
     if len(body) != need:
-      found = "more than" if len(body) > need else f"{size + len(body)} of"
-      raise BadRecord(f"the file holds {found} the {size + need} bytes that its header announces")
-    voxels = np.frombuffer(body, dtype, offset=skip).reshape((*shape, 1)[:4], order="F")
+      share = "more than" if len(body) > need else f"{size + len(body)} of"
+      raise BadRecord(f"the file holds {share} the {size + need} bytes that its header announces")
+    shape = (*header.get_data_shape(), 1)[:4]
+    voxels = np.frombuffer(body, dtype, offset=skip).reshape(shape, order="F")
     slope, intercept = header.get_slope_inter()
     if slope is not None:
       voxels = apply_read_scaling(voxels, slope, intercept)
-    return voxels.T.astype(voxels.dtype.newbyteorder("="), copy=False), header
+    native = voxels.dtype.newbyteorder("=")
+    return voxels.T.astype(native, copy=False), header
 
 
 def _read_header(stream):
@@ -170,8 +177,26 @@ def _read_header(stream):
   header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # some writers put an axis's direction here
   shape = header.get_data_shape()
   if set(shape[4:]) == {1}:  # one value a voxel and moment
-    header.set_data_shape(shape := shape[:4])
-  if len(shape) not in (3, 4) or not all(1 <= n <= most for n, most in zip(shape, MAX_SHAPE)):
+    header.set_data_shape(shape[:4])
+  _check_shape(header.get_data_shape())
+  dtype = header.get_data_dtype()
+  if dtype.kind not in "iuf" or dtype.itemsize > 8:
+    raise BadRecord(
+      f"voxels of type {header.get_value_label('datatype')}; expected integers or real numbers"
+    )
+  if not all(0 < zoom < math.inf for zoom in header.get_zooms()[:3]):
+    raise BadRecord("the header's spacing is not positive")
+  space, _ = header.get_xyzt_units()
+  if space not in MM:
+    raise BadRecord("the header's unit of space is unknown")
+  if not 0 <= header.get_data_offset() - size <= MAX_EXTENSION_BYTES:
+    raise BadRecord(f"voxels are said to start at byte {header.get_data_offset()}")
+  return header
+
+
+def _check_shape(shape):
+  within = all(1 <= n <= most for n, most in zip(shape, MAX_SHAPE))
+  if len(shape) not in (3, 4) or not within:
     raise BadRecord(
       f"the header announces {' x '.join(map(str, shape))} voxels; expected 3 or 4 axes of at most "
       f"{' x '.join(map(str, MAX_SHAPE))}"
@@ -180,15 +205,3 @@ def _read_header(stream):
     raise BadRecord(
       f"the header announces {math.prod(shape)} voxels; expected at most {MAX_VOXELS}"
     )
-  dtype = header.get_data_dtype()
-  if dtype.kind not in "iuf" or dtype.itemsize > 8:
-    raise BadRecord(
-      f"voxels of type {header.get_value_label('datatype')}; expected integers or real numbers"
-    )
-  if not all(0 < zoom < math.inf for zoom in header.get_zooms()[:3]):
-    raise BadRecord("the header's spacing is not positive")
-  if header.get_xyzt_units()[0] not in MM:
-    raise BadRecord("the header's unit of space is unknown")
-  if not 0 <= header.get_data_offset() - size <= MAX_EXTENSION_BYTES:
-    raise BadRecord(f"voxels are said to start at byte {header.get_data_offset()}")
-  return header

@@ -75,7 +75,8 @@ def read(path, visits) -> Layout:
       group[key] = name
   if not layout.wanted:
     raise UserError(
-      f"{path} has nothing that is wanted beside participants: {_styles(names)}; expected fields such as "
+      f"{path} has nothing that is wanted beside participants: {_styles(names)}; expected fields "
+      "such as "
       "24100 (LVEDV) of an imaging visit, 31, 53 or 41270 of UK Biobank, or sex, age, "
       "phenotype:NAME:UNIT, disease:NAME"
     )
@@ -132,7 +133,8 @@ def _phenotype(name):
     return f"phenotype:{phenotype}:{units.spelled(unit)}"
   if units.factor(unit, known.unit) is None:
     raise UserError(
-      f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for it; expected "
+      f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for "
+      "it; expected "
       f"{known.unit}: phenotype:{known.name}:{known.unit}"
     )
   return f"phenotype:{known.name}:{known.unit}"

@@ -62,6 +62,7 @@ TAGS = [
   "SpacingBetweenSlices",
   "TriggerTime",
 ]
+DESCRIPTIONS = "series discription", "series description"  # columns of the manifest
 BYTE_ORDER = {ImplicitVRLittleEndian: "<", ExplicitVRLittleEndian: "<", ExplicitVRBigEndian: ">"}
 
 MAX_MEMBERS = 4096  # a study has about 550
@@ -120,9 +121,10 @@ class _Reader(io.FileIO):
   claims for it."""
 
   def read(self, size=-1):
-    if (
-      os.fstat(self.fileno()).st_size - self.tell() if size is None or size < 0 else size
-    ) > MAX_DIRECTORY_BYTES:
+    wanted = size
+    if size is None or size < 0:
+      wanted = os.fstat(self.fileno()).st_size - self.tell()
+    if wanted > MAX_DIRECTORY_BYTES:
       raise BadRecord(f"the zip's directory has more than {MAX_DIRECTORY_BYTES} bytes")
     return super().read(size)
 
@@ -132,11 +134,11 @@ def _series(path):
   check_file(path, "a zip of DICOM files")
   with _Reader(path) as file, zipfile.ZipFile(file) as archive:
     members = _members(archive)
-    manifest = next((members[name] for name in MANIFESTS if name in members), None)
-    if manifest is None:
+    manifests = [members[name] for name in MANIFESTS if name in members]
+    if not manifests:
       raise BadRecord("no manifest.csv in the zip")
-    listed = _listed(_content(archive, manifest, "the manifest").decode("utf-8-sig", "replace"))
-    wanted = _wanted(listed)
+    manifest = _content(archive, manifests[0], "the manifest")
+    wanted = _wanted(_listed(manifest.decode("utf-8-sig", "replace")))
     series, size = {}, 0
     for name, files in wanted.items():
       series[name] = []
@@ -169,7 +171,8 @@ def _members(archive):
     # the others expand without bound
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
       raise BadRecord(
-        f"a member of the zip is compressed by method {entry.compress_type}; expected none or deflate"
+        f"a member of the zip is compressed by method {entry.compress_type}; expected none or "
+        "deflate"
       )
   members = {entry.filename: entry for entry in entries}
   if len(members) != len(entries):
@@ -196,10 +199,8 @@ def _listed(text):
   """{file name: series description}."""
   lines = [line for line in text.splitlines() if line.strip()]
   header = [name.strip().lower() for name in next(csv.reader(lines[:1]), [])]
-  described = next(
-    (name for name in ("series discription", "series description") if name in header), None
-  )
-  if "filename" not in header or described is None:
+  descriptions = [name for name in DESCRIPTIONS if name in header]
+  if "filename" not in header or not descriptions:
     raise BadRecord("the manifest has no columns 'filename' and 'series discription'")
   date = header.index("date") if "date" in header else None
 
@@ -219,7 +220,7 @@ def _listed(text):
       raise BadRecord(
         f"line {number} of the manifest has {len(row)} fields; expected {len(header)}"
       )
-    listed[field(row, "filename")] = field(row, described)
+    listed[field(row, "filename")] = field(row, descriptions[0])
   return listed
 
 
@@ -232,7 +233,8 @@ def _wanted(listed):
   if numbered:
     if missing := set(range(1, max(numbered) + 1)) - numbered.keys():
       raise BadRecord(
-        f"series b{min(missing)} is missing: there are {len(numbered)} slices up to b{max(numbered)}"
+        f"series b{min(missing)} is missing: there are {len(numbered)} slices up to "
+        f"b{max(numbered)}"
       )
     if 0 in numbered:
       raise BadRecord("a series b0; expected the slices b1 to bN")
@@ -256,14 +258,17 @@ def _image(name, data, where):
       raise BadRecord(
         f"{where} is compressed or of an unknown transfer syntax; expected uncompressed pixels"
       )
-    distances = ((tag, _number(tags, tag)) for tag in ("SpacingBetweenSlices", "SliceThickness"))
+    distance = ()
+    for tag in ("SliceThickness", "SpacingBetweenSlices"):  # the second goes before the first
+      if _number(tags, tag) > 0:
+        distance = tag, _number(tags, tag)
     return _Image(
       name,
       _pixels(tags, BYTE_ORDER[syntax], where),
       _vector(tags, "PixelSpacing", 2),
       _vector(tags, "ImagePositionPatient", 3),
       _vector(tags, "ImageOrientationPatient", 6),
-      next((distance for distance in distances if distance[1] > 0), ()),
+      distance,
       str(tags.get("SeriesInstanceUID", "")),
       np.nan_to_num(_number(tags, "SeriesNumber"), nan=-1),
       str(tags.get("AcquisitionTime", "")),
@@ -276,14 +281,17 @@ def _image(name, data, where):
 
 def _number(tags, tag):
   value = tags.get(tag)
-  value = math.nan if value is None or value == "" else float(value)
-  return value if math.isfinite(value) else math.nan
+  if value is None or value == "" or not math.isfinite(float(value)):
+    return math.nan
+  return float(value)
 
 
 def _vector(tags, tag, length):
   value = tags.get(tag)
   vector = np.array([] if value is None else value, float)
-  return vector if vector.shape == (length,) and np.isfinite(vector).all() else None
+  if vector.shape != (length,) or not np.isfinite(vector).all():
+    return None
+  return vector
 
 
 def _pixels(tags, order, where):
@@ -292,17 +300,15 @@ def _pixels(tags, order, where):
   single = tags.get("SamplesPerPixel", 1) == tags.get("NumberOfFrames", 1) == 1
   if bits not in (8, 16) or signed not in (0, 1) or not single:
     raise BadRecord(f"{where} is not one grey image of 8 or 16 bits a pixel")
-  shape = tags.Rows, tags.Columns
-  need = shape[0] * shape[1] * bits // 8
+  rows, columns = tags.Rows, tags.Columns
+  need = rows * columns * bits // 8
   if not 0 < need <= len(tags.PixelData) <= need + need % 2:
     raise BadRecord(
-      f"{where} holds {len(tags.PixelData)} bytes of pixels; {shape[0]} x {shape[1]} take {need}"
+      f"{where} holds {len(tags.PixelData)} bytes of pixels; {rows} x {columns} take {need}"
     )
   kind = "ui"[signed]
-  pixels = np.frombuffer(tags.PixelData, f"{order}{kind}{bits // 8}", shape[0] * shape[1]).reshape(
-    shape
-  )
-  return pixels.astype(f"{kind}2", copy=False)
+  pixels = np.frombuffer(tags.PixelData, f"{order}{kind}{bits // 8}", rows * columns)
+  return pixels.reshape(rows, columns).astype(f"{kind}2", copy=False)
 
 
 # From images to slices and frames
@@ -316,19 +322,16 @@ def _cine(series, segmentation):
   count = _count(series, flags)
   slices, clocks = {}, {}
   for name, images in series.items():
-    slices[name], clocks[name] = _in_time(
-      name, _one_acquisition(name, images, count, segmentation, flags), flags
-    )
+    images = _one_acquisition(name, images, count, segmentation, flags)
+    slices[name], clocks[name] = _in_time(name, images, flags)
   source = _source_frames(clocks, count, flags)
   spacing = _spacing(slices, flags)
 
   first = next(iter(slices.values()))[0].pixels
-  if any(
-    image.pixels.shape != first.shape or image.pixels.dtype != first.dtype
-    for images in slices.values()
-    for image in images
-  ):
-    raise BadRecord("the images differ in size or type")
+  for images in slices.values():
+    for image in images:
+      if image.pixels.shape != first.shape or image.pixels.dtype != first.dtype:
+        raise BadRecord("the images differ in size or type")
   cine = np.empty((count, len(slices), *first.shape), first.dtype)
   for z, (name, images) in enumerate(slices.items()):
     for frame, which in enumerate(source[name]):
@@ -368,21 +371,25 @@ def _split(images, segmentation):
     slices.reverse()
   if segmentation is not None and any(a is not b for a, b in zip(slices, by_name)):
     raise BadRecord(
-      "one series of all slices, whose files are not in their order: the segmentation cannot be placed"
+      "one series of all slices, whose files are not in their order: the segmentation cannot be "
+      "placed"
     )
   return {f"slice {number}": images for number, images in enumerate(slices, 1)}
 
 
 def _count(series, flags):
   """Frames of a slice."""
-  counts = Counter(image.count for images in series.values() for image in images if image.count > 0)
-  if not counts:
+  stated = Counter()
+  for images in series.values():
+    stated.update(image.count for image in images if image.count > 0)
+  if stated:
+    count = max(stated, key=stated.get)
+  else:
     flags.append("CardiacNumberOfImages is missing, the frames of the longest slice are counted")
-    counts = Counter(
-      max(Counter(image.uid for image in images).values()) for images in series.values()
-    )
-    counts = {max(counts): 1}
-  count = max(counts, key=counts.get)
+    count = 0
+    for images in series.values():
+      acquisitions = Counter(image.uid for image in images)
+      count = max(count, *acquisitions.values())
   if count > MAX_FRAMES or count % 1:
     raise BadRecord(f"CardiacNumberOfImages is {count:g}; expected at most {MAX_FRAMES}")
   return int(count)
@@ -393,22 +400,26 @@ def _one_acquisition(name, images, count, segmentation, flags):
   acquisitions = {}
   for image in images:
     acquisitions.setdefault(image.uid, []).append(image)
-  last = sorted(
-    acquisitions.values(), key=lambda images: max((i.series, i.time, i.uid) for i in images)
-  )
-  chosen = [images for images in last if len(images) >= count - MAX_MISSING][-1:] or last[-1:]
-  images = chosen[0]
-  if len(last) > 1:
-    flags.append(f"{name} was acquired {len(last)} times, the last complete one is taken")
+  in_time = sorted(acquisitions.values(), key=_acquired)
+  complete = [images for images in in_time if len(images) >= count - MAX_MISSING]
+  images = (complete or in_time)[-1]
+  if len(in_time) > 1:
+    flags.append(f"{name} was acquired {len(in_time)} times, the last complete one is taken")
     if segmentation is not None and images[0].uid != max(acquisitions):  # the converter's choice
       raise BadRecord(
-        f"{name} was acquired {len(last)} times, and the segmentation belongs to another than the last"
+        f"{name} was acquired {len(in_time)} times, and the segmentation belongs to another than "
+        "the last"
       )
   if not count - MAX_MISSING <= len(images) <= count:
     raise BadRecord(
       f"{name} has {len(images)} images of {count} frames; at most {MAX_MISSING} may be missing"
     )
   return images
+
+
+def _acquired(images):
+  """What puts acquisitions in order."""
+  return max((image.series, image.time, image.uid) for image in images)
 
 
 def _in_time(name, images, flags):
@@ -427,10 +438,11 @@ def _in_time(name, images, flags):
 def _source_frames(clocks, count, flags):
   """{name: int [F], the image that each frame takes}: its own; where that is missing, the one
   before."""
-  steps = {
-    name: np.median(np.diff(clock)) if len(clock) > 1 else 1 for name, clock in clocks.items()
-  }
-  starts = {name: clock[0] / steps[name] for name, clock in clocks.items()}
+  steps, starts = {}, {}
+  for name, clock in clocks.items():
+    steps[name] = np.median(np.diff(clock)) if len(clock) > 1 else 1
+    starts[name] = clock[0] / steps[name]
+  usual_start = np.median(list(starts.values()))
   source, missing = {}, []
   for name, clock in clocks.items():
     if len(clock) == count:
@@ -440,11 +452,13 @@ def _source_frames(clocks, count, flags):
     room = count - 1 - at[-1]
     if room < 0 or not np.diff(at).all():
       raise BadRecord(
-        f"{name} lacks {count - len(clock)} of {count} frames, and its trigger times do not tell which"
+        f"{name} lacks {count - len(clock)} of {count} frames, and its trigger times do not tell "
+        "which"
       )
     # later than the others: no first
-    at += np.clip(np.rint(starts[name] - np.median(list(starts.values()))), 0, room)
-    source[name] = np.maximum(np.searchsorted(at, np.arange(count), side="right") - 1, 0)
+    at += np.clip(np.rint(starts[name] - usual_start), 0, room)
+    latest = np.searchsorted(at, np.arange(count), side="right") - 1
+    source[name] = np.maximum(latest, 0)
     missing.append(f"{name} ({count - len(clock)})")
   if missing:
     flags.append(f"missing frames filled by the one before: {', '.join(missing)}")
@@ -453,22 +467,24 @@ def _source_frames(clocks, count, flags):
 
 def _frame_s(slices, count):
   """Seconds between frames, the mean of slices; NaN = not known."""
-  steps = [
-    np.median(np.diff([image.trigger_ms for image in images]))
-    for images in slices.values()
-    if len(images) > 1
-  ]
-  beats = [image.beat_ms / count for images in slices.values() for image in images]
+  steps, beats = [], []
+  for images in slices.values():
+    beats += [image.beat_ms / count for image in images]
+    if len(images) > 1:
+      steps.append(np.median(np.diff([image.trigger_ms for image in images])))
   for times in steps, beats:
-    if known := [ms for ms in times if ms > 0]:
-      return np.mean(known) / 1000
+    positive = [ms for ms in times if ms > 0]
+    if positive:
+      return np.mean(positive) / 1000
   return math.nan
 
 
 def _base_first(slices):
   """As in Cine; None where positions are missing."""
-  first, *_, last = [images[0].position for images in slices.values()] * 2
-  return None if first is None or last is None else base_first(last - first)
+  positions = [images[0].position for images in slices.values()]
+  if positions[0] is None or positions[-1] is None:
+    return None
+  return base_first(positions[-1] - positions[0])
 
 
 def _spacing(slices, flags):

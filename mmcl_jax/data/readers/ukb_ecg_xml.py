@@ -48,7 +48,8 @@ def read(path) -> Recording:
     root = _rest_ecg(path)
     # both occur
     strip = _only(root.findall("StripData") + root.findall("Strip/StripData"), "StripData")
-    leads, rate_hz = _leads(strip), _positive(strip, "SampleRate")
+    leads = _leads(strip)
+    rate_hz = _positive(strip, "SampleRate")
     return assemble(leads, rate_hz, length_flags(len(leads["I"]), rate_hz))
 
 
@@ -61,7 +62,8 @@ def read_median(path) -> tuple[np.ndarray, float]:
   """
   with bad_record("its median beat cannot be read"):
     median = _only(_rest_ecg(path).findall("RestingECGMeasurements/MedianSamples"), "MedianSamples")
-    total, last = (_number(median, name) for name in ("ChannelSampleCountTotal", "LastValid"))
+    total = _number(median, "ChannelSampleCountTotal")
+    last = _number(median, "LastValid")
     rate_hz = _positive(median, "SampleRate")
     if not 0 < last < total <= MEDIAN_S * rate_hz:
       raise BadRecord(
@@ -94,7 +96,8 @@ def read_full_disclosure(path) -> Recording:
     _agree(data, "SampleCountTotal", len(samples))
     if rate_hz % 1 or len(samples) % block:
       raise BadRecord(
-        f"its full disclosure has {len(samples)} samples; expected a multiple of {block:g}, that is of 1 s"
+        f"its full disclosure has {len(samples)} samples; expected a multiple of {block:g}, that "
+        "is of 1 s"
       )
     blocks = samples.reshape(-1, len(names), int(rate_hz))
     leads = {lead: blocks[:, place].ravel() for lead, place in needed_leads(names).items()}

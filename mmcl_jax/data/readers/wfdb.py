@@ -104,12 +104,13 @@ def comments(path) -> dict[str, str]:
   Takes and raises what `read` does.
   """
   with bad_record("its header cannot be read"):
-    found = {}
+    said = {}
     for comment in _header(path)[2]:
-      key, colon, value = (part.strip() for part in comment.lstrip("# \t").partition(":"))
+      key, colon, value = comment.lstrip("# \t").partition(":")
+      key = key.strip().lower()
       if colon and key:
-        found.setdefault(key.lower(), []).append(value)
-    return {key: ",".join(values) for key, values in found.items()}
+        said.setdefault(key, []).append(value.strip())
+    return {key: ",".join(values) for key, values in said.items()}
 
 
 def _read_leads(folder, lines):
@@ -137,11 +138,8 @@ def _read_leads(folder, lines):
       flags.append(f"{lead}: checksum differs")
   # float64 [T, len(channels)]; NaN where the format's value for "missing" stands
   signals = record.dac()
-  return (
-    {lead: signals[:, i] * mv_per_unit[lead] for i, lead in enumerate(channels)},
-    about.fs,
-    flags,
-  )
+  leads = {lead: signals[:, i] * mv_per_unit[lead] for i, lead in enumerate(channels)}
+  return leads, about.fs, flags
 
 
 def _header(path):
@@ -192,11 +190,12 @@ def _stage(header, lines, folder):
       os.symlink(_samples(header.parent, file), folder / links[file])
     staged.append(links[file] + rest)
   _write_header(folder, [RECORD, *about], staged)
-  called_a_file = name.lower().endswith(".mat")
-  flags = [
-    "record named as a file, as in the first CinC 2020 release: gain uncertain"
-  ] * called_a_file
-  return staged, flags + ["rate missing, 250 Hz taken"] * (len(about) < 2)  # the format's default
+  flags = []
+  if name.lower().endswith(".mat"):
+    flags.append("record named as a file, as in the first CinC 2020 release: gain uncertain")
+  if len(about) < 2:
+    flags.append("rate missing, 250 Hz taken")  # the format's default
+  return staged, flags
 
 
 def _write_header(folder, record, signals):
@@ -220,10 +219,10 @@ def _samples(folder, name):
   """Absolute path of a file of samples, which lies beside the header."""
   if "/" in name or "\\" in name or name == "..":
     raise BadRecord("the header names samples elsewhere; they must lie in its own folder")
-  found = beside(folder, name)
-  if not found:
+  path = beside(folder, name)
+  if not path:
     raise BadRecord("the header names a file of samples that is not beside it")
-  return os.path.abspath(found)
+  return os.path.abspath(path)
 
 
 def _scales(channels, lines):
@@ -298,6 +297,7 @@ def _check_matlab(path, fmt, offset, signals):
     ):
       elsewhere = f", from byte {begin} on" if begin != offset else ""
       raise BadRecord(
-        f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} rows, "
+        f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} "
+        "rows, "
         f"one a signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on"
       )

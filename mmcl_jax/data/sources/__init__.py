@@ -35,8 +35,8 @@ class Plan(NamedTuple):
 
   items: list[Item]
   read: Callable[[Item], tuple[dict[str, np.ndarray], tuple[str, ...]]]
-  """Item -> (record as in mmcl_jax.data.schema but for subject and visit, remarks on quality); BadRecord where it cannot.
-  Picklable: it runs in other processes."""
+  """Item -> (record as in mmcl_jax.data.schema but for subject and visit, remarks on quality);
+  BadRecord where it cannot. Picklable: it runs in other processes."""
   # for cohort.json: phenotypes (name -> unit), diseases, covariates, source, ...
   info: dict[str, Any]
   # counts of each step so far, in order: "ECG files", "with a CMR of the same visit", ...

@@ -13,8 +13,8 @@ TAKES = ("input", "reader", "tables", "withdrawn", "codes", "profile", "split")
 
 
 def plan(options, identify) -> Plan:
-  """`options`: `input` (folders and files); may have own_readers (as of `readers.read_ecg`), tables,
-  codes, withdrawn. See `ecg_alone.plan_of`."""
+  """`options`: `input` (folders and files); may have own_readers (as of `readers.read_ecg`),
+  tables, codes, withdrawn. See `ecg_alone.plan_of`."""
   listed = getattr(options, "tables", None) or []
   own = getattr(options, "own_readers", {})
   recordings, others = [], Counter()

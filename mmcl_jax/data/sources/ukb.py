@@ -216,13 +216,14 @@ def files_of_other_names(listed, ecgs, cmrs) -> Counter:
 
 
 def visits_in_tables(options, table, items) -> int:
-  """How many items have a row in the tables; UserError where none has and the tables have values."""
+  """How many items have a row in the tables; UserError where none has, but others have values."""
   in_tables = sum((item.private[0], item.visit) in table.rows for item in items)
   if items and not in_tables and (table.rows or table.phenotypes or table.given):
     with_values = sorted({visit for _, visit in table.rows})
     raise UserError(
       f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit "
-      f"{items[0].visit}; the visits with values are: {', '.join(map(str, with_values)) or 'none'}. "
+      f"{items[0].visit}; the visits with values are: "
+      f"{', '.join(map(str, with_values)) or 'none'}. "
       "Tables of your own give them in a column visit"
     )
   return in_tables
