@@ -109,7 +109,7 @@ def report(folder, cohort, outcome):
   )
 
 
-def parse(argv):
+def parse(argv):  # long and flat: one flag after another
   sources = [f"  {name:16s}{what}" for name, (_, what) in SOURCES.items()]
   sources.append("  my_module:plan  a source of your own (docs/your_data.md)")
   parser = argparse.ArgumentParser(

@@ -9,6 +9,7 @@ list of what to read and for one record a process, not for the records.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ import threadpoolctl
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from mmcl_jax.data import cohort as cohort_room, ecg_quality, schema, units
+from mmcl_jax.data import cohort as cohort_lib, ecg_quality, schema, units
 from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
@@ -91,7 +92,8 @@ def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.n
   stored = {name: np.asarray(x) for name, x in record.items()}
   stored["ecg"] = np.round(ecg / scale).astype(np.int16)
   stored["ecg_scale"] = np.asarray(scale)
-  stored["has_ecg"], stored["has_cmr"] = np.uint8(record["has_ecg"]), np.uint8(record["has_cmr"])
+  stored["has_ecg"] = np.uint8(record["has_ecg"])
+  stored["has_cmr"] = np.uint8(record["has_cmr"])
   return {name: np.asarray(x) for name, x in stored.items()}
 
 
@@ -137,7 +139,8 @@ def build(
       )
     clear(target)
     print(
-      f"{out} is there, of the same paths and settings: nothing was read again; remove it to make it anew"
+      f"{out} is there, of the same paths and settings: nothing was read again; remove it to make "
+      "it anew"
     )
     return made
   files.no_links(partial)
@@ -180,27 +183,32 @@ def write_all(
     {name: len(plan.info[name]) for name in LABELS},
   )
   job = job._replace(layout=first_layout(job, splits))
-  shards = [
-    Shard(split, i, items[start : start + size])
-    for split, items in splits.items()
-    for size in [min(max(len(items) // SHARDS_A_SPLIT, RECORDS_A_SHARD[0]), RECORDS_A_SHARD[1])]
-    for i, start in enumerate(range(0, len(items), size))
-  ]
-  pathlib.Path(job.folder).mkdir(exist_ok=True)
-  for abandoned in pathlib.Path(job.folder).glob("*.tmp*"):  # by processes that were killed
+  shards = []
+  for split, items in splits.items():
+    shards += shards_of(split, items)
+  folder = pathlib.Path(job.folder)
+  folder.mkdir(exist_ok=True)
+  for abandoned in folder.glob("*.tmp*"):  # by processes that were killed
     abandoned.unlink(missing_ok=True)
   run(functools.partial(write_shard, job), shards, processes)
-  notes = [
-    (shard, json.loads((pathlib.Path(job.folder) / f"{shard.name}.json").read_text()))
-    for shard in shards
-  ]
-  labels = {
-    split: collect_labels(job, [shard for shard in shards if shard.split == split])
-    for split in schema.SPLITS
-  }
+  notes = []
+  for shard in shards:
+    notes.append((shard, json.loads((folder / f"{shard.name}.json").read_text())))
+  labels = {}
+  for split in schema.SPLITS:
+    labels[split] = collect_labels(job, [shard for shard in shards if shard.split == split])
   finish(partial, job, notes, labels, info)
   if report:
     report(str(partial), load(str(partial)), collect(plan, notes, labels))
+
+
+def shards_of(split: str, items: list[Item]) -> list[Shard]:
+  fewest, most = RECORDS_A_SHARD
+  size = min(max(len(items) // SHARDS_A_SPLIT, fewest), most)
+  shards = []
+  for start in range(0, len(items), size):
+    shards.append(Shard(split, len(shards), items[start : start + size]))
+  return shards
 
 
 def check_out(out: str) -> None:
@@ -211,9 +219,10 @@ def check_out(out: str) -> None:
     raise UserError(
       f"--out={out} is a link, a mount or the current folder; expected the name of a new folder"
     )
-  if target.exists() and (
-    not target.is_dir() or (any(target.iterdir()) and not (target / "cohort.json").is_file())
-  ):
+  if not target.exists():
+    return
+  in_use = target.is_dir() and any(target.iterdir())
+  if not target.is_dir() or (in_use and not (target / "cohort.json").is_file()):
     raise UserError(
       f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it"
     )
@@ -221,28 +230,32 @@ def check_out(out: str) -> None:
 
 def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
   """Items of each split, in the plan's order; nobody twice, nobody in two splits."""
-  splits, seen, home = {split: [] for split in schema.SPLITS}, set(), {}
+  splits = {split: [] for split in schema.SPLITS}
+  planned = set()
+  split_of_subject = {}
   for item in plan.items:
     split = plan.split(item) if plan.split else schema.split_of(item.subject, shares)
-    if (name := item.salted_id) in seen:
+    name = item.salted_id
+    subject, _, _ = name.partition("/")
+    if name in planned:
       raise UserError(f"record {name} is planned twice; expected one record a subject and visit")
-    if home.setdefault(name.partition("/")[0], split) != split:
+    if split_of_subject.setdefault(subject, split) != split:
       raise UserError(
-        f"subject {name.partition('/')[0]} would be in {home[name.partition('/')[0]]} and in {split}; "
-        "expected all visits of a person in one split"
+        f"subject {subject} would be in {split_of_subject[subject]} and in {split}; expected all "
+        "visits of a person in one split"
       )
-    seen.add(name)
+    planned.add(name)
     splits[split].append(item)
-  empty = [
-    split
-    for split, share in zip(schema.SPLITS, shares)
-    if share and not splits[split] and not plan.split
-  ]
+  empty = []
+  for split, share in zip(schema.SPLITS, shares):
+    if share and not splits[split] and not plan.split:
+      empty.append(split)
   if empty or not plan.items:
+    steps = [f"{len(plan.items)} records in all"]
+    steps += [f"{count} {step}" for step, count in plan.steps.items()]
     raise UserError(
-      f"split {', '.join(empty or schema.SPLITS)} would hold no subject ({len(plan.items)} records in all"
-      f"{''.join(f'; {count} {step}' for step, count in plan.steps.items())}): "
-      "give more data or change --split"
+      f"split {', '.join(empty or schema.SPLITS)} would hold no subject ({'; '.join(steps)}): give "
+      "more data or change --split"
     )
   return splits
 
@@ -250,14 +263,14 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
 def digest_of(plan: Plan, info: dict, splits: dict[str, list[Item]]) -> str:
   """Of all that a record depends on before its files are read: paths, values from tables,
   settings."""
-  found = hashlib.blake2b(
-    json.dumps([schema.SCHEMA_VERSION, info], sort_keys=True).encode(), digest_size=16
-  )
-  found.update(pickle.dumps(getattr(plan.read, "args", ())))
+  settings = json.dumps([schema.SCHEMA_VERSION, info], sort_keys=True)
+  digest = hashlib.blake2b(settings.encode(), digest_size=16)
+  digest.update(pickle.dumps(getattr(plan.read, "args", ())))
   for split, items in splits.items():
     for item in items:
-      found.update(f"{split} {item.salted_id} ".encode() + pickle.dumps(item.key))
-  return found.hexdigest()
+      digest.update(f"{split} {item.salted_id} ".encode())
+      digest.update(pickle.dumps(item.key))
+  return digest.hexdigest()
 
 
 def same_plan(partial: pathlib.Path, digest: str) -> None:
@@ -265,16 +278,17 @@ def same_plan(partial: pathlib.Path, digest: str) -> None:
   file = partial / "plan.json"
   if file.is_file() and json.loads(file.read_text()) != digest:
     raise UserError(
-      f"{partial} was begun with other inputs or settings; give the same ones, or remove it to begin anew"
+      f"{partial} was begun with other inputs or settings; give the same ones, or remove it to "
+      "begin anew"
     )
-  with files.atomic(file) as whole:
-    whole.write(json.dumps(digest))
+  with files.atomic(file) as f:
+    f.write(json.dumps(digest))
 
 
 def first_layout(job: Job, splits: dict[str, list[Item]]) -> dict[str, tuple[str, list[int]]]:
   """Fields, types and shapes of the records, read off the first one that can be read."""
   reasons = []
-  for item in [item for items in splits.values() for item in items][:FIRST_TRIES]:
+  for item in itertools.islice(itertools.chain(*splits.values()), FIRST_TRIES):
     try:
       stored, _ = read_item(job, item)
       return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
@@ -302,7 +316,8 @@ def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
   except Exception as error:
     if is_environment(error):  # a disk or a network that fails is no reason to leave a person out
       raise UserError(
-        f"reading record {item.salted_id} failed ({getattr(error, 'strerror', '') or type(error).__name__}); "
+        f"reading record {item.salted_id} failed "
+        f"({getattr(error, 'strerror', '') or type(error).__name__}); "
         "the same command goes on from here"
       ) from None
     # A reader's own mistake: one record must not cost a long run.
@@ -316,13 +331,15 @@ def check(record: dict[str, np.ndarray], job: Job) -> None:
   ecg = np.asarray(record["ecg"])
   if job.profile and ecg.shape != (len(schema.LEADS), schema.ECG_SAMPLES):
     raise UserError(
-      f"the source gives ECG of shape {list(ecg.shape)}; expected {[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at "
+      f"the source gives ECG of shape {list(ecg.shape)}; expected "
+      f"{[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at "
       f"{schema.ECG_RATE_HZ} Hz (mmcl_jax.data.preprocess.ecg.to_standard)"
     )
   for name, length in job.lengths.items():
     if np.shape(record[name]) != (length,):
       raise UserError(
-        f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of them in its plan"
+        f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of "
+        "them in its plan"
       )
   if not np.isfinite(ecg).all():
     raise BadRecord(f"{np.sum(~np.isfinite(ecg))} samples of the ECG are not finite")
@@ -332,18 +349,21 @@ def more_remarks(record: dict[str, np.ndarray], flags: tuple[str, ...], job: Job
   """Remarks on an ECG in mV that its source has not made: one of a user's own may judge nothing."""
   if not record["has_ecg"] or not job.profile:
     return []
-  found = ecg_quality.judge(np.asarray(record["ecg"]), schema.ECG_RATE_HZ)
-  kind = functools.partial(re.sub, r"[\d.]+", "")  # the readers' numbers are from before resampling
-  said = kind("; ".join(flags))
-  return [flag for flag in found if kind(flag) not in said]
+
+  def without_numbers(text):  # the readers' are from before resampling
+    return re.sub(r"[\d.]+", "", text)
+
+  said = without_numbers("; ".join(flags))
+  remarks = ecg_quality.judge(np.asarray(record["ecg"]), schema.ECG_RATE_HZ)
+  return [remark for remark in remarks if without_numbers(remark) not in said]
 
 
 def scrub(text: str, item: Item) -> str:
   """One line without the names that identify the person."""
-  for name in sorted(filter(None, item.private), key=len, reverse=True):
-    text = re.sub(
-      rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "<id>", text, flags=re.IGNORECASE
-    )
+  names = [name for name in item.private if name]
+  for name in sorted(names, key=len, reverse=True):
+    alone = rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])"
+    text = re.sub(alone, "<id>", text, flags=re.IGNORECASE)
   return " ".join(text.split())[:300]
 
 
@@ -354,7 +374,8 @@ def record_writer_errors(folder: pathlib.Path):
     yield
   except RuntimeError as error:
     raise UserError(
-      f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on from what is "
+      f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on "
+      "from what is "
       "done"
     ) from None
 
@@ -364,7 +385,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
   """Reads the items of a shard and writes its file, then its note, each under a temporary name
   first."""
   folder = pathlib.Path(job.folder)
-  file, note = folder / f"{shard.name}.array_record", folder / f"{shard.name}.json"
+  file = folder / f"{shard.name}.array_record"
+  note = folder / f"{shard.name}.json"
   if note.is_file():
     return
   described = features(job.layout)
@@ -378,14 +400,7 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
   for item in shard.items:
     try:
       stored, flags = read_item(job, item)
-      if found := [
-        f"{name} {x.dtype} {list(x.shape)}"
-        for name, x in stored.items()
-        if (x.dtype.name, list(x.shape)) != tuple(job.layout.get(name, ()))
-      ]:
-        raise BadRecord(f"its {', '.join(found)} differ from the first record's")
-      if missing := job.layout.keys() - stored.keys():
-        raise BadRecord(f"no {', '.join(sorted(missing))}, which the first record has")
+      check_layout(stored, job.layout)
     except BadRecord as error:
       rejected.append({"id": item.salted_id, "reason": str(error)})
     else:
@@ -408,12 +423,26 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     files.publish(f"{temporary}.npz", file.with_suffix(".npz"))
   else:
     os.remove(temporary)
-  pathlib.Path(temporary).write_text(
-    json.dumps(
-      {"kept": count, "rejected": rejected, "flags": flagged, "digest": digest.hexdigest()}
-    )
-  )
+  outcome = {
+    "kept": count,
+    "rejected": rejected,
+    "flags": flagged,
+    "digest": digest.hexdigest(),
+  }
+  pathlib.Path(temporary).write_text(json.dumps(outcome))
   files.publish(temporary, note)
+
+
+def check_layout(stored: dict[str, np.ndarray], layout: dict) -> None:
+  """BadRecord where a record's fields, types or shapes are not those of the first one."""
+  differing = []
+  for name, x in stored.items():
+    if (x.dtype.name, list(x.shape)) != tuple(layout.get(name, ())):
+      differing.append(f"{name} {x.dtype} {list(x.shape)}")
+  if differing:
+    raise BadRecord(f"its {', '.join(differing)} differ from the first record's")
+  if missing := layout.keys() - stored.keys():
+    raise BadRecord(f"no {', '.join(sorted(missing))}, which the first record has")
 
 
 _count = None  # of records done, shared by the local processes
@@ -438,8 +467,8 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
   has written is kept."""
   folder = pathlib.Path(write.args[0].folder)
   left = [shard for shard in shards if not (folder / f"{shard.name}.json").is_file()]
-  total, ahead = (sum(len(shard.items) for shard in some) for some in (shards, left))
-  done = total - ahead
+  total = sum(len(shard.items) for shard in shards)
+  done = total - sum(len(shard.items) for shard in left)
   with tqdm(total=total, initial=done, desc="prepare", unit="record", mininterval=1) as progress:
     if processes == 1 or len(left) <= 1:
       for shard in left:
@@ -458,7 +487,8 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
         progress.update(done + count.value - progress.n)
     except futures.process.BrokenProcessPool:
       raise UserError(
-        "a worker process died, as when memory runs out; the same command goes on from what is done, give it "
+        "a worker process died, as when memory runs out; the same command goes on from what is "
+        "done, give it "
         f"fewer --processes than {processes}"
       ) from None
     finally:
@@ -470,36 +500,37 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
 
 def collect_labels(job: Job, shards: list[Shard]) -> dict[str, np.ndarray]:
   """{field of KEPT: [N, ...]} of all records that these shards hold."""
-  found = [
-    np.load(file)
-    for shard in shards
-    if (file := pathlib.Path(job.folder, f"{shard.name}.npz")).is_file()
-  ]
-  if not found:
-    return {name: np.zeros((0, *job.layout[name][1]), job.layout[name][0]) for name in KEPT}
-  return {name: np.concatenate([part[name] for part in found]) for name in KEPT}
+  parts = []
+  for shard in shards:
+    file = pathlib.Path(job.folder, f"{shard.name}.npz")
+    if file.is_file():  # else nothing of it was kept
+      parts.append(np.load(file))
+  labels = {}
+  for name in KEPT:
+    dtype, shape = job.layout[name]
+    nothing = np.zeros((0, *shape), dtype)
+    labels[name] = np.concatenate([nothing, *(part[name] for part in parts)])
+  return labels
 
 
 def collect(
   plan: Plan, notes: list[tuple[Shard, dict]], labels: dict[str, dict[str, np.ndarray]]
 ) -> Outcome:
   """What became of the plan, as the notes and labels of all shards say."""
-  rejected = [
-    {"id": item.salted_id, "reason": scrub(reason, item)} for item, reason in plan.rejected
-  ]
-  rejected += [entry for _, note in notes for entry in note["rejected"]]
-  flags = [entry for _, note in notes for entry in note["flags"]]
-  splits = [split for split, found in labels.items() for _ in found["subject"]]
-  phenotypes, covariates = (
-    np.concatenate([found[name] for found in labels.values()])
-    for name in ("phenotypes", "covariates")
-  )
+  rejected, flags, splits = [], [], []
+  for item, reason in plan.rejected:
+    rejected.append({"id": item.salted_id, "reason": scrub(reason, item)})
+  for _, note in notes:
+    rejected += note["rejected"]
+    flags += note["flags"]
+  for split, kept in labels.items():
+    splits += [split] * len(kept["subject"])
   return Outcome(
     plan.steps | {"read": len(plan.items), "kept": len(splits)},
     rejected,
     flags,
-    phenotypes,
-    covariates,
+    np.concatenate([kept["phenotypes"] for kept in labels.values()]),
+    np.concatenate([kept["covariates"] for kept in labels.values()]),
     splits,
   )
 
@@ -508,19 +539,80 @@ def finish(
   partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], labels: dict, info: dict
 ) -> None:
   """Gives the shards their final names and writes what TFDS and `load` want to know of them."""
-  lengths = {
-    split: [(shard, note["kept"]) for shard, note in notes if shard.split == split]
-    for split in schema.SPLITS
-  }
-  counts = {split: sum(n for _, n in pairs) for split, pairs in lengths.items()}
-  if empty := [split for split, pairs in lengths.items() if pairs and not counts[split]]:
+  lengths = {split: [] for split in schema.SPLITS}
+  for shard, note in notes:
+    lengths[shard.split].append((shard, note["kept"]))
+  counts = {split: sum(kept for _, kept in pairs) for split, pairs in lengths.items()}
+  empty = [split for split, pairs in lengths.items() if pairs and not counts[split]]
+  if empty:
     raise UserError(
-      f"every record of split {', '.join(empty)} was rejected; the reasons are in {job.folder}/*.json"
+      f"every record of split {', '.join(empty)} was rejected; the reasons are in "
+      f"{job.folder}/*.json"
     )
-  records = partial / NAME / VERSION
-  records.mkdir(parents=True, exist_ok=True)
+  shards = name_shards(partial, job, lengths)
+  subjects = {split: kept["subject"] for split, kept in labels.items()}
+  np.savez(partial / "subjects.npz", **subjects)
+  sizes, checksums = {}, {}
+  for file in shards:
+    sizes[str(file.relative_to(partial))] = file.stat().st_size
+  for file in (*shards, partial / "subjects.npz"):
+    name = str(file.relative_to(partial))
+    checksums[name] = [cohort_lib.ends(file), cohort_lib.whole(file)]
+  cohort = {
+    "schema_version": schema.SCHEMA_VERSION,
+    **info,
+    "counts": counts,
+    "with_ecg": {split: int(kept["has_ecg"].sum()) for split, kept in labels.items()},
+    "with_cmr": {split: int(kept["has_cmr"].sum()) for split, kept in labels.items()},
+    "shapes": {name: shape for name, (_, shape) in job.layout.items()},
+    "train_statistics": {
+      "phenotypes": dict(zip(info["phenotypes"], moments(labels["train"]["phenotypes"]))),
+      "covariates": dict(zip(info["covariates"], moments(labels["train"]["covariates"]))),
+    },
+    "files": sizes,
+    "checksums": checksums,
+    "fingerprint": fingerprint(job, notes, info),
+  }
+  (partial / "cohort.json").write_text(json.dumps(cohort, indent=1) + "\n")
+
+
+def name_shards(partial: pathlib.Path, job: Job, lengths: dict) -> list[pathlib.Path]:
+  """Moves shards to the names under which TFDS looks for them, and describes them to it.
+
+  `lengths`: split -> (shard, records kept) of each shard.
+  """
+  folder = partial / NAME / VERSION
+  folder.mkdir(parents=True, exist_ok=True)
+  named, split_infos = [], []
+  for split, pairs in lengths.items():
+    full = [(shard, kept) for shard, kept in pairs if kept]
+    if not full:
+      continue
+    template = tfds.core.ShardedFileTemplate(
+      dataset_name=NAME, data_dir=folder, split=split, filetype_suffix="array_record"
+    )
+    num_bytes = 0
+    for i, (shard, _) in enumerate(full):
+      path = template.sharded_filepath(shard_index=i, num_shards=len(full))
+      file = pathlib.Path(path)
+      source = pathlib.Path(job.folder, f"{shard.name}.array_record")
+      if source.exists():  # else moved before an interruption
+        os.replace(source, file)
+      num_bytes += file.stat().st_size
+      named.append(file)
+    split_infos.append(
+      tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[kept for _, kept in full],
+        num_bytes=num_bytes,
+        filename_template=template,
+      )
+    )
   identity = tfds.core.DatasetIdentity(
-    name=NAME, version=tfds.core.Version(VERSION), data_dir=str(records), module_name=__name__
+    name=NAME,
+    version=tfds.core.Version(VERSION),
+    data_dir=str(folder),
+    module_name=__name__,
   )
   described = tfds.core.DatasetInfo(
     builder=identity,
@@ -529,66 +621,30 @@ def finish(
     description="ECG with cardiac MRI of the same person.",
   )
   described.set_file_format("array_record")
-  shards, split_infos = [], []
-  for split in filter(counts.get, schema.SPLITS):
-    template = tfds.core.ShardedFileTemplate(
-      dataset_name=NAME, data_dir=records, split=split, filetype_suffix="array_record"
-    )
-    full = [(shard, n) for shard, n in lengths[split] if n]
-    named = [
-      pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(full)))
-      for i in range(len(full))
-    ]
-    for (shard, _), file in zip(full, named):
-      # else moved before an interruption
-      if (source := pathlib.Path(job.folder, f"{shard.name}.array_record")).exists():
-        os.replace(source, file)
-    split_infos.append(
-      tfds.core.SplitInfo(
-        name=split,
-        shard_lengths=[n for _, n in full],
-        num_bytes=sum(file.stat().st_size for file in named),
-        filename_template=template,
-      )
-    )
-    shards += named
   described.set_splits(tfds.core.splits.SplitDict(split_infos))
-  described.write_to_directory(records)
-  np.savez(partial / "subjects.npz", **{split: found["subject"] for split, found in labels.items()})
-  content = json.dumps(
-    [
-      job.layout,
-      info["ecg_profile"],
-      [(name, list(info[name])) for name in LABELS],
-      [(shard.split, note["digest"]) for shard, note in notes],
-    ]
-  )
-  whole = {
-    "schema_version": schema.SCHEMA_VERSION,
-    **info,
-    "counts": counts,
-    "with_ecg": {split: int(found["has_ecg"].sum()) for split, found in labels.items()},
-    "with_cmr": {split: int(found["has_cmr"].sum()) for split, found in labels.items()},
-    "shapes": {name: shape for name, (_, shape) in job.layout.items()},
-    "train_statistics": {
-      field: dict(zip(info[field], moments(labels["train"][field])))
-      for field in ("phenotypes", "covariates")
-    },
-    "files": {str(file.relative_to(partial)): file.stat().st_size for file in shards},
-    "checksums": {
-      str(file.relative_to(partial)): [cohort_room.ends(file), cohort_room.whole(file)]
-      for file in (*shards, partial / "subjects.npz")
-    },
-    "fingerprint": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
-  }
-  (partial / "cohort.json").write_text(json.dumps(whole, indent=1) + "\n")
+  described.write_to_directory(folder)
+  return named
+
+
+def fingerprint(job: Job, notes: list[tuple[Shard, dict]], info: dict) -> str:
+  """Of all that the records hold and are called."""
+  content = [
+    job.layout,
+    info["ecg_profile"],
+    [(name, list(info[name])) for name in LABELS],
+    [(shard.split, note["digest"]) for shard, note in notes],
+  ]
+  return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def moments(values: np.ndarray) -> list[list[float] | None]:
   """[mean, SD] of each column of [N, K] in float64, NaN left out; None where fewer than two values
   or no spread."""
-  columns = [column[np.isfinite(column)] for column in values.astype(np.float64).T]
-  return [
-    [column.mean(), column.std()] if column.size > 1 and np.ptp(column) else None
-    for column in columns
-  ]
+  pairs = []
+  for column in values.astype(np.float64).T:
+    finite = column[np.isfinite(column)]
+    if finite.size > 1 and np.ptp(finite):
+      pairs.append([finite.mean(), finite.std()])
+    else:
+      pairs.append(None)
+  return pairs

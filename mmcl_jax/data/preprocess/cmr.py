@@ -123,13 +123,20 @@ def to_record(
     if len(images) < MIN_FRAMES:
       flags.append(f"cine slice interpolated from {len(images)} frames")
     beat = _resampled(images[:, _middle_slice(labels, kept)], plane)
-    times = ed + np.arange(shape.frames) * len(images) / shape.frames
-    fields["cine_slice"] = _grey(_at(beat, times), window)
-    # A frame that was recorded, the earlier of two; their mean only where there is none between.
-    steps = (es - ed) % len(images)
-    times = ed + np.array((0, steps // 2 or 0.5, steps))
-    fields["three_frames"] = _grey(_at(beat, times), window)
+    fields |= _cine_fields(beat, ed, es, shape.frames, window)
   return fields, phenotypes, tuple(flags)
+
+
+def _cine_fields(beat, ed, es, frames, window):
+  """`cine_slice` and `three_frames` of one slice's beat [F, H, W]."""
+  times = ed + np.arange(frames) * len(beat) / frames
+  # A frame that was recorded, the earlier of two; their mean only where there is none between.
+  steps = (es - ed) % len(beat)
+  three_times = ed + np.array((0, steps // 2 or 0.5, steps))
+  return {
+    "cine_slice": _grey(_at(beat, times), window),
+    "three_frames": _grey(_at(beat, three_times), window),
+  }
 
 
 class _Window(NamedTuple):

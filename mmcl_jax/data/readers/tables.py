@@ -148,6 +148,20 @@ def load(
   keep = None
   if participants is not None:
     keep = {canonical(participant) for participant in participants}
+  end = _gather_files(so_far, layouts, keep, visits, end)
+  dated_diagnoses = any(ukb.DIAGNOSIS_DATES in layout.lists for layout in layouts.values())
+  return _table(
+    so_far,
+    units,
+    tuple(name_of(slot) for slot in given),
+    end,
+    dated="date" in slots and dated_diagnoses,
+  )
+
+
+def _gather_files(so_far, layouts, keep, visits, end):
+  """Takes in all files, {path: layout}; returns `end`, or the latest diagnosis or death in them
+  where it is not known."""
   dates = [end]
   for path, layout in layouts.items():
     so_far.kept.clear()
@@ -160,14 +174,7 @@ def load(
       # the first: a type of Parquet that holds neither text nor numbers
       raise columns.unreadable(path, error) from None
     columns.check_kept(path, so_far.kept)
-  dated_diagnoses = any(ukb.DIAGNOSIS_DATES in layout.lists for layout in layouts.values())
-  return _table(
-    so_far,
-    units,
-    tuple(name_of(slot) for slot in given),
-    np.fmax.reduce(dates),
-    dated="date" in slots and dated_diagnoses,
-  )
+  return np.fmax.reduce(dates)
 
 
 def _check_dates_are_beside(layouts):

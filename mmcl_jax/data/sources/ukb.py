@@ -91,9 +91,7 @@ def _plan(options, identify, listed, ecgs, cmrs, segmentations):
   items, rejected = [], []
   for participant, visit in sorted(ecgs.keys() | cmrs.keys()):
     key = participant, visit
-    files_of = Files(
-      tuple(ecgs.get(key, ())), tuple(cmrs.get(key, ())), tuple(segmentations.get(key, ()))
-    )
+    files_of = Files(*(tuple(paths.get(key, ())) for paths in (ecgs, cmrs, segmentations)))
     names = {os.path.basename(path) for path in (*files_of.ecg, *files_of.cmr)}
     item = Item(identify(participant), visit, None, (participant, *names))
     if participant in gone:
@@ -105,9 +103,7 @@ def _plan(options, identify, listed, ecgs, cmrs, segmentations):
     else:
       values, labels = of_tables(table, participant, visit, codes, options.diseases)
       remarks = ("this visit is not in the tables",) if table and key not in table.rows else ()
-      segmentation = None
-      if files_of.segmentations:
-        segmentation = os.path.join(files_of.segmentations[0], "seg_sa.nii.gz")
+      segmentation = files_of.segmentation
       needed = Visit(files_of.ecg, files_of.cmr, segmentation, values, remarks, labels)
       items.append(item._replace(key=needed))
   items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))
@@ -148,6 +144,13 @@ class Files(NamedTuple):
   ecg: tuple[str, ...]
   cmr: tuple[str, ...]
   segmentations: tuple[str, ...]  # folders
+
+  @property
+  def segmentation(self) -> str | None:
+    """The file in the first folder."""
+    if not self.segmentations:
+      return None
+    return os.path.join(self.segmentations[0], "seg_sa.nii.gz")
 
 
 def _nothing(options, listed, expected):
