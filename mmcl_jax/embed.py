@@ -193,8 +193,7 @@ def evaluation(workdir, step, given: str | None) -> Path:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(
       f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); "
-      "expected the "
-      f"folder of an evaluation of {workdir}"
+      f"expected the folder of an evaluation of {workdir}"
     ) from None
   if of != restore.checksum(workdir, step):
     raise UserError(
@@ -212,8 +211,7 @@ def load_probes(workdir, step, folder: Path) -> Probes:
     if distributed.here.index == 0:
       print(
         f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR "
-        "where the cohort "
-        "has moved or the weights come from elsewhere)",
+        "where the cohort has moved or the weights come from elsewhere)",
         flush=True,
       )
     return Probes()
@@ -234,9 +232,8 @@ def load_probes(workdir, step, folder: Path) -> Probes:
   if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
     raise UserError(
       f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept "
-      f"{probes.intercept.shape}, "
-      f"half_width {probes.half_width.shape}; expected [D, names] and [names]; {again} makes it "
-      "anew"
+      f"{probes.intercept.shape}, half_width {probes.half_width.shape}; expected [D, names] and "
+      f"[names]; {again} makes it anew"
     )
   if not columns and distributed.here.index == 0:
     print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)

@@ -104,8 +104,7 @@ def report(folder, cohort, outcome):
     print(f"LOOK: {suspicion}")
   print(
     f"{len(outcome.splits)} records kept, {len(outcome.flags)} of them with remarks, "
-    f"{len(outcome.rejected)} rejected: "
-    "see quality.html in the cohort"
+    f"{len(outcome.rejected)} rejected: see quality.html in the cohort"
   )
 
 
@@ -238,8 +237,8 @@ def parse(argv):  # long and flat: one flag after another
   ):
     raise UserError(
       f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} "
-      f"--frames={args.frames} "
-      f"--processes={args.processes}; expected positive numbers (frames may be 0)"
+      f"--frames={args.frames} --processes={args.processes}; expected positive numbers (frames may "
+      "be 0)"
     )
   if args.profile not in preprocess_ecg.PROFILES:
     raise UserError(

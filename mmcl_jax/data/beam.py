@@ -41,6 +41,5 @@ def run(write, shards, processes, options: list[str]) -> None:
     ]
     raise UserError(
       f"the Beam pipeline failed ({reasons[-1][:300]}); the same command goes on from the shards "
-      "that are "
-      "done"
+      "that are done"
     ) from error

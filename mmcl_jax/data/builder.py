@@ -317,8 +317,8 @@ def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
     if is_environment(error):  # a disk or a network that fails is no reason to leave a person out
       raise UserError(
         f"reading record {item.salted_id} failed "
-        f"({getattr(error, 'strerror', '') or type(error).__name__}); "
-        "the same command goes on from here"
+        f"({getattr(error, 'strerror', '') or type(error).__name__}); the same command goes on "
+        "from here"
       ) from None
     # A reader's own mistake: one record must not cost a long run.
     raise BadRecord(scrub(f"unexpected {type(error).__name__}: {error}", item)) from None
@@ -332,8 +332,8 @@ def check(record: dict[str, np.ndarray], job: Job) -> None:
   if job.profile and ecg.shape != (len(schema.LEADS), schema.ECG_SAMPLES):
     raise UserError(
       f"the source gives ECG of shape {list(ecg.shape)}; expected "
-      f"{[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at "
-      f"{schema.ECG_RATE_HZ} Hz (mmcl_jax.data.preprocess.ecg.to_standard)"
+      f"{[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at {schema.ECG_RATE_HZ} Hz "
+      "(mmcl_jax.data.preprocess.ecg.to_standard)"
     )
   for name, length in job.lengths.items():
     if np.shape(record[name]) != (length,):
@@ -375,8 +375,7 @@ def record_writer_errors(folder: pathlib.Path):
   except RuntimeError as error:
     raise UserError(
       f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on "
-      "from what is "
-      "done"
+      "from what is done"
     ) from None
 
 
@@ -488,8 +487,7 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
     except futures.process.BrokenProcessPool:
       raise UserError(
         "a worker process died, as when memory runs out; the same command goes on from what is "
-        "done, give it "
-        f"fewer --processes than {processes}"
+        f"done, give it fewer --processes than {processes}"
       ) from None
     finally:
       pool.shutdown(wait=not waiting, cancel_futures=True)

@@ -56,9 +56,9 @@ def _cardiac():
     ("Err", 16, "%", -100, 500),
     ("Ell", 6, "%", -100, 100),
   ):
-    chambers += [(f"{name}_{segment}", *limits) for segment in range(1, segments + 1)] + [
-      (name, *limits)
-    ]
+    for segment in range(1, segments + 1):
+      chambers.append((f"{name}_{segment}", *limits))
+    chambers.append((name, *limits))
   return {24100 + i: Field(*field) for i, field in enumerate(chambers)}
 
 
@@ -160,8 +160,7 @@ def disease_codes(path=None) -> Codes:
   except (ValueError, RecursionError) as error:
     raise UserError(
       f"{path} is not a list of diseases ({type(error).__name__}: {str(error)[:200]}); expected "
-      "TOML "
-      "such as mmcl_jax/data/diseases.toml"
+      "TOML such as mmcl_jax/data/diseases.toml"
     ) from None
   if not entries:
     raise UserError(f'{path} lists no disease; expected sections such as [AF] with codes = ["I48"]')
@@ -178,9 +177,10 @@ def disease_codes(path=None) -> Codes:
 
 def _range(path, name, text):
   match = re.fullmatch(r"([A-Z]\d\d)(?:-([A-Z]\d\d)|\.?(\d))?", str(text), re.ASCII)
-  first, last = (
-    (match[1] + (match[3] or ""), match[2] or match[1] + (match[3] or "")) if match else ("", "")
-  )
+  first, last = "", ""
+  if match:
+    first = match[1] + (match[3] or "")
+    last = match[2] or first
   if not match or first[0] != last[0] or first > last:
     raise UserError(
       f"{path}: {name} has the code {str(text)[:40]!r}; expected I48, I51.7 or a range such as "

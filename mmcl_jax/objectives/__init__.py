@@ -58,8 +58,8 @@ def build(config) -> list[Objective]:
   """`config.objectives` -> objectives; a UserError names what is unknown and lists what exists."""
   if not config:
     raise UserError(
-      "config.objectives is empty; expected at least one entry such as "
-      "reconstruction = dict(fn='mae', weight=1.0)"
+      "config.objectives is empty; expected at least one entry such as reconstruction = "
+      "dict(fn='mae', weight=1.0)"
     )
   return [one(name, entry) for name, entry in sorted(config.to_dict().items())]
 

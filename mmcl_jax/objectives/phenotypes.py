@@ -77,19 +77,15 @@ def weighted(outputs, batch, a, b, temperature, w) -> Loss:
   allowed = may_compare(batch["subject"], weight)
   own = jnp.eye(len(x), dtype=bool)
   w = jnp.where(own, 1.0, w)
-  values, hit = info_nce(
-    x, y, scale, allowed & (w > 0), log_weight=jnp.log(jnp.where(w > 0, w, 1.0))
-  )
+  log_weight = jnp.log(jnp.where(w > 0, w, 1.0))
+  values, hit = info_nce(x, y, scale, allowed & (w > 0), log_weight=log_weight)
   negatives = allowed & ~own
-  return Loss(
-    values,
-    weight,
-    {
-      "r@1": common.average(hit, weight),
-      "temperature": 1.0 / jnp.asarray(scale),
-      "negative_weight": common.average(w, negatives),
-    },
-  )
+  metrics = {
+    "r@1": common.average(hit, weight),
+    "temperature": 1.0 / jnp.asarray(scale),
+    "negative_weight": common.average(w, negatives),
+  }
+  return Loss(values, weight, metrics)
 
 
 def soft_positive(
@@ -125,25 +121,24 @@ def soft_positive(
   allowed = may_compare(batch["subject"], weight)
   d, common_target = common.phenotype_distance(batch)
   alike = allowed & common_target & (d < radius**2)
-  positive = jnp.where(
-    jnp.eye(len(x), dtype=bool), 1.0, jnp.where(alike, jnp.exp(-d / sigma**2), 0.0)
-  )
+  own = jnp.eye(len(x), dtype=bool)
+  likeness = jnp.where(alike, jnp.exp(-d / sigma**2), 0.0)
+  positive = jnp.where(own, 1.0, likeness)
   logits = similarities(x, y, scale)
   _, hit = own_and_hit(logits, allowed)
-  rows, columns = (
-    log_sum_exp(logits, allowed, axis) - (positive * logits).sum(axis) / positive.sum(axis)
+
+  def direction(axis):
     # positive is symmetric: its columns are the weights of the other direction
-    for axis in (1, 0)
-  )
-  return Loss(
-    0.5 * (rows + columns),
-    weight,
-    {
-      "r@1": common.average(hit, weight),
-      "temperature": 1.0 / jnp.asarray(scale),
-      "positives": common.average((positive > 0).sum(axis=1), weight),
-    },
-  )
+    mean_positive = (positive * logits).sum(axis) / positive.sum(axis)
+    return log_sum_exp(logits, allowed, axis) - mean_positive
+
+  values = 0.5 * (direction(1) + direction(0))
+  metrics = {
+    "r@1": common.average(hit, weight),
+    "temperature": 1.0 / jnp.asarray(scale),
+    "positives": common.average((positive > 0).sum(axis=1), weight),
+  }
+  return Loss(values, weight, metrics)
 
 
 def relational(
@@ -167,17 +162,22 @@ def relational(
     sigma: scale of p, in SD.
   """
   common.require_positive(sigma=sigma)
-  x, y = (normalise(common.projection(outputs, name)) for name in (a, b))
+  x = normalise(common.projection(outputs, a))
+  y = normalise(common.projection(outputs, b))
   scale = common.inverse_temperature(outputs, temperature)
   weight = common.row_weight(batch, a, b)
   d, common_target = common.phenotype_distance(batch)
   own = jnp.eye(len(x), dtype=bool)
   others = may_compare(batch["subject"], weight) & common_target & ~own
   compared = others if a == b else others | own
-  near, similar = -jnp.sqrt(d) / sigma, similarities(x, y, scale)
-  log_p, log_q = (
-    jnp.where(compared, z - log_sum_exp(z, compared, axis=1)[:, None], 0.0) for z in (near, similar)
-  )
-  values = jnp.where(compared, jnp.exp(log_p) * (log_p - log_q), 0.0).sum(axis=1)
+
+  def log_softmax(logits):
+    normaliser = log_sum_exp(logits, compared, axis=1)
+    return jnp.where(compared, logits - normaliser[:, None], 0.0)
+
+  log_p = log_softmax(-jnp.sqrt(d) / sigma)
+  log_q = log_softmax(similarities(x, y, scale))
+  divergence = jnp.where(compared, jnp.exp(log_p) * (log_p - log_q), 0.0)
   weight *= others.any(axis=1)
-  return Loss(values, weight, {"rows": weight.sum(), "temperature": 1.0 / jnp.asarray(scale)})
+  metrics = {"rows": weight.sum(), "temperature": 1.0 / jnp.asarray(scale)}
+  return Loss(divergence.sum(axis=1), weight, metrics)

@@ -225,8 +225,8 @@ def _phases_of_labels(cine, flags):
       raise BadRecord(f"no LV label at {name} (frame {frame})")
   if not lv[es] < lv[ed]:
     raise BadRecord(
-      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), "
-      f"not less than {lv[ed]:.1f} ml at ED (frame {ed})"
+      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), not less than {lv[ed]:.1f} ml at ED (frame "
+      f"{ed})"
     )
   if empty := int(np.sum(lv == 0)):
     flags.append(f"{empty} segmented frames have no LV label")

@@ -49,12 +49,14 @@ def to_standard(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
     raise BadRecord(f"{ecg_mv.shape[1] / rate_hz:.2f} s long; expected at least {seconds:g} s")
   ratio = (ECG_RATE_HZ / Fraction(float(rate_hz))).limit_denominator(1000)
   # 1 s more than needed, for the filter
-  head = np.asarray(ecg_mv[:, : int((seconds + 1) * rate_hz)], np.float64)
+  enough = int((seconds + 1) * rate_hz)
+  head = np.asarray(ecg_mv[:, :enough], np.float64)
   if ratio != 1:
     head = signal.resample_poly(head, ratio.numerator, ratio.denominator, axis=1, padtype="edge")
   # what one sample short at the recording's own rate leaves
   lacking = max(0, ECG_SAMPLES - head.shape[1])
-  return np.pad(head, ((0, 0), (0, lacking)), "edge")[:, :ECG_SAMPLES].astype(np.float32)
+  padded = np.pad(head, ((0, 0), (0, lacking)), "edge")
+  return padded[:, :ECG_SAMPLES].astype(np.float32)
 
 
 def normalise(ecg_mv: np.ndarray, profile: str) -> np.ndarray:
@@ -191,9 +193,8 @@ PROFILES = {
     _mmcl,
     (
       "clipped at 4 standard deviations of the whole recording, to both sides of 0",
-      "less each lead's baseline by asymmetric least squares (Eilers and Boelens 2005): smoothness "
-      "1e7, asymmetry 0.3, 5 "
-      "rounds",
+      "less each lead's baseline by asymmetric least squares (Eilers and Boelens 2005): "
+      "smoothness 1e7, asymmetry 0.3, 5 rounds",
       "z-score (mean and standard deviation of all samples) of each of the groups I II III, aVR "
       "aVL aVF, and V1 to V6",
     ),
@@ -213,8 +214,7 @@ PROFILES = {
     (
       f"Butterworth high-pass of order 4, 0.5 Hz, {BOTH_WAYS.format(EDGE_S)}",
       "notch filter at the mains, 50 Hz, or 60 Hz where that stands out of the spectrum, Q 40 "
-      "(scipy.signal.iirnotch), "
-      "run and mirrored alike (filtfilt)",
+      "(scipy.signal.iirnotch), run and mirrored alike (filtfilt)",
       SAVITZKY_GOLAY,
       "z-score (mean and standard deviation of all samples), 1e-5 mV added to the standard "
       "deviation",
@@ -254,7 +254,9 @@ def mains_hz(ecg_mv: np.ndarray) -> int:
 
   def ratio(mains):
     away = np.abs(hertz - mains)
-    return power[away <= 0.5].mean() / max(power[(away >= 1) & (away <= 5)].mean(), 1e-30)
+    here = power[away <= 0.5].mean()
+    around = power[(away >= 1) & (away <= 5)].mean()
+    return here / max(around, 1e-30)
 
   return 60 if ratio(60) > max(ratio(50), MAINS_RATIO) else 50
 
@@ -286,8 +288,10 @@ def _second_difference_gram(n):
   """D'D of the second difference D [n-2, n], as the upper bands float [3, n] that solveh_banded
   takes."""
   bands = np.zeros((3, n))
-  for row, (shift, products) in enumerate(((2, [1]), (1, [-2, -2]), (0, [1, 4, 1]))):
-    bands[row, shift:] = np.convolve(np.ones(n - 2), products)
+  ones = np.ones(n - 2)
+  bands[0, 2:] = ones
+  bands[1, 1:] = np.convolve(ones, [-2, -2])
+  bands[2] = np.convolve(ones, [1, 4, 1])
   return bands
 
 

@@ -98,11 +98,8 @@ def _declared(path):
     declared = json.loads(content)
   except ValueError as error:
     raise BadRecord(f"its sidecar is no JSON; expected {DECLARE}") from error
-  if not isinstance(declared, dict) or not {"rate_hz"} <= set(declared) <= {
-    "rate_hz",
-    "leads",
-    "unit",
-  }:
+  keys = {"rate_hz", "leads", "unit"}
+  if not isinstance(declared, dict) or "rate_hz" not in declared or not declared.keys() <= keys:
     raise BadRecord(f"its sidecar lacks rate_hz or has other keys; expected {DECLARE}")
   return declared["rate_hz"], declared.get("leads"), declared.get("unit")
 
@@ -116,17 +113,17 @@ def _read_csv(path, leads):
   if max(map(len, lines)) > MAX_LINE:
     raise BadRecord(
       f"a line of more than {MAX_LINE} characters; expected a header row of lead names, then a row "
-      "a "
-      "sample"
+      "a sample"
     )
   delimiter = next((mark for mark in ";\t" if mark in lines[0]), ",")
-  first, second = (next(csv.reader([line], delimiter=delimiter, strict=True), []) for line in lines)
+  first, second = [_cells(line, delimiter) for line in lines]
   # names of rows without a heading, as R writes them, would shift every lead
   if len(first) != len(second):
     raise BadRecord(f"its first row has {len(first)} cells, the row below {len(second)}")
   headed = _is_header(first, second)
   columns = _columns(first if headed else None, len(first), leads)
-  types = {place: np.float64 if place in columns.values() else str for place in range(len(first))}
+  types = dict.fromkeys(range(len(first)), str)
+  types |= dict.fromkeys(columns.values(), np.float64)
   for decimal in "." if delimiter == "," else ".,":
     try:
       table = pandas.read_csv(
@@ -147,23 +144,26 @@ def _read_csv(path, leads):
   return {lead: table[column].to_numpy() for lead, column in columns.items()}, length
 
 
+def _cells(line, delimiter):
+  return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+
+
 def _columns(names, count, leads):
   """{lead: column} of a CSV of `count` columns by its header row `names` and its declared `leads`,
   each None if absent."""
-  found = lead_names(names or ())
+  in_header = lead_names(names or ())
   if leads is None:
     if names is None:
       raise BadRecord(
         "its first row names no lead; expected a header row such as I,II,V1,...,V6, or leads in "
-        "its "
-        ".json"
+        "its .json"
       )
     return needed_leads(names)
   declared = needed_leads(leads)
   if len(leads) == count:
-    agree = all(declared.get(lead) == place for lead, place in found.items())
-  elif found:  # beside columns of other names
-    agree = list(found) == list(declared)
+    agree = all(declared.get(lead) == place for lead, place in in_header.items())
+  elif in_header:  # beside columns of other names
+    agree = list(in_header) == list(declared)
   else:
     raise BadRecord(
       f"its declared leads are {len(leads)} and its columns {count}; expected one name a column"
@@ -171,19 +171,18 @@ def _columns(names, count, leads):
   if not agree:
     raise BadRecord(
       f"its header row and its declared leads differ ({listed(names)} against {listed(leads)}); "
-      "expected the "
-      "same order, or no leads in the .json"
+      "expected the same order, or no leads in the .json"
     )
-  return declared if len(leads) == count else found
+  return declared if len(leads) == count else in_header
 
 
 def _is_header(first, second):
   """Whether the first row is none of samples: no numbers where the second has some, or the numbers
   of the columns."""
   named = [cell for cell in first if cell]
-  # as pandas writes them
-  if named in ([str(start + place) for place in range(len(named))] for start in (0, 1)):
-    return True
+  for start in (0, 1):  # as pandas writes them
+    if named == [str(start + place) for place in range(len(named))]:
+      return True
   return any(_is_number(below) and not _is_number(cell) for cell, below in zip(first, second))
 
 
@@ -221,12 +220,11 @@ def _read_npy(path, leads):
   if array.dtype.kind not in "iuf" or array.ndim != 2 or len(leads) not in array.shape:
     raise BadRecord(
       f"its array is {array.dtype.kind}{list(array.shape)}; expected integers or floats "
-      f"[{len(leads)}, "
-      f"samples] or [samples, {len(leads)}], {len(leads)} leads being declared"
+      f"[{len(leads)}, samples] or [samples, {len(leads)}], {len(leads)} leads being declared"
     )
   if len(array) != len(leads):
     array = array.T
-  places = needed_leads(leads)
-  return {
-    lead: np.array(array[place, :MAX_SAMPLES], np.float64) for lead, place in places.items()
-  }, array.shape[1]
+  signals = {}
+  for lead, place in needed_leads(leads).items():
+    signals[lead] = np.array(array[place, :MAX_SAMPLES], np.float64)
+  return signals, array.shape[1]

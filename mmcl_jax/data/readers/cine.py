@@ -82,11 +82,14 @@ def assemble(
   labelled = ()
   if labels is not None:
     labels = _placed(labels, images.shape)
-    labelled = tuple(int(frame) for frame in np.flatnonzero(labels.any(axis=(1, 2, 3))))
+    with_labels = labels.any(axis=(1, 2, 3))
+    labelled = tuple(np.flatnonzero(with_labels).tolist())
     if not labelled:
       labels = None
       flags.append("the segmentation holds no labels")
-  convention = ", ".join(f"{name} {number}" for name, number in numbers.items()) if labelled else ""
+  convention = ""
+  if labelled:
+    convention = ", ".join(f"{name} {number}" for name, number in numbers.items())
   return Cine(
     images,
     tuple(map(float, spacing)),
@@ -107,8 +110,9 @@ def _placed(labels, shape):
   expected = shape[1:] if single else shape
   for each in labels.values() if single else (labels,):
     if each.shape != expected:
-      found, images = (" x ".join(map(str, sizes)) for sizes in (each.shape, expected))
-      raise BadRecord(f"labels of {found} voxels for images of {images}")
+      voxels = " x ".join(map(str, each.shape))
+      images = " x ".join(map(str, expected))
+      raise BadRecord(f"labels of {voxels} voxels for images of {images}")
   if not single:
     return labels
   placed = np.zeros(shape, np.uint8)

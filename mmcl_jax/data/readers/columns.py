@@ -90,8 +90,7 @@ def batches(path, names: list[str]) -> Iterator[pa.RecordBatch]:
     ):
       raise UserError(
         f"{path}: a row has {match[2]} cells; expected {match[1]}, as in the header: is it cut "
-        "off, or a "
-        "text not quoted?"
+        "off, or a text not quoted?"
       ) from None
     raise unreadable(path, error) from None
 
@@ -105,17 +104,24 @@ def texts(column: pa.Array) -> np.ndarray:
     column = column.dictionary_decode()
   if pa.types.is_floating(column.type):  # what pandas makes of whole numbers with gaps
     values = column.to_numpy(zero_copy_only=False)
-    return np.array(
-      ["" if np.isnan(x) else f"{x:.0f}" if x == np.round(x) else repr(float(x)) for x in values],
-      object,
-    )
+    return np.array([_number_text(value) for value in values], object)
   if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-    return np.array(
-      ["" if x is None else json.dumps(x, default=str) for x in column.to_pylist()], object
-    )
-  found = pc.utf8_trim_whitespace(column.cast(pa.string()))
-  found = pc.if_else(pc.is_in(found, pa.array(MISSING)), "", found).fill_null("")
-  return np.asarray(found.to_pylist(), object)
+    cells = []
+    for cell in column.to_pylist():
+      cells.append("" if cell is None else json.dumps(cell, default=str))
+    return np.array(cells, object)
+  trimmed = pc.utf8_trim_whitespace(column.cast(pa.string()))
+  missing = pc.is_in(trimmed, pa.array(MISSING))
+  cells = pc.if_else(missing, "", trimmed).fill_null("")
+  return np.asarray(cells.to_pylist(), object)
+
+
+def _number_text(value):
+  if np.isnan(value):
+    return ""
+  if value == np.round(value):
+    return f"{value:.0f}"
+  return repr(float(value))
 
 
 def numbers(
@@ -128,42 +134,40 @@ def numbers(
   if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
     with contextlib.suppress(pa.ArrowInvalid):
       column = column.cast(pa.float64())  # fast, and fails at the first text that is no number
-  if (
-    pa.types.is_integer(column.type)
-    or pa.types.is_floating(column.type)
-    or pa.types.is_boolean(column.type)
-  ):
-    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+  kinds = pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean
+  if any(is_kind(column.type) for is_kind in kinds):
+    floats = column.cast(pa.float64(), safe=False)
+    values = floats.to_numpy(zero_copy_only=False).astype(np.float64)
     given = ~np.isnan(values)
   else:
-    found = texts(column)
-    given = found != ""
+    cells = texts(column)
+    given = cells != ""
     if words:
-      found = np.array([words.get(text.lower(), text) for text in found], object)
-    values = np.full(len(found), np.nan)
-    values[given] = pd.to_numeric(pd.Series(found[given], dtype=object), errors="coerce")
+      cells = np.array([words.get(text.lower(), text) for text in cells], object)
+    values = np.full(len(cells), np.nan)
+    values[given] = pd.to_numeric(pd.Series(cells[given], dtype=object), errors="coerce")
   values = np.where(np.isfinite(values), values, np.nan)
   count(problems, f"{name}: not a number", np.sum(given & np.isnan(values)))
   return values
 
 
-def days(found: np.ndarray, name: str, problems: Counter) -> np.ndarray:
+def days(cells: np.ndarray, name: str, problems: Counter) -> np.ndarray:
   """Texts YYYY-MM-DD (what follows is left out) as datetime64[D] [n]; NaT where missing.
 
   What is not a date, or is after today, is NaT too and counted in `problems`.
   """
-  dates = np.full(len(found), np.datetime64("NaT"), "datetime64[D]")
-  given = found != ""
+  earliest, latest = DATES
+  dates = np.full(len(cells), np.datetime64("NaT"), "datetime64[D]")
+  given = cells != ""
   if given.any():
-    parsed = pd.to_datetime(
-      pd.Series([text[:10] for text in found[given]]), format="%Y-%m-%d", errors="coerce"
-    )
+    beginnings = pd.Series([text[:10] for text in cells[given]])
+    parsed = pd.to_datetime(beginnings, format="%Y-%m-%d", errors="coerce")
     parsed = parsed.to_numpy("datetime64[D]")
-    parsed[~((parsed >= DATES[0]) & (parsed <= DATES[1]))] = np.datetime64("NaT")
+    possible = (parsed >= earliest) & (parsed <= latest)
+    parsed[~possible] = np.datetime64("NaT")
     dates[given] = parsed
-  count(
-    problems, f"{name}: not a date from {DATES[0]} to {DATES[1]}", np.sum(given & np.isnat(dates))
-  )
+  not_dates = given & np.isnat(dates)
+  count(problems, f"{name}: not a date from {earliest} to {latest}", np.sum(not_dates))
   late = dates > np.datetime64(datetime.date.today())
   count(problems, f"{name}: after today", np.sum(late))
   dates[late] = np.datetime64("NaT")
@@ -178,16 +182,22 @@ class Kept:
   of a file."""
 
   def __init__(self, expected: str):
-    self.expected, self.understood, self.dropped, self.example = expected, 0, 0, ""
+    self.expected = expected
+    self.understood = 0
+    self.dropped = 0
+    self.example = ""
 
   def add(self, understood: int, dropped: int, cells: Iterable[str]) -> None:
     """`cells`: some of those dropped, and empty ones."""
-    self.understood, self.dropped = self.understood + understood, self.dropped + dropped
-    if dropped and not DECIMAL_COMMA.fullmatch(self.example):
-      cells = list(filter(None, cells))
-      self.example = next(
-        filter(DECIMAL_COMMA.fullmatch, cells), self.example or next(iter(cells), "")
-      )
+    self.understood += understood
+    self.dropped += dropped
+    if not dropped:
+      return
+    for cell in cells:  # the first one, or the first with a decimal comma
+      if DECIMAL_COMMA.fullmatch(self.example):
+        return
+      if cell and (not self.example or DECIMAL_COMMA.fullmatch(cell)):
+        self.example = cell
 
 
 def watched(
@@ -199,7 +209,10 @@ def watched(
   values = read(column)
   without = values == "" if values.dtype.kind == "U" else np.isnan(values)
   dropped = min(problems.total() - before, int(without.sum()))  # some are counted under two names
-  cells = (column if isinstance(column, np.ndarray) else texts(column))[without] if dropped else ()
+  cells = ()
+  if dropped:
+    cells = column if isinstance(column, np.ndarray) else texts(column)
+    cells = cells[without]
   kept.add(int(np.sum(~without)), dropped, cells)
   return values
 
@@ -215,17 +228,17 @@ def check_kept(path, kept: dict[str, Kept]) -> None:
 
   Whole numbers have no decimal comma, so that some cells of such a column are understood.
   """
-  for name, one in kept.items():
-    comma = (
-      DECIMAL_COMMA.fullmatch(one.example) and "; is its comma a decimal sign? write it as a point"
-    )
-    if lost(one.dropped, one.dropped + one.understood) or comma and one.dropped >= FEWEST_LOST:
+  for name, column in kept.items():
+    filled = column.dropped + column.understood
+    comma = ""
+    if DECIMAL_COMMA.fullmatch(column.example):
+      comma = "; is its comma a decimal sign? write it as a point"
+    if lost(column.dropped, filled) or comma and column.dropped >= FEWEST_LOST:
       # what a cell is like, not whose it is
-      form = re.sub(r"\d", "9", " ".join(one.example.split())[:20])
+      form = re.sub(r"\d", "9", " ".join(column.example.split())[:20])
       raise UserError(
-        f"{path}: {one.dropped} of the {one.dropped + one.understood} filled cells of {name} are "
-        "not understood, such as "
-        f"{form!r} (digits shown as 9); expected {one.expected}{comma or ''}. Put them so, or "
+        f"{path}: {column.dropped} of the {filled} filled cells of {name} are not understood, such "
+        f"as {form!r} (digits shown as 9); expected {column.expected}{comma}. Put them so, or "
         "leave the column out"
       )
 

@@ -101,8 +101,7 @@ def _choose(groups):
   if not candidates:
     raise BadRecord(
       f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not "
-      "count); "
-      f"it has {listed(names)}"
+      f"count); it has {listed(names)}"
     )
   *_, number, leads = max(candidates, key=lambda candidate: candidate[:2])
   return number, leads

@@ -61,17 +61,18 @@ def find(root) -> list[Study]:
     raise UserError(
       f"{len(tables)} files {TABLE} in {root}; expected one, as in the folder OpenDataset of M&Ms"
     )
-  folders = {
-    path.parent.name: path.parent
-    for part in PARTS
-    for path in files
-    if path.parents[1:2] == (Path(root, part),) and path.name == f"{path.parent.name}_sa.nii.gz"
-  }
-  return [
-    Study(folders[code], row)
-    for row in _rows(tables[0])
-    if (code := row["External code"]) in folders
-  ]
+  folders = {}
+  for part in PARTS:
+    for path in files:
+      inside = path.parents[1:2] == (Path(root, part),)
+      if inside and path.name == f"{path.parent.name}_sa.nii.gz":
+        folders[path.parent.name] = path.parent
+  studies = []
+  for row in _rows(tables[0]):
+    folder = folders.get(row["External code"])
+    if folder:
+      studies.append(Study(folder, row))
+  return studies
 
 
 def read(study: Study) -> Cine:
@@ -85,28 +86,27 @@ def read(study: Study) -> Cine:
   named = tuple(sorted(frame for frame in (ed, es) if frame is not None))
   if cine.labelled in ((), named):
     return cine
-  found, expected = (", ".join(map(str, frames)) or "none" for frames in (cine.labelled, named))
-  return cine._replace(
-    flags=(*cine.flags, f"labels in frames {found}; the table names {expected} (counted from 0)")
-  )
+  labelled = ", ".join(map(str, cine.labelled)) or "none"
+  expected = ", ".join(map(str, named)) or "none"
+  flag = f"labels in frames {labelled}; the table names {expected} (counted from 0)"
+  return cine._replace(flags=(*cine.flags, flag))
 
 
 def about(study: Study) -> dict[str, str | float]:
   """{"age": years, "sex": 1 = male, "height": cm, "weight": kg, "pathology", "vendor", "centre"};
   NaN, "" = unknown."""
   row = study.row
-  known = {"sex": {"M": 1.0, "F": 0.0}.get(row["Sex"].upper(), math.nan)}
+  said = {"sex": {"M": 1.0, "F": 0.0}.get(row["Sex"].upper(), math.nan)}
   for name in ("Age", "Height", "Weight"):
     try:
       value = float(row[name])
     except ValueError:
       value = math.nan
-    known[name.lower()] = value if 0 < value < math.inf else math.nan
-  return known | {
-    "pathology": row["Pathology"],
-    "vendor": row["VendorName"],
-    "centre": row["Centre"],
-  }
+    said[name.lower()] = value if 0 < value < math.inf else math.nan
+  said["pathology"] = row["Pathology"]
+  said["vendor"] = row["VendorName"]
+  said["centre"] = row["Centre"]
+  return said
 
 
 def _rows(path):
@@ -119,9 +119,13 @@ def _rows(path):
   header = [name.strip() for name in rows[0]] if rows else []
   if lacking := [name for name in COLUMNS if name not in header]:
     raise BadRecord(f"the table has no column {', '.join(lacking)}")
-  if short := [number for number, row in enumerate(rows, 1) if row and len(row) != len(header)]:
-    raise BadRecord(f"line {short[0]} of the table has another number of columns than its first")
-  return [{name: cell.strip() for name, cell in zip(header, row)} for row in rows[1:] if row]
+  named = []
+  for number, row in enumerate(rows, 1):
+    if row and len(row) != len(header):
+      raise BadRecord(f"line {number} of the table has another number of columns than its first")
+    if row and number > 1:
+      named.append({name: cell.strip() for name, cell in zip(header, row)})
+  return named
 
 
 def _frame_number(row, phase):

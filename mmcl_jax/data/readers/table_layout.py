@@ -63,10 +63,13 @@ def read(path, visits) -> Layout:
       f"expected one of {', '.join(IDS)}"
     )
   general = _plain(ids[0]) == "participant"
-  visit = next((name for name in names if general and _plain(name) == "visit"), None)
+  visit = None
+  if general:
+    visit = next((name for name in names if _plain(name) == "visit"), None)
+  place = _general if general else _ukb
   layout = Layout(ids[0], visit, {}, {}, {})
   for name in names:
-    group, key = (_general if general else _ukb)(layout, name, visits)
+    group, key = place(layout, name, visits)
     if group and (key in group or None in (key, *group)):
       raise UserError(
         f"{path} has two columns for the same thing, the second is {name!r}; expected one"
@@ -76,8 +79,7 @@ def read(path, visits) -> Layout:
   if not layout.wanted:
     raise UserError(
       f"{path} has nothing that is wanted beside participants: {_styles(names)}; expected fields "
-      "such as "
-      "24100 (LVEDV) of an imaging visit, 31, 53 or 41270 of UK Biobank, or sex, age, "
+      "such as 24100 (LVEDV) of an imaging visit, 31, 53 or 41270 of UK Biobank, or sex, age, "
       "phenotype:NAME:UNIT, disease:NAME"
     )
   return layout
@@ -106,14 +108,13 @@ def _ukb(layout, name, visits):
 
 def _general(layout, name, visits):
   """The same of a column of the general form."""
-  kind, colon, rest = (part.strip() for part in name.partition(":"))
-  slot = kind.lower() + colon + rest
+  kind, colon, rest = name.partition(":")
+  slot = kind.strip().lower() + colon + rest.strip()
   if slot == "sex":
     return layout.person, slot
   kind = slot.split(":")[0]
-  if kind in ("phenotype", "disease") and not re.fullmatch(
-    r"phenotype:[^:]+:[^:]*|disease:[^:]+", slot
-  ):
+  in_form = re.fullmatch(r"phenotype:[^:]+:[^:]*|disease:[^:]+", slot)
+  if kind in ("phenotype", "disease") and not in_form:
     raise UserError(
       f"the column {name[:80]!r} is not in form; expected phenotype:NAME:UNIT or disease:NAME"
     )
@@ -134,15 +135,16 @@ def _phenotype(name):
   if units.factor(unit, known.unit) is None:
     raise UserError(
       f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for "
-      "it; expected "
-      f"{known.unit}: phenotype:{known.name}:{known.unit}"
+      f"it; expected {known.unit}: phenotype:{known.name}:{known.unit}"
     )
   return f"phenotype:{known.name}:{known.unit}"
 
 
 def factor(slot: str, column: str) -> float:
   """What the cells of a column are multiplied by to be in the unit of its slot."""
-  return units.factor(column.split(":")[2], slot.split(":")[2]) if column.count(":") == 2 else 1.0
+  if column.count(":") != 2:
+    return 1.0
+  return units.factor(column.split(":")[2], slot.split(":")[2])
 
 
 def _plain(name):

@@ -359,7 +359,7 @@ def _split(images, segmentation):
   """
   if any(image.position is None or image.axes is None for image in images):
     raise BadRecord("one series of all slices, and images in it without position or orientation")
-  normal = np.cross(images[0].axes[:3], images[0].axes[3:])
+  normal = np.cross(*np.split(images[0].axes, 2))
   along = {image.name: image.position @ normal for image in images}
   slices = []
   for image in sorted(images, key=lambda image: along[image.name]):
@@ -491,20 +491,20 @@ def _spacing(slices, flags):
   """mm between slices, rows, columns, where the slices form a stack."""
   images = [image for each in slices.values() for image in each]
   pixel_mm = images[0].pixel_mm
-  if any(
-    image.pixel_mm is None or not np.allclose(image.pixel_mm, pixel_mm, rtol=1e-3)
-    for image in images
-  ):
-    raise BadRecord("PixelSpacing is missing or differs between images")
-  if len(slices) == 1 or any(image.position is None or image.axes is None for image in images):
+  for image in images:
+    if image.pixel_mm is None or not np.allclose(image.pixel_mm, pixel_mm, rtol=1e-3):
+      raise BadRecord("PixelSpacing is missing or differs between images")
+  unplaced = any(image.position is None or image.axes is None for image in images)
+  if len(slices) == 1 or unplaced:
     if not images[0].distance:
       raise BadRecord("no slice positions, no SpacingBetweenSlices, no SliceThickness")
     tag, mm = images[0].distance
     flags.append(f"slice distance taken from {tag}")
     return mm, *pixel_mm
 
-  row, column = images[0].axes[:3], images[0].axes[3:]
-  if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=TILT):
+  row, column = np.split(images[0].axes, 2)
+  products = row @ row, column @ column, row @ column
+  if not np.allclose(products, (1, 1, 0), atol=TILT):
     raise BadRecord("ImageOrientationPatient is no pair of perpendicular unit vectors")
   if any(np.abs(image.axes - images[0].axes).max() > TILT for image in images):
     raise BadRecord("the slices are not parallel")
@@ -515,11 +515,17 @@ def _spacing(slices, flags):
   steps = np.diff([each[0].position for each in slices.values()], axis=0)
   along = steps @ normal
   mm = np.median(along)
-  found = f"slices lie {np.abs(along).min():.1f} to {np.abs(along).max():.1f} mm apart"
-  if abs(mm) < SAME_SLICE_MM or np.abs(along / mm - 1).max() > UNEVEN:
-    raise BadRecord(f"{found}, not in one direction or not evenly")
-  if np.abs(along / mm - 1).max() > UNEVEN_FLAG:
-    flags.append(found)
-  if (shift := np.linalg.norm(steps - np.outer(along, normal), axis=1).max()) > SHIFT_FLAG_MM:
+  distances = np.abs(along)
+  apart = f"slices lie {distances.min():.1f} to {distances.max():.1f} mm apart"
+  if abs(mm) < SAME_SLICE_MM:
+    raise BadRecord(f"{apart}, not in one direction or not evenly")
+  unevenness = np.abs(along / mm - 1).max()
+  if unevenness > UNEVEN:
+    raise BadRecord(f"{apart}, not in one direction or not evenly")
+  if unevenness > UNEVEN_FLAG:
+    flags.append(apart)
+  shifts = np.linalg.norm(steps - np.outer(along, normal), axis=1)
+  shift = shifts.max()
+  if shift > SHIFT_FLAG_MM:
     flags.append(f"slices are shifted in their plane by up to {shift:.1f} mm from one to the next")
   return abs(mm), *pixel_mm

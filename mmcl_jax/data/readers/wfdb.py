@@ -280,9 +280,9 @@ def _check_matlab(path, fmt, offset, signals):
     head = file.read(MATLAB_4.size)
   if head.startswith((b"MATLAB ", b"\x89HDF\r\n\x1a\n")):
     raise BadRecord(
-      "its samples are a MATLAB file of version 5 or later, not the plain numbers that a "
-      "header describes; save it as version 4 (MATLAB: save -v4; scipy: "
-      "savemat(format='4')), or give the array as .npy with a .json"
+      "its samples are a MATLAB file of version 5 or later, not the plain numbers that a header "
+      "describes; save it as version 4 (MATLAB: save -v4; scipy: savemat(format='4')), or give "
+      "the array as .npy with a .json"
     )
   if fmt != "16" or not offset or len(head) < MATLAB_4.size:
     return
@@ -298,6 +298,5 @@ def _check_matlab(path, fmt, offset, signals):
       elsewhere = f", from byte {begin} on" if begin != offset else ""
       raise BadRecord(
         f"its MATLAB array is {rows} x {columns} of type {kind}{elsewhere}; expected {signals} "
-        "rows, "
-        f"one a signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on"
+        f"rows, one a signal, of type {MATLAB_4_INT16} (int16, little-endian) from byte {offset} on"
       )

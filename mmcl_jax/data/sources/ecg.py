@@ -30,8 +30,8 @@ def plan(options, identify) -> Plan:
       recordings.append(str(path))
   if not recordings:
     raise UserError(
-      f"no ECG under --input {' '.join(map(str, options.input))}; "
-      f"found {readers.listing(others) or 'nothing'}; it reads {readers.READS}"
+      f"no ECG under --input {' '.join(map(str, options.input))}; found "
+      f"{readers.listing(others) or 'nothing'}; it reads {readers.READS}"
     )
   recordings = list(dict.fromkeys(recordings))
   read_ecg = functools.partial(readers.read_ecg, own=own)

@@ -226,8 +226,8 @@ def visits_in_tables(options, table, items) -> int:
     raise UserError(
       f"--tables {' '.join(options.tables)}: no value for any visit under --input, such as visit "
       f"{items[0].visit}; the visits with values are: "
-      f"{', '.join(map(str, with_values)) or 'none'}. "
-      "Tables of your own give them in a column visit"
+      f"{', '.join(map(str, with_values)) or 'none'}. Tables of your own give them in a column "
+      "visit"
     )
   return in_tables
 
