@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 
-def affine(key, cmr, rotation_deg: float, scale: float, shift: float):
+def affine(
+  key,
+  cmr,
+  rotation_deg: float,
+  scale: float,
+  shift: float,
+):
   """In-plane rotation U(+-rotation_deg), zoom U(1 +- scale), shift U(+-shift) of the field of view;
   bilinear."""
   angle, zoom, dy, dx = jax.random.uniform(key, (4,), minval=-1.0)
@@ -46,7 +52,15 @@ def intensity(key, cmr, sigma: float):
   return jnp.clip(changed, 0.0, 1.0)
 
 
-def augment(key, cmr, *, rotation_deg: float, scale: float, shift: float, intensity_sigma: float):
+def augment(
+  key,
+  cmr,
+  *,
+  rotation_deg: float,
+  scale: float,
+  shift: float,
+  intensity_sigma: float,
+):
   """One spatial and one intensity change for the whole study."""
   spatial, tone = jax.random.split(key)
   if rotation_deg or scale or shift:

@@ -187,7 +187,12 @@ class Kept:
     self.dropped = 0
     self.example = ""
 
-  def add(self, understood: int, dropped: int, cells: Iterable[str]) -> None:
+  def add(
+    self,
+    understood: int,
+    dropped: int,
+    cells: Iterable[str],
+  ) -> None:
     """`cells`: some of those dropped, and empty ones."""
     self.understood += understood
     self.dropped += dropped

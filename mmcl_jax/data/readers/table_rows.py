@@ -92,7 +92,13 @@ class Gathered(NamedTuple):
   kept: dict[str, columns.Kept]  # of the columns of one file
 
 
-def gather(so_far: Gathered, layout: Layout, ids: list[str], batch: pa.RecordBatch, visits) -> None:
+def gather(
+  so_far: Gathered,
+  layout: Layout,
+  ids: list[str],
+  batch: pa.RecordBatch,
+  visits,
+) -> None:
   """Takes in some rows of a file: `batch`, of the participants `ids`. Adds to `so_far`."""
   arrays = {field: _arrays(batch, names) for field, names in layout.lists.items()}
   dates = {}

@@ -439,7 +439,12 @@ def _state(dates, visited, mode, without):
   return 0.0 if mode == "prevalent" else 1.0
 
 
-def event_years(table: Table, participant: str, visit: int, codes: ukb.Codes) -> np.ndarray:
+def event_years(
+  table: Table,
+  participant: str,
+  visit: int,
+  codes: ukb.Codes,
+) -> np.ndarray:
   """float32 [C]: years from the visit to the first code of each disease, negative before it; NaN =
   never, unknown."""
   name = canonical(participant)

@@ -192,7 +192,12 @@ def tables_of(options, participants: set[str]) -> tables.Table | None:
   return table
 
 
-def why_unusable(files_of: Files, visit: int, with_ecg: bool, with_cmr: bool) -> str:
+def why_unusable(
+  files_of: Files,
+  visit: int,
+  with_ecg: bool,
+  with_cmr: bool,
+) -> str:
   """Why a visit is not read, by its files; "" where it is. The cohort has ECGs, CMR, or both."""
   if with_ecg and not files_of.ecg:
     return "no ECG of this visit"
@@ -255,7 +260,13 @@ def index_folders(listed: list[str], name: str) -> dict[tuple[str, int], list[st
   return {key: sorted(paths) for key, paths in folders.items()}
 
 
-def of_tables(table, participant: str, visit: int, codes, mode: str):
+def of_tables(
+  table,
+  participant: str,
+  visit: int,
+  codes,
+  mode: str,
+):
   """(phenotypes float32 [K] or None, the labels of `Visit`); NaN for what the tables do not
   tell."""
   if table is None:
@@ -310,7 +321,12 @@ def read(shape: preprocess_cmr.Shape, names: list[str], item: Item) -> tuple[dic
   return record, tuple(flags)
 
 
-def first_good(kind: str, paths: tuple[str, ...], read, flags: list[str]):
+def first_good(
+  kind: str,
+  paths: tuple[str, ...],
+  read,
+  flags: list[str],
+):
   """What `read` makes of the first path that it can read; `flags` gets a word on the others of this
   visit."""
   for i, path in enumerate(paths):
