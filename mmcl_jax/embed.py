@@ -60,7 +60,8 @@ def main(argv=None):
   from mmcl_jax.training.restore import load_encoder
 
   own = parse_own(args.reader)
-  paths, here, out = find_recordings(args.input, own), distributed.here, Path(args.out)
+  paths = find_recordings(args.input, own)
+  here, out = distributed.here, Path(args.out)
   check_writable(out)
   names = hashlib.sha256()
   for path in paths:
@@ -75,9 +76,8 @@ def main(argv=None):
   }
   distributed.agree(run)
   encoder = load_encoder(args.workdir, args.step)
-  probes = load_probes(
-    args.workdir, encoder.step, evaluation(args.workdir, encoder.step, args.evaluation)
-  )
+  folder = evaluation(args.workdir, encoder.step, args.evaluation)
+  probes = load_probes(args.workdir, encoder.step, folder)
   size = math.ceil(PART / args.batch) * args.batch
   del run["--workdir"]  # the checkpoint's checksum identifies the run, wherever it lies
   run |= {
@@ -89,7 +89,7 @@ def main(argv=None):
   parts = [paths[start : start + size] for start in range(0, len(paths), size)]
   with writing(out):
     out.mkdir(parents=True, exist_ok=True)
-    done = whole_parts(out, run)
+    done = finished_parts(out, run)
   to_do = [number for number in range(len(parts)) if number not in done]
   distributed.agree(run | {f"the number of parts to do in {args.out}": len(to_do)})
   distributed.check_shared(out)
@@ -103,18 +103,15 @@ def main(argv=None):
   embedded, later = sum(distributed.gather(counts))
   if here.index > 0:
     return
-  told = f"{embedded} of {len(paths)} recordings embedded"
+  summary = f"{embedded} of {len(paths)} recordings embedded"
   if not embedded:
-    first = (
-      pq.read_table(out / "part-00000.parquet", columns=["path", "reason"])
-      .slice(0, 1)
-      .to_pylist()[0]
-    )
+    table = pq.read_table(out / "part-00000.parquet", columns=["path", "reason"])
+    (first,) = table.slice(0, 1).to_pylist()
     raise UserError(
-      f"{told}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` of "
-      f"{out}"
+      f"{summary}; the first, {first['path']}: {first['reason']}. All reasons: the column `reason` "
+      f"of {out}"
     )
-  print(f"{told} with step {encoder.step}: {out}, one table to pandas.read_parquet")
+  print(f"{summary} with step {encoder.step}: {out}, one table to pandas.read_parquet")
   if later:
     print(f"{later} {LATER}; the same command tries their parts again")
 
@@ -168,17 +165,19 @@ def find_recordings(inputs, own: Mapping[str, str] | None = None) -> list[str]:
   without an ECG stay in, to be rejected by name. Other files in folders are counted in one line of
   output.
   """
-  found, others = {}, Counter()
+  by_file = {}  # file of a recording -> how it is named
+  others = Counter()
   for path in map(Path, inputs):
     if os.path.isdir(path):
       recordings, passed_over = find_ecg(path, own)
       others += passed_over
-      found |= {name: name for name in map(str, recordings or [path]) if name not in found}
+      for recording in map(str, recordings or [path]):
+        by_file.setdefault(recording, recording)
     else:
-      found.setdefault(str(ecg_file(path, own)), str(path))
+      by_file.setdefault(str(ecg_file(path, own)), str(path))
   if others and distributed.here.index == 0:
     print(f"{others.total()} files of other kinds, passed over: {listing(others)}", flush=True)
-  return list(found.values())
+  return list(by_file.values())
 
 
 def evaluation(workdir, step, given: str | None) -> Path:
@@ -242,29 +241,31 @@ def load_probes(workdir, step, folder: Path) -> Probes:
   return probes
 
 
-def whole_parts(out, run) -> dict[int, np.ndarray]:
+def finished_parts(out, run) -> dict[int, np.ndarray]:
   """{number: counts as of `write`} of the parts that need no more work; UserError for whatever is
   no part of this run."""
-  found = {}
+  finished = {}
   for file in sorted(out.iterdir()):
     # a part that was not finished; readers of the folder pass over it
     if file.name.startswith((".", "_")):
       continue
-    if not (part := re.fullmatch(r"part-(\d{5,})\.parquet", file.name)):
+    match = re.fullmatch(r"part-(\d{5,})\.parquet", file.name)
+    if not match:
       raise UserError(
         f"{out} holds {file.name}, which is no part of an embedding; name a folder of its own with "
         "--out"
       )
+    differing = []
     try:
       about = json.loads(pq.read_metadata(file).metadata[b"mmcl_jax"])
-      theirs, counts = about["run"], np.array(about["counts"])
-      differing = [
-        f"{fact} is {theirs.get(fact)} there, {now} now"
-        for fact, now in run.items()
-        if theirs.get(fact) != now
-      ]
+      counts = np.array(about["counts"])
+      for fact, now in run.items():
+        before = about["run"].get(fact)
+        if before != now:
+          differing.append(f"{fact} is {before} there, {now} now")
+      to_try_again = counts[1]
     # Arrow's own are ValueErrors
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError):
       raise UserError(
         f"{file} is damaged, or not of mmcl embed; remove it, and the same command makes it anew"
       ) from None
@@ -273,9 +274,9 @@ def whole_parts(out, run) -> dict[int, np.ndarray]:
         f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or "
         f"remove {out}"
       )
-    if not counts[1]:
-      found[int(part[1])] = counts
-  return found
+    if not to_try_again:
+      finished[int(match[1])] = counts
+  return finished
 
 
 def embed_parts(encoder, probes, out, run, parts, batch, own=None) -> np.ndarray:
@@ -291,22 +292,25 @@ def embed_parts(encoder, probes, out, run, parts, batch, own=None) -> np.ndarray
       f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; "
       "mmcl evaluate fits them anew"
     )
-  total = sum(map(len, parts.values()))
-  with (
-    contextlib.closing(
-      read_ahead(itertools.chain.from_iterable(parts.values()), profile, 2 * batch, own)
-    ) as recordings,
-    tqdm(
-      total=total, desc="embed", unit="ECG", mininterval=1, disable=distributed.here.index > 0
-    ) as progress,
-  ):
+  all_paths = itertools.chain.from_iterable(parts.values())
+  recordings = read_ahead(all_paths, profile, 2 * batch, own)
+  progress = tqdm(
+    total=sum(map(len, parts.values())),
+    desc="embed",
+    unit="ECG",
+    mininterval=1,
+    disable=distributed.here.index > 0,
+  )
+  with contextlib.closing(recordings), progress:
     for number, paths in parts.items():
-      rows, embeddings = [], np.zeros((len(paths), width), np.float32)
+      rows = []
+      embeddings = np.zeros((len(paths), width), np.float32)
       for start in range(0, len(paths), batch):
-        some = list(itertools.islice(recordings, min(batch, len(paths) - start)))
-        embeddings[start : start + len(some)] = embed(encoder, some, shape)
-        rows += [row for row, _ in some]
-        progress.update(len(some))
+        count = min(batch, len(paths) - start)
+        read = list(itertools.islice(recordings, count))
+        embeddings[start : start + count] = embed(encoder, read, shape)
+        rows += [row for row, _ in read]
+        progress.update(count)
       with writing(out):
         counts += write(out / f"part-{number:05d}.parquet", rows, embeddings, probes, run)
   return counts
@@ -338,21 +342,26 @@ def write(file, rows, embeddings, probes, run) -> np.ndarray:
   where rejected.
   """
   rejected = np.array([row["status"] != "ok" for row in rows])
-  counts = [int(np.sum(~rejected)), sum(row["reason"].startswith(LATER) for row in rows)]
-  columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in TEXTS}
+  embedded = int(np.sum(~rejected))
+  later = sum(row["reason"].startswith(LATER) for row in rows)
+  columns = {}
+  for name in TEXTS:
+    columns[name] = pa.array([row[name] for row in rows], pa.string())
   columns["embedding"] = pa.FixedSizeListArray.from_arrays(
     embeddings.ravel(), embeddings.shape[1], mask=pa.array(rejected)
   )
-  for name, coef, intercept, half in zip(
-    probes.columns, probes.coef.T, probes.intercept, probes.half_width
-  ):
+  for place, name in enumerate(probes.columns):
+    coef, intercept = probes.coef[:, place], probes.intercept[place]
     value = embeddings.astype(np.float64) @ coef + intercept
-    for column, x in ((name, value), (f"{name}_low", value - half), (f"{name}_high", value + half)):
-      columns[column] = pa.array(x, mask=rejected)
-  about = json.dumps({"run": run, "counts": counts})
-  with files.atomic(file, "wb") as whole:
-    pq.write_table(pa.table(columns).replace_schema_metadata({"mmcl_jax": about}), whole)
-  return np.array(counts)
+    half_width = probes.half_width[place]
+    columns[name] = pa.array(value, mask=rejected)
+    columns[f"{name}_low"] = pa.array(value - half_width, mask=rejected)
+    columns[f"{name}_high"] = pa.array(value + half_width, mask=rejected)
+  about = json.dumps({"run": run, "counts": [embedded, later]})
+  table = pa.table(columns).replace_schema_metadata({"mmcl_jax": about})
+  with files.atomic(file, "wb") as f:
+    pq.write_table(table, f)
+  return np.array([embedded, later])
 
 
 if __name__ == "__main__":

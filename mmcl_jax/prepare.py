@@ -283,7 +283,8 @@ class Identities:
   """
 
   def __init__(self, folder: str, out: str):
-    self.folder, self.known = pathlib.Path(folder), {}
+    self.folder = pathlib.Path(folder)
+    self.hashes = {}  # participant -> hash, of this run
     if pathlib.Path(out).resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
       raise UserError(
         f"--private={folder} lies in --out={out}; expected another place, for a cohort may be "
@@ -308,8 +309,8 @@ class Identities:
 
   def identify(self, participant: str) -> np.ndarray:
     """uint32 [2]"""
-    self.known[participant] = schema.subject_hash(participant, self.salt)
-    return self.known[participant]
+    self.hashes[participant] = schema.subject_hash(participant, self.salt)
+    return self.hashes[participant]
 
   def save(self):
     """Writes the salt, if it is new, and adds to participants.csv whom this run has met."""
@@ -325,7 +326,8 @@ class Identities:
       if file.exists():
         with open(file, newline="") as f:
           rows = dict(list(csv.reader(f))[1:])
-      rows |= {schema.hash_name(h): participant for participant, h in self.known.items()}
+      for participant, subject in self.hashes.items():
+        rows[schema.hash_name(subject)] = participant
       text = io.StringIO()
       csv.writer(text, lineterminator="\n").writerows(
         [("hash", "participant"), *sorted(rows.items())]

@@ -61,10 +61,11 @@ def build(config) -> list[Objective]:
       "config.objectives is empty; expected at least one entry such as reconstruction = "
       "dict(fn='mae', weight=1.0)"
     )
-  return [one(name, entry) for name, entry in sorted(config.to_dict().items())]
+  entries = sorted(config.to_dict().items())
+  return [build_one(name, entry) for name, entry in entries]
 
 
-def one(name: str, entry: dict) -> Objective:
+def build_one(name: str, entry: dict) -> Objective:
   where = f"config.objectives.{name}"
   if "fn" not in entry or "weight" not in entry:
     raise UserError(

@@ -677,7 +677,7 @@ def make_parts(folder):
 def read_parts(folder):
   from mmcl_jax import embed
 
-  return embed.whole_parts(folder, RUN)
+  return embed.finished_parts(folder, RUN)
 
 
 def make_arguments(folder):

@@ -72,18 +72,18 @@ def rate_hz(profile: str) -> int:
 
 def in_words(profile: str) -> dict:
   """What an encoder of this profile is given, for those who make it without this package; JSON."""
-  found = _profile(profile)
+  applied = _profile(profile)
   first = (
     f"the first 10 s of a recording, in mV, at {ECG_RATE_HZ} Hz (polyphase resampling), leads in "
     "order"
   )
   return {
     "leads": list(LEADS),
-    "rate_hz": found.rate_hz,
+    "rate_hz": applied.rate_hz,
     "samples": samples(profile),
     "unit": "none",
     "profile": profile,
-    "steps": [first, *found.steps],
+    "steps": [first, *applied.steps],
   }
 
 

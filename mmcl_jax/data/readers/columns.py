@@ -302,9 +302,9 @@ def unreadable(
   if number:  # in the system's words: those of pyarrow quote
     return UserError(f"{path} cannot be read: {os.strerror(number)}")
   if isinstance(error, UnicodeDecodeError):
-    found = "a text in another encoding"
+    reason = "a text in another encoding"
   elif isinstance(error, OSError | EOFError):  # of gzip
-    found = "damaged or cut short"
+    reason = "damaged or cut short"
   else:
-    found = str(error) if type(error) is ValueError else type(error).__name__
-  return UserError(f"{path} cannot be read as a table ({found}); expected {expected}")
+    reason = str(error) if type(error) is ValueError else type(error).__name__
+  return UserError(f"{path} cannot be read as a table ({reason}); expected {expected}")

@@ -48,9 +48,10 @@ def beside(folder, name: str) -> Path | None:
   if present(path := Path(folder, name)):
     return path
   try:
-    alike = [found for found in os.listdir(folder) if plain(found) == plain(name)]
+    names = os.listdir(folder)
   except (FileNotFoundError, NotADirectoryError):
     return None
+  alike = [other for other in names if plain(other) == plain(name)]
   return Path(folder, alike[0]) if len(alike) == 1 else None
 
 
@@ -80,8 +81,10 @@ def check_file(path, kind: str):
     raise BadRecord(
       f"{'a folder' if stat.S_ISDIR(about.st_mode) else 'no regular file'}; expected {kind}"
     )
-  if about.st_size <= POINTER_BYTES and (found := tell(head(path))) in POINTERS:
-    raise BadRecord(refusal(found, kind))
+  if about.st_size <= POINTER_BYTES:
+    actual = tell(head(path))
+    if actual in POINTERS:
+      raise BadRecord(refusal(actual, kind))
 
 
 def head(path) -> bytes:

@@ -79,14 +79,17 @@ def tell(head: bytes) -> Kind | None:
 def expect(head: bytes, kind: str, *readable: Kind):
   """BadRecord where a file begins as something else that is known than `readable`; `kind` says what
   was expected."""
-  found = tell(head)
-  if found and found not in readable:
-    raise BadRecord(refusal(found, kind))
+  actual = tell(head)
+  if actual and actual not in readable:
+    raise BadRecord(refusal(actual, kind))
 
 
-def refusal(found: Kind | None, expected: str) -> str:
-  name, advice = (found.name, found.advice) if found else ("another kind of file", "")
-  return f"{name}{', ' if advice else ''}{advice}; expected {expected}"
+def refusal(kind: Kind | None, expected: str) -> str:
+  """Why a file of this kind is not read; None: of an unknown one."""
+  if kind is None:
+    return f"another kind of file; expected {expected}"
+  advice = f", {kind.advice}" if kind.advice else ""
+  return f"{kind.name}{advice}; expected {expected}"
 
 
 def _xml(text):

@@ -218,8 +218,8 @@ def _device(kind, index=None):
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
   """An array over a storage, checked: `size` and `stride` in values, each value within the
   storage."""
-  whole = all(type(n) is int and n >= 0 for n in (*size, *stride, offset))
-  if not whole or not isinstance(storage, _Storage) or len(size) != len(stride):
+  counts = all(type(n) is int and n >= 0 for n in (*size, *stride, offset))
+  if not counts or not isinstance(storage, _Storage) or len(size) != len(stride):
     raise BadRecord("a tensor whose layout is not in form")
   values = storage.values
   if 0 in size:
@@ -269,6 +269,15 @@ class _Counted(dict):
 
 
 # the one in Python: the one in C takes memory by sizes that a pickle claims
+def _handlers(opcodes: str) -> dict:
+  """Code -> what pickle does at it, of opcodes by their names."""
+  handlers = {}
+  for name in opcodes.split():
+    code = getattr(pickle, name)[0]
+    handlers[code] = pickle._Unpickler.dispatch[code]
+  return handlers
+
+
 class _Unpickler(pickle._Unpickler):
   """Reads the structure of an archive."""
 
@@ -278,10 +287,7 @@ class _Unpickler(pickle._Unpickler):
     "SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
     "SETITEM SETITEMS"
   )
-  dispatch = {
-    code: pickle._Unpickler.dispatch[code]
-    for code in (getattr(pickle, name)[0] for name in OPCODES.split())
-  }
+  dispatch = _handlers(OPCODES)
 
   def __init__(self, archive):
     self.archive = archive
@@ -343,7 +349,9 @@ class _Unpickler(pickle._Unpickler):
       raise BadRecord("a storage whose description is not in form")
     values = self.archive.array(f"data/{key}", DTYPES[storage.dtype])
     if type(count) is not int or len(values) != count:
-      says = str(count)[:20] if type(count) in (int, str) else f"a {type(count).__name__}"
+      says = f"a {type(count).__name__}"
+      if type(count) in (int, str):
+        says = str(count)[:20]
       raise BadRecord(f"a storage of {len(values)} values; the structure says {says}")
     return _Storage(values)
 
@@ -352,10 +360,7 @@ class _CheckpointUnpickler(_Unpickler):
   """Reads the weights of a checkpoint, and nothing of the objects beside them."""
 
   OPCODES = "NEWOBJ NEWOBJ_EX EMPTY_SET ADDITEMS FROZENSET BINBYTES SHORT_BINBYTES POP POP_MARK"
-  dispatch = _Unpickler.dispatch | {
-    code: pickle._Unpickler.dispatch[code]
-    for code in (getattr(pickle, name)[0] for name in OPCODES.split())
-  }
+  dispatch = _Unpickler.dispatch | _handlers(OPCODES)
 
   def find_class(self, module, name):
     try:
@@ -379,10 +384,13 @@ class _CheckpointUnpickler(_Unpickler):
     self.stack[-3:] = [INERT]
 
   def fill(self, items):
-    if self.stack[-1] is not INERT:  # entries under a tuple, or under a class, are no weights
-      super().fill(
-        [x for i in range(0, len(items), 2) if type(items[i]) in PLAIN for x in items[i : i + 2]]
-      )
+    if self.stack[-1] is INERT:
+      return
+    kept = []  # entries under a tuple, or under a class, are no weights
+    for key, value in zip(items[::2], items[1::2]):
+      if type(key) in PLAIN:
+        kept += [key, value]
+    super().fill(kept)
 
   def load_append(self):
     self.extend([self.stack.pop()])

@@ -95,13 +95,13 @@ def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
   table = np.zeros(max(numbers.values()) + 1, np.uint8)
   for name, number in numbers.items():
     table[number] = LABELS[name]
-  whole = np.rint(voxels) if voxels.dtype.kind == "f" else voxels
-  low, high = whole.min(), whole.max()
+  rounded = np.rint(voxels) if voxels.dtype.kind == "f" else voxels
+  low, high = rounded.min(), rounded.max()
   if not (low >= 0 and high < len(table)):
     raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {len(table) - 1}")
-  if np.abs(whole - voxels).max() > WHOLE:
+  if np.abs(rounded - voxels).max() > WHOLE:
     raise BadRecord("labels are not whole numbers")
-  return table[whole.astype(np.uint8)]
+  return table[rounded.astype(np.uint8)]
 
 
 def read_frame_labels(path, numbers: dict[str, int]) -> np.ndarray:

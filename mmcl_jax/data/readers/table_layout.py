@@ -129,15 +129,15 @@ def _phenotype(name):
   """The slot of a column phenotype:NAME:UNIT, in the known spelling of both; a known name has the
   unit of its field."""
   _, phenotype, unit = name.split(":")
-  known = KNOWN.get(phenotype.strip().lower())
-  if known is None:
+  field = KNOWN.get(phenotype.strip().lower())
+  if field is None:
     return f"phenotype:{phenotype}:{units.spelled(unit)}"
-  if units.factor(unit, known.unit) is None:
+  if units.factor(unit, field.unit) is None:
     raise UserError(
-      f"the column {name[:80]!r} gives {known.name} in {unit[:40]!r}, a unit that is not known for "
-      f"it; expected {known.unit}: phenotype:{known.name}:{known.unit}"
+      f"the column {name[:80]!r} gives {field.name} in {unit[:40]!r}, a unit that is not known for "
+      f"it; expected {field.unit}: phenotype:{field.name}:{field.unit}"
     )
-  return f"phenotype:{known.name}:{known.unit}"
+  return f"phenotype:{field.name}:{field.unit}"
 
 
 def factor(slot: str, column: str) -> float:

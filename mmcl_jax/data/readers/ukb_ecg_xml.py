@@ -169,10 +169,13 @@ def _samples(text, where):
     raise BadRecord(f"a sample {where} is missing or not a number") from None
 
 
-def _agree(element, name, found):
+def _agree(element, name, count):
   """Where a count is stated at all, it must be what was found: else the file is cut or altered."""
-  if element.find(name) is not None and (stated := _number(element, name)) != found:
-    raise BadRecord(f"its {name} is {stated:g}; found or expected {found:g}")
+  if element.find(name) is None:
+    return
+  stated = _number(element, name)
+  if stated != count:
+    raise BadRecord(f"its {name} is {stated:g}; found or expected {count:g}")
 
 
 def _number(element, name):

@@ -36,14 +36,14 @@ def read(folder) -> Cine:
   cine = folder / "sa.nii.gz"
   if present(cine):
     images, spacing, frame_s, base_first = nifti.read(cine)
-    frames = {"ED": 0} | {
-      phase: _frame_of(phase, volume.voxels[0], images) for phase, volume in phases.items()
-    }
-    labels, flags = _labels(folder, frames, whole=True), ()
+    frames = {"ED": 0}
+    for phase, volume in phases.items():
+      frames[phase] = _frame_of(phase, volume.voxels[0], images)
+    labels, flags = _labels(folder, frames, of_cine=True), ()
   elif len(phases) == 2:
     images, spacing, frame_s, base_first = nifti.two_frames(phases["ED"], phases["ES"])
     frames = {"ED": 0, "ES": 1}
-    labels, flags = _labels(folder, frames, whole=False), (ED_ES_ONLY,)
+    labels, flags = _labels(folder, frames, of_cine=False), (ED_ES_ONLY,)
   else:
     raise BadRecord("no sa.nii.gz, nor sa_ED.nii.gz with sa_ES.nii.gz")
   return assemble(
@@ -60,18 +60,20 @@ def _frame_of(phase, image, images):
   raise BadRecord(f"sa_{phase}.nii.gz is no frame of sa.nii.gz")
 
 
-def _labels(folder, frames, whole):
+def _labels(folder, frames, of_cine):
   """The best labels there are: of all frames uint8 [F, Z, H, W], or {frame: [Z, H, W]}, or None."""
   for name in ("label_sa", "seg_sa"):
-    if whole and present(path := folder / f"{name}.nii.gz"):
+    path = folder / f"{name}.nii.gz"
+    if of_cine and present(path):
       return nifti.read_labels(path, NUMBERS)
-    paths = {phase: path for phase in PHASES if present(path := folder / f"{name}_{phase}.nii.gz")}
-    if unplaced := paths.keys() - frames.keys():
-      raise BadRecord(
-        f"{name}_{unplaced.pop()}.nii.gz without the images that tell which frame it is"
-      )
-    if paths:
-      return {
-        frames[phase]: nifti.read_frame_labels(path, NUMBERS) for phase, path in paths.items()
-      }
+    labels = {}
+    for phase in PHASES:
+      path = folder / f"{name}_{phase}.nii.gz"
+      if not present(path):
+        continue
+      if phase not in frames:
+        raise BadRecord(f"{path.name} without the images that tell which frame it is")
+      labels[frames[phase]] = nifti.read_frame_labels(path, NUMBERS)
+    if labels:
+      return labels
   return None

@@ -22,9 +22,9 @@ MAX_CELL = 5000  # characters of a cell that is parsed: those of the real tables
 SEX = {"m": 1.0, "male": 1.0, "f": 0.0, "female": 0.0}
 
 
-def diseases(known: dict[str, float], names) -> np.ndarray:
-  """float32 [C] in the order of `names`."""
-  return np.array([known.get(name, np.nan) for name in names], np.float32)
+def diseases(states: dict[str, float], names) -> np.ndarray:
+  """float32 [C] in the order of `names`; NaN for those without a state."""
+  return np.array([states.get(name, np.nan) for name in names], np.float32)
 
 
 def covariates(sex=np.nan, **measured) -> np.ndarray:
