@@ -343,7 +343,11 @@ class Identities:
 
 def write_private(file: pathlib.Path, text: str):
   """Writes a file that only its owner can read, whole or not at all."""
-  with files.atomic(file, opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
+
+  def opener(name, flags):
+    return os.open(name, flags, 0o600)
+
+  with files.atomic(file, opener=opener) as f:
     f.write(text)
 
 

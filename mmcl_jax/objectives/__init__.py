@@ -72,11 +72,13 @@ def build_one(name: str, entry: dict) -> Objective:
       f"{where} has the keys {sorted(entry)}; expected fn, weight and the parameters of fn"
     )
   fn, weight = entry.pop("fn"), entry.pop("weight")
-  loss = find(fn, f"{where}.fn")
-  registry.check_parameters(loss, entry, where, fn, passed=2)
-  return Objective(
-    name, lambda outputs, batch: loss(outputs, batch, **entry), schedule(weight, f"{where}.weight")
-  )
+  function = find(fn, f"{where}.fn")
+  registry.check_parameters(function, entry, where, fn, passed=2)
+
+  def loss(outputs, batch):
+    return function(outputs, batch, **entry)
+
+  return Objective(name, loss, schedule(weight, f"{where}.weight"))
 
 
 def find(fn: str, where: str) -> Callable:
@@ -85,11 +87,14 @@ def find(fn: str, where: str) -> Callable:
 
 
 def schedule(weight, where: str) -> Callable:
+  """step -> weight, of a number or of dict(steps=(...), values=(...)), linear between the steps."""
   if isinstance(weight, (int, float)):
     return lambda step: jnp.asarray(float(weight))
   try:
-    steps, values = (jnp.asarray(weight[key], float) for key in ("steps", "values"))
-    if steps.ndim != 1 or steps.shape != values.shape or bool((jnp.diff(steps) <= 0).any()):
+    steps = jnp.asarray(weight["steps"], float)
+    values = jnp.asarray(weight["values"], float)
+    rising = not bool((jnp.diff(steps) <= 0).any())
+    if steps.ndim != 1 or steps.shape != values.shape or not rising:
       raise ValueError
   except (KeyError, TypeError, ValueError):
     raise UserError(

@@ -360,13 +360,19 @@ def _split(images, segmentation):
   if any(image.position is None or image.axes is None for image in images):
     raise BadRecord("one series of all slices, and images in it without position or orientation")
   normal = np.cross(*np.split(images[0].axes, 2))
-  along = {image.name: image.position @ normal for image in images}
+
+  def along(image):
+    return image.position @ normal
+
+  def first_name(images):
+    return min(image.name for image in images)
+
   slices = []
-  for image in sorted(images, key=lambda image: along[image.name]):
-    if not slices or along[image.name] - along[slices[-1][0].name] > SAME_SLICE_MM:
+  for image in sorted(images, key=along):
+    if not slices or along(image) - along(slices[-1][0]) > SAME_SLICE_MM:
       slices.append([])
     slices[-1].append(image)
-  by_name = sorted(slices, key=lambda images: min(image.name for image in images))
+  by_name = sorted(slices, key=first_name)
   if by_name[0] is slices[-1]:
     slices.reverse()
   if segmentation is not None and any(a is not b for a, b in zip(slices, by_name)):

@@ -30,6 +30,12 @@ class Item(NamedTuple):
     return schema.salted_id(self.subject, self.visit)
 
 
+def by_hash(item: Item) -> tuple[int, int, int]:
+  """Sorts items by hash and visit: an order that says nothing of participants."""
+  low, high = item.subject.tolist()
+  return high, low, item.visit
+
+
 class Plan(NamedTuple):
   """All that is known before the first file is read."""
 

@@ -7,7 +7,7 @@ import numpy as np
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import cmr
 from mmcl_jax.data.readers import tables
-from mmcl_jax.data.sources import Item, Plan
+from mmcl_jax.data.sources import Item, Plan, by_hash
 from mmcl_jax.data.ukb_fields import disease_codes
 
 
@@ -24,8 +24,7 @@ def plan_of(options, identify, patients, shape, read, source, numbers, steps) ->
       rejected.append((item, "the participant has withdrawn"))
     else:
       items.append(item)
-  # of hashes: not the order of participants
-  items.sort(key=lambda item: item.subject[::-1].tolist())
+  items.sort(key=by_hash)
   info = {
     "source": source,
     "phenotypes": schema.PHENOTYPES,

@@ -26,7 +26,7 @@ from mmcl_jax.data import readers, schema
 from mmcl_jax.data.preprocess.ecg import to_standard
 from mmcl_jax.data.readers import columns, files, tables, wfdb
 from mmcl_jax.data.readers.recording import Recording
-from mmcl_jax.data.sources import Item, Plan, labels
+from mmcl_jax.data.sources import Item, Plan, by_hash, labels
 from mmcl_jax.data.ukb_fields import disease_codes
 from mmcl_jax.errors import UserError
 
@@ -97,8 +97,7 @@ def plan_of(
       rejected.append((item, f"visit {visit} of a participant; expected at most {MAX_VISIT}"))
     else:
       items.append(item)
-  # of hashes: not the order of participants
-  items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))
+  items.sort(key=by_hash)
   info = {
     "source": source,
     "phenotypes": {},
@@ -179,8 +178,7 @@ def _listed(by_name, paths, codes, own):
     if not on_disk:
       continue
     name = next(iter(on_disk))
-    # a file that lies where the table says goes before a copy of it elsewhere
-    path = min(on_disk[name], key=lambda path: (not _lies_at(path, name, own), path))  # noqa: B023
+    path = _best(on_disk[name], name, own)
     used += len(set().union(*on_disk.values()))
     if name.endswith("_lr"):
       slow += 1
@@ -238,6 +236,12 @@ def _merged(before, row):
 def _person_and_time(entry):
   name, row = entry
   return row.person, row.time, name
+
+
+def _best(paths, name, own):
+  """Of files of one name, that which lies where the table says, else the first."""
+  where_listed = [path for path in paths if _lies_at(path, name, own)]
+  return min(where_listed or paths)
 
 
 def _lies_at(path, name, own):

@@ -18,7 +18,7 @@ import numpy as np
 from mmcl_jax.data import readers, schema, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.readers import files, tables, ukb_cmr_dicom, ukb_ecg_xml, ukbb_cardiac
-from mmcl_jax.data.sources import Item, Plan
+from mmcl_jax.data.sources import Item, Plan, by_hash
 from mmcl_jax.errors import BadRecord, UserError
 
 ECG_FILE = re.compile(r"([A-Za-z0-9]+)_20205_(\d+)_(\d+)\.xml", re.IGNORECASE)
@@ -106,7 +106,7 @@ def _plan(options, identify, listed, ecgs, cmrs, segmentations):
       segmentation = files_of.segmentation
       needed = Visit(files_of.ecg, files_of.cmr, segmentation, values, remarks, labels)
       items.append(item._replace(key=needed))
-  items.sort(key=lambda item: (*item.subject[::-1].tolist(), item.visit))
+  items.sort(key=by_hash)
 
   measured = not (table and table.phenotypes)
   info = {
