@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import cohort as cohort_lib, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import drawings, quality
@@ -44,9 +44,9 @@ MEANING = {
 
 def main(argv=None):
   args = parse(argv)
-  cohort = cohort_room.load(args.cohort)
+  cohort = cohort_lib.load(args.cohort)
   if args.check:
-    print(f"{args.cohort}: {cohort_room.check(cohort)} files read whole, all as they were written")
+    print(f"{args.cohort}: {cohort_lib.check(cohort)} files read whole, all as they were written")
     return
   if args.index is None:
     print("\n".join(tell(cohort)))
@@ -103,84 +103,84 @@ def parse(argv):
   return args
 
 
-def tell(cohort: cohort_room.Cohort) -> list[str]:
+def tell(cohort: cohort_lib.Cohort) -> list[str]:
   """Lines on the cohort: counts, fields, views for config.model.towers, phenotypes, covariates and
   diseases."""
-  info, total, records = cohort.info, sum(cohort.info["counts"].values()), []
-  for split, index in quality.sample(info["counts"], COUNTED):
+  records = sample(cohort)
+  lines = summary(cohort, records)
+  lines += fields(cohort.info["ecg_profile"], records[0])
+  lines += measures("phenotypes", cohort.info["phenotypes"], records)
+  lines += measures("covariates", cohort.info["covariates"], records)
+  return lines + diseases(cohort.info["diseases"], records)
+
+
+def sample(cohort: cohort_lib.Cohort) -> list[dict[str, np.ndarray]]:
+  """COUNTED records drawn at random, or all; of all but the first without large arrays."""
+  records = []
+  for split, index in quality.sample(cohort.info["counts"], COUNTED):
     record = cohort.splits[split][index]
-    # large arrays of one
-    records.append({name: x for name, x in record.items() if not records or np.size(x) < 1000})
+    if records:
+      record = {name: x for name, x in record.items() if np.size(x) < 1000}
+    records.append(record)
+  return records
+
+
+def summary(cohort: cohort_lib.Cohort, records) -> list[str]:
+  info = cohort.info
+  total = sum(info["counts"].values())
   counts = ", ".join(f"{n:,} {split}" for split, n in info["counts"].items())
-  basis = (
-    "all of them read"
-    if len(records) == total
-    else f"numbers below are of {len(records):,} drawn at random"
-  )
+  basis = f"numbers below are of {len(records):,} drawn at random"
+  if len(records) == total:
+    basis = "all of them read"
   lines = [f"{cohort.path}: {total:,} records ({counts}); {basis}"]
-  lines += [
-    f"{name.replace('_', ' ')}: {value}"
-    for name, value in info.items()
-    if type(value) in (str, int, float)
-  ]
+  for name, value in info.items():
+    if type(value) in (str, int, float):
+      lines.append(f"{name.replace('_', ' ')}: {value}")
   if info.get("synthetic"):
     lines.append(f"note: {SYNTHETIC_NOTE}")
-  lines.append(
-    ", ".join(
-      f"{np.mean([r[field] for r in records]):.1%} with {what}"
-      for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr"))
-    )
-  )
-  profile = info["ecg_profile"]
-  meaning = MEANING | {
-    "ecg": f"{MEANING['ecg']}, {preprocess_ecg.rate_hz(profile)} Hz, normalised by {profile}"
-  }
-  lines += table(
-    ["field", "type", "shape", ""],
-    [
-      [
-        name,
-        np.asarray(x).dtype.name,
-        " x ".join(map(str, np.shape(x))) or "-",
-        meaning.get(name, ""),
-      ]
-      for name, x in records[0].items()
-    ],
-  )
-  lines += table(
-    ["view", "taken from"],
-    [[view, field] for view, field in schema.VIEWS.items() if field in records[0]],
-  )
-  for kind in ("phenotypes", "covariates"):
-    values = np.stack([r[kind] for r in records]).astype(np.float64)
-    moments = [quality.statistics(column) for column in values.T]
-    lines += table(
-      [kind, "unit", "n", "mean", "SD", "median", "5 %", "95 %"],
-      [
-        [
-          name,
-          unit,
-          f"{m['n']:,}",
-          *(number(x) for x in (m["mean"], m["sd"])),
-          *(number(m["quantiles"][q]) for q in ("0.5", "0.05", "0.95")),
-        ]
-        for (name, unit), m in zip(info[kind].items(), moments)
-      ],
-    )
-  values = np.stack([r["diseases"] for r in records])
-  lines += table(
-    ["disease", "cases", "known", "prevalence"],
-    [
-      [
-        name,
-        f"{np.nansum(x):,.0f}",
-        f"{np.isfinite(x).sum():,}",
-        f"{np.nanmean(x):.2%}" if np.isfinite(x).any() else "-",
-      ]
-      for name, x in zip(info["diseases"], values.T)
-    ],
-  )
+  with_ecg = np.mean([record["has_ecg"] for record in records])
+  with_cmr = np.mean([record["has_cmr"] for record in records])
+  lines.append(f"{with_ecg:.1%} with ECG, {with_cmr:.1%} with CMR")
   return lines
+
+
+def fields(profile: str, record: dict[str, np.ndarray]) -> list[str]:
+  """Lines on what a record holds, and on the views that can be taken of it."""
+  rate = preprocess_ecg.rate_hz(profile)
+  meaning = dict(MEANING)
+  meaning["ecg"] += f", {rate} Hz, normalised by {profile}"
+  rows = []
+  for name, x in record.items():
+    shape = " x ".join(map(str, np.shape(x))) or "-"
+    rows.append([name, np.asarray(x).dtype.name, shape, meaning.get(name, "")])
+  views = [[view, field] for view, field in schema.VIEWS.items() if field in record]
+  return [
+    *table(["field", "type", "shape", ""], rows),
+    *table(["view", "taken from"], views),
+  ]
+
+
+def measures(kind: str, units: dict[str, str], records) -> list[str]:
+  """Lines on the phenotypes or the covariates, name -> unit."""
+  values = np.stack([record[kind] for record in records]).astype(np.float64)
+  rows = []
+  for (name, unit), column in zip(units.items(), values.T):
+    moments = quality.statistics(column)
+    row = [name, unit, f"{moments['n']:,}", number(moments["mean"]), number(moments["sd"])]
+    row += [number(moments["quantiles"][q]) for q in ("0.5", "0.05", "0.95")]
+    rows.append(row)
+  return table([kind, "unit", "n", "mean", "SD", "median", "5 %", "95 %"], rows)
+
+
+def diseases(names: list[str], records) -> list[str]:
+  """Lines on cases and prevalence."""
+  values = np.stack([record["diseases"] for record in records])
+  rows = []
+  for name, column in zip(names, values.T):
+    stated = np.isfinite(column)
+    prevalence = f"{np.nanmean(column):.2%}" if stated.any() else "-"
+    rows.append([name, f"{np.nansum(column):,.0f}", f"{stated.sum():,}", prevalence])
+  return table(["disease", "cases", "known", "prevalence"], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
