@@ -89,42 +89,74 @@ def to_record(
   _check(cine)
   flags = list(cine.flags)
   spacing = tuple(float(mm) for mm in cine.spacing)
-  images, slices = cine.images, cine.images.shape[1]
   if cine.labels is not None and len(cine.labelled):
-    ed, es = _phases_of_labels(cine, flags)
-    labels = cine.labels[[ed, es]]
-    _check_label_map(labels, cine.convention, flags)
-    if _base_is_last(labels[0], cine.base_first, flags):
-      images, labels = images[:, ::-1], labels[:, ::-1]
-    first, last = _extent(labels[0], flags)
+    heart = _heart_of_labels(cine, flags)
   else:
-    heart = motion.find_heart(cine)
-    ed, es = _phases_of_images(cine, heart, flags)
-    labels = np.zeros((2, *images.shape[1:]), np.uint8)
-    first, last = (0, *heart.first), (slices - 1, *heart.last)
-    flags.append("no segmentation: no phenotypes, heart located by its motion")
-    if _turned(cine.base_first, flags):
-      images = images[:, ::-1]
-  phenotypes = measure.phenotypes(labels, spacing, _heart_rate(cine, heart_rate, flags))
+    heart = _heart_of_images(cine, flags)
+  rate = _heart_rate(cine, heart_rate, flags)
+  phenotypes = measure.phenotypes(heart.labels, spacing, rate)
 
-  z, *plane = _crop(first, last, images.shape[1:], spacing, shape, flags)
+  z, rows, columns = _crop(heart, spacing, shape, flags)
+  plane = rows, columns
+  slices = heart.images.shape[1]
   kept = slice(max(z.start, 0), min(z.start + z.size, slices))
-  above, below = kept.start - z.start, z.start + z.size - kept.stop
-  padding = ((0, 0), (above, below), (0, 0), (0, 0))
+  before = kept.start - z.start
+  after = z.start + z.size - kept.stop
+  padding = ((0, 0), (before, after), (0, 0), (0, 0))
 
-  stack = _resampled(images[[ed, es], kept], plane)
+  ends = heart.images[[heart.ed, heart.es], kept]
+  stack = _resampled(ends, plane)
   window = _window(stack, plane)
+  labels = _nearest(heart.labels[:, kept], plane)
   fields = {
     "ed_es_volumes": np.pad(_grey(stack, window), padding),
-    "labels": np.pad(_nearest(labels[:, kept], plane), padding),
-    "spacing": np.array((spacing[0], shape.pixel_mm, shape.pixel_mm), np.float32),
+    "labels": np.pad(labels, padding),
+    "spacing": np.float32((spacing[0], shape.pixel_mm, shape.pixel_mm)),
   }
   if shape.frames:
-    if len(images) < MIN_FRAMES:
-      flags.append(f"cine slice interpolated from {len(images)} frames")
-    beat = _resampled(images[:, _middle_slice(labels, kept)], plane)
-    fields |= _cine_fields(beat, ed, es, shape.frames, window)
+    if len(heart.images) < MIN_FRAMES:
+      flags.append(f"cine slice interpolated from {len(heart.images)} frames")
+    middle = _middle_slice(heart.labels, kept)
+    beat = _resampled(heart.images[:, middle], plane)
+    fields |= _cine_fields(beat, heart.ed, heart.es, shape.frames, window)
   return fields, phenotypes, tuple(flags)
+
+
+class _Heart(NamedTuple):
+  """A cine from base to apex, and where its heart is."""
+
+  images: np.ndarray  # [F, Z, H, W]
+  labels: np.ndarray  # uint8 [2, Z, H, W]
+  ed: int  # frames
+  es: int
+  first: np.ndarray  # int [3], indices along Z, H, W
+  last: np.ndarray
+
+
+def _heart_of_labels(cine, flags):
+  ed, es = _phases_of_labels(cine, flags)
+  images = cine.images
+  labels = cine.labels[[ed, es]]
+  _check_label_map(labels, cine.convention, flags)
+  if _base_is_last(labels[0], cine.base_first, flags):
+    images = images[:, ::-1]
+    labels = labels[:, ::-1]
+  first, last = _extent(labels[0], flags)
+  return _Heart(images, labels, ed, es, first, last)
+
+
+def _heart_of_images(cine, flags):
+  moving = motion.find_heart(cine)
+  ed, es = _phases_of_images(cine, moving, flags)
+  images = cine.images
+  slices = images.shape[1]
+  flags.append("no segmentation: no phenotypes, heart located by its motion")
+  if _turned(cine.base_first, flags):
+    images = images[:, ::-1]
+  labels = np.zeros((2, *images.shape[1:]), np.uint8)
+  first = np.array([0, *moving.first])
+  last = np.array([slices - 1, *moving.last])
+  return _Heart(images, labels, ed, es, first, last)
 
 
 def _cine_fields(beat, ed, es, frames, window):
@@ -165,7 +197,8 @@ def _grey(images, window):
 
 def _middle_slice(labels, kept):
   """The middle of the slices with LV at both phases; without labels that of the slices `kept`."""
-  with_lv = np.flatnonzero((labels == _LV).any(axis=(2, 3)).all(axis=0))
+  with_lv = (labels == _LV).any(axis=(2, 3))  # [P, Z]
+  with_lv = np.flatnonzero(with_lv.all(axis=0))
   if len(with_lv):
     return with_lv[len(with_lv) // 2]
   return (kept.start + kept.stop) // 2
@@ -225,8 +258,8 @@ def _phases_of_labels(cine, flags):
       raise BadRecord(f"no LV label at {name} (frame {frame})")
   if not lv[es] < lv[ed]:
     raise BadRecord(
-      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), not less than {lv[ed]:.1f} ml at ED (frame "
-      f"{ed})"
+      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), "
+      f"not less than {lv[ed]:.1f} ml at ED (frame {ed})"
     )
   if empty := int(np.sum(lv == 0)):
     flags.append(f"{empty} segmented frames have no LV label")
@@ -314,44 +347,37 @@ def _extent(labels, flags):
   return places.min(axis=0), places.max(axis=0)
 
 
-def _crop(first, last, lengths, spacing, shape, flags):
+def _crop(heart, spacing, shape, flags):
   """[_Axis] of Z, H and W: about the middle of the heart, yet on the image as far as the image is
   large enough."""
-  z = _Axis(*_placed(first[0], last[0], lengths[0], shape.slices, 1.0), 1.0, lengths[0])
-  _remark_on_cut("Z", z, (last[0] + 1 - first[0]) * spacing[0], spacing[0], flags)
-  axes = [z]
-  for axis, name in ((1, "H"), (2, "W")):
+  output = (spacing[0], shape.pixel_mm, shape.pixel_mm)
+  sizes = (shape.slices, shape.size, shape.size)
+  margins = (0, MARGIN_MM, MARGIN_MM)
+  axes = []
+  for axis, name in enumerate("ZHW"):
+    low, high = heart.first[axis], heart.last[axis]
+    length = heart.images.shape[1 + axis]
+    size = sizes[axis]
     # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go
     # either way.
-    ratio = shape.pixel_mm / round(spacing[axis], 5)
-    placed = _placed(first[axis], last[axis], lengths[axis], shape.size, ratio)
-    axes.append(_Axis(*placed, ratio, lengths[axis]))
-    need_mm = (last[axis] + 1 - first[axis]) * spacing[axis] + 2 * MARGIN_MM
-    _remark_on_cut(name, axes[-1], need_mm, shape.pixel_mm, flags)
+    ratio = 1.0
+    if name != "Z":
+      ratio = output[axis] / round(spacing[axis], 5)
+    on_image = int(length / ratio + 0.5)  # output pixels
+    spare = on_image - size
+    start = spare // 2
+    if spare > 0:
+      centred = round((low + high + 1) / 2 / ratio - size / 2)
+      start = min(max(centred, 0), spare)
+    axes.append(_Axis(start, size, ratio, length))
+    need_mm = (high + 1 - low) * spacing[axis] + 2 * margins[axis]
+    kept_mm = size * output[axis]
+    if spare > 0 and need_mm > kept_mm:
+      flags.append(
+        f"the heart is cut by the crop: it needs {need_mm:.0f} mm along {name}, {kept_mm:.0f} are "
+        "kept"
+      )
   return axes
-
-
-def _spare(length, size, ratio):
-  """Output pixels of an axis of the image beyond the `size` of the crop."""
-  return int(length / ratio + 0.5) - size
-
-
-def _placed(low, high, length, size, ratio):
-  """(start, size) of a crop of one axis, about the middle of `low` and `high`."""
-  spare = _spare(length, size, ratio)
-  if spare <= 0:
-    return spare // 2, size
-  start = round((low + high + 1) / 2 / ratio - size / 2)
-  return min(max(start, 0), spare), size
-
-
-def _remark_on_cut(name, axis, need_mm, out_mm, flags):
-  kept_mm = axis.size * out_mm
-  if _spare(axis.length, axis.size, axis.ratio) > 0 and need_mm > kept_mm:
-    flags.append(
-      f"the heart is cut by the crop: it needs {need_mm:.0f} mm along {name}, "
-      f"{kept_mm:.0f} are kept"
-    )
 
 
 def _resampled(images, plane):
@@ -365,7 +391,8 @@ def _resampled(images, plane):
 def _weights(axis):
   """float32 [size, length] of one axis; rows sum to 1, and are 0 where they lie beyond the
   image."""
-  distance = np.abs(np.arange(axis.length) - axis.centres[:, None])
+  pixels = np.arange(axis.length)
+  distance = np.abs(pixels - axis.centres[:, None])
   weights = np.maximum(0, 1 - distance / max(axis.ratio, 1))
   weights = weights * axis.inside[:, None]
   total = weights.sum(axis=1, keepdims=True)
@@ -375,20 +402,24 @@ def _weights(axis):
 def _nearest(labels, plane):
   """uint8 [..., H, W] -> uint8 [..., size, size]: the label under each centre, background beyond
   the image."""
-  indices = []
-  for axis in plane:
-    nearest = np.floor(axis.centres + 0.5).astype(int)
-    indices.append(np.clip(nearest, 0, axis.length - 1))
-  rows, columns = indices
-  inside = np.outer(plane[0].inside, plane[1].inside)
-  return labels[..., rows[:, None], columns] * inside
+  rows, columns = plane
+  inside = np.outer(rows.inside, columns.inside)
+  nearest = labels[..., _nearest_pixels(rows)[:, None], _nearest_pixels(columns)]
+  return nearest * inside
+
+
+def _nearest_pixels(axis):
+  """int [size]: the source pixel under each centre."""
+  pixels = np.floor(axis.centres + 0.5).astype(int)
+  return np.clip(pixels, 0, axis.length - 1)
 
 
 def _at(images, at):
   """float [F, H, W] of one periodic beat -> [N, H, W] at the times `at` [N], in frames; linear in
   time."""
   before = np.floor(at).astype(int)
-  share = (at - before).astype(np.float32)[:, None, None]
+  share = (at - before).astype(np.float32)
+  share = share[:, None, None]
   earlier = images[before % len(images)]
   later = images[(before + 1) % len(images)]
   return (1 - share) * earlier + share * later
