@@ -110,7 +110,7 @@ def report(folder, cohort, outcome):
 
 def parse(argv):  # long and flat: one flag after another
   sources = [f"  {name:16s}{what}" for name, (_, what) in SOURCES.items()]
-  sources.append("  my_module:plan  a source of your own (docs/your_data.md)")
+  sources.append("  my_module:plan  a source of your own (docs/extending.md)")
   parser = argparse.ArgumentParser(
     prog="mmcl prepare",
     description="Makes a cohort.",

@@ -5,7 +5,7 @@
 
 `options` has the flags of `mmcl prepare SOURCE`; `identify(participant) -> uint32 [2]` is the
 user's salted hash. A source of one's own is such a function in any module, named `my_module:plan`
-on the command line (docs/your_data.md).
+on the command line (docs/extending.md).
 """
 
 from collections.abc import Callable
