@@ -58,7 +58,8 @@ def read(path) -> Weights:
   path = os.path.realpath(path)
   try:
     with open(path, "rb") as file:
-      if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+      size = os.fstat(file.fileno()).st_size
+      if size > MAX_BYTES:
         raise BadRecord(f"{size / 2**30:,.0f} GiB; at most {MAX_BYTES // 2**30} GiB are read")
       if file.read(9)[8:] == b"{":  # after the length of the header, 64 bits
         return read_safetensors(file)
@@ -91,17 +92,15 @@ def read_safetensors(file) -> Weights:
   try:
     header = json.loads(content[8:start])
     metadata = header.pop("__metadata__", {})
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-      if (name := entry["dtype"]) not in DTYPES:
-        raise BadRecord(
-          f"{key[:80]!r} is of the type {str(name)[:20]!r}, which is not read; save it as float32"
-        )
-      shape, dtype = entry["shape"], np.dtype(DTYPES[name])
+    for key, entry in sorted(header.items(), key=_offsets):
+      dtype = _dtype(key, entry["dtype"])
+      shape = entry["shape"]
       if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {key[:80]!r} is not in form")
       begin, count = end, math.prod(shape)
       end += count * dtype.itemsize
-      if entry["data_offsets"] != [begin - start, end - start] or end > len(content):
+      offsets = [begin - start, end - start]
+      if entry["data_offsets"] != offsets or end > len(content):
         raise ValueError(
           f"the place of {key[:80]!r} does not match its shape, or is outside the file"
         )
@@ -113,32 +112,48 @@ def read_safetensors(file) -> Weights:
   return filled(state, [], metadata if isinstance(metadata, dict) else {})
 
 
+def _offsets(item):
+  _, entry = item
+  return entry["data_offsets"]
+
+
+def _dtype(key, name):
+  if name not in DTYPES:
+    raise BadRecord(
+      f"{key[:80]!r} is of the type {str(name)[:20]!r}, which is not read; save it as float32"
+    )
+  return np.dtype(DTYPES[name])
+
+
 def find(tree, path) -> Weights:
   """The state dict of what torch.save wrote: the whole, or under one of WRAPPERS."""
 
   def holds(x):
     return isinstance(x, dict) and any(isinstance(value, np.ndarray) for value in x.values())
 
-  found = [name for name in WRAPPERS if isinstance(tree, dict) and holds(tree.get(name))]
-  if len(found) > 1:
+  wrappers = []
+  if isinstance(tree, dict):
+    wrappers = [name for name in WRAPPERS if holds(tree.get(name))]
+  if len(wrappers) > 1:
     raise UserError(
-      f"{path} holds weights under {' and '.join(found)}; save the one that is wanted alone"
+      f"{path} holds weights under {' and '.join(wrappers)}; save the one that is wanted alone"
     )
-  state = tree[found[0]] if found else tree
+  state = tree[wrappers[0]] if wrappers else tree
   if not holds(state):
     raise UserError(
-      f"{path} holds no weights, neither plain nor under {', '.join(WRAPPERS)}; was a whole model saved? "
-      "Save its model.state_dict() instead"
+      f"{path} holds no weights, neither plain nor under {', '.join(WRAPPERS)}; was a whole model "
+      "saved? Save its model.state_dict() instead"
     )
-  beside = [
-    str(key)
-    for x in ([tree, state] if found else [tree])
-    for key, value in x.items()
-    if not isinstance(value, np.ndarray) and key not in found
-  ]
-  return filled(
-    {str(key): value for key, value in state.items() if isinstance(value, np.ndarray)}, beside, {}
-  )
+  beside = []
+  for entries in (tree, state) if wrappers else (tree,):
+    for key, value in entries.items():
+      if not isinstance(value, np.ndarray) and key not in wrappers:
+        beside.append(str(key))
+  arrays = {}
+  for key, value in state.items():
+    if isinstance(value, np.ndarray):
+      arrays[str(key)] = value
+  return filled(arrays, beside, {})
 
 
 def filled(state: dict[str, np.ndarray], beside: list[str], metadata: dict[str, str]) -> Weights:
@@ -147,14 +162,15 @@ def filled(state: dict[str, np.ndarray], beside: list[str], metadata: dict[str, 
   weights = {key: x for key, x in state.items() if x.size}
   if not weights:
     raise BadRecord("no tensor in it has a value")
-  return Weights(weights, [*beside, *(key for key in state if key not in weights)], metadata)
+  empty = [key for key in state if key not in weights]
+  return Weights(weights, beside + empty, metadata)
 
 
 def save(state: dict[str, np.ndarray], path, metadata: dict[str, str]) -> None:
   """Writes a safetensors file, whole or not at all."""
-  whole = {key: np.asarray(x, order="C") for key, x in state.items()}
+  arrays = {key: np.asarray(x, order="C") for key, x in state.items()}
   try:
     with files.atomic(path, "wb") as file:
-      safetensors.numpy.save_file(whole, file.name, {"format": "pt"} | metadata)
+      safetensors.numpy.save_file(arrays, file.name, {"format": "pt"} | metadata)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"cannot write {path}: {error}") from None
