@@ -163,8 +163,8 @@ def assign(state, options, path) -> Modules:
     arrays = found.arrays[module]
     if rest in arrays and not np.array_equal(arrays[rest], array):
       raise UserError(
-        f"{path} has {found.theirs[f'{module}.{rest}']} and {key}, which both are {module}.{rest} and differ; "
-        "leave one out with --ignore=REGEX"
+        f"{path} has {found.theirs[f'{module}.{rest}']} and {key}, which both are {module}.{rest} "
+        "and differ; leave one out with --ignore=REGEX"
       )
     arrays[rest], found.theirs[f"{module}.{rest}"] = array, key
     found.prefixes.setdefault(module, key.removesuffix(rest))
@@ -191,7 +191,8 @@ def layout(found: Modules, module: str, path) -> str:
     )
     raise UserError(
       f"{path} has {', '.join(shown[:5])}{more}, which no layout explains; expected "
-      f"{', '.join(text for text, _ in LAYOUTS.values())}; {advice}leave out with --ignore=REGEX what is no encoder"
+      f"{', '.join(text for text, _ in LAYOUTS.values())}; {advice}leave out with --ignore=REGEX "
+      "what is no encoder"
     )
   for key in list(keys):
     renamed = key
@@ -250,9 +251,9 @@ def check(found: Modules, options: Options, path) -> Modules:
   )
   if not found.kinds or strange:
     raise UserError(
-      f"{path} holds {', '.join(strange[:5]) or 'no encoder'}; expected an encoder of the ECG (a ViT), encoders "
-      "of CMR (ResNets), or both under names such as encoder_ecg. and encoder_imaging.; leave out with "
-      "--ignore=REGEX what is none of them"
+      f"{path} holds {', '.join(strange[:5]) or 'no encoder'}; expected an encoder of the ECG (a "
+      "ViT), encoders of CMR (ResNets), or both under names such as encoder_ecg. and "
+      "encoder_imaging.; leave out with --ignore=REGEX what is none of them"
     )
   towers = [module.removeprefix("cmr_") for module in found.kinds]
   if options.tower and options.tower not in towers:

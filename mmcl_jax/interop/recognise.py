@@ -49,12 +49,12 @@ def recognise(
   """Raises UserError where no layout is known, or where the user must say more."""
   c = configuration.defaults(batch=32, steps=1)
   modules = split(state, options, path)
-  found, widths = Found(c.model, options.samples or c.data.samples, modules, {}, [], []), {}
+  found = Found(c.model, options.samples or c.data.samples, modules, {}, [], [])
+  widths = {}
   for module, kind in modules.kinds.items():
     if kind in OF_ECG:
-      spec, samples, widths["ecg"] = (ecg if kind == "ecg_vit" else st_mem)(
-        found, metadata, options
-      )
+      of_kind = ecg if kind == "ecg_vit" else st_mem
+      spec, samples, widths["ecg"] = of_kind(found, metadata, options)
       c.model.towers.ecg = {"fn": kind, "view": "ecg", **spec}
       covariates = last_axis(modules.arrays["ecg"], r"^fcs\.0\.weight$")
       found = found._replace(samples=samples, covariates=covariates)
@@ -67,23 +67,31 @@ def recognise(
 
 def common(values, default):
   """The most frequent value: one misshapen array must not decide how all others are read."""
-  values = list(values)
-  return collections.Counter(values).most_common(1)[0][0] if values else default
+  counts = collections.Counter(values)
+  if not counts:
+    return default
+  ((value, _),) = counts.most_common(1)
+  return value
 
 
 def last_axis(keys, regex: str) -> int:
   """The length of the last axis that most keys of this form have; 0: there is none."""
-  return common((x.shape[-1] for key, x in keys.items() if re.search(regex, key) and x.ndim), 0)
+  lengths = []
+  for key, x in keys.items():
+    if x.ndim and re.search(regex, key):
+      lengths.append(x.shape[-1])
+  return common(lengths, 0)
 
 
 def count(keys, regex: str) -> int:
   """One more than the largest number that the regex's group finds."""
-  number = (
-    max((int(match[1][:9]) for key in keys if (match := re.search(regex, key))), default=-1) + 1
-  )
-  if number > MAX_DEPTH:
-    raise UserError(f"the file numbers {number} blocks; expected at most {MAX_DEPTH}")
-  return number
+  total = 0
+  for key in keys:
+    if match := re.search(regex, key):
+      total = max(total, int(match[1][:9]) + 1)
+  if total > MAX_DEPTH:
+    raise UserError(f"the file numbers {total} blocks; expected at most {MAX_DEPTH}")
+  return total
 
 
 # ---- the ECG encoder
@@ -106,12 +114,14 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
       "mask ratio 0.8, which the file does not say (config.model.towers.ecg.mask_ratio)"
     )
   named = named_size(size)
-  patch = (
-    last_axis(keys, r"^patch_embed\.proj\.weight$")
-    or last_axis(keys, r"^decoder_pred\.bias$")
-    or 100
-  )
-  spec = {"size": named or size, "patch": patch, "mask_ratio": 0.8 if decodes else 0.0, "head": 0}
+  patch = last_axis(keys, r"^patch_embed\.proj\.weight$")
+  patch = patch or last_axis(keys, r"^decoder_pred\.bias$") or 100
+  spec = {
+    "size": named or size,
+    "patch": patch,
+    "mask_ratio": 0.8 if decodes else 0.0,
+    "head": 0,
+  }
   spec["positions"], samples = positions(found, width, patch, options)
   if "decoder_pos_embed" in keys:
     decoder_positions(found, size["decoder"][0])
@@ -132,22 +142,29 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
     else:
       spec["head"] = out
       spec["head_norm"] = spec["pool"] == "attention" and not head and not modulated
-  decoder = ""
-  if decodes:
-    decoder = ", decoder {} wide, {} blocks, {} heads".format(*size["decoder"])
-  found.notes.insert(
-    0,
-    f"ECG encoder: {'MAE' if decodes else 'ViT'} with timm's keys, {width} wide, {depth} blocks, {heads} "
-    f"heads{decoder} (size {named or 'of its own'}), patches of {patch} samples, {samples} samples, "
-    f"{spec['positions']} positions, pool {spec['pool']}"
-    + f", head {spec['head']}"
-    * bool(spec["head"]),
-  )
+  found.notes.insert(0, ecg_note(spec, size, samples))
   if spec.get("head_norm"):
     found.notes.append(
       "its head sees the embedding through fc_norm once more, as in MMCL's code for fine-tuning"
     )
   return spec, samples, spec["head"] or width
+
+
+def ecg_note(spec: dict, size: dict, samples: int) -> str:
+  """What the user is told of the ECG encoder."""
+  architecture, decoder = "ViT", ""
+  if "decoder" in size:
+    architecture = "MAE"
+    decoder = ", decoder {} wide, {} blocks, {} heads".format(*size["decoder"])
+  name = named_size(size) or "of its own"
+  note = (
+    f"ECG encoder: {architecture} with timm's keys, {size['width']} wide, {size['depth']} blocks, "
+    f"{size['heads']} heads{decoder} (size {name}), patches of {spec['patch']} samples, {samples} "
+    f"samples, {spec['positions']} positions, pool {spec['pool']}"
+  )
+  if spec["head"]:
+    note += f", head {spec['head']}"
+  return note
 
 
 def named_size(size: dict) -> str | None:
@@ -166,31 +183,36 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
   those of the published encoder of this width and depth. Of the width alone they would be a guess:
   768 has 12 heads in ViT-B, 8 in MMCL's big.
   """
-  width = last_axis(
-    keys, rf"^({others}|{prefix}blocks\.\d+\.(norm1|norm2|attn\.proj)\.(weight|bias))$"
-  )
+  of_blocks = rf"{prefix}blocks\.\d+\.(norm1|norm2|attn\.proj)\.(weight|bias)"
+  width = last_axis(keys, rf"^({others}|{of_blocks})$")
   if not 0 < width <= MAX_WIDTH or width % 4:
     raise UserError(
-      f"{prefix}blocks are {width} wide; expected a multiple of 4 (sin-cos positions), at most {MAX_WIDTH}"
+      f"{prefix}blocks are {width} wide; expected a multiple of 4 (sin-cos positions), at most "
+      f"{MAX_WIDTH}"
     )
-  known, flag = (DECODER_HEADS, "decoder_heads") if prefix else (HEADS, "heads")
-  told = metadata.get(flag, "")
+  what, flag, published = "encoder", "heads", HEADS
+  if prefix:
+    what, flag, published = "decoder", "decoder_heads", DECODER_HEADS
   depth = count(keys, rf"^{prefix}blocks\.(\d+)\.")
-  heads = getattr(options, flag) or (
-    int(told) if re.fullmatch(r"\d{1,4}", told) else known.get((width, depth))
-  )
+  heads = getattr(options, flag) or stated_heads(metadata, flag) or published.get((width, depth))
   if not heads:
-    published = "; ".join(
-      f"{width} wide, {depth} blocks: {heads}" for (width, depth), heads in sorted(known.items())
-    )
+    sizes = []
+    for (wide, blocks), number in sorted(published.items()):
+      sizes.append(f"{wide} wide, {blocks} blocks: {number}")
     raise UserError(
-      f"the weights do not tell how many attention heads {depth} blocks of a width of {width} have, and no published "
-      f"{'decoder' if prefix else 'encoder'} has this width and depth ({published}); give it with --{flag}=, in "
-      f"Python {flag}="
+      f"the weights do not tell how many attention heads {depth} blocks of a width of {width} "
+      f"have, and no published {what} has this width and depth ({'; '.join(sizes)}); give it with "
+      f"--{flag}=, in Python {flag}="
     )
   if heads < 1 or width % heads:
     raise UserError(f"{flag} is {heads}, which does not divide the width of {width}")
   return width, depth, heads
+
+
+def stated_heads(metadata, flag: str) -> int:
+  """Heads as our own files state them; 0 where they do not."""
+  text = metadata.get(flag, "")
+  return int(text) if re.fullmatch(r"\d{1,4}", text) else 0
 
 
 def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
@@ -205,35 +227,36 @@ def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
   )
   keys = found.modules.arrays["ecg"]
   width = last_axis(keys, r"^(sep_embedding|lead_embeddings\.\d+|norm\.weight)$")
-  told = metadata.get("heads", "")
-  heads = options.heads or (int(told) if re.fullmatch(r"\d{1,4}", told) else width // 64)
+  heads = options.heads or stated_heads(metadata, "heads") or width // 64
   if not 0 < width <= MAX_WIDTH or not heads or width % heads:
     raise UserError(
-      f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of at "
-      f"most {MAX_WIDTH}, give them with --heads="
+      f"ST-MEM's blocks are {width} wide with {heads} heads; expected heads that divide a width of "
+      f"at most {MAX_WIDTH}, give them with --heads="
     )
-  depth, patch = count(keys, r"^block(\d+)\."), last_axis(keys, r"^to_patch_embedding\.2\.weight$")
-  columns = (
-    keys["pos_embedding"].shape[1] - 2 if getattr(keys.get("pos_embedding"), "ndim", 0) == 3 else 0
-  )
+  depth = count(keys, r"^block(\d+)\.")
+  patch = last_axis(keys, r"^to_patch_embedding\.2\.weight$")
+  x, columns = keys.get("pos_embedding"), 0
+  if x is not None and x.ndim == 3:
+    columns = x.shape[1] - 2
   if columns < 1 or not patch:
     raise UserError(
-      "ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or to_patch_embedding.2.weight "
-      "is missing; was the file cut off?"
+      "ST-MEM's pos_embedding is not (1, 2 + patches of a lead, width), or "
+      "to_patch_embedding.2.weight is missing; was the file cut off?"
     )
   samples = columns * patch
   if options.samples not in (None, samples):
     raise UserError(
-      f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are others"
+      f"ST-MEM's encoder has positions for {samples} samples, --samples={options.samples} are "
+      "others"
     )
   size = {"width": width, "depth": depth, "heads": heads}
   named = named_size(size)
   head = len(keys["head.weight"]) if "head.weight" in keys else 0
-  found.notes.append(
-    f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads "
-    f"(size {named or 'of its own'}), "
-    f"patches of {patch} samples, {samples} samples" + f", head {head}" * bool(head)
+  note = (
+    f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads (size "
+    f"{named or 'of its own'}), patches of {patch} samples, {samples} samples"
   )
+  found.notes.append(f"{note}, head {head}" if head else note)
   spec = {"size": named or size, "patch": patch, "head": head}
   return spec, samples, head or width
 
@@ -245,17 +268,17 @@ def table(columns: int, width: int) -> np.ndarray:
 
 def has_positions(x, width: int) -> bool:
   """Is x [1, 1 + L n, width]?"""
-  return (
-    x.ndim == 3
-    and (x.shape[0], x.shape[2]) == (1, width)
-    and x.shape[1] > L
-    and x.shape[1] % L == 1
-  )
+  if x.ndim != 3 or (x.shape[0], x.shape[2]) != (1, width):
+    return False
+  return x.shape[1] > L and x.shape[1] % L == 1
 
 
 def is_table(x, width: int) -> bool:
   """Is x the fixed table, to 1e-5?"""
-  return has_positions(x, width) and np.abs(x - table(x.shape[1] // L, width)).max() < 1e-5
+  if not has_positions(x, width):
+    return False
+  fixed = table(x.shape[1] // L, width)
+  return np.abs(x - fixed).max() < 1e-5
 
 
 def positions(found: Found, width: int, patch: int, options: Options) -> tuple[str, int]:
@@ -263,11 +286,9 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
   keys, theirs = found.modules.arrays["ecg"], found.modules.theirs
   x = keys.get("pos_embed")
   if x is None or not has_positions(x, width):
-    what = (
-      "missing: pos_embed"
-      if x is None
-      else f"of another shape: {theirs['ecg.pos_embed']} {x.shape}"
-    )
+    what = "missing: pos_embed"
+    if x is not None:
+      what = f"of another shape: {theirs['ecg.pos_embed']} {x.shape}"
     found.troubles.append(f"{what}, expected (1, 1 + {L} n, {width})")
     keys.pop("pos_embed", None)
     return "sincos", 50 * patch
@@ -277,8 +298,8 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
     return "sincos", options.samples or samples
   if options.samples not in (None, samples):
     raise UserError(
-      f"the encoder has learned positions for {samples} samples, --samples={options.samples} are others; "
-      "convert it as it is, and let config.init_from interpolate them for a later stage"
+      f"the encoder has learned positions for {samples} samples, --samples={options.samples} are "
+      "others; convert it as it is, and let config.init_from interpolate them for a later stage"
     )
   found.notes.append(
     "positions of its own (trained): a later stage takes them with "
@@ -292,8 +313,8 @@ def decoder_positions(found: Found, width: int) -> None:
   x = found.modules.arrays["ecg"].pop("decoder_pos_embed")
   if not is_table(x, width):
     found.troubles.append(
-      f"of another value: {found.modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the fixed "
-      f"sin-cos table of (1, 1 + {L} n, {width}), the only one that the decoder has"
+      f"of another value: {found.modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the "
+      f"fixed sin-cos table of (1, 1 + {L} n, {width}), the only one that the decoder has"
     )
 
 
@@ -304,10 +325,12 @@ def pooling(found: Found, decodes: bool, options: Options) -> str:
   def has(beginning):
     return any(key.startswith(beginning) for key in keys)
 
-  classifies = "head.weight" in keys and not (has("attention_pool.") or has("fc_norm.") or decodes)
-  pool = options.pool or (
-    "attention" if has("attention_pool.") else "cls" if classifies else "mean"
-  )
+  pool = "mean"
+  if has("attention_pool."):
+    pool = "attention"
+  elif "head.weight" in keys and not has("fc_norm.") and not decodes:
+    pool = "cls"
+  pool = options.pool or pool
   if pool == "cls":
     ignore("ecg", "the pooling that --pool=cls does not use", "fc_norm.", "attention_pool.")
     return pool
@@ -318,7 +341,8 @@ def pooling(found: Found, decodes: bool, options: Options) -> str:
   if not has("fc_norm."):
     found.fresh.update({"ecg/fc_norm/scale": "1", "ecg/fc_norm/bias": "0"})
     found.notes.append(
-      f"fc_norm is not in the file: identity after {pool} pooling (--pool=cls takes the CLS token instead)"
+      f"fc_norm is not in the file: identity after {pool} pooling (--pool=cls takes the CLS token "
+      "instead)"
     )
   return pool
 
@@ -329,29 +353,28 @@ def pooling(found: Found, decodes: bool, options: Options) -> str:
 def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int]:
   """Config of a CMR tower, and the width of its embedding."""
   keys, slow = found.modules.arrays[f"cmr_{name}"], kind == "slow_resnet"
-  stem, first = (
-    ("blocks.0.conv.weight", r"blocks\.{}\.res_blocks\.\d+\.branch2\.(conv_a|norm_a)\.")
-    if slow
-    else ("conv1.weight", r"layer{}\.\d+\.(conv1|bn1)\.")
-  )
+  if slow:
+    stem, axes, channels, sizes = "blocks.0.conv.weight", 5, 1, slow_resnet.SIZES
+    first = r"blocks\.{}\.res_blocks\.\d+\.branch2\.(conv_a|norm_a)\."
+  else:
+    stem, axes, channels, sizes = "conv1.weight", 4, 3, resnet.SIZES
+    first = r"layer{}\.\d+\.(conv1|bn1)\."
   size = match_size(keys, slow, stem, first, name)
-  x, numbers = keys.get(stem), (slow_resnet if slow else resnet).SIZES[size]
-  channels = x.shape[1] if x is not None and x.ndim == 4 + slow else 1 if slow else 3
+  x, numbers = keys.get(stem), sizes[size]
+  if x is not None and x.ndim == axes:
+    channels = x.shape[1]
   if slow:
     pool = keys.get("temporal_mlp.weight")
     planes = pool.shape[-1] if pool is not None and pool.ndim == 2 else 6
     if channels > 1:
       keys[stem] = x.sum(axis=1, keepdims=True)
       found.notes.append(
-        f"cmr_{name}: the stem's {channels} input channels are summed to one, the same for a grey image"
+        f"cmr_{name}: the stem's {channels} input channels are summed to one, the same for a grey "
+        "image"
       )
     if not any(key.startswith("temporal_mlp.") for key in keys):
-      found.fresh.update(
-        {
-          f"cmr_{name}/backbone/slice_pool/kernel": "1 / planes",
-          f"cmr_{name}/backbone/slice_pool/bias": "0",
-        }
-      )
+      found.fresh[f"cmr_{name}/backbone/slice_pool/kernel"] = "1 / planes"
+      found.fresh[f"cmr_{name}/backbone/slice_pool/bias"] = "0"
       found.notes.append(
         f"cmr_{name}: the Linear over slices is not in the file: the mean over {planes} of them"
       )
@@ -360,21 +383,19 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
   view = options.view or default_view(name, slow, planes)
   if view not in schema.VIEWS:
     raise UserError(f"--view={view}; expected one of {', '.join(schema.VIEWS)}")
-  features = numbers["widths"][-1] * (4 if numbers["block"] is Bottleneck else 1)
-  width = last_axis(keys, r"^fc\.bias$") or (len(keys["fc.weight"]) if "fc.weight" in keys else 0)
+  features = numbers["widths"][-1]
+  if numbers["block"] is Bottleneck:
+    features *= 4
+  width = last_axis(keys, r"^fc\.bias$")
+  if not width and "fc.weight" in keys:
+    width = len(keys["fc.weight"])
   linear = f", a Linear to {width} after them" if width else ""
   found.notes.append(
-    f"CMR encoder {name}: {LAYOUTS[kind][0]}, size {size}, {planes} {'slices' if slow else 'channels'} seen of "
-    f"the view {view}, {features} features{linear}"
+    f"CMR encoder {name}: {LAYOUTS[kind][0]}, size {size}, {planes} "
+    f"{'slices' if slow else 'channels'} seen of the view {view}, {features} features{linear}"
   )
-  return dict(
-    fn=kind,
-    size=size,
-    view=view,
-    planes=planes,
-    width=width,
-    frozen=False,
-  ), width or features
+  spec = dict(fn=kind, size=size, view=view, planes=planes, width=width, frozen=False)
+  return spec, width or features
 
 
 def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
@@ -384,39 +405,37 @@ def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
     stem: key of the first convolution.
     first: regex, with the stage to be filled in, of the layers that are as wide as their stage.
   """
-  known = (slow_resnet if slow else resnet).SIZES
-
-  def width(i):
-    return common(
-      (x.shape[0] for key, x in keys.items() if re.match(first.format(i), key) and x.ndim), 0
-    )
-
-  widths = [
-    width(i) for i in range(1, count(keys, r"^blocks\.(\d+)\." if slow else r"^layer(\d+)\."))
-  ]
+  sizes, stages = resnet.SIZES, count(keys, r"^layer(\d+)\.")
+  if slow:
+    sizes, stages = slow_resnet.SIZES, count(keys, r"^blocks\.(\d+)\.")
+  widths = []
+  for stage in range(1, stages):
+    of_stage = re.compile(first.format(stage))
+    lengths = [x.shape[0] for key, x in keys.items() if of_stage.match(key) and x.ndim]
+    widths.append(common(lengths, 0))
   channels = len(keys[stem]) if stem in keys and keys[stem].ndim else 0
   bottleneck = slow or any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in keys)
-  for size, numbers in known.items():
-    if (
-      (numbers["block"] is Bottleneck) == bottleneck
-      and list(numbers["widths"]) == widths
-      and channels in (0, numbers["stem"])
-    ):
+  described = []
+  for size, numbers in sizes.items():
+    same_block = (numbers["block"] is Bottleneck) == bottleneck
+    same_stem = channels in (0, numbers["stem"])
+    if same_block and same_stem and list(numbers["widths"]) == widths:
       return size
-  sizes = "; ".join(
-    f"{size}: {numbers['stem']}, {', '.join(map(str, numbers['widths']))}"
-    for size, numbers in known.items()
-  )
+    described.append(f"{size}: {numbers['stem']}, {', '.join(map(str, numbers['widths']))}")
+  blocks = "bottleneck" if bottleneck else "basic"
   raise UserError(
-    f"the encoder {name} has a stem of {channels} channels, {'bottleneck' if bottleneck else 'basic'} blocks and "
-    f"stages of {', '.join(map(str, widths)) or 'no'} channels; expected one of these sizes: {sizes}"
+    f"the encoder {name} has a stem of {channels} channels, {blocks} blocks and stages of "
+    f"{', '.join(map(str, widths)) or 'no'} channels; expected one of these sizes: "
+    f"{'; '.join(described)}"
   )
 
 
 def default_view(name: str, slow: bool, planes: int) -> str:
   if f"{name}_volume" in schema.VIEWS:
     return f"{name}_volume"
-  return "ed_volume" if slow else "three_frames" if planes == 3 else "cine_slice"
+  if slow:
+    return "ed_volume"
+  return "three_frames" if planes == 3 else "cine_slice"
 
 
 # ---- projection heads
@@ -430,45 +449,44 @@ def projection(found: Found, widths: dict[str, int], path) -> dict:
     widths: tower -> width of what its head sees.
   """
   arrays = found.modules.arrays
-  strange = sorted(
-    found.modules.theirs[f"{module}.{key}"]
-    for module in arrays
-    for key in arrays[module]
-    if module.startswith("head_") and module.removeprefix("head_") not in widths
-  )
+  strange = []
+  for module, keys in arrays.items():
+    if module.startswith("head_") and module.removeprefix("head_") not in widths:
+      strange += [found.modules.theirs[f"{module}.{key}"] for key in keys]
   if strange:
     raise UserError(
-      f"{path} has {', '.join(strange[:5])}, a projection head of no encoder in it; leave it out with "
-      "--ignore=REGEX"
+      f"{path} has {', '.join(sorted(strange)[:5])}, a projection head of no encoder in it; leave "
+      "it out with --ignore=REGEX"
     )
-  sizes = {name: head_size(keys) for name in widths if (keys := arrays.get(f"head_{name}"))}
+  sizes = {}
+  for name in widths:
+    if keys := arrays.get(f"head_{name}"):
+      sizes[name] = head_size(keys)
   if not sizes:
     width = max(widths.values())
     for name in widths:
-      found.fresh.update(
-        {
-          f"head_{name}/fc{i}/{leaf}": value
-          for i in (1, 2)
-          for leaf, value in (("kernel", "(1, -1)"), ("bias", "0"))
-        }
-      )
+      for layer in ("fc1", "fc2"):
+        found.fresh[f"head_{name}/{layer}/kernel"] = "(1, -1)"
+        found.fresh[f"head_{name}/{layer}/bias"] = "0"
     found.notes.append(
       "no projection head in the file: the projections are the embeddings as they are"
     )
     return dict(hidden=2 * width, width=width, norm=False)
   own = sizes.get("ecg")
   size, *others = [size for name, size in sizes.items() if name != "ecg"] or [own]
-  if any(other != size for other in others) or (own and own | {"hidden": size["hidden"]} != size):
-    shown = ", ".join(
-      f"{name} {one['hidden']}, {one['width']}{', batch norm' * one['norm']}"
-      for name, one in sizes.items()
-    )
+  ecg_differs = own is not None and own | {"hidden": size["hidden"]} != size
+  if ecg_differs or any(other != size for other in others):
+    shown = []
+    for name, head in sizes.items():
+      norm = ", batch norm" if head["norm"] else ""
+      shown.append(f"{name} {head['hidden']}, {head['width']}{norm}")
     raise UserError(
-      f"{path} has projection heads of different sizes ({shown}), and one run has them alike, but for the hidden "
-      "width of the ECG's; convert one tower at a time with --tower=NAME"
+      f"{path} has projection heads of different sizes ({', '.join(shown)}), and one run has them "
+      "alike, but for the hidden width of the ECG's; convert one tower at a time with --tower=NAME"
     )
-  shown = "; ".join(f"{name} {one['hidden']} to {one['width']}" for name, one in sizes.items())
-  found.notes.append(f"projection heads: {shown}{', with batch norm' * size['norm']}")
+  shown = "; ".join(f"{name} {head['hidden']} to {head['width']}" for name, head in sizes.items())
+  norm = ", with batch norm" if size["norm"] else ""
+  found.notes.append(f"projection heads: {shown}{norm}")
   return size | {"ecg_hidden": own["hidden"] if own and own != size else 0}
 
 

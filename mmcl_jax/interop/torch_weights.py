@@ -35,7 +35,8 @@ def load(path, **options):
     tower: which tower to take of a file with several ("ecg", "image", ...), or how to call the only
     CMR encoder.
     heads, decoder_heads: attention heads, where no published encoder has this width and depth.
-    pool: mean | attention | cls, where it is not what the keys tell (fc_norm: mean; head and norm alone: cls).
+    pool: mean | attention | cls, where it is not what the keys tell (fc_norm: mean; head and norm
+      alone: cls).
     samples: length of the ECGs that it is for, where positions are fixed and it is not the one it
       was trained on.
     view: which view a CMR encoder looks at (schema.VIEWS).
@@ -66,8 +67,8 @@ def read(path, dtype: str = "float32", **options) -> Loaded:
   variables, troubles = fill(model, found, dtype)
   if troubles:
     raise UserError(
-      f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: {'; '.join(troubles)}. Leave keys "
-      "out by --ignore=REGEX; what is missing cannot be made up"
+      f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: "
+      f"{'; '.join(troubles)}. Leave keys out by --ignore=REGEX; what is missing cannot be made up"
     )
   return Loaded(model, unflatten_variables(variables), report(path, weights, found, variables))
 
@@ -75,9 +76,10 @@ def read(path, dtype: str = "float32", **options) -> Loaded:
 def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
   """(collection, path) -> array of every variable, and what stands against that: every key that
   does not fit."""
-  arrays = {
-    f"{module}.{key}": x for module, keys in found.modules.arrays.items() for key, x in keys.items()
-  }
+  arrays = {}
+  for module, keys in found.modules.arrays.items():
+    for key, x in keys.items():
+      arrays[f"{module}.{key}"] = x
   theirs, prefixes = found.modules.theirs, found.modules.prefixes
   expected = shapes(model, found.covariates)
   names = dict(naming.names(expected, model.config))
@@ -88,10 +90,8 @@ def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
       continue
     name = names[place]
     module, _, rest = name.key.partition(".")
-    key, x = (
-      theirs.get(name.key, prefixes.get(module, f"{module}.") + rest),
-      arrays.pop(name.key, None),
-    )
+    key = theirs.get(name.key, prefixes.get(module, f"{module}.") + rest)
+    x = arrays.pop(name.key, None)
     if x is None:
       troubles["missing"].append(f"{key} {name.shape}")
     elif x.shape != name.shape:
@@ -104,22 +104,22 @@ def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
       if not np.isfinite(variables[place]).all():
         troubles["not finite"].append(key)
   troubles["not expected"] = [f"{theirs[key]} {x.shape}" for key, x in arrays.items()]
-  return variables, found.troubles + [
-    f"{what}: {', '.join(keys)}" for what, keys in troubles.items() if keys
-  ]
+  all_troubles = list(found.troubles)
+  for what, keys in troubles.items():
+    if keys:
+      all_troubles.append(f"{what}: {', '.join(keys)}")
+  return variables, all_troubles
 
 
 def report(path, weights, found: recognise.Found, variables) -> list[str]:
   size = sum(x.size for place, x in variables.items() if place[1] not in found.fresh)
-  lines = [
-    *found.notes,
-    f"{len(variables) - len(found.fresh)} arrays of {size:,} numbers loaded from {path}",
-  ]
+  count = len(variables) - len(found.fresh)
+  lines = [*found.notes, f"{count} arrays of {size:,} numbers loaded from {path}"]
   if found.fresh:
-    lines.append(
-      f"left at identity: {', '.join(f'{name} = {value}' for name, value in found.fresh.items())}"
-    )
-  lines += [f"ignored, {what}: {', '.join(keys)}" for what, keys in found.modules.ignored.items()]
+    values = [f"{name} = {value}" for name, value in found.fresh.items()]
+    lines.append(f"left at identity: {', '.join(values)}")
+  for what, keys in found.modules.ignored.items():
+    lines.append(f"ignored, {what}: {', '.join(keys)}")
   if weights.beside:
     lines.append(f"ignored, beside the weights: {', '.join(weights.beside)}")
   return lines
@@ -131,11 +131,13 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
   if path.endswith("/fc1/kernel"):  # relu(x) - relu(-x) = x
     return np.eye(*shape, dtype=dtype) - np.eye(*shape, k=shape[1] // 2, dtype=dtype)
   if path.endswith("/fc2/kernel"):
-    D = shape[0] // 2
-    return np.concatenate([np.eye(D, shape[1], dtype=dtype), -np.eye(D, shape[1], dtype=dtype)])
+    identity = np.eye(shape[0] // 2, shape[1], dtype=dtype)
+    return np.concatenate([identity, -identity])
   if path.endswith("/slice_pool/kernel"):
     return np.full(shape, 1 / shape[0], dtype)
-  return np.ones(shape, dtype) if path.endswith("/scale") else np.zeros(shape, dtype)
+  if path.endswith("/scale"):
+    return np.ones(shape, dtype)
+  return np.zeros(shape, dtype)
 
 
 def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -199,44 +201,53 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
   check_tower(c, tower)
   flat = {place: np.asarray(x) for place, x in flatten_variables(variables).items()}
   names = dict(naming.names({place: x.shape for place, x in flat.items()}, c))
-  state = {name.key: name.to_torch(flat[place]) for place, name in names.items()}
-  state |= {
-    f"{key.removesuffix('running_mean')}num_batches_tracked": np.zeros((), np.int64)
-    for key in state
-    if key.endswith(".running_mean")
-  }
+  state = {}
+  for place, name in names.items():
+    state[name.key] = name.to_torch(flat[place])
+    if name.key.endswith(".running_mean"):
+      batch_norm = name.key.removesuffix("running_mean")
+      state[f"{batch_norm}num_batches_tracked"] = np.zeros((), np.int64)
   if "ecg" in c.towers:
     state |= tables(model, flat["params", "ecg/patch_embed/kernel"].dtype)
-  module, unwanted = "", ()
-  if tower in ("ecg", "ecg_mae"):
-    module, unwanted = (
-      "ecg.",
-      ("fc_norm.", "attention_pool.", "head.")
-      if tower == "ecg_mae"
-      else ("decoder_", "mask_token"),
-    )
-    if tower == "ecg" and c.towers.ecg.get("pool", "cls") != "cls":
-      unwanted += ("norm.",)  # the decoder's
-  elif tower:
-    module = f"cmr_{tower}."
-  kept = {key: key.removeprefix(module) for key in state if key.startswith(module)}
-  kept = {key: theirs for key, theirs in kept.items() if not theirs.startswith(unwanted)}
-  left = [place[1] for place in flat if place not in names or names[place].key not in kept]
-  return {theirs: state[key] for key, theirs in kept.items()}, left
+  module, unwanted = module_of(c, tower)
+  theirs = {}  # key -> key within the module
+  for key in state:
+    within = key.removeprefix(module)
+    if key.startswith(module) and not within.startswith(unwanted):
+      theirs[key] = within
+  left = []
+  for place in flat:
+    if place not in names or names[place].key not in theirs:
+      left.append(place[1])
+  return {within: state[key] for key, within in theirs.items()}, left
+
+
+def module_of(c, tower: str | None) -> tuple[str, tuple[str, ...]]:
+  """(what the keys of a tower begin with, what those within it begin with that are left out)."""
+  if tower is None:
+    return "", ()
+  if tower == "ecg_mae":
+    return "ecg.", ("fc_norm.", "attention_pool.", "head.")
+  if tower != "ecg":
+    return f"cmr_{tower}.", ()
+  if c.towers.ecg.get("pool", "cls") == "cls":
+    return "ecg.", ("decoder_", "mask_token")
+  return "ecg.", ("decoder_", "mask_token", "norm.")  # the last is the decoder's
 
 
 def check_tower(c, tower: str | None) -> None:
   """Is the tower there, and is there a PyTorch layout of it?"""
-  ecg, known = c.towers.get("ecg", {}), list(c.towers)
+  ecg = c.towers.get("ecg", {})
+  choices = list(c.towers)
   if ecg.get("mask_ratio"):
-    known.append("ecg_mae")
-  if tower not in (None, *known):
-    raise UserError(f"--tower={tower}; this model has {', '.join(known)}")
+    choices.append("ecg_mae")
+  if tower not in (None, *choices):
+    raise UserError(f"--tower={tower}; this model has {', '.join(choices)}")
   for name in c.towers if tower is None else [tower.removesuffix("_mae")]:
     if name == "ecg" and ecg.get("film") and not ecg.film_after:
       raise UserError(
-        "the ECG encoder is modulated by covariates (config.model.towers.ecg.film), for which PyTorch's ViTs have no "
-        "layer; train one without"
+        "the ECG encoder is modulated by covariates (config.model.towers.ecg.film), for which "
+        "PyTorch's ViTs have no layer; train one without"
       )
     if c.towers[name].fn not in modules.LAYOUTS:
       raise UserError(
@@ -250,12 +261,15 @@ def tables(model, dtype) -> dict[str, np.ndarray]:
   c = model.config.towers.ecg
   if c.fn != "ecg_vit":
     return {}
-  size, columns, found = vit.sized(c.size, c.decoder), model.samples // c.patch, {}
+  size = vit.sized(c.size, c.decoder)
+  columns = model.samples // c.patch
+  positions = {}
   if c.positions == "sincos":
-    found["ecg.pos_embed"] = size["width"]
+    positions["ecg.pos_embed"] = recognise.table(columns, size["width"]).astype(dtype)
   if c.mask_ratio:
-    found["ecg.decoder_pos_embed"] = size["decoder"][0]
-  return {key: recognise.table(columns, width).astype(dtype) for key, width in found.items()}
+    table = recognise.table(columns, size["decoder"][0])
+    positions["ecg.decoder_pos_embed"] = table.astype(dtype)
+  return positions
 
 
 def save(model, variables, path, tower: str | None = None) -> list[str]:
