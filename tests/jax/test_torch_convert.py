@@ -197,7 +197,7 @@ def test_the_config_and_what_was_recognised_are_told(converted, tmp_path, autoen
   assert (
     config["data"]["samples"] == SAMPLES
     and config["data"]["ecg_profile"] == "minimal"
-    and config["model"]["ecg"]["size"] == "test"
+    and config["model"]["towers"]["ecg"]["size"] == "test"
   )
   manifest = json.loads((converted / "checkpoints/0/meta/manifest.json").read_text())
   assert manifest["origin"] == "mae.pth" and manifest["files"]
