@@ -8,6 +8,7 @@ many steps and at the end; -1, or no `every`, is config.every.evaluate, and 0 is
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -83,9 +84,28 @@ def one(name: str, entry: dict, default: int) -> Evaluator:
       f"{where} has the keys {sorted(entry)}; expected fn, every and the parameters of fn"
     )
   fn, every = entry.pop("fn"), entry.pop("every", -1)
-  function = registry.resolve(fn, BUILT_IN, f"{where}.fn")
+  function = find(fn, f"{where}.fn")
   registry.check_parameters(function, entry, where, fn, passed=1)
   return Evaluator(name, default if every == -1 else every, checked(function, entry, where, fn))
+
+
+def find(fn: str, where: str) -> Callable:
+  """The evaluator that `fn` names.
+
+  The config of a workdir, which may come from somebody else, names evaluators too, so no function is
+  accepted that was not written as one: its first parameter must be called `context`.
+  """
+  function = registry.resolve(fn, BUILT_IN, where)
+  try:
+    names = list(inspect.signature(function).parameters)
+  except (TypeError, ValueError):  # no function, or a built-in one of Python
+    names = []
+  if names[:1] != ["context"]:
+    raise UserError(
+      f"{where} is {fn!r}, whose first parameter is not `context`; expected an evaluator, "
+      "(context, **parameters) -> Result"
+    )
+  return function
 
 
 def checked(function: Callable, parameters: dict, where: str, fn: str) -> Callable:

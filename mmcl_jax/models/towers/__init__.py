@@ -7,8 +7,7 @@ The tower named `ecg`, and only that, sees the view `ecg`; all others see a view
 a name of BUILT_IN or "package.module:Class" of one's own. The entry's other keys are the tower's
 own parameters, except for those of `entry`.
 
-A tower is a Flax module class, or a function that returns a module. `Tower(**parameters)` is
-called as
+A tower is a Flax module class. `Tower(**parameters)` is called as
 
     tower(x, rows, train, keys) -> tokens [B, N, D], embedding [B, F], both at least float32
 
@@ -101,7 +100,7 @@ def complete_entry(name: str, spec: ConfigDict) -> dict:
     raise UserError(
       f"{where}.view is {spec.get('view')!r}; expected one of {', '.join(views)}{hint}"
     )
-  part = registry.resolve(spec["fn"], BUILT_IN, f"{where}.fn")
+  part = find(spec["fn"], f"{where}.fn")
   common = entry(spec["view"])
   own = {key: value for key, value in spec.items() if key not in common}
   without = (*common, *GIVEN, *OF_FLAX)
@@ -116,9 +115,21 @@ def complete_entry(name: str, spec: ConfigDict) -> dict:
   }
 
 
+def find(fn: str, where: str) -> type[nn.Module]:
+  """The tower that `fn` names.
+
+  Nothing but a Flax module is accepted: the config of a workdir, which may come from somebody else,
+  names towers too, and calling any function with the parameters there could run anything.
+  """
+  part = registry.resolve(fn, BUILT_IN, where)
+  if not (isinstance(part, type) and issubclass(part, nn.Module)):
+    raise UserError(f"{where} is {fn!r}, which is no flax.linen.Module class; expected a tower")
+  return part
+
+
 def build(spec, **given) -> nn.Module:
   """The module that a complete entry of config.model.towers describes; given: of GIVEN."""
-  part = registry.resolve(spec["fn"], BUILT_IN, "fn")
+  part = find(spec["fn"], "fn")
   common = entry(spec["view"])
   own = {key: plain(value) for key, value in spec.items() if key not in common}
   takes = {parameter.name for parameter in registry.parameters(part)}
