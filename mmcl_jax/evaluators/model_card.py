@@ -16,39 +16,12 @@ from mmcl_jax import configuration
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import one_line
-from mmcl_jax.evaluators import data, diseases, phenotypes, readouts, report, retrieval
+from mmcl_jax.evaluators import data, diseases, pages, phenotypes, readouts, report, retrieval
 from mmcl_jax.evaluators.base import Table, number
 from mmcl_jax.models import pretrainer, vit
 from mmcl_jax.models import towers as tower_lib
 
 RESEARCH_ONLY = "Research only. Not a medical device."
-USE = """\
-- Features for research on ECGs: the embedding as input of further models, or the weights as their start.
-- Research on groups of people by phenotypes predicted from their ECGs, with the errors that an evaluation finds.
-
-Out of scope:
-
-- Diagnosis, screening, treatment, or any other decision on a person. It does not replace a cardiac MRI.
-- ECGs that differ from its input (see model details): fewer leads, shorter recordings, other normalisation.
-- People, recorders or sites unlike those of the training data, before it has been evaluated on them
-  (`mmcl evaluate --cohort=DIR`).
-- Finding out who a recording is of, or what its owner has not agreed to have told."""
-ETHICS = """\
-An ECG tells of its owner's sex, age and health. Embeddings and predictions of people's recordings are personal health
-data, to be kept as the recordings are. The weights were made of participants' recordings: whether they may be passed on
-is for those who gave the data to say. So is whether the counts of this card may be published where they are of few
-people. Nobody has studied here whether using the model helps or harms anybody."""
-LOADER = """\
-Needs jax, numpy and flatbuffers, not mmcl_jax:
-
-```python
-from jax import export, jit
-encoder = jit(export.deserialize(open("encoder.stablehlo", "rb").read()).call)
-outputs = encoder(ecg)  # float32 [B, {leads}, {samples}] -> {outputs}
-```
-
-It is compiled once for every B that it meets. `export.json` beside it has the normalisation of the input step by step,
-the names and units of the outputs, and the checksum of the file."""
 
 
 def model_card(config, manifest: dict, results: dict | None) -> str:
@@ -59,22 +32,25 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
     manifest: of the checkpoint (training.checkpoint).
     results: what `mmcl evaluate` wrote for the checkpoint (results.json); None: not evaluated.
   """
-  sections = {
-    "Model details": details(config, manifest),
-    "Intended use": USE,
-    "Factors": factors(manifest, results),
-    "Metrics": metrics(results),
-    "Evaluation data": evaluation_data(manifest, results),
-    "Training data": training_data(manifest, results),
-    "Quantitative analyses": scores(results),
-    "Ethical considerations": ETHICS,
-    "Caveats and recommendations": caveats(results),
-    "How to load it": loader(config, results),
-  }
-  told = (results.get("note"), results.get("seen_people", {}).get("note")) if results else ()
-  notes = [RESEARCH_ONLY, *map(escaped, filter(None, told))]
-  head = [f"# Model card: ECG encoder, step {manifest['step']}", *(f"**{note}**" for note in notes)]
-  return "\n\n".join([*head, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
+  told = [RESEARCH_ONLY]
+  if results:
+    seen = results.get("seen_people", {}).get("note")
+    told += [escaped(note) for note in (results.get("note"), seen) if note]
+  return pages.render(
+    "model_card.md.j2",
+    step=manifest["step"],
+    notes=told,
+    details=details(config, manifest),
+    factors=factors(manifest, results),
+    metrics=metrics(results),
+    evaluation_data=evaluation_data(manifest, results),
+    training_data=training_data(manifest, results),
+    scores=scores(results),
+    caveats=caveats(results),
+    leads=len(schema.LEADS),
+    samples=preprocess_ecg.samples(config.data.ecg_profile),
+    outputs=outputs(config, results),
+  )
 
 
 def details(config, manifest):
@@ -311,14 +287,13 @@ def gains(differences):
   parts = []
   for name, words in told.items():
     lows = [one["ci"][0] for one in differences.get(name, {}).values()]
-    parts += [
-      f"{words} in {sum(low is not None and low > 0 for low in lows)} of {len(lows)} phenotypes"
-    ] * bool(lows)
-  return [
-    prose(
-      f"R2 is higher, by a difference whose own 95 % interval lies above 0: {'; '.join(parts)}."
-    )
-  ] * bool(parts)
+    if lows:
+      better = sum(low is not None and low > 0 for low in lows)
+      parts.append(f"{words} in {better} of {len(lows)} phenotypes")
+  if not parts:
+    return []
+  text = "R2 is higher, by a difference whose own 95 % interval lies above 0"
+  return [prose(f"{text}: {'; '.join(parts)}.")]
 
 
 def caveats(results):
@@ -335,15 +310,12 @@ def caveats(results):
   return "\n\n".join(prose(part) for part in parts)
 
 
-def loader(config, results):
-  outputs = {"embedding": width(config)}
+def outputs(config, results) -> str:
+  """What the exported encoder returns, as Python: {'embedding': [B, 768], ...}."""
+  widths = {"embedding": width(config)}
   if results and results["phenotypes"]:
-    outputs["phenotypes"] = len(results["phenotypes"])
-  return LOADER.format(
-    leads=len(schema.LEADS),
-    samples=preprocess_ecg.samples(config.data.ecg_profile),
-    outputs=f"{{{', '.join(f'{name!r}: [B, {n}]' for name, n in outputs.items())}}}",
-  )
+    widths["phenotypes"] = len(results["phenotypes"])
+  return "{" + ", ".join(f"{name!r}: [B, {width}]" for name, width in widths.items()) + "}"
 
 
 def prose(text: str) -> str:

@@ -1,7 +1,6 @@
 """The page `quality.html`: one file that loads nothing, for a phone or a desk, with or without
 colour."""
 
-import base64
 import io
 import re
 
@@ -10,155 +9,77 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mmcl_jax.evaluators import pages
 from mmcl_jax.evaluators.figures import INK, LIGHT, MID, plain
-from mmcl_jax.evaluators.report import STYLE, as_html
 
 LISTED = 1000  # of what was left out, listed on the page; quality.json has all
 LINES = {"women": ("-", INK), "men": ("--", INK), "sex unknown": (":", INK), "all": ("-", MID)}
-PAGE_STYLE = """body{max-width:72em}td.t,th.t{text-align:left;white-space:normal;overflow-wrap:anywhere}
-.bar{width:8em;background:#e8e8e8}.bar div{background:#555;height:.7em}
-.scroll img{min-width:46em;width:100%;display:block}figure{margin:1.5em 0}
-figcaption{font-size:.9em;overflow-wrap:anywhere}.small{font-size:.85em;color:#555}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(15em,1fr));gap:.6em}.tiles img{width:100%}
-code{white-space:nowrap}summary{cursor:pointer;padding:.4em 0}"""
 
 
 def page(summary: dict, images: dict[str, bytes], sheet: list[tuple[str, bytes]]) -> str:
-  """One self-contained HTML page; its policy forbids it to load anything."""
-  kept, rejected = sum(summary["counts"].values()), len(summary["rejected"])
-  most = max([*summary["steps"].values(), kept, 1])
-  counts = [
-    *summary["steps"].items(),
-    *((f"of which {split}", n) for split, n in summary["counts"].items()),
-  ]
-  funnel = [
-    [as_html(step), f"{n:,}", f'<div class="bar"><div style="width:{n / most:.1%}"></div></div>']
-    for step, n in counts
-  ]
-  parts = ["<h1>Quality of the cohort</h1>"]
-  if summary["note"]:
-    parts.append(f'<p class="note">{as_html(summary["note"])}</p>')
-  parts += [
-    f"<p><b>{kept:,} records kept, {rejected:,} left out</b>, {len(summary['flagged']):,} kept with a remark."
-    "</p>",
-    *(f"<p><b>Look:</b> {as_html(text)}.</p>" for text in summary["suspicions"]),
-    "<dl>"
-    + "".join(
-      f"<dt>{as_html(name.replace('_', ' '))}</dt><dd>{as_html(value)}</dd>"
-      for name, value in summary["cohort"].items()
-    )
-    + "</dl>",
-    "<h2>From files to records</h2>",
-    _table(["t:step", "count", ""], funnel),
-    "<h2>Left out, and why</h2>",
-    _groups(summary["reasons"], "reason", "Nothing was left out."),
-  ]
-  if rejected:
-    rows = [
-      [f"<code>{as_html(entry['id'])}</code>", as_html(entry["reason"])]
-      for entry in summary["rejected"][:LISTED]
-    ]
-    more = (
-      f"<p>The other {rejected - LISTED:,} are in quality.json.</p>" if rejected > LISTED else ""
-    )
-    parts.append(
-      f"<details><summary>All that was left out ({rejected:,})</summary>"
-      f"{_table(['t:record', 't:reason'], rows)}{more}</details>"
-    )
-  parts += [
-    "<h2>Kept with a remark</h2>",
-    _groups(summary["flags"], "remark", "No record has a remark."),
-  ]
-  parts += ["<h2>Phenotypes</h2>", *_phenotypes(summary["phenotypes"])]
-  if images:
-    parts += [
-      '<p class="small">Under the axis: published mean (diamond) and two SD to either side.</p>',
-      '<div class="tiles">'
-      + "".join(_image(f"histogram of {name}", image) for name, image in images.items())
-      + "</div>",
-    ]
-  parts += [f"<h2>{len(sheet)} records drawn at random</h2>"]
-  parts += [
-    f"<figure><figcaption>{as_html(caption)}</figcaption>"
-    + (f'<div class="scroll">{_image("ECG and heart", image)}</div>' if image else "")
-    + "</figure>"
-    for caption, image in sheet
-  ]
-  parts.append(
-    '<p class="small">This page shows data of persons under salted names: guard it like the cohort.</p>'
-  )
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Quality of the cohort</title>'
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-    "style-src 'unsafe-inline'\">"
-    f'<meta name="viewport" content="width=device-width"><style>{STYLE}\n{PAGE_STYLE}</style></head>\n<body>\n'
-    + "\n".join(parts)
-    + "\n</body></html>\n"
+  """One self-contained HTML page; its policy forbids it to load anything.
+
+  Args:
+    summary: of quality.summarise.
+    images: PNGs of the phenotypes' histograms, by name.
+    sheet: caption and PNG of the records that are drawn, b"" of one without a signal.
+  """
+  kept = sum(summary["counts"].values())
+  funnel = list(summary["steps"].items())
+  for split, count in summary["counts"].items():
+    funnel.append((f"of which {split}", count))
+  return pages.render(
+    "quality.html.j2",
+    heading="Quality of the cohort",
+    summary=summary,
+    kept=kept,
+    rejected=len(summary["rejected"]),
+    listed=LISTED,
+    funnel=funnel,
+    most=max([*summary["steps"].values(), kept, 1]),
+    phenotypes=phenotype_rows(summary["phenotypes"]),
+    sources="; ".join(published_in(summary["phenotypes"])),
+    images=images,
+    sheet=sheet,
   )
 
 
-def _phenotypes(phenotypes):
-  if not phenotypes:
-    return ["<p>This cohort has no phenotypes.</p>"]
-  rows, sources = [], {}
-  for name, p in phenotypes.items():
-    known = p["published"]
-    cells = [
-      f"{as_html(name)}<br><small>{as_html(p['unit'])}</small>",
-      f"{p['n']:,}" + (f"<br><small>{p['missing']:,} missing</small>" if p["missing"] else ""),
-      _interval(p),
-      "-" if p["outside_4_sd"] is None else f"{p['outside_4_sd']:.2%}",
-    ]
+def phenotype_rows(phenotypes: dict) -> list[dict]:
+  """The cells of the table of phenotypes, a dict a row; `groups` are of all, women and men."""
+  rows = []
+  for name, found in phenotypes.items():
+    groups = []
     for who in ("all", "women", "men"):
-      mark = "<b>far off</b> " if who in p["far_from_published"] else ""
-      cells.append(
-        _spread(p if who == "all" else p.get(who))
-        + (f"<br><small>{mark}{_given(known[who])}</small>" if who in known else "")
+      known = found["published"].get(who)
+      groups.append(
+        {
+          "spread": _spread(found if who == "all" else found.get(who)),
+          "published": _given(known) if known else "",
+          "far": who in found["far_from_published"],
+        }
       )
-    rows.append(cells)
-    sources |= {re.split("[;:] ", moments["source"])[0]: None for moments in known.values()}
-  heads = ["phenotype", "n", "median [5, 95 %]", "outside 4 SD", "all", "women", "men"]
-  return [
-    _table(heads, rows),
-    '<p class="small">All, women, men: mean \u00b1 SD, and under it what is published for UK Biobank '
-    f"({as_html('; '.join(sources) or 'nothing on these')}). Far off: the mean is more than one published SD "
-    "away from the published one: another population or method, or a wrong unit or column.</p>",
-  ]
+    outside = found["outside_4_sd"]
+    rows.append(
+      {
+        "name": name,
+        "unit": found["unit"],
+        "n": found["n"],
+        "missing": found["missing"],
+        "median": _interval(found),
+        "outside": "-" if outside is None else f"{outside:.2%}",
+        "groups": groups,
+      }
+    )
+  return rows
 
 
-def _groups(groups, what, none):
-  if not groups:
-    return f"<p>{none}</p>"
-  rows = [
-    [
-      f"{group['records']:,}",
-      f"{as_html(group['text'])}<br><small>such as "
-      + ", ".join(f"<code>{as_html(name)}</code>" for name in group["examples"])
-      + "</small>",
-    ]
-    for group in groups
-  ]
-  return _table(["records", f"t:{what} (# = any number)"], rows)
-
-
-def _table(heads, rows):
-  """HTML of a table; a head that begins with t: is of a column of text that may wrap. Cells are
-  HTML already."""
-  kinds = [' class="t"' if head.startswith("t:") else "" for head in heads]
-  head = "".join(
-    f"<th{kind}>{as_html(head.removeprefix('t:'))}</th>" for kind, head in zip(kinds, heads)
-  )
-  body = "".join(
-    "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row)) + "</tr>\n"
-    for row in rows
-  )
-  return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
-
-
-def _image(title, png):
-  return (
-    f'<img alt="{as_html(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-  )
+def published_in(phenotypes: dict) -> list[str]:
+  """The works that the published moments are from, each once."""
+  found = {}
+  for phenotype in phenotypes.values():
+    for moments in phenotype["published"].values():
+      found[re.split("[;:] ", moments["source"])[0]] = None
+  return list(found)
 
 
 def _spread(moments):

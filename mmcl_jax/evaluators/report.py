@@ -1,16 +1,15 @@
 """The report of an evaluation: a folder of JSON, CSV, NPZ, PNG and one HTML page; and a table for
 the terminal."""
 
-import base64
 import contextlib
-import html
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 
-from mmcl_jax.errors import UserError, check_writable, one_line, printable
+from mmcl_jax.errors import UserError, check_writable, one_line
+from mmcl_jax.evaluators import pages
 from mmcl_jax.evaluators.base import Result, Score, Table
 from mmcl_jax.support import files
 from mmcl_jax.support.text import aligned
@@ -21,14 +20,6 @@ LIMITS = (
   "cohort. What it cannot: how it does at other sites, devices or populations, for whom the labels were made otherwise, or "
   "whether using it helps anybody. For research only; not a medical device."
 )
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th{border-bottom:2px solid #222}th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
-img{min-width:40em;max-width:100%}pre{overflow-x:auto;font-size:.85em}summary{margin-top:2em;cursor:pointer}
-.note{font-style:italic;color:#555}dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1em}
-dt{color:#555}dd{margin:0;overflow-wrap:anywhere}"""
 
 
 def write(result: Result, out_dir) -> Path:
@@ -114,11 +105,6 @@ def evaluation_page(results: dict, tables: list[Table], images: list[tuple[str, 
   return page("Evaluation", notes, facts, tables, images, {"Config": results.get("config", {})})
 
 
-def as_html(text) -> str:
-  """A user's text as HTML that opens no tag."""
-  return html.escape(printable(text))
-
-
 def as_cell(text) -> str:
   """A user's text as a cell of a CSV that no spreadsheet takes for a formula (OWASP, CSV
   injection)."""
@@ -135,39 +121,15 @@ def page(
   folded: dict[str, dict],
 ) -> str:
   """One self-contained HTML page: facts by name, tables, PNGs by title, folded JSON by name."""
-  parts = [f"<h1>{heading}</h1>", *(f'<p class="note">{as_html(note)}</p>' for note in notes)]
-  parts.append(
-    "<dl>"
-    + "".join(f"<dt>{as_html(k)}</dt><dd>{as_html(v)}</dd>" for k, v in facts.items())
-    + "</dl>"
-  )
-  for title, head, rows, note in tables:
-    body = "".join(
-      "<tr>" + "".join(f"<td>{as_html(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
-    )
-    heads = "".join(f"<th>{as_html(cell)}</th>" for cell in head)
-    parts.append(
-      f'<h2>{as_html(title)}</h2>\n<div class="scroll"><table><tr>{heads}</tr>\n{body}</table></div>'
-    )
-    if note:
-      parts.append(f'<p class="note">{as_html(note)}</p>')
-  for title, image in images:
-    title = as_html(title)
-    parts.append(
-      f'<h2>{title}</h2>\n<div class="scroll"><img alt="{title}" '
-      f'src="data:image/png;base64,{base64.b64encode(image).decode()}"></div>'
-    )
-  parts += [
-    f"<details><summary>{title}</summary><pre>{as_html(as_json(values))}</pre></details>"
-    for title, values in folded.items()
-    if values
-  ]
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-    f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
-    + "\n".join(parts)
-    + "\n</body></html>\n"
+  texts = {title: as_json(values) for title, values in folded.items() if values}
+  return pages.render(
+    "report.html.j2",
+    heading=heading,
+    notes=notes,
+    facts=facts,
+    tables=tables,
+    images=images,
+    folded=texts,
   )
 
 

@@ -259,7 +259,7 @@ def test_evaluation_judges_draws_beside_what_else_one_could_show(stages, monkeyp
   page = (stages / which / "evaluation/2/report.html").read_text()
   assert (
     "Generated, not measured" in page
-    and f"drawn from another&#x27;s {given}<" in page
+    and f"drawn from another&#39;s {given}<" in page
     and f"drawn without {given}<" in page
   )
 
