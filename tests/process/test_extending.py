@@ -79,12 +79,14 @@ def test_an_evaluator(tmp_path, cohort, monkeypatch):
   """In the log of training; then, alone, in results.json and in the report."""
   write("An evaluator", tmp_path)
   flags = [f"--config.evaluators.{name}.every=0" for name in ("losses", "probes")]
-  flags += ["--config.evaluators.effective_rank.every=2", "--config.every.save=2"]
+  flags += ["--config.evaluators.effective_rank.every=2", "--config.evaluators.retrieval.every=4"]
   words = {":demo": ":test,steps=4", "=cohort": f"={cohort.path}"}
   run("An evaluator", tmp_path, *flags, **words)
   log = metrics.read(tmp_path / "run/metrics.jsonl")
   found = [row["validation/effective_rank"] for row in log if "validation/effective_rank" in row]
   assert len(found) == 2 and all(1 <= value <= 16 for value in found)
+  (recall,) = [row[key] for row in log for key in row if key.endswith("ecg_to_cmr/r@1")]
+  assert 0 <= recall <= 1  # a built-in one of `mmcl evaluate`, on the validation split
 
   file = tmp_path / "run/config.json"
   config = json.loads(file.read_text())
