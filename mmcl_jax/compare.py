@@ -10,7 +10,7 @@ draws of test subjects. Writes DIR/report.html, results.json and figures.
 import argparse
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,121 +63,13 @@ def compare(runs: list[str], out: str) -> str:
   report.check_place(out)
   found = named([read(pathlib.Path(run)) for run in runs])
   check(found)
-  first, others = found[0], found[1:]
-  weights = statistics.bootstrap_weights(first.predictions["subject"], DRAWS, seed=0)
-
-  # -- Scores of every run, and of the covariates alone, which no run has to itself --
-  phenotypes = list(first.results["phenotypes"])
-  y = first.predictions["y_true"]
-  models = {one.name: one.predictions["embedding"] for one in found}
-  if COVARIATES in first.predictions:
-    models[COVARIATES] = first.predictions[COVARIATES]
-  enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
-  r2 = {}
-  for name, x in models.items():
-
-    def measured_r2(w=None, x=x):
-      return np.where(enough, statistics.r2(y, x, w), np.nan)
-
-    r2[name] = score(measured_r2, weights)
-  diseases = scored_diseases(found)
-  sick = first.predictions["disease_y_true"]
-  columns = [list(first.results["diseases"]["embedding"]).index(name) for name in diseases]
-
-  def area(x):
-    return lambda w: np.stack([statistics.auroc(sick[:, c], x[:, c], w) for c in columns], axis=-1)
-
-  auroc = (
-    {one.name: score(area(one.predictions["disease_embedding"]), weights) for one in found}
-    if diseases
-    else {}
-  )
-
-  # -- Differences to the first, and how sure they are when this many are looked at --
-  names = {"r2": phenotypes, "auroc": diseases}
-  families = seeds(found)  # with one, the spread that no interval of one run tells of
-  differences = {
-    what: differ(scores, first.name, [one.name for one in others])
-    for what, scores in (("r2", r2), ("auroc", auroc))
-  }
-  results = {
-    "reference": first.name,
-    "runs": {one.name: str(one.folder) for one in found},
-    "cohort": first.results["cohort"],
-    "cohort_fingerprint": first.results["cohort_fingerprint"],
-    "test_rows": len(y),
-    **{
-      what: {run: table(names[what], *scores[run]) for run in scores}
-      for what, scores in (("r2", r2), ("auroc", auroc))
-    },
-    "differences": {
-      what: {
-        run: [{"name": name} | entry for name, entry in zip(names[what], entries)]
-        for run, entries in differences[what].items()
-      }
-      for what in differences
-    },
-    "seeds": {
-      what: {
-        family: over_seeds(names[what], [scores[run][0] for run in members])
-        for family, members in families.items()
-      }
-      for what, scores in (("r2", r2), ("auroc", auroc))
-      if scores
-    },
-    "retrieval": {
-      one.name: one.results["retrieval"] for one in found if "retrieval" in one.results
-    },
-    "seen_people": {
-      one.name: one.results["seen_people"] for one in found if "seen_people" in one.results
-    },
-  }
-  notes = [first.results["note"]] if first.results.get("note") else []
-  notes += [
-    f"{name}: {seen['note']}" for name, seen in results["seen_people"].items() if seen["note"]
-  ]
-  counts = " or ".join(
-    f"all {len(of) * len(others)} of {what}"
-    for of, what in ((phenotypes, "R2"), (diseases, "AUROC"))
-    if of
-  )
-  notes.append(
-    f"Differences are to {first.name}, paired by test subject. Brackets are 95 % intervals, each by itself; * marks those "
-    f"that stay away from 0 when {counts} are to be right at once. They are of these training runs: other seeds may "
-    "differ by more."
-  )
-  retrieved = retrieval_table(results["retrieval"])
-  tables = []
-  for what, name, kind, title in (
-    ("r2", "R2", "phenotype", "Phenotypes"),
-    ("auroc", "AUROC", "disease", "Diseases"),
-  ):
-    tables.append(side_by_side(f"{title}: test {name}", kind, results[what]))
-    tables.append(changes(f"{title}: difference of {name}", kind, results["differences"][what]))
-    seeds_title = f"{title}: mean {name} (SD) over seeds"
-    tables.append(seed_table(seeds_title, kind, results["seeds"].get(what, {})))
-  tables = [table for table in (*tables, retrieved) if table.rows]
-  what, label = ("r2", "test R\u00b2") if phenotypes else ("auroc", "test AUROC")
-  forest = {
-    run: {name: {"mean": entry["value"], "ci": entry["ci"]} for name, entry in scores.items()}
-    for run, scores in results[what].items()
-  }
-  image = None
-  if names[what]:
-    image = report.png(
-      figures.forest(
-        forest,
-        names[what],
-        [one.name for one in found],
-        (COVARIATES,),
-        label,
-        notes[0] if first.results.get("note") else "",
-      )
-    )
-  facts = {one.name: one.folder for one in found} | {
-    "cohort": first.results["cohort"],
-    "test recordings": f"{len(y):,}",
-  }
+  first = found[0]
+  results = measured(found)
+  notes, tables = notes_on(found, results), tables_of(results)
+  what = "r2" if first.results["phenotypes"] else "auroc"
+  image = forest(found, what, results[what])
+  facts = {one.name: one.folder for one in found}
+  facts |= {"cohort": results["cohort"], "test recordings": f"{results['test_rows']:,}"}
   with report.replaced(out) as folder:
     (folder / "results.json").write_text(report.as_json(results))
     images = []
@@ -186,8 +78,135 @@ def compare(runs: list[str], out: str) -> str:
       images.append((FIGURE_TITLES[what], image))
     page = report.page("Comparison", notes, facts, tables, images, {})
     (folder / "report.html").write_text(page, encoding="utf-8")
-  text = "\n\n".join(report.as_text(table) for table in tables)
-  return "\n\n".join([text, *notes, f"{out}/report.html"])
+  texts = [report.as_text(table) for table in tables]
+  return "\n\n".join([*texts, *notes, f"{out}/report.html"])
+
+
+def measured(found: list[Evaluation]) -> dict:
+  """Scores of every run, differences to the first one and spread over seeds, as results.json has
+  them.
+
+  All runs are scored on the same bootstrap draws of test subjects.
+  """
+  first = found[0]
+  weights = statistics.bootstrap_weights(first.predictions["subject"], DRAWS, seed=0)
+  names = {"r2": list(first.results["phenotypes"]), "auroc": scored_diseases(found)}
+  scores = {"r2": r2_of(found, weights), "auroc": auroc_of(found, names["auroc"], weights)}
+  results = {
+    "reference": first.name,
+    "runs": {one.name: str(one.folder) for one in found},
+    "cohort": first.results["cohort"],
+    "cohort_fingerprint": first.results["cohort_fingerprint"],
+    "test_rows": len(first.predictions["y_true"]),
+    "differences": {},
+    "seeds": {},
+    "retrieval": {},
+    "seen_people": {},
+  }
+  families = seeds(found)  # the spread that no interval of one run tells of
+  others = [one.name for one in found[1:]]
+  for what, of_runs in scores.items():
+    results[what] = {}
+    for run, (value, draws) in of_runs.items():
+      results[what][run] = entries_of(names[what], value, draws)
+    results["differences"][what] = {}
+    for run, entries in differ(of_runs, first.name, others).items():
+      named_entries = []
+      for name, entry in zip(names[what], entries):
+        named_entries.append({"name": name} | entry)
+      results["differences"][what][run] = named_entries
+    if of_runs:
+      results["seeds"][what] = {}
+      for family, members in families.items():
+        values = [of_runs[run][0] for run in members]
+        results["seeds"][what][family] = over_seeds(names[what], values)
+  for one in found:
+    for key in ("retrieval", "seen_people"):
+      if key in one.results:
+        results[key][one.name] = one.results[key]
+  return results
+
+
+def r2_of(found: list[Evaluation], weights: np.ndarray) -> dict:
+  """{run: (R2 [K], its draws [R, K])} of phenotypes; of the covariates alone too, which no run has
+  to itself. NaN where too few are measured."""
+  first = found[0]
+  y = first.predictions["y_true"]
+  enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
+  models = {one.name: one.predictions["embedding"] for one in found}
+  if COVARIATES in first.predictions:
+    models[COVARIATES] = first.predictions[COVARIATES]
+  scores = {}
+  for run, x in models.items():
+    value, draws = statistics.r2(y, x), statistics.r2(y, x, weights)
+    scores[run] = np.where(enough, value, np.nan), np.where(enough, draws, np.nan)
+  return scores
+
+
+def auroc_of(found: list[Evaluation], diseases: list[str], weights: np.ndarray) -> dict:
+  """{run: (AUROC [C], its draws [R, C])} of `diseases`; {} where there are none."""
+  first = found[0]
+  y = first.predictions["disease_y_true"]
+  known = list(first.results["diseases"]["embedding"])
+  scores = {}
+  for one in found if diseases else ():
+    value, draws = [], []
+    for name in diseases:
+      c = known.index(name)
+      x = one.predictions["disease_embedding"][:, c]
+      value.append(statistics.auroc(y[:, c], x))
+      draws.append(statistics.auroc(y[:, c], x, weights))
+    scores[one.name] = np.stack(value, axis=-1), np.stack(draws, axis=-1)
+  return scores
+
+
+def notes_on(found: list[Evaluation], results: dict) -> list[str]:
+  """What to know before reading the tables."""
+  first, notes = found[0], []
+  if first.results.get("note"):
+    notes.append(first.results["note"])
+  for run, seen in results["seen_people"].items():
+    if seen["note"]:
+      notes.append(f"{run}: {seen['note']}")
+  counts = []
+  for what, title in (("r2", "R2"), ("auroc", "AUROC")):
+    compared = sum(len(entries) for entries in results["differences"][what].values())
+    if compared:
+      counts.append(f"all {compared} of {title}")
+  notes.append(
+    f"Differences are to {first.name}, paired by test subject. Brackets are 95 % intervals, each by "
+    f"itself; * marks those that stay away from 0 when {' or '.join(counts)} are to be right at "
+    "once. They are of these training runs: other seeds may differ by more."
+  )
+  return notes
+
+
+def tables_of(results: dict) -> list[Table]:
+  tables = []
+  for what, name, kind, title in (
+    ("r2", "R2", "phenotype", "Phenotypes"),
+    ("auroc", "AUROC", "disease", "Diseases"),
+  ):
+    tables.append(side_by_side(f"{title}: test {name}", kind, results[what]))
+    tables.append(changes(f"{title}: difference of {name}", kind, results["differences"][what]))
+    over = f"{title}: mean {name} (SD) over seeds"
+    tables.append(seed_table(over, kind, results["seeds"].get(what, {})))
+  tables.append(retrieval_table(results["retrieval"]))
+  return [table for table in tables if table.rows]
+
+
+def forest(found: list[Evaluation], what: str, scores: dict) -> bytes | None:
+  """PNG of the scores of every run with their intervals; None where nothing is scored."""
+  points = {}
+  for run, entries in scores.items():
+    points[run] = {name: {"mean": x["value"], "ci": x["ci"]} for name, x in entries.items()}
+  names = list(next(iter(points.values()), {}))
+  if not names:
+    return None
+  label = {"r2": "test R\u00b2", "auroc": "test AUROC"}[what]
+  note = found[0].results.get("note", "")
+  runs = [one.name for one in found]
+  return report.png(figures.forest(points, names, runs, (COVARIATES,), label, note))
 
 
 def read(path: pathlib.Path) -> Evaluation:
@@ -246,60 +265,66 @@ def read(path: pathlib.Path) -> Evaluation:
 
 def malformed(results: dict, predictions: dict[str, np.ndarray]) -> list[str]:
   """The entries of an evaluation that a comparison would stumble over."""
-
-  def tables(x):
-    return isinstance(x, dict) and all(isinstance(one, dict) for one in x.values())
-
-  def numbers(x, names):
-    return isinstance(x, dict) and all(
-      isinstance(x.get(name), (int, float)) and abs(x[name]) < 1e12 for name in names
-    )
-
-  wrong = [
-    name
-    for name in ("cohort", "cohort_fingerprint", "note")
-    if not isinstance(results.get(name, ""), str)
-  ]
-  wrong += ["phenotypes"] * (not tables(results["phenotypes"]))
-  wrong += ["diseases"] * (
-    not isinstance(results["diseases"], dict) or not tables(results["diseases"].get("embedding"))
-  )
-  config, retrieval = (
-    results.get("config", {}),
-    results.get("retrieval", {"ecg_to_cmr": {}, "cmr_to_ecg": {}}),
-  )
-  fine = isinstance(config, dict) and (
-    not config or (isinstance(config.get("data"), dict) and isinstance(config.get("seed"), int))
-  )
-  wrong += ["config"] * (not fine)
-  seen = results.get("seen_people", {"note": ""})
-  wrong += ["seen_people"] * (not isinstance(seen, dict) or not isinstance(seen.get("note"), str))
-  fine = tables(retrieval) and (
-    "retrieval" not in results
-    or (
-      numbers(retrieval.get("ecg_to_cmr"), ("r@10", "chance_r@10", "n_candidates"))
-      and numbers(retrieval.get("cmr_to_ecg"), ("r@10",))
-    )
-  )
-  wrong += ["retrieval"] * (not fine)
+  diseases = results["diseases"]
+  fine = {
+    "cohort": isinstance(results["cohort"], str),
+    "cohort_fingerprint": isinstance(results["cohort_fingerprint"], str),
+    "note": isinstance(results.get("note", ""), str),
+    "phenotypes": is_table(results["phenotypes"]),
+    "diseases": isinstance(diseases, dict) and is_table(diseases.get("embedding")),
+    "config": is_config(results.get("config", {})),
+    "seen_people": is_seen_people(results.get("seen_people", {"note": ""})),
+    "retrieval": "retrieval" not in results or is_retrieval(results["retrieval"]),
+  }
+  wrong = [name for name, is_fine in fine.items() if not is_fine]
   if wrong:
     return wrong
-  rows, width = (
-    len(np.atleast_1d(predictions["subject"])),
-    {"y_true": len(results["phenotypes"]), "embedding": len(results["phenotypes"])},
-  )
-  width |= {
-    f"disease_{name}": len(results["diseases"]["embedding"]) for name in ("y_true", "embedding")
-  }
-  width |= {COVARIATES: width["embedding"]} if COVARIATES in predictions else {}
-  wrong += [
-    name
-    for name, columns in width.items()
-    if predictions[name].shape != (rows, columns) or predictions[name].dtype.kind not in "fiu"
+  rows = len(np.atleast_1d(predictions["subject"]))
+  width = {}
+  for name in ("y_true", "embedding"):
+    width[name] = len(results["phenotypes"])
+    width[f"disease_{name}"] = len(diseases["embedding"])
+  if COVARIATES in predictions:
+    width[COVARIATES] = width["embedding"]
+  for name, columns in width.items():
+    if not is_array(predictions[name], (rows, columns), "fiu"):
+      wrong.append(name)
+  if not is_array(predictions["subject"], (rows, 2), "iu"):
+    wrong.append("subject")
+  return wrong
+
+
+def is_table(x: Any) -> bool:
+  """Is it {name: {...}}?"""
+  return isinstance(x, dict) and all(isinstance(row, dict) for row in x.values())
+
+
+def is_config(x: Any) -> bool:
+  """Is it {} or has it what `seeds` reads?"""
+  if not isinstance(x, dict):
+    return False
+  return not x or (isinstance(x.get("data"), dict) and isinstance(x.get("seed"), int))
+
+
+def is_seen_people(x: Any) -> bool:
+  return isinstance(x, dict) and isinstance(x.get("note"), str)
+
+
+def is_retrieval(x: Any) -> bool:
+  if not is_table(x) or not {"ecg_to_cmr", "cmr_to_ecg"} <= x.keys():
+    return False
+  there, back = x["ecg_to_cmr"], x["cmr_to_ecg"]
+  numbers = [
+    there.get("r@10"),
+    there.get("chance_r@10"),
+    there.get("n_candidates"),
+    back.get("r@10"),
   ]
-  return wrong + ["subject"] * (
-    predictions["subject"].shape != (rows, 2) or predictions["subject"].dtype.kind not in "iu"
-  )
+  return all(isinstance(one, (int, float)) and abs(one) < 1e12 for one in numbers)
+
+
+def is_array(x: np.ndarray, shape: tuple, kinds: str) -> bool:
+  return x.shape == shape and x.dtype.kind in kinds
 
 
 def named(found: list[Evaluation]) -> list[Evaluation]:
@@ -367,11 +392,6 @@ def over_seeds(names: list[str], values: list[np.ndarray]) -> dict:
   }
 
 
-def score(function, weights) -> tuple[np.ndarray, np.ndarray]:
-  """Scores [K] and their draws [R, K]."""
-  return function(None), function(weights)
-
-
 def differ(scores: dict, reference: str, others: list[str]) -> dict[str, list[dict]]:
   """{run: [{value, ci, stands}]}: each run minus the reference; stands: 0 lies outside the
   simultaneous interval of all."""
@@ -393,7 +413,7 @@ def differ(scores: dict, reference: str, others: list[str]) -> dict[str, list[di
   }
 
 
-def table(names: list[str], value: np.ndarray, draws: np.ndarray) -> dict:
+def entries_of(names: list[str], value: np.ndarray, draws: np.ndarray) -> dict:
   ci = statistics.interval(draws)
   return {name: {"value": float(value[k]), "ci": ci[:, k].tolist()} for k, name in enumerate(names)}
 

@@ -81,21 +81,24 @@ def evaluate(
   weights = statistics.bootstrap_weights(test["subject"], draws, seed)
   said, probes = dict(others or {}), {}
   for model, x in inputs(features).items():
-    probes[model] = fit_probe(x["train"], train["diseases"], x["val"], val["diseases"])
-    said[model] = {split: predict(probes[model], x[split]) for split in ("val", "test")}
+    probe = fit_probe(x["train"], train["diseases"], x["val"], val["diseases"])
+    probes[model] = probe
+    said[model] = {"val": predict(probe, x["val"]), "test": predict(probe, x["test"])}
   results = {}
   for model in (*probes, *(others or ())):
     results[model] = {}
+    of_val, of_test = said[model]["val"], said[model]["test"]
     for c, name in enumerate(names):
-      threshold = statistics.best_threshold(val["diseases"][:, c], said[model]["val"][:, c])
-      results[model][name] = {
+      threshold = statistics.best_threshold(val["diseases"][:, c], of_val[:, c])
+      found = {
         "cases": int((y[:, c] == 1).sum()),
         "n": int(np.isfinite(y[:, c]).sum()),
         "train_cases": int((train["diseases"][:, c] == 1).sum()),
-        **_scores(y[:, c], said[model]["test"][:, c], weights, threshold),
       }
-      if model in probes and "auroc" in results[model][name]:
-        results[model][name]["C"] = float(probes[model]["C"][c])
+      found |= _scores(y[:, c], of_test[:, c], weights, threshold)
+      if model in probes and "auroc" in found:
+        found["C"] = float(probes[model]["C"][c])
+      results[model][name] = found
   predicted = {model: x["test"] for model, x in said.items()}
   predictions = {"subject": test["subject"], "y_true": y, **predicted}
   return results, predictions, {"names": np.array(names), **probes["embedding"]}
@@ -120,11 +123,9 @@ def fit_probe(
   """
   mean, scale = standardisation(train_x)
   train_z, val_z = (train_x - mean) / scale, (val_x - mean) / scale
-  coef, intercept = (
-    np.zeros((train_x.shape[1], train_y.shape[1])),
-    np.full(train_y.shape[1], np.nan),
-  )
-  inverse_strength = np.full(train_y.shape[1], np.nan)
+  features, diseases = train_x.shape[1], train_y.shape[1]
+  coef, intercept = np.zeros((features, diseases)), np.full(diseases, np.nan)
+  inverse_strength = np.full(diseases, np.nan)
   for c, (y, y_val) in enumerate(zip(train_y.T, val_y.T)):
     known, known_val = np.isfinite(y), np.isfinite(y_val)
     if len(np.unique(y[known])) < 2:
@@ -158,28 +159,21 @@ def log_loss(y: np.ndarray, log_odds: np.ndarray) -> float:
 
 def _scores(y, probability, weights, threshold):
   """Scores of one disease and their intervals, or nothing where there is too little to tell."""
-  if (
-    min((y == 1).sum(), (y == 0).sum()) < FEWEST_TEST_CASES
-    or np.isnan(probability[np.isfinite(y)]).any()
-  ):
+  fewest = min((y == 1).sum(), (y == 0).sum())
+  if fewest < FEWEST_TEST_CASES or np.isnan(probability[np.isfinite(y)]).any():
     return {}
-  called = probability >= threshold
-  scores = {
-    "auroc": lambda w=None: statistics.auroc(y, probability, w),
-    "auprc": lambda w=None: statistics.auprc(y, probability, w),
-    "balanced_accuracy": lambda w=None: statistics.balanced_accuracy(y, called, w),
-  }
+  scores = {"auroc": (statistics.auroc, probability), "auprc": (statistics.auprc, probability)}
+  if np.isfinite(threshold):  # no cases or no controls in validation: no threshold
+    scores["balanced_accuracy"] = (statistics.balanced_accuracy, probability >= threshold)
   found = {}
-  for name, score in scores.items():
-    # no cases or no controls in validation: no threshold
-    if name != "balanced_accuracy" or np.isfinite(threshold):
-      found |= {name: float(score()), f"{name}_ci": statistics.interval(score(weights)).tolist()}
+  for name, (score, said) in scores.items():
+    found[name] = float(score(y, said))
+    found[f"{name}_ci"] = statistics.interval(score(y, said, weights)).tolist()
   said, seen, rows = statistics.reliability(y, probability)
-  return found | {
-    "threshold": float(threshold),
-    "ece": statistics.ece(y, probability),
-    "reliability": {"predicted": said.tolist(), "observed": seen.tolist(), "n": rows.tolist()},
-  }
+  found["threshold"] = float(threshold)
+  found["ece"] = statistics.ece(y, probability)
+  found["reliability"] = {"predicted": said.tolist(), "observed": seen.tolist(), "n": rows.tolist()}
+  return found
 
 
 def table(results: dict, encoder: str = "ECG") -> Table:

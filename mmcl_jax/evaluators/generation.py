@@ -115,10 +115,8 @@ def make_draws(run, shape, samples: int, guidance: float = 1.0):
     return jnp.round(255 * jnp.clip(x, 0, 1)).astype(jnp.uint8)
 
   def draws(variables, batch):
-    spacing, of_draws = (
-      batch["spacing"],
-      jnp.broadcast_to(jnp.float32(run.manifest["spacing"]), batch["spacing"].shape),
-    )
+    spacing = batch["spacing"]
+    of_draws = jnp.broadcast_to(jnp.float32(run.manifest["spacing"]), spacing.shape)
     batch = steps.to_float(
       batch, run.scales if pretrainer.takes_covariates(run.config.model) else None
     )
@@ -211,35 +209,12 @@ def evaluate(
         of training, `given`, what hearts are drawn from, and `counts`;
     shown: what the figure draws.
   """
-  columns = [list(cohort.info["phenotypes"]).index(name) for name in PHENOTYPES]
-  test, train = (
-    {name: x[rows] for name, x in features[split].items()}
-    for split, rows in (
-      ("test", complete(features["test"], cohort)[:SUBJECTS]),
-      ("train", complete(features["train"], cohort)),
-    )
-  )
-  shape = tuple(cohort.info["shapes"]["ed_es_volumes"][1:])
-
-  def over(function, title, source, also=()):
-    return inference.over_split(
-      jax.jit(function),
-      run.state.variables,
-      source,
-      mesh=run.mesh,
-      batch=batch,
-      title=title,
-      fields=("ed_es_volumes", "labels"),
-      also=("spacing", *also),
-    )
-
+  test_rows = complete(features["test"], cohort)[:SUBJECTS]
+  test = {name: x[test_rows] for name, x in features["test"].items()}
+  train_rows = complete(features["train"], cohort)
+  train = {name: x[train_rows] for name, x in features["train"].items()}
   hearts = pipeline.Rows(cohort.splits[split], test["row"])
-  found = over(make_draws(run, shape, SAMPLES), "draw hearts", hearts)
-  blind = (
-    over(make_draws(run, shape, POOL, guidance=0.0), "without their ECG", hearts)
-    if run.config.model.generator.dropout
-    else None
-  )
+  found, blind = draw(run, cohort, hearts, batch)
   given = "ECG and covariates" if pretrainer.takes_covariates(run.config.model) else "ECG"
   results = {
     "memorisation": {},
@@ -247,53 +222,86 @@ def evaluate(
     "counts": {"subjects": len(hearts), "draws": SAMPLES, "steps": STEPS},
   }
   if cohort.fingerprint == run.manifest["cohort"]:
+    latents = encoded(run, cohort.splits["train"], batch)
+    results["memorisation"] = memorisation(found["latents_draw"], found["latents_real"], latents)
 
-    def encode(variables, rows):
-      return {"latents": latents_of(run, variables, steps.to_float(rows)["cmr"]["ed_es_volumes"])}
-
-    seen = over(encode, "encode train", cohort.splits["train"], also=("has_cmr",))
-    results["memorisation"] = memorisation(
-      found["latents_draw"], found["latents_real"], seen["latents"][seen["has_cmr"] > 0]
-    )
-
-  y, of_train = (split["phenotypes"][:, columns].astype(np.float64) for split in (test, train))
-  pictures, ensembles = what_to_show(
-    run, pipeline.Rows(cohort.splits["train"], train["row"]), test, train, found, blind, of_train
-  )
+  columns = [list(cohort.info["phenotypes"]).index(name) for name in PHENOTYPES]
+  y = test["phenotypes"][:, columns].astype(np.float64)
+  of_train = train["phenotypes"][:, columns].astype(np.float64)
+  train_hearts = pipeline.Rows(cohort.splits["train"], train["row"])
+  pictures, ensembles = what_to_show(run, train_hearts, test, train, found, blind, of_train)
+  results["images"] = {}
+  for name, picture in pictures.items():
+    scores = picture_scores(*picture, of_bytes(found["real"]), found["labels"])
+    results["images"][name] = scores
   weights = statistics.bootstrap_weights(test["subject"], draws, seed)
+  results |= ensemble_scores(y, ensembles, of_train, weights)
+  shown = {name: found[name][:SHOWN] for name in ("real", "draws", "rebuilt")}
+  return results, shown
+
+
+def draw(run, cohort, hearts, batch: int) -> tuple[dict, dict | None]:
+  """What `make_draws` gives for the records `hearts`: with their ECG, and without it where the
+  generator has learned to."""
+  shape = tuple(cohort.info["shapes"]["ed_es_volumes"][1:])
+  draws = make_draws(run, shape, SAMPLES)
+  found = over(run, draws, hearts, batch, "draw hearts", ("spacing",))
+  if not run.config.model.generator.dropout:
+    return found, None
+  blind = make_draws(run, shape, POOL, guidance=0.0)
+  return found, over(run, blind, hearts, batch, "without their ECG", ("spacing",))
+
+
+def encoded(run, source, batch: int) -> np.ndarray:
+  """Mean latents [M, N C] of the records of `source` that have CMR."""
+
+  def encode(variables, rows):
+    return {"latents": latents_of(run, variables, steps.to_float(rows)["cmr"]["ed_es_volumes"])}
+
+  seen = over(run, encode, source, batch, "encode train", ("spacing", "has_cmr"))
+  return seen["latents"][seen["has_cmr"] > 0]
+
+
+def over(run, function, source, batch: int, title: str, also: tuple[str, ...]) -> dict:
+  return inference.over_split(
+    jax.jit(function),
+    run.state.variables,
+    source,
+    mesh=run.mesh,
+    batch=batch,
+    title=title,
+    fields=("ed_es_volumes", "labels"),
+    also=also,
+  )
+
+
+def ensemble_scores(y, ensembles: dict, of_train, weights) -> dict:
+  """Scores of the phenotypes y [N, K] of test by ensembles {WHAT: [N or 1, S, K]}.
+
+  Returns:
+    `phenotypes`, `differences`, `unmeasured` and `diversity`, see `evaluate`.
+  """
   measured = {name: np.isfinite(x) for name, x in ensembles.items()}
-  spread = np.nanmean(
-    np.where(measured["drawn"].sum(axis=1) > 1, sd(ensembles["drawn"]), np.nan), axis=0
-  ) / of_train.std(axis=0)
-  ensembles = {name: filled(x) for name, x in ensembles.items()}
-  crps = {
-    name: statistics.crps(y, x[:, :ENSEMBLE] if len(x) > 1 else x) for name, x in ensembles.items()
-  }
-  results |= {
-    "images": {
-      name: picture_scores(*picture, of_bytes(found["real"]), found["labels"])
-      for name, picture in pictures.items()
-    },
-    "phenotypes": {
-      name: dict(zip(PHENOTYPES, phenotype_scores(y, x, crps[name], weights)))
-      for name, x in ensembles.items()
-    },
-    "differences": {
-      name: {
-        phenotype: entry(*mean_and_draws((crps["drawn"] - crps[name])[:, k], weights))
+  many = measured["drawn"].sum(axis=1) > 1
+  within = np.where(many, sd(ensembles["drawn"]), np.nan)
+  spread = np.nanmean(within, axis=0) / of_train.std(axis=0)
+  results = {"phenotypes": {}, "differences": {}, "unmeasured": {}}
+  results["diversity"] = dict(zip(PHENOTYPES, spread.tolist()))
+  crps = {}
+  for name, x in ensembles.items():
+    x = filled(x)
+    crps[name] = statistics.crps(y, x[:, :ENSEMBLE] if len(x) > 1 else x)
+    scores = phenotype_scores(y, x, crps[name], weights)
+    results["phenotypes"][name] = dict(zip(PHENOTYPES, scores))
+    results["unmeasured"][name] = float(1 - measured[name].all(axis=2).mean())
+  for name in AGAINST:
+    if name in crps:
+      gain = crps["drawn"] - crps[name]
+      results["differences"][name] = {
+        phenotype: entry(*mean_and_draws(gain[:, k], weights))
         for k, phenotype in enumerate(PHENOTYPES)
       }
-      for name in AGAINST
-      if name in crps
-    },
-    "unmeasured": {name: float(1 - known.all(axis=2).mean()) for name, known in measured.items()},
-    "diversity": dict(zip(PHENOTYPES, spread.tolist())),
-  }
-  return results, {
-    "real": found["real"][:SHOWN],
-    "draws": found["draws"][:SHOWN],
-    "rebuilt": found["rebuilt"][:SHOWN],
-  }
+  return results
 
 
 def what_to_show(run, hearts, test, train, found, blind, of_train) -> tuple[dict, dict]:
@@ -389,11 +397,8 @@ def filled(x: np.ndarray) -> np.ndarray:
   where there are none."""
   known = np.isfinite(x)
   count = known.sum(axis=(0, 1))
-  return np.where(
-    known,
-    x,
-    np.where(count > 0, np.where(known, x, 0).sum(axis=(0, 1)) / np.maximum(count, 1), np.nan),
-  )
+  mean = np.where(known, x, 0).sum(axis=(0, 1)) / np.maximum(count, 1)
+  return np.where(known, x, np.where(count > 0, mean, np.nan))
 
 
 def neighbours(gallery: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -410,7 +415,8 @@ def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
   """Both by the mean and SD of train; what is unknown is the mean, and a column that does not vary
   counts for nothing."""
   mean, sd = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
-  return tuple(np.nan_to_num((x - mean) / np.where(sd > 0, sd, np.inf)) for x in (train, test))
+  scale = np.where(sd > 0, sd, np.inf)
+  return np.nan_to_num((train - mean) / scale), np.nan_to_num((test - mean) / scale)
 
 
 def mean_and_draws(values: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -450,19 +456,13 @@ def picture_scores(x, labels, real, truth) -> dict[str, float]:
   def dice(name):
     return images.dice(labels[known], truth[known], schema.LABELS[name])
 
-  found = {
-    f"dice_{name}": float(np.nanmean(dice(name))) if known.any() else np.nan
-    for name in ("LV", "MYO", "RV")
-  }
-  return (
-    found
-    if x is None
-    else {
-      "psnr": float(images.psnr(x, real).mean()),
-      "ssim": float(images.ssim(x, real).mean()),
-      **found,
-    }
-  )
+  found = {}
+  if x is not None:
+    found["psnr"] = float(images.psnr(x, real).mean())
+    found["ssim"] = float(images.ssim(x, real).mean())
+  for name in ("LV", "MYO", "RV"):
+    found[f"dice_{name}"] = float(np.nanmean(dice(name))) if known.any() else np.nan
+  return found
 
 
 def memorisation(drawn: np.ndarray, real: np.ndarray, train: np.ndarray) -> dict[str, float]:

@@ -3,6 +3,8 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from mmcl_jax.evaluators.statistics import ratio
+
 
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """Peak signal-to-noise ratio of [N, ...] in [0, 1], in dB [N]: 10 log10(1 / mean squared
@@ -23,22 +25,18 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   found = []
   for a, b in zip(x.astype(np.float64), y.astype(np.float64)):
     mean_a, mean_b = window(a), window(b)
-    var_a, var_b, cov = (
-      window(a * a) - mean_a**2,
-      window(b * b) - mean_b**2,
-      window(a * b) - mean_a * mean_b,
-    )
-    similar = (
-      (2 * mean_a * mean_b + 1e-4)
-      * (2 * cov + 9e-4)
-      / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
-    )
-    found.append(similar.mean())
+    var_a = window(a * a) - mean_a**2
+    var_b = window(b * b) - mean_b**2
+    cov = window(a * b) - mean_a * mean_b
+    shared = (2 * mean_a * mean_b + 1e-4) * (2 * cov + 9e-4)
+    whole = (mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4)
+    found.append((shared / whole).mean())
   return np.array(found)
 
 
 def dice(a: np.ndarray, b: np.ndarray, label: int) -> np.ndarray:
   """Overlap of one label in label maps [N, ...], 2 |A and B| / (|A| + |B|) [N]; NaN where neither has it."""
-  a, b = ((x == label).reshape(len(x), -1) for x in (a, b))
+  a = (a == label).reshape(len(a), -1)
+  b = (b == label).reshape(len(b), -1)
   total = a.sum(axis=1) + b.sum(axis=1)
-  return np.divide(2 * (a & b).sum(axis=1), total, out=np.full(len(a), np.nan), where=total > 0)
+  return ratio(2 * (a & b).sum(axis=1), total, total > 0)

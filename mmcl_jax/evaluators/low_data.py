@@ -62,39 +62,32 @@ def evaluate(
       phenotype without a label.
   """
   train = features["train"]
-  labelled = np.isfinite(train["phenotypes"]).any(axis=1) | np.isfinite(train["diseases"]).any(
-    axis=1
-  )
+  has_phenotype = np.isfinite(train["phenotypes"]).any(axis=1)
+  has_disease = np.isfinite(train["diseases"]).any(axis=1)
   _, row_subject = np.unique(train["subject"], axis=0, return_inverse=True)
-  row_subject, people = row_subject.ravel(), np.unique(row_subject.ravel()[labelled])
+  row_subject = row_subject.ravel()
+  people = np.unique(row_subject[has_phenotype | has_disease])
   models = {name: x for name, x in ridge.inputs(features).items() if name in MODELS}
-  found = {
-    model: {group: [] for group in (*groups, *(["diseases (AUROC)"] if scored else []))}
-    for model in models
-  }
+  titles = list(groups)
+  if scored:
+    titles.append("diseases (AUROC)")
+  found = {model: {title: [] for title in titles} for model in models}
   for share in SHARES:
     count = min(max(2, round(share * len(people))), len(people))
-    kept = [
-      np.isin(row_subject, np.random.default_rng(seed).permutation(people)[:count])
-      for seed in range(SEEDS)
-    ]
+    kept = []
+    for seed in range(SEEDS):
+      drawn = np.random.default_rng(seed).permutation(people)[:count]
+      kept.append(np.isin(row_subject, drawn))
     for model, x in models.items():
-      drawn = [scores(x, features, rows, groups, scored) for rows in kept]
-      for group, values in zip(found[model], zip(*drawn)):
-        found[model][group].append(
-          {
-            "share": share,
-            "subjects": count,
-            "mean": float(np.mean(values)),
-            "sd": float(np.std(values, ddof=1)),
-            "seeds": SEEDS,
-          }
-        )
+      values = np.array([scores(x, features, rows, groups, scored) for rows in kept])
+      for title, of_seeds in zip(titles, values.T):
+        point = {"share": share, "subjects": count, "mean": float(np.mean(of_seeds))}
+        point |= {"sd": float(np.std(of_seeds, ddof=1)), "seeds": SEEDS}
+        found[model][title].append(point)
   for model in models:
-    for group, value in zip(found[model], whole[model]):
-      found[model][group].append(
-        {"share": 1.0, "subjects": len(people), "mean": float(value), "sd": 0.0, "seeds": 1}
-      )
+    for title, value in zip(titles, whole[model]):
+      point = {"share": 1.0, "subjects": len(people), "mean": float(value), "sd": 0.0, "seeds": 1}
+      found[model][title].append(point)
   return found
 
 
@@ -104,16 +97,15 @@ def scores(
   """Mean R2 of every group, then mean AUROC, of probes fitted on the training rows `rows`
   (bool)."""
   train, val, test = (features[split] for split in ("train", "val", "test"))
-  probe = ridge.fit_probe(x["train"][rows], train["phenotypes"][rows], x["val"], val["phenotypes"])
+  inputs = x["train"][rows]
+  probe = ridge.fit_probe(inputs, train["phenotypes"][rows], x["val"], val["phenotypes"])
   r2 = statistics.r2(test["phenotypes"].astype(np.float64), ridge.predict(probe, x["test"]))
   r2 = np.where(np.isnan(probe["intercept"]), 0.0, r2)
   found = [r2[columns].mean() for columns in groups.values()]
   if scored:
-    probe = diseases.fit_probe(
-      x["train"][rows], train["diseases"][rows][:, scored], x["val"], val["diseases"][:, scored]
-    )
+    y, y_val, y_test = (split["diseases"][:, scored] for split in (train, val, test))
+    probe = diseases.fit_probe(inputs, y[rows], x["val"], y_val)
     said = np.nan_to_num(diseases.predict(probe, x["test"]), nan=0.5)
-    found.append(
-      np.mean([statistics.auroc(test["diseases"][:, c], said[:, i]) for i, c in enumerate(scored)])
-    )
+    areas = [statistics.auroc(y_test[:, i], said[:, i]) for i in range(len(scored))]
+    found.append(np.mean(areas))
   return found

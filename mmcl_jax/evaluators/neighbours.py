@@ -29,11 +29,15 @@ def predict(
     predictions [N, K] of `val` and `test`, with the k of least squared error; ties (no label there)
       to the most neighbours.
   """
-  # [G, N, K] each
-  said = {"val": means(gallery, labels, val), "test": means(gallery, labels, test)}
-  error = np.nansum((said["val"] - val_labels) ** 2, axis=1)
+  of_val, of_test = means(gallery, labels, val), means(gallery, labels, test)  # [G, N, K]
+  error = np.nansum((of_val - val_labels) ** 2, axis=1)  # [G, K]
   best = len(error) - 1 - np.argmin(error[::-1], axis=0)
-  return {split: np.take_along_axis(x, best[None, None], axis=0)[0] for split, x in said.items()}
+  return {"val": chosen(of_val, best), "test": chosen(of_test, best)}
+
+
+def chosen(predictions: np.ndarray, best: np.ndarray) -> np.ndarray:
+  """Of predictions [G, N, K] those with each label's own number of neighbours, best [K]: [N, K]."""
+  return np.take_along_axis(predictions, best[None, None], axis=0)[0]
 
 
 def means(gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -41,15 +45,18 @@ def means(gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.nd
   known = np.isfinite(labels)
   values = np.where(known, labels, 0.0).astype(np.float64)
   everybody = values.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-  most, depths = min(NEIGHBOURS[-1], len(gallery)), np.minimum(NEIGHBOURS, len(gallery))
-  found = np.empty((len(depths), len(queries), labels.shape[1]))
-  block = max(1, BLOCK_SCORES // max(len(gallery), most * labels.shape[1]))
+  people, count_of_labels = labels.shape
+  most, depths = min(NEIGHBOURS[-1], people), np.minimum(NEIGHBOURS, people)
+  found = np.empty((len(depths), len(queries), count_of_labels))
+  block = max(1, BLOCK_SCORES // max(people, most * count_of_labels))
   for start in range(0, len(queries), block):
-    scores = queries[start : start + block] @ gallery.T
+    rows = slice(start, start + block)
+    scores = queries[rows] @ gallery.T
     # ties by the order of the gallery
     nearest = np.argsort(-scores, axis=1, kind="stable")[:, :most]
     for g, depth in enumerate(depths):
-      count = known[nearest[:, :depth]].sum(axis=1)
-      total = values[nearest[:, :depth]].sum(axis=1)
-      found[g, start : start + block] = np.where(count > 0, total / np.maximum(count, 1), everybody)
+      near = nearest[:, :depth]
+      count, total = known[near].sum(axis=1), values[near].sum(axis=1)
+      mean = total / np.maximum(count, 1)
+      found[g, rows] = np.where(count > 0, mean, everybody)
   return found

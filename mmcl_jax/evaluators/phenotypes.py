@@ -119,50 +119,44 @@ def evaluate(
   weights = statistics.bootstrap_weights(test["subject"], draws, seed)
   predicted, probes = {}, {}
   for model, x in inputs(features).items():
-    probes[model] = fit_probe(x["train"], train["phenotypes"], x["val"], val["phenotypes"])
+    probe = fit_probe(x["train"], train["phenotypes"], x["val"], val["phenotypes"])
     # The strength was chosen on these rows too, which costs 0.003 of coverage with 39 of them,
     # 0.001 with 411 (simulated): less than to fit, choose or calibrate on fewer rows. coverage95
     # tells it on test.
-    probes[model]["half_width"] = statistics.half_width(
-      val["phenotypes"], predict(probes[model], x["val"])
-    )
-    predicted[model] = predict(probes[model], x["test"])
+    probe["half_width"] = statistics.half_width(val["phenotypes"], predict(probe, x["val"]))
+    probes[model] = probe
+    predicted[model] = predict(probe, x["test"])
   predicted |= others or {}
-  enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
-  r2 = {model: np.where(enough, statistics.r2(y, x), np.nan) for model, x in predicted.items()}
-  drawn = {
-    model: np.where(enough, statistics.r2(y, x, weights), np.nan) for model, x in predicted.items()
-  }
-  scores = {
-    model: _scores(y, x, r2[model], drawn[model], probes.get(model), names, units)
-    for model, x in predicted.items()
-  }
 
-  members = {
-    group: [names.index(name) for name in found]
-    for group, found in grouped([name for k, name in enumerate(names) if enough[k]]).items()
-  }
-  groups = {
-    model: {
-      group: entry(r2[model][columns].mean(), drawn[model][:, columns].mean(axis=1))
-      for group, columns in members.items()
-    }
-    for model in predicted
-  }
-  differences = {
-    f"{a}_minus_{b}": {
-      name: entry(r2[a][k] - r2[b][k], drawn[a][:, k] - drawn[b][:, k])
-      for k, name in enumerate(names)
-    }
-    for a, b in DIFFERENCES
-    if a in predicted and b in predicted
-  }
+  enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
+  r2, drawn, scores = {}, {}, {}
+  for model, x in predicted.items():
+    r2[model] = np.where(enough, statistics.r2(y, x), np.nan)
+    drawn[model] = np.where(enough, statistics.r2(y, x, weights), np.nan)
+    scores[model] = _scores(y, x, r2[model], drawn[model], probes.get(model), names, units)
+
+  members = grouped([name for name, scored in zip(names, enough) if scored])
+  groups = {}
+  for model in predicted:
+    groups[model] = {}
+    for group, found in members.items():
+      columns = [names.index(name) for name in found]
+      value, draws_of_it = r2[model][columns].mean(), drawn[model][:, columns].mean(axis=1)
+      groups[model][group] = entry(value, draws_of_it)
+
+  differences = {}
+  for a, b in DIFFERENCES:
+    if a in predicted and b in predicted:
+      value, draws_of_it = r2[a] - r2[b], drawn[a] - drawn[b]
+      differences[f"{a}_minus_{b}"] = {
+        name: entry(value[k], draws_of_it[:, k]) for k, name in enumerate(names)
+      }
 
   results = {
     "phenotypes": scores.pop("embedding"),
     "differences": differences,
     "groups": groups,
-    "group_members": {group: [names[k] for k in columns] for group, columns in members.items()},
+    "group_members": members,
     "readouts": {name: scores.pop(name) for name in others or ()},
   }
   if "ceiling" in scores:
@@ -172,11 +166,8 @@ def evaluate(
     )
   results["baselines"] = scores
   predictions = {"subject": test["subject"], "y_true": y, **predicted}
-  return (
-    results,
-    predictions,
-    {"names": np.array(names), "units": np.array(units), **probes["embedding"]},
-  )
+  probe = {"names": np.array(names), "units": np.array(units), **probes["embedding"]}
+  return results, predictions, probe
 
 
 def entry(value, draws) -> dict:
@@ -187,12 +178,11 @@ def entry(value, draws) -> dict:
 def grouped(names: list[str]) -> dict[str, list[str]]:
   """The phenotypes by GROUPS, those that belong to none under `other`; groups without any are left
   out."""
-  found = {
-    group: [name for name in names if re.match(pattern, name)] for group, pattern in GROUPS.items()
-  }
-  found["other"] = [
-    name for name in names if not any(name in members for members in found.values())
-  ]
+  found = {group: [] for group in (*GROUPS, "other")}
+  for name in names:
+    belongs = [group for group, pattern in GROUPS.items() if re.match(pattern, name)]
+    for group in belongs or ["other"]:
+      found[group].append(name)
   return {group: members for group, members in found.items() if members}
 
 
@@ -204,28 +194,24 @@ def share_of_ceiling(y, embedding, ceiling, weights, names) -> dict:
   low, high = statistics.interval(statistics.r2(y, embedding, weights) / drawn)
   told = statistics.interval(drawn)[0] > 0
   share, low, high = (np.where(told, x, np.nan) for x in (share, low, high))
-  return {
-    name: {"value": float(share[k]), "ci": [float(low[k]), float(high[k])]}
-    for k, name in enumerate(names)
-  }
+  found = {}
+  for k, name in enumerate(names):
+    found[name] = {"value": float(share[k]), "ci": [float(low[k]), float(high[k])]}
+  return found
 
 
 def _scores(y, prediction, r2, drawn, probe, names, units):
   """{NAME: its scores} of one model on test, R2 [K] and its draws [R, K] given; of a ridge also
   strength and coverage."""
   count = np.isfinite(y).sum(axis=0)
+  enough = count >= FEWEST_TEST_ROWS
   low, high = statistics.interval(drawn)
-  correlation, error, bias, lower, upper = np.where(
-    count >= FEWEST_TEST_ROWS,
-    [
-      statistics.pearson(y, prediction),
-      statistics.mae(y, prediction),
-      *statistics.limits_of_agreement(y, prediction),
-    ],
-    np.nan,
-  )
-  found = {
-    name: {
+  agreement = statistics.limits_of_agreement(y, prediction)
+  columns = [statistics.pearson(y, prediction), statistics.mae(y, prediction), *agreement]
+  correlation, error, bias, lower, upper = np.where(enough, columns, np.nan)
+  found = {}
+  for k, name in enumerate(names):
+    found[name] = {
       "r2": float(r2[k]),
       "r2_ci": [float(low[k]), float(high[k])],
       "pearson": float(correlation[k]),
@@ -235,18 +221,13 @@ def _scores(y, prediction, r2, drawn, probe, names, units):
       "n": int(count[k]),
       "units": units[k],
     }
-    for k, name in enumerate(names)
-  }
   if probe:
-    covered = np.where(
-      count >= FEWEST_TEST_ROWS, statistics.coverage(y, prediction, probe["half_width"]), np.nan
-    )
+    covered = statistics.coverage(y, prediction, probe["half_width"])
+    covered = np.where(enough, covered, np.nan)
     for k, name in enumerate(names):
-      found[name] |= {
-        "coverage95": float(covered[k]),
-        "strength": float(probe["strength"][k]),
-        "strength_at_edge": bool(probe["at_edge"][k]),
-      }
+      found[name]["coverage95"] = float(covered[k])
+      found[name]["strength"] = float(probe["strength"][k])
+      found[name]["strength_at_edge"] = bool(probe["at_edge"][k])
   return found
 
 

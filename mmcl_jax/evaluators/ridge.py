@@ -18,28 +18,30 @@ def inputs(features: dict) -> dict:
   there are covariates; `ceiling`, the generator's own ECG parameters, where the cohort is synthetic
   and knows them.
   """
-  models = {"embedding": {s: f["embedding"] for s, f in features.items()}}
-  if "random_embedding" in features["train"]:
-    models["random_encoder"] = {s: f["random_embedding"] for s, f in features.items()}
-  if "ecg_parameters" in features["train"]:
-    models["ceiling"] = {s: f["ecg_parameters"] for s, f in features.items()}
-  for model, splits in models.items():
-    for split, x in splits.items():
+  fields = {"embedding": "embedding"}
+  for model, field in (("random_encoder", "random_embedding"), ("ceiling", "ecg_parameters")):
+    if field in features["train"]:
+      fields[model] = field
+  models = {}
+  for model, field in fields.items():
+    models[model] = {split: found[field] for split, found in features.items()}
+    for split, x in models[model].items():
       bad = int((~np.isfinite(x)).any(axis=1).sum())
       if bad:
         raise UserError(
-          f"{model}: {bad} of {len(x)} rows of the {split} split are not finite; a probe needs finite "
-          "features. Evaluate an earlier checkpoint, or look for bad recordings in the cohort."
+          f"{model}: {bad} of {len(x)} rows of the {split} split are not finite; a probe needs "
+          "finite features. Evaluate an earlier checkpoint, or look for bad recordings in the cohort."
         )
   if features["train"].get("covariates", np.empty((0, 0))).shape[1]:
-    models["covariates"] = fill_missing({s: f["covariates"] for s, f in features.items()})
-    models["with_covariates"] = {
-      s: np.concatenate([models["embedding"][s], models["covariates"][s]], axis=1) for s in features
-    }
-  return {
-    model: {s: np.asarray(x, np.float64) for s, x in splits.items()}
-    for model, splits in models.items()
-  }
+    covariates = fill_missing({split: found["covariates"] for split, found in features.items()})
+    both = {}
+    for split, x in models["embedding"].items():
+      both[split] = np.concatenate([x, covariates[split]], axis=1)
+    models |= {"covariates": covariates, "with_covariates": both}
+  for splits in models.values():
+    for split, x in splits.items():
+      splits[split] = np.asarray(x, np.float64)
+  return models
 
 
 def fill_missing(covariates: dict) -> dict:
@@ -49,10 +51,11 @@ def fill_missing(covariates: dict) -> dict:
   missing = np.isnan(train)
   mean = np.where(missing, 0.0, train).sum(axis=0) / np.maximum((~missing).sum(axis=0), 1)
   flagged = missing.any(axis=0)
-  return {
-    split: np.concatenate([np.where(np.isnan(x), mean, x), np.isnan(x)[:, flagged]], axis=1)
-    for split, x in covariates.items()
-  }
+  filled = {}
+  for split, x in covariates.items():
+    unknown = np.isnan(x)
+    filled[split] = np.concatenate([np.where(unknown, mean, x), unknown[:, flagged]], axis=1)
+  return filled
 
 
 def fit_probe(
@@ -76,11 +79,9 @@ def fit_probe(
   mean, scale = standardisation(train_x)
   train_z, val_z = (train_x - mean) / scale, (val_x - mean) / scale
   known = np.isfinite(train_y)
-  coef, intercept = (
-    np.zeros((train_x.shape[1], train_y.shape[1])),
-    np.full(train_y.shape[1], np.nan),
-  )
-  strength = np.zeros(train_y.shape[1])
+  features, phenotypes = train_x.shape[1], train_y.shape[1]
+  coef, intercept = np.zeros((features, phenotypes)), np.full(phenotypes, np.nan)
+  strength = np.zeros(phenotypes)
   for pattern in np.unique(known, axis=1).T:
     columns = np.flatnonzero((known == pattern[:, None]).all(axis=0))
     if not pattern.any():
@@ -97,19 +98,15 @@ def fit_probe(
     shrink = 1 / (np.maximum(eigenvalues, 0.0)[:, None] + STRENGTHS)  # [D, G]
     val_projected = (val_z - z_mean) @ vectors
     for k, column in enumerate(columns):
-      # [N, G]
-      error = val_projected @ (projected[:, k, None] * shrink) + y_mean[k] - val_y[:, column, None]
+      predicted = val_projected @ (projected[:, k, None] * shrink) + y_mean[k]  # [N, G]
+      error = predicted - val_y[:, column, None]
       best = len(STRENGTHS) - 1 - np.argmin(np.nansum(error**2, axis=0)[::-1])
       w = vectors @ (projected[:, k] * shrink[:, best])
       coef[:, column] = w / scale
       intercept[column] = y_mean[k] - z_mean @ w - mean @ coef[:, column]
       strength[column] = STRENGTHS[best]
-  return {
-    "coef": coef,
-    "intercept": intercept,
-    "strength": strength,
-    "at_edge": np.isin(strength, STRENGTHS[[0, -1]]),
-  }
+  at_edge = np.isin(strength, STRENGTHS[[0, -1]])
+  return {"coef": coef, "intercept": intercept, "strength": strength, "at_edge": at_edge}
 
 
 def predict(probe: dict, x: np.ndarray) -> np.ndarray:

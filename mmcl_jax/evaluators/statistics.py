@@ -49,15 +49,12 @@ def r2(y: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None)
   centre = y.sum(axis=0) / rows
   # centred first, so that the sums of squares below do not cancel
   deviation = np.where(known, y - centre, 0.0)
-  n, total, squares, residual = (
-    weights @ a for a in (known, deviation, deviation**2, (y - prediction) ** 2)
-  )
+  n, total = weights @ known, weights @ deviation
+  squares, residual = weights @ deviation**2, weights @ (y - prediction) ** 2
   spread = squares - total**2 / np.maximum(n, 1)
   # what cancellation, or a constant y, leaves in it
   rounding = 1e-12 * squares + 1e-16 * n * centre**2
-  return 1 - np.divide(
-    residual, spread, out=np.full(np.shape(spread), np.nan), where=spread > rounding
-  )
+  return 1 - ratio(residual, spread, spread > rounding)
 
 
 def pearson(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -65,13 +62,17 @@ def pearson(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
   does not vary."""
   y, prediction, known = _known(y, prediction)
   rows = np.maximum(known.sum(axis=0), 1)
-  a, b = (np.where(known, x - x.sum(axis=0) / rows, 0.0) for x in (y, prediction))
-  norms = [np.sqrt((x**2).sum(axis=0)) for x in (a, b)]
-  rounding = [1e-8 * np.sqrt((x**2).sum(axis=0)) for x in (y, prediction)]
-  varies = (norms[0] > rounding[0]) & (norms[1] > rounding[1])
-  return np.divide(
-    (a * b).sum(axis=0), norms[0] * norms[1], out=np.full(np.shape(varies), np.nan), where=varies
-  )
+  a = np.where(known, y - y.sum(axis=0) / rows, 0.0)
+  b = np.where(known, prediction - prediction.sum(axis=0) / rows, 0.0)
+  # a constant leaves no more than rounding
+  a_varies = norm(a) > 1e-8 * norm(y)
+  b_varies = norm(b) > 1e-8 * norm(prediction)
+  return ratio((a * b).sum(axis=0), norm(a) * norm(b), a_varies & b_varies)
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+  """Euclidean norm over the first axis."""
+  return np.sqrt((x**2).sum(axis=0))
 
 
 def mae(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -79,9 +80,7 @@ def mae(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
   known."""
   y, prediction, known = _known(y, prediction)
   n = known.sum(axis=0)
-  return np.divide(
-    np.abs(y - prediction).sum(axis=0), n, out=np.full(np.shape(n), np.nan), where=n > 0
-  )
+  return ratio(np.abs(y - prediction).sum(axis=0), n, n > 0)
 
 
 def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -102,12 +101,12 @@ def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -
   below = np.cumsum(weights[..., control], axis=-1)
   # weight of the i lowest controls, from 0
   below = np.concatenate([np.zeros_like(weights[..., :1]), below], axis=-1)
-  lower, not_higher = (
-    np.searchsorted(score[control], score[case], side) for side in ("left", "right")
-  )
-  won = (weights[..., case] * (below[..., lower] + below[..., not_higher])).sum(axis=-1) / 2
+  lower = np.searchsorted(score[control], score[case], "left")
+  not_higher = np.searchsorted(score[control], score[case], "right")
+  beaten = below[..., lower] + below[..., not_higher]  # twice, ties once
+  won = (weights[..., case] * beaten).sum(axis=-1) / 2
   pairs = weights[..., case].sum(axis=-1) * below[..., -1]
-  return np.divide(won, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
+  return ratio(won, pairs, pairs > 0)
 
 
 def auprc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -120,23 +119,16 @@ def auprc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -
   weights = np.ones(len(y)) if weights is None else weights
   known = np.flatnonzero(np.isfinite(y))
   known = known[np.argsort(-score[known], kind="stable")]
-  # of equal scores
-  last = (
-    np.append(np.flatnonzero(np.diff(score[known])), len(known) - 1)
-    if len(known)
-    else np.empty(0, int)
-  )
+  last = np.empty(0, int)  # of equal scores
+  if len(known):
+    last = np.append(np.flatnonzero(np.diff(score[known])), len(known) - 1)
   weights, case = weights[..., known], y[known] == 1
-  hits, all_ = (np.cumsum(x, axis=-1)[..., last] for x in (weights * case, weights))
+  hits = np.cumsum(weights * case, axis=-1)[..., last]
+  called = np.cumsum(weights, axis=-1)[..., last]
   gained = np.diff(hits, axis=-1, prepend=0.0)
-  precision = np.divide(hits, all_, out=np.zeros_like(hits), where=all_ > 0)
+  precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
   cases, total = weights @ case, weights.sum(axis=-1)
-  return np.divide(
-    (gained * precision).sum(axis=-1),
-    cases,
-    out=np.full(np.shape(cases), np.nan),
-    where=(cases > 0) & (cases < total),
-  )
+  return ratio((gained * precision).sum(axis=-1), cases, (cases > 0) & (cases < total))
 
 
 def c_index(
@@ -164,9 +156,10 @@ def c_index(
     i = events[start : start + block, None]
     later = (years > years[i]) | ((years == years[i]) & ~happened)  # [events, N]
     concordant = later * ((risk[i] > risk) + 0.5 * (risk[i] == risk))
-    won += (weights[..., i[:, 0]] * (weights @ concordant.T)).sum(axis=-1)
-    pairs += (weights[..., i[:, 0]] * (weights @ later.T.astype(np.float64))).sum(axis=-1)
-  return np.divide(won, pairs, out=np.full(np.shape(pairs), np.nan), where=pairs > 0)
+    of_event = weights[..., i[:, 0]]
+    won += (of_event * (weights @ concordant.T)).sum(axis=-1)
+    pairs += (of_event * (weights @ later.T.astype(np.float64))).sum(axis=-1)
+  return ratio(won, pairs, pairs > 0)
 
 
 def best_threshold(y: np.ndarray, score: np.ndarray) -> float:
@@ -199,11 +192,7 @@ def balanced_accuracy(
   shares = []
   for value, right in ((1, called), (0, ~called)):
     of = weights @ (y == value)
-    shares.append(
-      np.divide(
-        weights @ ((y == value) & right), of, out=np.full(np.shape(of), np.nan), where=of > 0
-      )
-    )
+    shares.append(ratio(weights @ ((y == value) & right), of, of > 0))
   return (shares[0] + shares[1]) / 2
 
 
@@ -223,10 +212,9 @@ def reliability(
   order = np.argsort(probability[known], kind="stable")
   groups = [group for group in np.array_split(order, bins) if len(group)]
   y, probability = y[known], probability[known]
-  return tuple(
-    np.array([f(group) for group in groups])
-    for f in (lambda g: probability[g].mean(), lambda g: (y[g] == 1).mean(), len)
-  )
+  said = np.array([probability[group].mean() for group in groups])
+  seen = np.array([(y[group] == 1).mean() for group in groups])
+  return said, seen, np.array([len(group) for group in groups])
 
 
 def ece(y: np.ndarray, probability: np.ndarray, bins: int = 10) -> float:
@@ -247,11 +235,9 @@ def limits_of_agreement(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
   y, prediction, known = _known(y, prediction)
   n = known.sum(axis=0)
   enough = n > 1
-  mean = np.divide((prediction - y).sum(axis=0), n, out=np.full(np.shape(n), np.nan), where=enough)
+  mean = ratio((prediction - y).sum(axis=0), n, enough)
   squares = np.where(known, prediction - y - mean, 0.0) ** 2
-  sd = np.sqrt(
-    np.divide(squares.sum(axis=0), n - 1, out=np.full(np.shape(n), np.nan), where=enough)
-  )
+  sd = np.sqrt(ratio(squares.sum(axis=0), n - 1, enough))
   return np.stack([mean, mean - 1.96 * sd, mean + 1.96 * sd])
 
 
@@ -268,9 +254,8 @@ def half_width(y: np.ndarray, prediction: np.ndarray) -> np.ndarray:
   n = np.isfinite(error).sum(axis=0)
   rank = -(-19 * (n + 1) // 20)  # in integers: 0.95 has no exact float
   last = np.full((1, error.shape[1]), np.inf)
-  return np.take_along_axis(
-    np.concatenate([error, last]), np.where(rank <= n, rank - 1, len(error))[None], axis=0
-  )[0]
+  place = np.where(rank <= n, rank - 1, len(error))
+  return np.take_along_axis(np.concatenate([error, last]), place[None], axis=0)[0]
 
 
 def coverage(y: np.ndarray, prediction: np.ndarray, half: np.ndarray) -> np.ndarray:
@@ -279,7 +264,7 @@ def coverage(y: np.ndarray, prediction: np.ndarray, half: np.ndarray) -> np.ndar
   y, prediction, known = _known(y, prediction)
   n = known.sum(axis=0)
   held = (known & (np.abs(y - prediction) <= half)).sum(axis=0)
-  return np.divide(held, n, out=np.full(np.shape(n), np.nan), where=n > 0)
+  return ratio(held, n, n > 0)
 
 
 def crps(y: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -304,9 +289,8 @@ def interval(draws: np.ndarray) -> np.ndarray:
   if not draws.size:  # no columns, of which NumPy's percentiles lose the shape
     return np.full((2, *draws.shape[1:]), np.nan)
   usable = np.isfinite(draws).mean(axis=0) > 0.5
-  return np.where(
-    usable, np.nanpercentile(np.where(usable, draws, 0.0), [2.5, 97.5], axis=0), np.nan
-  )
+  ends = np.nanpercentile(np.where(usable, draws, 0.0), [2.5, 97.5], axis=0)
+  return np.where(usable, ends, np.nan)
 
 
 def simultaneous(value: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -326,11 +310,13 @@ def simultaneous(value: np.ndarray, draws: np.ndarray) -> np.ndarray:
   return np.stack([value - reach, value + reach])
 
 
+def ratio(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> np.ndarray:
+  """a / b where `where` is true, elsewhere NaN."""
+  return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=where)
+
+
 def _known(y, prediction):
   """Both in float64 with zeros where either is missing, and where both are there."""
   known = np.isfinite(y) & np.isfinite(prediction)
-  return (
-    np.where(known, y, 0.0).astype(np.float64),
-    np.where(known, prediction, 0.0).astype(np.float64),
-    known,
-  )
+  y = np.where(known, y, 0.0).astype(np.float64)
+  return y, np.where(known, prediction, 0.0).astype(np.float64), known

@@ -55,10 +55,8 @@ def times(features: dict) -> tuple[np.ndarray, np.ndarray]:
   At risk is who did not have it by the visit. Who had it first after the end of follow-up counts as
   not having had it.
   """
-  first, end = (
-    features["event_years"].astype(np.float64),
-    features["followed_years"].astype(np.float64)[:, None],
-  )
+  first = features["event_years"].astype(np.float64)
+  end = features["followed_years"].astype(np.float64)[:, None]
   happened = (first > 0) & (first <= end)
   years = np.where(happened, first, end)
   # NaN and 1 without a date: when is not known
@@ -90,9 +88,9 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
     x = components(x)
     predicted[model], results[model] = np.full(years.shape, np.nan), {}
     for c, name in enumerate(names):
-      known = {split: np.isfinite(t[:, c]) for split, (t, _) in when.items()}
-      events = {split: int((when[split][1][:, c] & known[split]).sum()) for split in when}
-      of = known["test"]
+      parts = {split: at_risk(x[split], *when[split], c) for split in when}
+      events = {split: int(part[2].sum()) for split, part in parts.items()}
+      of = np.isfinite(years[:, c])
       found = {
         "events": events["test"],
         "n": int(of.sum()),
@@ -100,28 +98,22 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
         "median_years": float(np.median(years[of, c])) if of.any() else np.nan,
       }
       if min(events["train"], events["test"]) >= FEWEST_EVENTS:
-        part = {
-          split: (
-            x[split][known[split]],
-            when[split][0][known[split], c],
-            when[split][1][known[split], c],
-          )
-          for split in when
-        }
-        risk, found["strength"] = fit(part["train"], part["val"], x["test"])
+        risk, found["strength"] = fit(parts["train"], parts["val"], x["test"])
         predicted[model][:, c] = risk
-
         outcome = years[of, c], happened[of, c], risk[of]
-        draws = statistics.c_index(*outcome, weights[:, of])
+        drawn = statistics.c_index(*outcome, weights[:, of])
         found["c_index"] = float(statistics.c_index(*outcome, None))
-        found["c_index_ci"] = statistics.interval(draws).tolist()
+        found["c_index_ci"] = statistics.interval(drawn).tolist()
       results[model][name] = found
-  return results, {
-    "subject": features["test"]["subject"],
-    "years": years,
-    "happened": happened,
-    **predicted,
-  }
+  predictions = {"subject": features["test"]["subject"], "years": years, "happened": happened}
+  return results, predictions | predicted
+
+
+def at_risk(x: np.ndarray, years: np.ndarray, happened: np.ndarray, c: int) -> tuple:
+  """Features, years and events of those at risk of disease `c`, of all rows' [N, D], [N, C], [N,
+  C]."""
+  known = np.isfinite(years[:, c])
+  return x[known], years[known, c], happened[known, c]
 
 
 def components(x: dict) -> dict:
@@ -150,9 +142,12 @@ def fit(train: tuple, val: tuple, test: np.ndarray) -> tuple[np.ndarray, float]:
     model = CoxPHSurvivalAnalysis(alpha=strength, ties="efron").fit(
       train[0], Surv.from_arrays(train[2], train[1])
     )
-    score = statistics.c_index(val[1], val[2], model.predict(val[0])) if len(val[1]) else np.nan
-    if np.nan_to_num(score, nan=-1.0) > best[0]:
-      best = (np.nan_to_num(score, nan=-1.0), model, strength)
+    score = -1.0
+    if len(val[1]):
+      found = statistics.c_index(val[1], val[2], model.predict(val[0]))
+      score = np.nan_to_num(found, nan=-1.0)
+    if score > best[0]:
+      best = (score, model, strength)
   return best[1].predict(test), float(best[2])
 
 
