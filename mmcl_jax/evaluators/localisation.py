@@ -390,69 +390,67 @@ def explain(run, source, found: dict) -> tuple[dict, list[dict]]:
       rate_hz}, "towers": {TOWER: {seen, labels, cosine, top (of the most relevant tenth), gradients
         [P, H, W]}}}; labels are 0 where there are none.
   """
-  towers = tower_lib.cmr(run.config.model)
+  towers, config = tower_lib.cmr(run.config.model), run.config
 
   def jitted(f):
     return jax.jit(f, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
 
-  rows = next(
-    pipeline.one_pass(source, batch=len(source), fields=pretrainer.fields(run.config.model))
-  )
-  batch = jitted(
-    lambda rows: steps.to_float(
-      rows, run.scales if run.config.model.towers.ecg.get("film") else None
-    )
-  )(rows)
+  def to_float(rows):
+    return steps.to_float(rows, run.scales if config.model.towers.ecg.get("film") else None)
+
+  fields = pretrainer.fields(config.model)
+  rows = next(pipeline.one_pass(source, batch=len(source), fields=fields))
+  batch = jitted(to_float)(rows)
   of_ecg = jax.device_get(jitted(make_ecg_maps(run))(run.state.variables, batch, found))
   slopes = jitted(make_slopes(run))
 
   def at(share):
     return jax.device_get(slopes(run.state.variables, batch, found, share))
 
-  seen = {
-    name: pretrainer.look(jax.device_get(batch["cmr"]), spec) for name, spec in towers.items()
-  }
-  seen["ecg"] = jax.device_get(batch["ecg"])[
-    :, :, : of_ecg["cosine"].shape[2] * run.config.model.towers.ecg.patch
-  ]
+  volumes = jax.device_get(batch["cmr"])
+  seen = {name: pretrainer.look(volumes, spec) for name, spec in towers.items()}
+  samples = of_ecg["cosine"].shape[2] * config.model.towers.ecg.patch
+  seen["ecg"] = jax.device_get(batch["ecg"])[:, :, :samples]
   gradients = integrated_gradients(lambda share: at(share)[1], seen, "integrated gradients")
   (end, _), (start, _) = at(1.0), at(0.0)
   completeness = {}
   for name, x in gradients.items():
     gain, total = end[name] - start[name], x.reshape(len(x), -1).sum(axis=1)
-    completeness[name] = {
-      "gain": gain.tolist(),
-      "sum": total.tolist(),
-      "error": float(np.abs(gain - total).max()),
-    }
+    error = float(np.abs(gain - total).max())
+    completeness[name] = {"gain": gain.tolist(), "sum": total.tolist(), "error": error}
   # of every patch
   gradients["ecg"] = gradients["ecg"].reshape(*of_ecg["cosine"].shape, -1).sum(axis=-1)
 
+  rate_hz = preprocess_ecg.rate_hz(config.data.ecg_profile)
   examples = []
   for i in range(len(source)):
-    shown, labels = {}, source[i].get("labels")
+    ecg = {name: x[i] for name, x in of_ecg.items()}
+    ecg |= {"seen": seen["ecg"][i], "gradients": gradients["ecg"][i], "rate_hz": rate_hz}
+    shown = {}
     for name, spec in towers.items():
-      known = np.zeros(seen[name][i].shape, np.uint8)
-      for planes, inside in truth(spec, labels).values() if labels is not None else ():
-        known[planes] = inside
-      near = enlarge(found[f"map/{name}"][i, 0], spec, known.shape)
-      shown[name] = {
-        "seen": seen[name][i],
-        "labels": known,
-        "cosine": near,
-        "gradients": gradients[name][i],
-        "top": top_tenth(near.reshape(1, -1)).reshape(near.shape) > 0,
-      }
-    ecg = {"seen": seen["ecg"][i], "gradients": gradients["ecg"][i]} | {
-      name: x[i] for name, x in of_ecg.items()
-    }
-    examples.append(
-      {
-        "ecg": ecg | {"rate_hz": preprocess_ecg.rate_hz(run.config.data.ecg_profile)},
-        "towers": shown,
-      }
-    )
+      cells = found[f"map/{name}"][i, 0]
+      labels = source[i].get("labels")
+      shown[name] = example(spec, seen[name][i], cells, gradients[name][i], labels)
+    examples.append({"ecg": ecg, "towers": shown})
   return completeness, examples
+
+
+def example(spec, seen, cells, gradients, labels) -> dict:
+  """What the figure of one recording shows of one tower, see `explain`.
+
+  Args:
+    spec: entry of the tower in config.model.towers.
+    seen, gradients: [P, H, W].
+    cells: the cosine at the cells of its feature map.
+    labels: of the record, [2, Z, H, W], or None.
+  """
+  known = np.zeros(seen.shape, np.uint8)
+  if labels is not None:
+    for planes, inside in truth(spec, labels).values():
+      known[planes] = inside
+  near = enlarge(cells, spec, known.shape)
+  top = top_tenth(near.reshape(1, -1)).reshape(near.shape) > 0
+  return {"seen": seen, "labels": known, "cosine": near, "gradients": gradients, "top": top}
 
 
 def make_ecg_maps(run):

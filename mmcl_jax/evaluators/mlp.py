@@ -45,10 +45,8 @@ def predict(
   x, x_val, x_test = (jnp.asarray((x - mean) / scale, jnp.float32) for x in (train, val, test))
   usable = np.isfinite(labels).any(axis=0) & np.isfinite(val_labels).any(axis=0)
   if not usable.any():
-    return {
-      split: np.full((len(x), labels.shape[1]), np.nan)
-      for split, x in (("val", val), ("test", test))
-    }
+    nothing = np.full(labels.shape[1], np.nan)
+    return {"val": np.tile(nothing, (len(val), 1)), "test": np.tile(nothing, (len(test), 1))}
   centre, spread = np.zeros(labels.shape[1]), np.ones(labels.shape[1])
   if not binary:
     centre[usable] = np.nanmean(labels[:, usable], axis=0, dtype=np.float64)
@@ -56,9 +54,25 @@ def predict(
     spread[usable] = np.where(deviation > 0, deviation, 1.0)
   y, y_val = (jnp.asarray((t - centre) / spread, jnp.float32) for t in (labels, val_labels))
 
-  params = start(jax.random.key(seed), x.shape[1], labels.shape[1])
+  best = fit(x, y, x_val, y_val, binary, seed)
+
+  def said(x):
+    parts = []
+    for part in np.array_split(x, -(-len(x) // ROWS)):
+      parts.append(np.asarray(forward(best, part), np.float64))
+    y = np.concatenate(parts)
+    return np.where(usable, expit(y) if binary else y * spread + centre, np.nan)
+
+  return {"val": said(x_val), "test": said(x_test)}
+
+
+def fit(x, y, x_val, y_val, binary: bool, seed: int) -> dict:
+  """Parameters of the epoch of least loss on validation, each label's own; stops when none has
+  gained for PATIENCE epochs. Arguments as in `losses` and `predict`, standardised."""
+  labels = y.shape[1]
+  params = start(jax.random.key(seed), x.shape[1], labels)
   opt_state = optimizer().init(params)
-  best, least, waited = params, jnp.full(labels.shape[1], jnp.inf), 0
+  best, least, waited = params, jnp.full(labels, jnp.inf), 0
   for epoch in tqdm(
     range(EPOCHS),
     "MLP, at most",
@@ -75,20 +89,11 @@ def predict(
       return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     best = jax.tree.map(keep_better, best, params)
-    least, waited = jnp.where(better, loss, least), 0 if better.any() else waited + 1
+    least = jnp.where(better, loss, least)
+    waited = 0 if better.any() else waited + 1
     if waited == PATIENCE:
       break
-
-  def said(x):
-    y = np.concatenate(
-      [
-        np.asarray(forward(best, part), np.float64)
-        for part in np.array_split(x, -(-len(x) // ROWS))
-      ]
-    )
-    return np.where(usable, expit(y) if binary else y * spread + centre, np.nan)
-
-  return {"val": said(x_val), "test": said(x_test)}
+  return best
 
 
 def start(key, width: int, labels: int) -> dict:

@@ -707,7 +707,7 @@ def test_a_report_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeyp
     patch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError):
       report.write(whole(changed, predictions, probe), out)
-  replace = report.os.replace
+  replace = os.replace
   with monkeypatch.context() as patch:  # the very last rename fails
     patch.setattr(
       os, "replace", lambda a, b: full() if str(a).endswith(f".{os.getpid()}") else replace(a, b)
