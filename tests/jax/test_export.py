@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export as jax_export
-from ml_collections import ConfigDict
 from scipy import signal
 
 from common import ROOT, python
 from mistakes import error_of
-from mmcl_jax import export
+from mmcl_jax import configuration, export
 from mmcl_jax.data import schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.evaluators import model_card, report
-from mmcl_jax.models import kernels
+from mmcl_jax.models import kernels, towers
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 from mmcl_jax.training import restore
 
@@ -133,32 +132,10 @@ def test_it_holds_the_encoder_and_nothing_else(run, out):
 
 def test_parameters_are_the_published_ones():
   """MMCL's tiny encoder: 5.4 M (Turgut et al. 2025)."""
-  ecg = dict(
-    size="tiny",
-    patch=100,
-    mask_ratio=0.0,
-    drop_path=0.0,
-    pool="attention",
-    positions="sincos",
-    head=0,
-    film=False,
-    siamese=False,
-  )
-  config = ConfigDict(
-    dict(
-      model=dict(
-        ecg=ecg,
-        cmr={},
-        projection=dict(hidden=8, width=8, norm=False),
-        regression=[],
-        learned_temperature=0.0,
-        learned_bias=0.0,
-        max_scale=100.0,
-        dtype="float32",
-      ),
-      data=dict(samples=2500),
-    )
-  )
+  config = configuration.recipe(str(ROOT / "configs/ecg_mae.py"), "tiny")
+  config.model.towers.ecg.update(pool="attention", positions="sincos", siamese=False)
+  config.model = towers.complete(config.model)
+  assert config.data.samples == 2500 and config.model.towers.ecg.patch == 100
   attention = 4 * 384**2
   assert abs(model_card.parameters(config) - attention - 5.4e6) < 0.05e6
 
