@@ -37,15 +37,32 @@ _CUT = 0.30
 _FILL = 2 / 3 + _CUT - _CUT**3 / 3  # volume of the cut ellipsoid / (pi radius^2 half-length)
 
 # Share of the stroke volume ejected over one beat: systole, fast filling, diastasis, atrial kick.
-_share_ejected = PchipInterpolator(
-  [0, 0.04, 0.12, 0.20, 0.30, 0.36, 0.42, 0.50, 0.58, 0.68, 0.80, 0.90, 1],
-  [0, 0.02, 0.30, 0.70, 0.96, 1, 0.93, 0.55, 0.32, 0.22, 0.18, 0.06, 0],
-)
+_EJECTION = {  # share of the beat -> share ejected
+  0: 0,
+  0.04: 0.02,
+  0.12: 0.30,
+  0.20: 0.70,
+  0.30: 0.96,
+  0.36: 1,
+  0.42: 0.93,
+  0.50: 0.55,
+  0.58: 0.32,
+  0.68: 0.22,
+  0.80: 0.18,
+  0.90: 0.06,
+  1: 0,
+}
+_share_ejected = PchipInterpolator(list(_EJECTION), list(_EJECTION.values()))
 EJECTED = _share_ejected(np.arange(FRAMES) / FRAMES)
 ES = 9  # the frame where all is ejected
 
 # Signal of a balanced steady-state sequence in arbitrary units; assumption.
-_LUNG, _LIVER, _FAT, _MUSCLE, _BLOOD, _MYOCARDIUM = 25.0, 95.0, 165.0, 70.0, 205.0, 85.0
+_LUNG = 25.0
+_LIVER = 95.0
+_FAT = 165.0
+_MUSCLE = 70.0
+_BLOOD = 205.0
+_MYOCARDIUM = 85.0
 _NOISE = 6.0
 
 
@@ -99,9 +116,7 @@ def heart(
     grid,
   )
   scale = 255 / stack.max()
-  ed_es_volumes = np.rint(stack * scale).astype(np.uint8)
-  cine_slice = np.rint(np.minimum(cine[:, 0] * scale, 255)).astype(np.uint8)
-  return ed_es_volumes, labels, cine_slice
+  return _grey(stack, scale), labels, _grey(cine[:, 0], scale)
 
 
 def cine_stack(
@@ -128,13 +143,16 @@ def cine_stack(
     if ejected in (0, 1):
       frame = stack[int(ejected)]
     else:
-      frame = image(labels[i : i + 1], between[:, None], tissue, rng, grid)[0]
-    images[i] = np.rint(np.minimum(frame * scale, 255))
+      (frame,) = image(labels[i : i + 1], between[:, None], tissue, rng, grid)
+    images[i] = _grey(frame, scale)
   return images, labels
 
 
 def long_axis(
-  phenotypes: dict, rng: np.random.Generator, plane_rng: np.random.Generator, grid: Grid = Grid()
+  phenotypes: dict,
+  rng: np.random.Generator,
+  plane_rng: np.random.Generator,
+  grid: Grid = Grid(),
 ) -> tuple[np.ndarray, np.ndarray]:
   """One beat of the heart that `heart` makes of `phenotypes` and `rng`, in the plane of its long
   axis and its septum.
@@ -169,8 +187,12 @@ def long_axis(
   labels = np.stack(labels)
   tissue = sample_tissue(pose, plane_rng)
   images = image(labels, beat, tissue, plane_rng, grid)[:, 0]
-  scale = 255 / images.max()
-  return np.rint(images * scale).astype(np.uint8), labels[:, 0]
+  return _grey(images, 255 / images.max()), labels[:, 0]
+
+
+def _grey(images, scale):
+  scaled = np.minimum(images * scale, 255)
+  return np.rint(scaled).astype(np.uint8)
 
 
 def _volumes(phenotypes):
@@ -191,9 +213,11 @@ def _end_phases(phenotypes, rng, grid):
   pose = sample_pose(volumes[0, 0], rng, grid)
   fields = _end_gauges(pose, volumes)
   counts = np.round(volumes / grid.millilitres).astype(int)
-  ed = label(fields[:, 0], pose.depth > 0.0, counts[0])
-  es = label(fields[:, 1], pose.depth > pose.descent, counts[1])
-  return pose, fields, counts, np.stack([ed, es])
+  labels = []
+  for phase, descent in enumerate((0.0, pose.descent)):
+    below_base = pose.depth > descent
+    labels.append(label(fields[:, phase], below_base, counts[phase]))
+  return pose, fields, counts, np.stack(labels)
 
 
 def _end_gauges(pose, volumes):
@@ -205,15 +229,17 @@ def _end_gauges(pose, volumes):
 
 def _between(fields):
   """Gauges [3, F, ...] at every frame, of those at ED and ES [3, P, ...]."""
-  ejected = EJECTED.astype(np.float32)
-  ejected = ejected.reshape(-1, *[1] * (fields.ndim - 2))
-  return (1 - ejected) * fields[:, :1] + ejected * fields[:, 1:]
+  axes = tuple(range(1, fields.ndim - 1))
+  ejected = np.expand_dims(EJECTED.astype(np.float32), axes)
+  ed, es = fields[:, :1], fields[:, 1:]
+  return (1 - ejected) * ed + ejected * es
 
 
 def _counts_of_frames(ends):
   """Voxels int [F, 3] at every frame, of those at ED and ES [2, 3]."""
   ed, es = ends
-  return np.round(ed + EJECTED[:, None] * (es - ed)).astype(int)
+  ejected = EJECTED[:, None]
+  return np.round(ed + ejected * (es - ed)).astype(int)
 
 
 def _middle_slice(labels):
@@ -233,7 +259,8 @@ def _surfaces(fields, labels):
   surfaces = np.empty((3, 2))
   for k, field in enumerate(fields):
     for phase in (0, 1):
-      surfaces[k, phase] = field[phase][labels[phase] == k + 1].max()
+      inside = labels[phase] == k + 1
+      surfaces[k, phase] = field[phase][inside].max()
   return surfaces
 
 
@@ -241,14 +268,17 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   """A heart of this LVEDV (ml) about the centre of the grid: shifted, turned, tilted and bent a
   little."""
   ratio = 2 * LENGTH_TO_DIAMETER / (1 + _CUT)  # half-length to radius
-  radius = (1000 * lvedv / (np.pi * ratio * _FILL)) ** (1 / 3)
+  volume = 1000 * lvedv  # mm3
+  radius = (volume / (np.pi * ratio * _FILL)) ** (1 / 3)
   length = (1 + _CUT) * ratio * radius
-  z = np.arange(grid.slices, dtype=np.float32)[:, None, None] * grid.spacing[0]
+  z = np.arange(grid.slices, dtype=np.float32) * grid.spacing[0]
+  z = z[:, None, None]
   # mm above the base; the wall needs room below the apex
   top = (z.max() - length) / 2 - 5 + 3 * rng.standard_normal()
   depth = z - max(top, 0.0)
   # the stack is not quite perpendicular
-  tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * (depth - length / 2)
+  from_middle = depth - length / 2
+  tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * from_middle
   # mm; the RV needs room beside the LV
   shift = 4 * rng.standard_normal(2) + (0, 0.45 * radius)
   y, x = _positions(grid)
@@ -256,9 +286,12 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   x = x - shift[1] - tilt[1]
   # the RV lies left of the LV and above: to the front
   turn = np.radians(20 + 10 * rng.standard_normal())
-  cosine, sine = np.cos(turn), np.sin(turn)
-  septal = (-cosine * x - sine * y).astype(np.float32)
-  across = (sine * x - cosine * y).astype(np.float32)
+  cosine = np.cos(turn)
+  sine = np.sin(turn)
+  septal = -cosine * x - sine * y
+  across = sine * x - cosine * y
+  septal = septal.astype(np.float32)
+  across = across.astype(np.float32)
   bend = []
   for count, sd in ((2, 0.03), (3, 0.02)):
     amplitude = sd * rng.standard_normal()
@@ -286,10 +319,12 @@ def sample_plane(pose: Pose, rng: np.random.Generator, grid: Grid) -> Pose:
   room = 0.45 * pose.length / (2 * LENGTH_TO_DIAMETER)
   shift = 4 * rng.standard_normal(2) + (0, room)
   turn = np.radians(10 * rng.standard_normal())
-  cosine, sine = np.cos(turn), np.sin(turn)
+  cosine = np.cos(turn)
+  sine = np.sin(turn)
   y = y - shift[0]
   x = x - shift[1]
-  septal = (-cosine * x - sine * y).astype(np.float32)[None]
+  septal = -cosine * x - sine * y
+  septal = septal.astype(np.float32)[None]
   depth = cosine * y - sine * x + pose.length / 2 - 10
   across = np.zeros_like(septal)
   return pose._replace(
@@ -302,9 +337,12 @@ def sample_plane(pose: Pose, rng: np.random.Generator, grid: Grid) -> Pose:
 
 def _positions(grid):
   """mm of the pixels from the centre, (rows [H, 1], columns [1, W])."""
-  offsets = np.arange(grid.size) - (grid.size - 1) / 2
+  middle = (grid.size - 1) / 2
+  offsets = np.arange(grid.size) - middle
   _, height, width = grid.spacing
-  return (offsets * height)[:, None], (offsets * width)[None]
+  y = offsets * height
+  x = offsets * width
+  return y[:, None], x[None]
 
 
 def _rho(septal, across, bend):
@@ -313,7 +351,8 @@ def _rho(septal, across, bend):
   waves = 0
   for count, amplitude, phase in bend:
     waves = waves + amplitude * np.cos(count * angle + phase)
-  return np.hypot(septal, across) * (1 + waves).astype(np.float32)
+  bent = (1 + waves).astype(np.float32)
+  return np.hypot(septal, across) * bent
 
 
 def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
@@ -326,7 +365,8 @@ def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
   """
   half = (pose.length - descent) / (1 + _CUT)
   inside_wall = 1000 * np.cumsum(volumes[:2])  # mm3: within the endocardium, the epicardium
-  endo, epi = np.sqrt(inside_wall / (np.pi * half * _FILL))  # radii in mm
+  areas = inside_wall / (np.pi * half * _FILL)
+  endo, epi = np.sqrt(areas)  # radii in mm
   centre = descent + _CUT * half
   along = (pose.depth - centre) / half
   out = pose.rho / endo
@@ -364,21 +404,27 @@ def sample_tissue(pose: Pose, rng: np.random.Generator) -> np.ndarray:
   liver = expit(0.5 * below_diaphragm)
   # mm outside the curved inner surface of the chest
   outward = front + 0.005 * (left - 25) ** 2 - 60
-  ribs = np.sin(left / 11 + rng.uniform(0, 6))
+  phase = rng.uniform(0, 6)
+  ribs = np.sin(left / 11 + phase)
   chest = expit(0.5 * (outward + 1.5 * ribs))
   layers = 0.5 + 0.5 * np.sin(outward / 4.5)
   chest_signal = _MUSCLE + (_FAT - _MUSCLE) * layers
   signal = _LUNG + (_LIVER - _LUNG) * liver
   signal += (chest_signal - signal) * chest
-  slope = rng.normal(0, 0.0012, 2)
-  coil = np.exp(slope[0] * left + slope[1] * pose.across + 0.002 * front)
+  to_left, to_front = rng.normal(0, 0.0012, 2)
+  falloff = to_left * left + to_front * pose.across + 0.002 * front
+  coil = np.exp(falloff)
   tissue = [signal, coil, pose.septal, pose.across, level]
   return np.stack(tissue).astype(np.float32)
 
 
 def image(
-  labels: np.ndarray, fields: np.ndarray, tissue: np.ndarray, rng: np.random.Generator, grid: Grid
-):
+  labels: np.ndarray,
+  fields: np.ndarray,
+  tissue: np.ndarray,
+  rng: np.random.Generator,
+  grid: Grid,
+) -> np.ndarray:
   """Magnitude images, float32 [P, Z, H, W], of labels [P, Z, H, W] with their gauges [3, P, Z, H,
   W]."""
   background, coil, septal, across, level = tissue
@@ -406,5 +452,6 @@ def image(
     signal = np.where(papillary, _MYOCARDIUM, signal)
   for axis, mm in ((2, height), (3, width)):
     signal = gaussian_filter1d(signal.astype(np.float32), 1.6 / mm, axis)  # partial volume
-  noise = np.float32(_NOISE) * rng.standard_normal((2, *labels.shape), np.float32)
-  return np.hypot(signal * coil + noise[0], noise[1])  # Rician
+  noise = rng.standard_normal((2, *labels.shape), np.float32)
+  real, imaginary = np.float32(_NOISE) * noise
+  return np.hypot(signal * coil + real, imaginary)  # Rician

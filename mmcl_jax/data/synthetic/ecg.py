@@ -81,17 +81,21 @@ def ecg(parameters: dict, rng: np.random.Generator) -> np.ndarray:
     parameters: one subject's row of `population.draw`.
     rng: for beat-to-beat variation and noise.
   """
-  peaks, intervals = r_peaks(float(parameters["heart_rate"]), bool(parameters["fibrillating"]), rng)
+  heart_rate = float(parameters["heart_rate"])
+  fibrillating = bool(parameters["fibrillating"])
+  peaks, intervals = r_peaks(heart_rate, fibrillating, rng)
   vector = dipole(peaks, intervals, parameters)
   rotation = Rotation.from_rotvec(parameters["rotation"]).as_matrix()
   view = parameters["torso_gain"] * DOWER @ rotation
   leads = view.astype(np.float32) @ vector + _noise(parameters, rng)
-  i, ii, *chest = np.round(leads / _STEP_MV) * np.float32(_STEP_MV)
+  steps = np.round(leads / _STEP_MV)
+  i, ii, *chest = steps * np.float32(_STEP_MV)
   iii = ii - i
   avr = -(i + ii) / 2
   avl = i - ii / 2
   avf = ii - i / 2
-  return np.stack([i, ii, iii, avr, avl, avf, *chest]).astype(np.float32)
+  recorded = np.stack([i, ii, iii, avr, avl, avf, *chest])
+  return recorded.astype(np.float32)
 
 
 def r_peaks(
@@ -110,10 +114,11 @@ def r_peaks(
     variation = np.exp(0.22 * rng.standard_normal(n))
   else:
     beat = np.arange(n) * mean  # s
-    phase = rng.uniform(0, 2 * np.pi, 2)
-    slow = np.sin(2 * np.pi * 0.1 * beat + phase[0])
-    breath = np.sin(2 * np.pi * 0.25 * beat + phase[1])
-    variation = 1 + 0.02 * slow + 0.025 * breath + 0.005 * rng.standard_normal(n)
+    slow_phase, breath_phase = rng.uniform(0, 2 * np.pi, 2)
+    slow = np.sin(2 * np.pi * 0.1 * beat + slow_phase)
+    breath = np.sin(2 * np.pi * 0.25 * beat + breath_phase)
+    irregular = rng.standard_normal(n)
+    variation = 1 + 0.02 * slow + 0.025 * breath + 0.005 * irregular
   inside = mean * variation / variation.mean()
   intervals = np.concatenate([[mean, mean], inside, [mean]])
   first = rng.uniform(0, _SECONDS - n * mean)
@@ -126,8 +131,10 @@ def dipole(peaks: np.ndarray, intervals: np.ndarray, parameters: dict) -> np.nda
   before them (s)."""
   rate = schema.ECG_RATE_HZ
   total = schema.ECG_SAMPLES
-  window = np.arange(int(-_BEFORE * rate), int(_AFTER * rate))
-  samples = np.round(peaks * rate).astype(int)[:, None] + window  # [beats, window]
+  first, last = int(-_BEFORE * rate), int(_AFTER * rate)
+  window = np.arange(first, last)
+  centres = np.round(peaks * rate).astype(int)
+  samples = centres[:, None] + window  # [beats, window]
   from_peak = samples / rate - peaks[:, None]  # s
   angle = (2 * np.pi * from_peak).astype(np.float32)  # rad at 60 bpm
   width = np.float32(parameters["qrs_width"])
@@ -150,8 +157,8 @@ def dipole(peaks: np.ndarray, intervals: np.ndarray, parameters: dict) -> np.nda
   padding = window.size + 2 * rate  # a beat may begin or end outside the recording
   vector = np.zeros((3, total + 2 * padding), np.float32)
   for beat, row in enumerate(samples):
-    start, stop = padding + row[0], padding + row[-1] + 1
-    vector[:, start:stop] += beats[:, beat]
+    start = padding + row[0]
+    vector[:, start : start + window.size] += beats[:, beat]
   return vector[:, padding : padding + total]
 
 
@@ -162,8 +169,10 @@ def _noise(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   frequency = rng.uniform(0.05, 0.4, 3)[:, None].astype(np.float32)
   phase = rng.uniform(0, 2 * np.pi, 3)[:, None].astype(np.float32)
   drifts = np.sin(2 * np.pi * frequency * t + phase)
-  hum = np.sin(2 * np.pi * 50 * t + np.float32(rng.uniform(0, 2 * np.pi)))
-  noise = rng.standard_normal((8, t.size), np.float32) * np.float32(parameters["emg"])
+  hum_phase = np.float32(rng.uniform(0, 2 * np.pi))
+  hum = np.sin(2 * np.pi * 50 * t + hum_phase)
+  noise = rng.standard_normal((8, t.size), np.float32)
+  noise *= np.float32(parameters["emg"])
   wander = parameters["wander"] * rng.standard_normal((8, 3)) / np.sqrt(3)
   noise += wander.astype(np.float32) @ drifts
   mains = parameters["mains"] * rng.uniform(0.3, 1.0, (8, 1))
@@ -171,6 +180,7 @@ def _noise(parameters: dict, rng: np.random.Generator) -> np.ndarray:
   if parameters["fibrillating"]:
     speed = rng.uniform(4, 8)
     wobble = 1.5 * np.sin(2 * np.pi * 0.4 * t)
-    wave = np.sin(2 * np.pi * speed * t + wobble).astype(np.float32)
+    wave = np.sin(2 * np.pi * speed * t + wobble)
+    wave = wave.astype(np.float32)
     noise += _F_WAVES_MV[:, None] * wave
   return noise

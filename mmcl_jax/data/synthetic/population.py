@@ -79,7 +79,8 @@ def demographic_loadings() -> np.ndarray:
       within = within_sexes(name, name)
       share = (row.share * (between + within) - between) / within
     direction = np.array(row.direction)
-    rows.append(np.sqrt(share) * direction / np.linalg.norm(direction))
+    length = np.linalg.norm(direction)
+    rows.append(np.sqrt(share) * direction / length)
   return np.stack(rows)
 
 
@@ -150,12 +151,14 @@ def liabilities() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   def excess(threshold, sex_weight, prevalence):
     shares = 1 - couplings.MEN, couplings.MEN
     means = sex_weight * _sex_score(np.array([0.0, 1.0]))
-    beyond = ndtr((means - threshold) / np.sqrt(1 - sex_weight**2))
+    sd = np.sqrt(1 - sex_weight**2)
+    beyond = ndtr((means - threshold) / sd)
     return np.dot(shares, beyond) - prevalence
 
   thresholds = np.zeros(len(diseases))
   for row, disease in enumerate(diseases):
-    thresholds[row] = brentq(excess, -8, 8, (sex[row], disease.prevalence))
+    given = sex[row], disease.prevalence
+    thresholds[row] = brentq(excess, -8, 8, given)
   return weights, sex, rest, thresholds
 
 
@@ -184,19 +187,24 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
   """
   rows = []
   for index in indices:
-    rows.append(generator(seed, int(index), 0).standard_normal(_NORMALS))
+    rng = generator(seed, int(index), 0)
+    rows.append(rng.standard_normal(_NORMALS))
+  normals = np.stack(rows)
   parts = np.cumsum([1, len(SCORES), len(couplings.DISEASES)])
-  first, noise, disease_noise, nuisance = np.split(np.stack(rows), parts, axis=1)
+  first, noise, disease_noise, nuisance = np.split(normals, parts, axis=1)
   male = (first[:, 0] < ndtri(couplings.MEN)).astype(float)
   scores = noise @ loadings().T
   out = {"sex": male}
   for i, name in enumerate(SCORES):
     out[name] = _from_score(MOMENTS[name], scores[:, i], male)
-  out["weight"] = out.pop("bmi") * (out["height"] / 100) ** 2
+  height_m = out["height"] / 100
+  out["weight"] = out.pop("bmi") * height_m**2
   out["qrs_width"] = out.pop("qrs_duration") / TEMPLATE_QRS_MS
   for side in ("LV", "RV"):
-    out[f"{side}SV"] = out[f"{side}EDV"] * out[f"{side}EF"] / 100
-    out[f"{side}ESV"] = out[f"{side}EDV"] - out[f"{side}SV"]
+    edv = out[f"{side}EDV"]
+    sv = edv * out[f"{side}EF"] / 100
+    out[f"{side}SV"] = sv
+    out[f"{side}ESV"] = edv - sv
   out["LVCO"] = out["LVSV"] * out["heart_rate"] / 1000
 
   weights, sex, rest, thresholds = liabilities()
@@ -227,4 +235,5 @@ def _quantity(moments, family, score):
   if family == "normal":
     return mean + sd * score
   spread = log_sd(moments)
-  return mean * np.exp(spread * score - spread**2 / 2)
+  exponent = spread * score - spread**2 / 2
+  return mean * np.exp(exponent)
