@@ -10,7 +10,12 @@ from mmcl_jax.data.schema import ECG_RATE_HZ, ECG_SAMPLES, LEADS
 from mmcl_jax.errors import BadRecord
 
 WINDOW_S = ECG_SAMPLES / ECG_RATE_HZ
-DERIVABLE = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I and II
+DERIVABLE = {  # from I and II
+  "III": (-1, 1),
+  "aVR": (-0.5, -0.5),
+  "aVL": (1, -0.5),
+  "aVF": (-0.5, 1),
+}
 RATES_HZ = 50, 20_000
 LOW_RATE_HZ = 200  # below it a recording lacks part of what `minimal` keeps, up to 100 Hz
 PADDING_S = 0.5  # of all leads constant together; in 548 real recordings at most 0.12 s
@@ -31,8 +36,9 @@ MAX_CLIPPED = 0.02  # ... in this share of samples; real recordings reach 0.011
 
 def check_rate(rate_hz: float) -> None:
   """BadRecord for a rate at which no ECG is sampled, as where kHz or seconds stand for Hz."""
-  if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-    raise BadRecord(f"sampled at {rate_hz:g} Hz; expected {RATES_HZ[0]} to {RATES_HZ[1]}")
+  lowest, highest = RATES_HZ
+  if not lowest <= rate_hz <= highest:
+    raise BadRecord(f"sampled at {rate_hz:g} Hz; expected {lowest} to {highest}")
 
 
 def in_use(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
@@ -61,7 +67,8 @@ def judge(ecg_mv: np.ndarray, rate_hz: float) -> tuple[str, ...]:
 
 def content(ecg: np.ndarray, rate_hz: float) -> slice:
   """Where ecg [L, T] lies between padding: ends with all leads constant for more than PADDING_S."""
-  moves = np.flatnonzero((ecg[:, 1:] != ecg[:, :-1]).any(axis=0))
+  changes = ecg[:, 1:] != ecg[:, :-1]
+  moves = np.flatnonzero(changes.any(axis=0))
   if not len(moves) or moves[-1] - moves[0] < rate_hz:  # less than a second: flat, not padded
     return slice(0, ecg.shape[1])
   start, stop = moves[0] + 1, moves[-1] + 1
@@ -101,8 +108,10 @@ def _flat_tenths(ecg, rate_hz):
   seconds = sliding_window_view(sampled, second, axis=1)
   seconds = seconds[:, :: max(1, second // 10)]  # one every 0.1 s
   low, high = np.percentile(seconds, SPIKES, axis=-1)
-  still = np.pad(high - low < FLAT_MV, ((0, 0), (9, 9)))
-  return sliding_window_view(still, 10, axis=1).any(axis=-1)
+  still = high - low < FLAT_MV
+  still = np.pad(still, ((0, 0), (9, 9)))
+  seconds_of_tenth = sliding_window_view(still, 10, axis=1)
+  return seconds_of_tenth.any(axis=-1)
 
 
 def _check_voltage(ecg):
@@ -153,7 +162,9 @@ def _clipped(ecg, rate_hz):
   """A remark where leads lie at a limit for more than MAX_CLIPPED of their samples."""
   shares = {}
   for name, lead in zip(LEADS, ecg):
-    share = max(_share_at(lead.min(), lead, rate_hz), _share_at(lead.max(), lead, rate_hz))
+    at_lowest = _share_at(lead.min(), lead, rate_hz)
+    at_highest = _share_at(lead.max(), lead, rate_hz)
+    share = max(at_lowest, at_highest)
     if share > MAX_CLIPPED:
       shares[name] = share
   if not shares:
@@ -168,8 +179,9 @@ def _share_at(limit, lead, rate_hz):
   if at_limit.mean() <= MAX_CLIPPED or limit == np.median(lead):
     return 0.0
   plateaus = _runs(at_limit)
-  long_ones = plateaus[plateaus >= max(2, PLATEAU_S * rate_hz)]
-  return long_ones.sum() / len(lead)
+  shortest = max(2, PLATEAU_S * rate_hz)
+  plateaus = plateaus[plateaus >= shortest]
+  return plateaus.sum() / len(lead)
 
 
 def _runs(true):

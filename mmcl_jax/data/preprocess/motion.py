@@ -38,17 +38,21 @@ def find_heart(cine: Cine) -> Motion:
     BadRecord: nothing moves.
   """
   frames, slices = cine.images.shape[:2]
-  step = max(1, int(STEP_MM / max(cine.spacing[1:])))
-  pixels = cine.images[:, slices // 4 : slices - slices // 4, ::step, ::step]
+  _, *in_plane_mm = cine.spacing
+  step = max(1, int(STEP_MM / max(in_plane_mm)))
+  quarter = slices // 4
+  pixels = cine.images[:, quarter : slices - quarter, ::step, ::step]
   angle = 2 * np.pi * np.arange(frames) / frames
   waves = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
   real, imaginary = np.tensordot(waves, pixels.astype(np.float32), 1)
   strength = np.hypot(real, imaginary) / frames
-  blur = [BLUR_MM / (step * mm) for mm in cine.spacing[1:]]
+  blur = [BLUR_MM / (step * mm) for mm in in_plane_mm]
   motion = ndimage.gaussian_filter(strength.sum(axis=0), blur)
   motion -= np.median(motion)  # what noise alone gives
   peak = np.unravel_index(motion.argmax(), motion.shape)
-  intensities = float(pixels.max()) - float(pixels.min())
+  brightest = float(pixels.max())
+  darkest = float(pixels.min())
+  intensities = brightest - darkest
   if not motion[peak] > STILL * intensities:
     raise BadRecord("nothing moves over the beat; expected a cine")
   regions, _ = ndimage.label(motion > SHARE * motion[peak])
@@ -67,7 +71,9 @@ def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) ->
   centre_y, centre_x = (motion.first + motion.last) / 2
   y = np.arange(height) * motion.step - centre_y
   x = np.arange(width) * motion.step - centre_x
-  distance_mm = np.hypot(y[:, None] * spacing[1], x * spacing[2])
+  y_mm = y * spacing[1]
+  x_mm = x * spacing[2]
+  distance_mm = np.hypot(y_mm[:, None], x_mm)
   near = distance_mm < POOL_RADIUS_MM
   pool = np.zeros(frames)
   for images, strength in zip(motion.pixels.swapaxes(0, 1), motion.strength):
@@ -88,5 +94,6 @@ def _otsu(values):
   total = counts.sum()
   moment = np.cumsum(counts * (centres - centres[0]))
   difference = moment[-1] * below - moment * total
-  between = difference**2 / np.maximum(below * (total - below), 1)
+  above = total - below
+  between = difference**2 / np.maximum(below * above, 1)
   return centres[np.argmax(between[:-1])]

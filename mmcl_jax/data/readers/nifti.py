@@ -79,7 +79,8 @@ def read_frame(path) -> Volume:
 
 def two_frames(ed: Volume, es: Volume) -> Volume:
   """ED and ES from files of their own as frames 0 and 1; BadRecord where their grids differ."""
-  if ed.voxels.shape != es.voxels.shape or not np.allclose(ed.spacing, es.spacing, rtol=1e-3):
+  same_shape = ed.voxels.shape == es.voxels.shape
+  if not same_shape or not np.allclose(ed.spacing, es.spacing, rtol=1e-3):
     raise BadRecord("ED and ES differ in shape or spacing")
   voxels = np.concatenate([ed.voxels, es.voxels])
   return Volume(_plain(voxels), ed.spacing, math.nan, ed.base_first)
@@ -174,7 +175,8 @@ def _read_header(stream):
   header = HEADERS[size](block, check=False)
   if header["sizeof_hdr"] != size or header["magic"].item()[:3] not in MAGIC:
     raise BadRecord("not a NIfTI-1 or NIfTI-2 file with its voxels in the same file")
-  header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])  # some writers put an axis's direction here
+  zooms = header["pixdim"][1:4]
+  header["pixdim"][1:4] = np.abs(zooms)  # some writers put an axis's direction here
   shape = header.get_data_shape()
   if set(shape[4:]) == {1}:  # one value a voxel and moment
     header.set_data_shape(shape[:4])

@@ -198,7 +198,8 @@ def _content(archive, entry, where):
 def _listed(text):
   """{file name: series description}."""
   lines = [line for line in text.splitlines() if line.strip()]
-  header = [name.strip().lower() for name in next(csv.reader(lines[:1]), [])]
+  first_row = next(csv.reader(lines[:1]), [])
+  header = [name.strip().lower() for name in first_row]
   descriptions = [name for name in DESCRIPTIONS if name in header]
   if "filename" not in header or not descriptions:
     raise BadRecord("the manifest has no columns 'filename' and 'series discription'")
@@ -208,7 +209,9 @@ def _listed(text):
     """A date such as Aug 30, 2015 without quotes takes two fields: what follows it is counted from
     the end."""
     at = header.index(name)
-    return row[at if date is None or at < date else at - len(header)].strip()
+    if date is not None and at >= date:
+      at -= len(header)
+    return row[at].strip()
 
   listed = {}
   for number, line in enumerate(lines[1:], 2):
@@ -216,7 +219,8 @@ def _listed(text):
       row = next(csv.reader([line]))
     except csv.Error as error:
       raise BadRecord(f"line {number} of the manifest is no CSV") from error
-    if len(row) < len(header) or len(row) > len(header) + (date is not None):
+    most = len(header) if date is None else len(header) + 1
+    if not len(header) <= len(row) <= most:
       raise BadRecord(
         f"line {number} of the manifest has {len(row)} fields; expected {len(header)}"
       )

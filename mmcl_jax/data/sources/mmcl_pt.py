@@ -203,7 +203,10 @@ def _open(path):
 def _shape(tensor):
   """Without leading axes of length 1; () for what is no tensor."""
   shape = np.shape(tensor) if isinstance(tensor, np.ndarray) else ()
-  while len(shape) > 2 and shape[0] == 1 and (len(shape) > 3 or shape[1] == len(schema.LEADS)):
+  while len(shape) > 2 and shape[0] == 1:
+    is_image = len(shape) == 3 and shape[1] != len(schema.LEADS)
+    if is_image:
+      break
     shape = shape[1:]
   return shape
 
