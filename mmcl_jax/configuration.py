@@ -34,6 +34,9 @@ FREE = (
 )
 STOPPING = ("every.evaluate", "evaluators.losses.every")
 
+# Groups whose entries a recipe names itself.
+OPEN = ("init_from", "objectives", "evaluators")
+
 
 def parse_arg(arg: str | None, **known) -> ConfigDict:
   """Reads the argument of `get_config`, such as `demo` or `size=base,batch=1024`.
@@ -402,8 +405,6 @@ def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
     for key in sorted(kept.keys() | now.keys())
     if not same(key, kept.get(key), now.get(key))
     and (key.split(".")[0] not in FREE or (key in STOPPING and kept.get("stop_after")))
-    # a key that came with a later version, and is off, changes nothing
-    and (key in kept or now[key])
   ]
 
 
@@ -444,9 +445,25 @@ def load(workdir: str) -> ConfigDict:
     raise UserError(
       f"{file} is not readable as JSON ({error}); restore it, or train again in another workdir"
     ) from None
-  if "model" in config and "towers" not in config.model:
+  missing = lacking(config, defaults(batch=1, steps=1))
+  if missing:
     raise UserError(
-      f"{file} is of an earlier version of this program (it has no model.towers); train again in "
-      "another workdir"
+      f"{file} has no {', '.join(missing[:4])}, so another version of mmcl_jax wrote it, or it is "
+      "damaged; restore it, or train again in another workdir"
     )
   return config
+
+
+def lacking(config: ConfigDict, expected: ConfigDict, prefix: str = "") -> list[str]:
+  """The keys of `expected` that `config` does not have; what is in groups of the recipe's own
+  (OPEN) is not looked at."""
+  names = []
+  for name, value in expected.items():
+    if name not in config:
+      names.append(f"{prefix}{name}")
+    elif isinstance(value, ConfigDict) and f"{prefix}{name}" not in OPEN:
+      if isinstance(config[name], ConfigDict):
+        names += lacking(config[name], value, f"{prefix}{name}.")
+      else:
+        names.append(f"{prefix}{name}")
+  return names

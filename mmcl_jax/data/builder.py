@@ -132,8 +132,7 @@ def build(
   splits = split_items(plan, shares)
   info["plan"] = digest_of(plan, info, splits)
   if (target / "cohort.json").is_file():
-    # cohorts of earlier versions do not say
-    if (made := load(out)).info.get("plan") != info["plan"]:
+    if (made := load(out)).info["plan"] != info["plan"]:
       raise UserError(
         f"{out} holds a cohort of other inputs or settings; choose another --out or remove it"
       )

@@ -127,8 +127,6 @@ def load(path: str) -> Cohort:
       "prepare the cohort again"
     )
   content = look(folder, info)
-  # Cohorts that were made before these were counted hold pairs only.
-  info = {"with_ecg": info["counts"], "with_cmr": info["counts"], **info}
   described = features(read_layout(folder, info))
   try:
     splits = {
@@ -211,7 +209,7 @@ def shards(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, list[str]]:
 def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
   """The digest of what is there (Cohort.content); a UserError where a file's length or ends are not
   as written."""
-  written = info.get("checksums", {})  # absent from older cohorts
+  written = info["checksums"]
 
   def of(name: str) -> str:
     file, size = folder / name, info["files"].get(name)
@@ -256,11 +254,6 @@ def whole(file: pathlib.Path) -> str:
 def check(cohort: Cohort) -> int:
   """Compares every file with its checksum and returns their number; a UserError names the first
   that differs."""
-  if "checksums" not in cohort.info:
-    raise UserError(
-      f"{cohort.path}/cohort.json has no checksums, so an earlier version made it; prepare the cohort "
-      "again"
-    )
   for name, (_, written) in cohort.info["checksums"].items():
     if whole(pathlib.Path(cohort.path, name)) != written:
       raise UserError(
@@ -306,25 +299,22 @@ def malformed(info: dict[str, Any]) -> list[str]:
     "diseases": listed(word),
     "covariates": named,
     "counts": counts,
-    "shapes": of(word, listed(natural)),
-    "files": lambda x: of(SHARD.fullmatch, natural)(x) and x,
-  }
-  later = {
     "with_ecg": counts,
     "with_cmr": counts,
-    "train_statistics": known,
-    "salt_tag": word,
+    "shapes": of(word, listed(natural)),
+    "files": lambda x: of(SHARD.fullmatch, natural)(x) and x,
     "checksums": of(CHECKED.fullmatch, listed(word, 2)),
-  }  # absent from older cohorts
+    "train_statistics": known,
+  }
   wrong = [name for name, right in form.items() if name not in info or not right(info[name])]
-  wrong += [
-    name for name, right in later.items() if info.get(name) is not None and not right(info[name])
-  ]
+  # where the source has identities that are salted
+  if not word(info.get("salt_tag", "")):
+    wrong.append("salt_tag")
   if not wrong:  # what one entry says of another
     wrong += [name for name in LABELS if info["shapes"].get(name) != [len(info[name])]]
     wrong += [
       f"train_statistics of {kind}"
-      for kind, found in (info.get("train_statistics") or {}).items()
+      for kind, found in info["train_statistics"].items()
       if kind in info and set(found) != set(info[kind])
     ]
   return wrong
@@ -357,15 +347,7 @@ def train_statistics(cohort: Cohort, field: str) -> tuple[np.ndarray, np.ndarray
   Returns:
     mean, sd: float32 [K], in the cohort's order and units; NaN where fewer than two values are
       known or all are equal.
-
-  Raises:
-    UserError: the cohort was made before these were kept.
   """
-  if "train_statistics" not in cohort.info:
-    raise UserError(
-      f"{cohort.path}/cohort.json has no train_statistics, so an earlier version made it; expected means and "
-      f"SDs of its {field}: prepare the cohort again"
-    )
   found = cohort.info["train_statistics"][field]
   mean, sd = (
     np.array([found[name] or (np.nan, np.nan) for name in cohort.info[field]], np.float32)

@@ -33,7 +33,6 @@ from mmcl_jax.support import files
 
 FORMAT = "mmcl_jax/3"
 PEOPLE = "people.npz"
-BEFORE = "mmcl_jax/2"  # still read: its manifest has no checksum of itself
 
 
 class Checkpoints:
@@ -137,18 +136,16 @@ class Checkpoints:
 
 def name_run(folder: pathlib.Path) -> str:
   """The name of the run in a workdir; a new one gets one."""
-  if not (name := run_name(folder)):
-    last = latest(str(folder))
-    name = (manifest(str(folder), last) if last is not None else {}).get(
-      "run"
-    ) or secrets.token_hex(8)
+  name = run_name(folder)
+  if not name:
+    name = secrets.token_hex(8)
     with files.atomic(folder / "run") as file:
       file.write(name + "\n")
   return name
 
 
 def run_name(workdir) -> str:
-  """ "" where there is none, as in workdirs of earlier versions."""
+  """The random name of the run in a workdir, "" where there is none yet."""
   file = pathlib.Path(workdir) / "run"
   return file.read_text(errors="replace").strip() if file.is_file() else ""
 
@@ -244,21 +241,21 @@ def manifest(workdir: str, step: int) -> dict[str, Any]:
   file = step_folder(workdir, step) / "meta" / "manifest.json"
   try:
     found = json.loads(file.read_text())
-    if found["format"] not in (FORMAT, BEFORE):
+    if found["format"] != FORMAT:
       raise UserError(
         f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; {way_out(workdir, step)}"
       )
-    if (found["format"] == FORMAT or "sha256" in found) and checksum_of(found) != found["sha256"]:
+    if checksum_of(found) != found["sha256"]:
       raise UserError(
         f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}"
       )
-    if found.get("step", step) != step:
+    if found["step"] != step:
       raise UserError(
         f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give "
         f"every step its own name again, or {way_out(workdir, step)}"
       )
-    run, other = run_name(workdir), found.get("run", "")  # neither in those of earlier versions
-    if run and other and run != other:
+    run, other = run_name(workdir), found["run"]
+    if run and run != other:  # none where only the checkpoints were copied
       raise UserError(
         f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another "
         f"run, or that file changed; put back what was there, or {way_out(workdir, step)}"

@@ -60,7 +60,7 @@ def of_run(workdir: str, step: int) -> People:
     checkpoint.step_folder(workdir, step) / checkpoint.PEOPLE,
   )
   if file.name not in about["files"]:
-    return People({}, {}, (about.get("origin") or "a run of an earlier version",))
+    return People({}, {}, (about["origin"],))
   try:
     arrays = files.arrays(file)
     unknown = tuple(map(str, arrays["unknown"]))

@@ -1,5 +1,6 @@
 """A run from its workdir: config, model and trained state, with no cohort needed."""
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,8 +88,7 @@ def checksum(workdir: str, step: int) -> str:
 
 def check_config(workdir: str, step: int, manifest: dict[str, Any], config: ConfigDict) -> None:
   """Raises a UserError where `config` is not the one that the manifest of a step holds."""
-  # absent from the checkpoints of older runs
-  trained = ConfigDict(manifest.get("config") or config)
+  trained = ConfigDict(manifest["config"])
   if differing := configuration.differences(trained, config):
     raise UserError(
       f"{workdir}/config.json is damaged or was changed: it is not the one that step {step} was trained with "
@@ -174,9 +174,8 @@ def write_run(
     )
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpoints(workdir, keep=1)
-    checkpoints.save(
-      0, state, data={"next_step": 0}, meta=meta(0, "", shapes, scales, origin=origin)
-    )
+    about = meta(0, "", shapes, scales, config=json.loads(config.to_json()), origin=origin)
+    checkpoints.save(0, state, data={"next_step": 0}, meta=about)
     checkpoints.close()
   configuration.save(config, workdir)
 
@@ -209,7 +208,6 @@ def scales_from_json(found: dict) -> steps.Scales:
     tuple(found["covariates"]),
     tuple(found["columns"]),
     pair("target"),
-    # absent from the checkpoints of older runs
     pair("covariate"),
-    tuple(found.get("diseases", ())),
+    tuple(found["diseases"]),
   )

@@ -79,16 +79,14 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
   def by_path(f, tree):
     return jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
 
-  l2 = c.get("l2", False)  # absent from the configs of older runs
   adam = optax.scale_by_adam(b1=c.b1, b2=c.b2)
-  decay = optax.add_decayed_weights(c.weight_decay, mask=None if l2 else decayed)
+  decay = optax.add_decayed_weights(c.weight_decay, mask=None if c.l2 else decayed)
   trained = optax.chain(
     optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
-    *((decay, adam) if l2 else (adam, decay)),
+    *((decay, adam) if c.l2 else (adam, decay)),
     optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
     optax.scale_by_learning_rate(learning_rate(config)),
-    # absent from the configs of older runs
-    *([keep_average(c.ema)] if c.get("ema", 0.0) else []),
+    *([keep_average(c.ema)] if c.ema else []),
   )
   return optax.partition(
     {"trained": trained, "frozen": optax.set_to_zero()},
