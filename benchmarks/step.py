@@ -140,11 +140,11 @@ def build(
   config, shapes = case(name, batch, steps, overrides)
   mesh, scales, batches = parallel.make_mesh(**config.mesh), no_scales(step_room), None
   if cohort:
-    from mmcl_jax import train
     from mmcl_jax.data import cohort as cohort_room, pipeline
+    from mmcl_jax.training import cohorts
 
     cohort = cohort_room.load(cohort)
-    shapes, scales = cohort.info["shapes"], train.targets(cohort, config)
+    shapes, scales = cohort.info["shapes"], cohorts.targets(cohort, config)
     batches = pipeline.train_batches(
       cohort.splits["train"],
       seed=0,

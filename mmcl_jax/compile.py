@@ -39,12 +39,18 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mmcl_jax import configuration, objectives as objective_room, ranges, train
+from mmcl_jax import configuration, objectives as objective_room, ranges
 from mmcl_jax.data import builder, cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import compiled as reading, parallel, state as state_room, steps as step_room
+from mmcl_jax.training import (
+  cohorts,
+  compiled as reading,
+  parallel,
+  state as state_room,
+  steps as step_room,
+)
 
 USAGE = "usage: mmcl compile --config=configs/joint.py:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
 
@@ -256,8 +262,8 @@ def records(config):
   `mmcl prepare` makes them."""
   if config.data.cohort:
     cohort = cohort_room.load(config.data.cohort)
-    train.check_cohorts(cohort, [], config)
-    return cohort.splits["train"][0], cohort.info["shapes"], train.targets(cohort, config)
+    cohorts.check(cohort, [], config)
+    return cohort.splits["train"][0], cohort.info["shapes"], cohorts.targets(cohort, config)
   size = preprocess_cmr.Shape()
   plane = (size.size, size.size)
   volumes = len(schema.PHASES), size.slices, *plane

@@ -34,7 +34,9 @@ class Report(NamedTuple):
   left_over: dict[str, str]
 
 
-def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[str, Any]]):  # noqa: C901
+def load_pretrained(
+  state: state_room.TrainState, config, load: Callable[[str], dict[str, Any]]
+) -> tuple[state_room.TrainState, Report]:
   """Loads the modules that `config.init_from` names from the workdirs it gives; the optimiser
   starts fresh.
 
@@ -58,18 +60,8 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
   """
   target = flatten_variables({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
-  modules = sorted({top(key) for key in target})
-  if unknown := [module for module in wanted if module not in modules]:
-    raise UserError(
-      f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}"
-    )
   excepted = state_room.regexes(config.init_except, "config.init_except")
-  if excepted and not wanted:
-    raise UserError(
-      f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and "
-      f"config.init_from ({', '.join(config.init_from)}) names none; give its workdir, such as "
-      "--config.init_from.ecg=W, or set init_except=() to start from nothing"
-    )
+  check_wanted(config, wanted, excepted, sorted({top(key) for key in target}))
   sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
   loaded = {workdir: flatten_variables(source) for workdir, source in sources.items()}
 
@@ -78,29 +70,20 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
     source, where = module_of(loaded[workdir], module, workdir)
     where += difference(config, sources[workdir]["config"], module, where, workdir)
     here = {key: leaf for key, leaf in target.items() if top(key) == module}
-    keys = sorted(source.keys() | here.keys())
-    seen |= {path for _, path in keys}
-    for key in keys:
+    for key in sorted(source.keys() | here.keys()):
+      seen.add(key[1])
       if any(re.search(regex, key[1]) for regex in excepted):
-        origin |= {key: f"{FRESH} (config.init_except)"} if key in here else {}
-        left_over |= {label(key): f"{source[key].shape} in {where}"} if key in source else {}
-      elif key not in here:
-        troubles.append(f"{label(key)} {source[key].shape} of {where} is not in this model")
-      elif key not in source:
-        troubles.append(f"{label(key)} {here[key].shape} is not in {where}")
-      elif source[key].shape == here[key].shape:
-        new[key], origin[key] = source[key], f"loaded from {where}"
-      elif key == ("params", "ecg/pos_embed") and resizable(source[key].shape, here[key].shape):
-        new[key] = resize_positions(source[key], here[key].shape[1])
-        before, after = columns(source[key].shape), columns(here[key].shape)
-        origin[key] = f"loaded from {where}, interpolated from {before} to {after} columns a lead"
+        if key in here:
+          origin[key] = f"{FRESH} (config.init_except)"
+        if key in source:
+          left_over[label(key)] = f"{source[key].shape} in {where}"
+        continue
+      trouble = mismatch(key, source, here, where)
+      if trouble:
+        troubles.append(trouble)
       else:
-        note = f" (expected 1 + {len(schema.LEADS)} n positions, n > 1, of one width)" * (
-          key[1] == "ecg/pos_embed"
-        )
-        troubles.append(
-          f"{label(key)} is {source[key].shape} in {where} and {here[key].shape} here{note}"
-        )
+        new[key], how = fitted(source[key], here[key].shape)
+        origin[key] = f"loaded from {where}{how}"
   if troubles:
     raise UserError(
       f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in config.init_except, "
@@ -117,22 +100,72 @@ def carry_over(state: state_room.TrainState, config, load: Callable[[str], dict[
     if treatment.frozen and origin["params", path].startswith(FRESH):
       origin["params", path] += ", and frozen so"
 
-  def place(collection, tree):
-    def leaf(path, old):
-      key = collection, state_room.path_name(path)
-      # A copy of its own: the step donates its buffers, and two modules may come from one array.
-      return jax.device_put(np.array(new[key], old.dtype), old.sharding) if key in new else old
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
   state = state.replace(
-    params=place("params", state.params), statistics=place("batch_stats", state.statistics)
+    params=replaced(state.params, "params", new),
+    statistics=replaced(state.statistics, "batch_stats", new),
   )
   return state, Report(
     {label(key): text for key, text in origin.items()},
     {label(key): leaf.shape for key, leaf in target.items()},
     left_over,
   )
+
+
+def check_wanted(config, wanted: dict[str, str], excepted, modules: list[str]) -> None:
+  unknown = [module for module in wanted if module not in modules]
+  if unknown:
+    raise UserError(
+      f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}"
+    )
+  if excepted and not wanted:
+    raise UserError(
+      f"config.init_except is {excepted}, so this recipe goes on from an earlier stage, and "
+      f"config.init_from ({', '.join(config.init_from)}) names none; give its workdir, such as "
+      "--config.init_from.ecg=W, or set init_except=() to start from nothing"
+    )
+
+
+def mismatch(key: tuple[str, str], source, here, where: str) -> str | None:
+  """Why a leaf cannot be taken over, or None.
+
+  Args:
+    source, here: leaves of the module in the earlier stage, `where`, and in this model.
+  """
+  if key not in here:
+    return f"{label(key)} {source[key].shape} of {where} is not in this model"
+  if key not in source:
+    return f"{label(key)} {here[key].shape} is not in {where}"
+  old, new = source[key].shape, here[key].shape
+  positions = key == ("params", "ecg/pos_embed")
+  if old == new or (positions and resizable(old, new)):
+    return None
+  note = ""
+  if positions:
+    note = f" (expected 1 + {len(schema.LEADS)} n positions, n > 1, of one width)"
+  return f"{label(key)} is {old} in {where} and {new} here{note}"
+
+
+def fitted(leaf: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+  """A leaf of an earlier stage in the shape that this model has, and how it was changed, ""
+  where it was not. Only positions of another length are."""
+  if leaf.shape == shape:
+    return leaf, ""
+  before, after = columns(leaf.shape), columns(shape)
+  how = f", interpolated from {before} to {after} columns a lead"
+  return resize_positions(leaf, shape[1]), how
+
+
+def replaced(tree, collection: str, new: dict[tuple[str, str], np.ndarray]):
+  """The tree with the leaves of `new`, in its dtypes and shardings."""
+
+  def leaf(path, old):
+    key = collection, state_room.path_name(path)
+    if key not in new:
+      return old
+    # A copy of its own: the step donates its buffers, and two modules may come from one array.
+    return jax.device_put(np.array(new[key], old.dtype), old.sharding)
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def describe(report: Report) -> str:

@@ -54,9 +54,10 @@ def tiny_flags(cohort_path, workdir):
 def tiny_step(cohort_path):
   """What one training step of 16 rows is made of: config, cohort, scales, model, objectives,
   batch."""
-  from mmcl_jax import objectives, train
+  from mmcl_jax import objectives
   from mmcl_jax.data import cohort as cohort_room, pipeline
   from mmcl_jax.models import pretrainer
+  from mmcl_jax.training import cohorts
 
   config, cohort = tiny_config(cohort_path), cohort_room.load(cohort_path)
   config.batch = 16
@@ -66,7 +67,7 @@ def tiny_step(cohort_path):
   return (
     config,
     cohort,
-    train.targets(cohort, config),
+    cohorts.targets(cohort, config),
     pretrainer.build(config.model, config.data.samples),
     objectives.build(config.objectives),
     batch,

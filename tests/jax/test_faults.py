@@ -17,7 +17,7 @@ from mmcl_jax import evaluate, train
 from mmcl_jax.data import cohort as cohort_room, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError
 from mmcl_jax.models import tokenizer
-from mmcl_jax.training import checkpoint, faults, metrics
+from mmcl_jax.training import checkpoint, cohorts, metrics, monitor
 from objective_cases import CASES, case
 from test_objectives_degenerate import value_and_grad
 
@@ -73,7 +73,7 @@ def test_the_order_of_the_data_does_not_change_and_every_host_makes_the_same_of_
 
     pairs = zip(
       read(cohort.splits["train"]),
-      read(train.tolerant(damaged, tiny_config(damaged.path)).splits["train"]),
+      read(cohorts.tolerant(damaged, tiny_config(damaged.path)).splits["train"]),
     )
     for _, (whole, found) in zip(range(2 * len(cohort.splits["train"]) // 8), pairs):
       np.testing.assert_array_equal(found["index"], whole["index"])
@@ -250,12 +250,12 @@ def test_steps_that_are_not_finite_are_skipped_up_to_the_limit_and_name_their_su
     UserError, match="step 3: objective mine is not finite, as the 1 before"
   ) as stopped:
     train.train(config, str(tmp_path / "w"))
-  assert faults.names([order[17]]) in str(stopped.value) and "checkpoints/2;" in str(stopped.value)
+  assert monitor.names([order[17]]) in str(stopped.value) and "checkpoints/2;" in str(stopped.value)
   out = capsys.readouterr().out
   [line] = [line for line in out.splitlines() if "skipped" in line]
   assert (
     line.startswith("step 2 skipped, 1 in a row of 1 allowed: objective mine is not finite")
-    and faults.names([order[9]]) in line
+    and monitor.names([order[9]]) in line
   )
   assert checkpoint.manifest(str(tmp_path / "w"), 2)["skipped"] == {"rows": 0, "steps": 1}
   # a resumed run counts on: it does not get another chance by it
@@ -284,17 +284,17 @@ def test_limits_below_0_are_refused(cohort, tmp_path, name):
 
 
 def test_spikes_stand_out_from_the_median():
-  rng, spikes = np.random.default_rng(0), faults.Spikes()
+  rng, spikes = np.random.default_rng(0), monitor.Spikes()
   worst = np.uint32([[1, 2], [1, 2], [3, 0]])
-  told = [spikes.tell(i, float(3 - i / 100 + 0.05 * rng.normal()), worst) for i in range(150)]
+  told = [spikes.message(i, float(3 - i / 100 + 0.05 * rng.normal()), worst) for i in range(150)]
   assert told == [None] * 150  # a falling, noisy loss
-  line = spikes.tell(150, 6.0, worst)
+  line = spikes.message(150, 6.0, worst)
   assert "0000000200000001, 0000000000000003" in line and line.startswith(
     "step 150: the loss 6 stands out"
   )
-  assert spikes.tell(151, 1.5, worst) is None
-  assert spikes.tell(152, float("nan"), worst) is None  # told as a step that is skipped
-  assert faults.Spikes().tell(1, 1e9, worst) is None  # nothing to compare with
+  assert spikes.message(151, 1.5, worst) is None
+  assert spikes.message(152, float("nan"), worst) is None  # told as a step that is skipped
+  assert monitor.Spikes().message(1, 1e9, worst) is None  # nothing to compare with
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -13,12 +13,12 @@ from scipy import integrate
 from scipy.stats import norm
 
 from common import tiny_config
-from mmcl_jax import configuration, objectives, train
+from mmcl_jax import objectives
 from mmcl_jax.data import measure
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import generation, images, statistics
 from mmcl_jax.models import generator, mar, pretrainer, segmenter, tokenizer
-from mmcl_jax.training import parallel, state as state_room, steps
+from mmcl_jax.training import cohorts, parallel, state as state_room, steps
 
 KEYS = jax.random.split(jax.random.key(5), 3)
 
@@ -528,24 +528,16 @@ def test_mistakes_in_the_config_are_named(cohort, changes, words):
 def test_a_cohort_without_covariates_is_refused_by_a_model_that_takes_them(cohort):
   c = generating(cohort.path)
   c.model.generator.covariates, c.model.segmenter = True, {}
-  train.check_cohorts(cohort, [], c)
+  cohorts.check(cohort, [], c)
   nothing = dict.fromkeys(cohort.info["covariates"])
   unknown = cohort._replace(
     info=cohort.info
     | {"train_statistics": cohort.info["train_statistics"] | {"covariates": nothing}}
   )
   with pytest.raises(UserError, match="model.generator.covariates=True asks for covariates"):
-    train.check_cohorts(unknown, [], c)
+    cohorts.check(unknown, [], c)
   c.model.generator.covariates = False
-  train.check_cohorts(unknown, [], c)
-
-
-def test_a_run_from_before_a_key_goes_on(cohort):
-  older, now = generating(cohort.path), generating(cohort.path)
-  older.model.generator = dict(size="test", dropout=0.1)
-  assert configuration.differences(older, now) == []
-  now.model.generator.masked = True
-  assert configuration.differences(older, now) == ["model.generator.masked was None, now True"]
+  cohorts.check(unknown, [], c)
 
 
 def test_what_the_model_reads(cohort):

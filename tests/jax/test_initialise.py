@@ -30,7 +30,7 @@ def a_config(
       init_from={"ecg": "", "cmr_ed": "", "cmr_es": ""} | (init_from or {}),
       init_except=init_except,
       freeze=freeze,
-      model=dict(cmr={name: dict(frozen=name in frozen, view=view) for name in towers}),
+      model=dict(towers={name: dict(frozen=name in frozen, view=view) for name in towers}),
       data=dict(ecg_profile=profile),
       optimizer=dict(rates=(), layer_decay=1.0),
     )
@@ -81,7 +81,7 @@ def a_state(seed=0, **kwargs):
 
 
 def carry(state, workdirs, earlier=None, **kwargs):
-  """carry_over from {workdir: variables}; `earlier`: arguments of the config of all of them."""
+  """load_pretrained from {workdir: variables}; `earlier`: arguments of the config of all of them."""
 
   def load(workdir):
     towers = [
@@ -91,7 +91,7 @@ def carry(state, workdirs, earlier=None, **kwargs):
     ]
     return workdirs[workdir] | {"config": a_config(towers=towers, **earlier or {})}
 
-  return initialise.carry_over(state, a_config(**kwargs), load)
+  return initialise.load_pretrained(state, a_config(**kwargs), load)
 
 
 def same(a, b):
@@ -397,4 +397,4 @@ def test_what_load_says_comes_through():
     raise UserError(f"{workdir} has no checkpoint")
 
   with pytest.raises(UserError, match="W9 has no checkpoint"):
-    initialise.carry_over(a_state(), a_config(init_from={"ecg": "W9"}), load)
+    initialise.load_pretrained(a_state(), a_config(init_from={"ecg": "W9"}), load)

@@ -23,7 +23,7 @@ def a_config(
     dict(
       steps=steps,
       freeze=freeze,
-      model=dict(cmr=dict(ed=dict(frozen=frozen))),
+      model=dict(towers=dict(ed=dict(frozen=frozen))),
       optimizer=dict(
         learning_rate=0.02,
         warmup=warmup,
@@ -34,6 +34,7 @@ def a_config(
         rates=rates,
         layer_decay=layer_decay,
         l2=l2,
+        ema=0.0,
       ),
     )
   )

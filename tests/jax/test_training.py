@@ -17,7 +17,7 @@ from mmcl_jax import configuration, train
 from mmcl_jax.data import builder, cohort as cohort_room
 from mmcl_jax.data.sources import synthetic as synthetic_source
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, metrics, people, restore
+from mmcl_jax.training import checkpoint, cohorts, metrics, people, restore
 
 # Loss and gradient norm of step 1 of the tiny config on the tiny cohort. If you meant to change the
 # model, the objectives, the augmentation, the data order or the synthetic heart, replace them by
@@ -194,7 +194,7 @@ def test_people_of_an_earlier_stage_are_not_held_out_in_a_later_one(
   earlier, config = tmp_path / "earlier", tiny_config(cohort.path)
 
   def run():
-    return train.people_of(cohort, [], config, str(tmp_path / "w"), 0)
+    return cohorts.people_of(cohort, [], config, str(tmp_path / "w"), 0)
 
   config.init_from.ecg = str(finished[0])
   assert (
@@ -371,7 +371,7 @@ def test_paths_of_a_config_are_free_and_what_else_stands_beside_them_is_not(
 def test_an_earlier_stage_is_known_by_the_name_of_its_run(finished, copy, tmp_path):
   config = tiny_config("c")
   config.init_from.ecg = str(finished[0])
-  stages = train.stages_of(config, str(tmp_path), 0)
+  stages = cohorts.stages_of(config, str(tmp_path), 0)
   assert stages == {"ecg": checkpoint.run_name(str(finished[0]))} and len(stages["ecg"]) > 8
   for kept, start in ((stages, 6), ({"ecg": "another"}, 3), ({}, 3)):
     checkpoint.sign(
@@ -382,11 +382,11 @@ def test_an_earlier_stage_is_known_by_the_name_of_its_run(finished, copy, tmp_pa
         UserError,
         match=f"config.init_from.ecg is {finished[0]}, and {copy} started from another run",
       ):
-        train.stages_of(config, str(copy), start)
+        cohorts.stages_of(config, str(copy), start)
     else:
-      assert train.stages_of(config, str(copy), start) == kept
+      assert cohorts.stages_of(config, str(copy), start) == kept
   config.init_from.ecg = "/gone"
-  assert train.stages_of(config, str(copy), 6) == stages
+  assert cohorts.stages_of(config, str(copy), 6) == stages
 
 
 @pytest.mark.parametrize("objective, name", [("explode", "mine"), ("bad_gradient", "gradient")])

@@ -19,7 +19,7 @@ from mmcl_jax import cli, evaluate, inspect, prepare, train
 from mmcl_jax.data import cohort as cohort_room
 from mmcl_jax.errors import UserError
 from mmcl_jax.support import files, locks
-from mmcl_jax.training import checkpoint, distributed, frozen, metrics
+from mmcl_jax.training import checkpoint, cohorts, distributed, frozen, metrics
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_opening_a_cohort_runs_no_code(copied, tmp_path, monkeypatch, place):
   )
   opening = {
     "inspect": lambda: inspect.main([str(copied)]),
-    "mix": lambda: train.load_mix([(str(copied), 0.3)]),
+    "mix": lambda: cohorts.load_mix([(str(copied), 0.3)]),
     "evaluate": lambda: evaluate.evaluate("absent", step=1, cohort_path=str(copied)),
   }
   for verb, run in opening.items():
@@ -223,7 +223,7 @@ def test_other_records_under_the_same_description_are_refused(copied, change):
   )
   with pytest.raises(UserError, match="val.*is not the file that was written with this cohort"):
     cohort_room.load(str(copied))
-  edited(copied / "cohort.json", lambda info: info.pop("checksums"))  # as of an earlier version
+  edited(copied / "cohort.json", lambda info: info["checksums"].clear())
   if change == "a record is missing":
     with pytest.raises(UserError, match="another number of records in val"):
       cohort_room.load(str(copied))
@@ -240,7 +240,7 @@ def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(
     told.append(facts)
     raise Agreed
 
-  edited(copied / "cohort.json", lambda info: info.pop("checksums"))
+  edited(copied / "cohort.json", lambda info: info["checksums"].clear())
   told = []
   monkeypatch.setattr(distributed, "agree", keep)
   for change in (lambda records: records, lambda records: records[::-1]):

@@ -9,7 +9,7 @@ import pytest
 from recipes import configure, leaves
 from mmcl_jax import prepare, train
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import metrics
+from mmcl_jax.training import initialise, metrics
 
 # stage -> recipe with its argument, modules and the stages they start from, objectives
 DEMO = "demo,batch=8,steps=2"
@@ -142,14 +142,14 @@ def walk(lax_cohort, tmp_path_factory):
       go(source)
     seen = types.SimpleNamespace(workdir=root / name)
 
-    def carry_over(state, config, load, real=train.initialise.carry_over):
+    def load_pretrained(state, config, load, real=initialise.load_pretrained):
       seen.fresh = jax.device_get(state.variables)
       state, seen.report = real(state, config, load)
       seen.start = jax.device_get(state.variables)
       return state, seen.report
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train.initialise, "carry_over", carry_over)
+      patch.setattr(initialise, "load_pretrained", load_pretrained)
       seen.config = configure(
         recipe,
         f"--config.data.cohort={lax_cohort}",

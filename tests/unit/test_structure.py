@@ -22,7 +22,7 @@ def imports(file: pathlib.Path) -> set[str]:
 
 
 FILES = {str(file.relative_to(PACKAGE)): imports(file) for file in sorted(PACKAGE.rglob("*.py"))}
-SHARED = {"errors", "registry", "configuration", "__init__"}  # of the top level
+SHARED = {"errors", "registry", "configuration", "ranges", "__init__"}  # of the top level
 PROGRAMS = {file.stem for file in PACKAGE.glob("*.py")} - SHARED
 
 
