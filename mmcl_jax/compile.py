@@ -40,7 +40,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from mmcl_jax import configuration, objectives as objective_room, ranges
-from mmcl_jax.data import builder, cohort as cohort_room, pipeline, schema
+from mmcl_jax.data import cohort as cohort_room, pipeline, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
@@ -115,7 +115,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   mesh = parallel.make_mesh(**config.mesh, devices=devices)
   config.batch = batch or batch_of(config, mesh)
   parallel.check_batch(config.batch, mesh)
-  record, shapes, scales = records(config)
+  shapes, scales = cohort_of(config)
   objectives = objective_room.build(config.objectives)
   model = pretrainer.build(
     config.model, config.data.samples, len(scales.names), len(scales.diseases)
@@ -138,7 +138,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
     )
     batch = global_batch(
-      model, config, record, {"params": state.params, "batch_stats": state.statistics}, mesh
+      model, config, shapes, {"params": state.params, "batch_stats": state.statistics}, mesh
     )
     train_step = jax.jit(
       step_room.make_train_step(model, objectives, tx, config, scales),
@@ -257,74 +257,66 @@ def batch_of(config, mesh) -> int:
   return -(-config.batch // unit) * unit
 
 
-def records(config):
-  """A record, the shapes of all, and how labels are standardised: of config.data.cohort, or as
-  `mmcl prepare` makes them."""
+def cohort_of(config):
+  """Shapes of the records and how labels are standardised: of config.data.cohort, or as `mmcl
+  prepare` makes them."""
   if config.data.cohort:
     cohort = cohort_room.load(config.data.cohort)
     cohorts.check(cohort, [], config)
-    return cohort.splits["train"][0], cohort.info["shapes"], cohorts.targets(cohort, config)
+    return cohort.info["shapes"], cohorts.targets(cohort, config)
+  unknown = [name for name in config.data.targets if name not in schema.PHENOTYPES]
+  if unknown:
+    raise UserError(
+      f"config.data.targets has {', '.join(unknown)}; without a cohort there are "
+      f"{', '.join(schema.PHENOTYPES)}"
+    )
   size = preprocess_cmr.Shape()
-  plane = (size.size, size.size)
-  volumes = len(schema.PHASES), size.slices, *plane
-  images = {
+  plane = [size.size, size.size]
+  volumes = [len(schema.PHASES), size.slices, *plane]
+  shapes = {
+    "ecg": [len(schema.LEADS), preprocess_ecg.samples(config.data.ecg_profile)],
     "ed_es_volumes": volumes,
     "labels": volumes,
-    "cine_slice": (size.frames, *plane),
-    "three_frames": (3, *plane),
-    "lax": (size.frames, *plane),
+    "cine_slice": [size.frames, *plane],
+    "three_frames": [3, *plane],
+    "lax": [size.frames, *plane],
+    "phenotypes": [len(schema.PHENOTYPES)],
+    "diseases": [len(schema.DISEASES)],
+    "covariates": [len(schema.COVARIATES)],
   }
-  labels = {
-    "phenotypes": schema.PHENOTYPES,
-    "diseases": schema.DISEASES,
-    "covariates": schema.COVARIATES,
-  }
-  record = {"subject": np.zeros(2, np.uint32), "has_ecg": np.True_, "has_cmr": np.True_}
-  record |= {name: np.zeros(shape, np.uint8) for name, shape in images.items()}
-  record |= {name: np.zeros(len(names), np.float32) for name, names in labels.items()}
-  record["ecg"] = np.zeros(
-    (len(schema.LEADS), preprocess_ecg.samples(config.data.ecg_profile)), np.float32
-  )
-  record = builder.encode(record, None)
-  if unknown := [name for name in config.data.targets if name not in schema.PHENOTYPES]:
-    raise UserError(
-      f"config.data.targets has {', '.join(unknown)}; without a cohort there are {', '.join(schema.PHENOTYPES)}"
-    )
-  names = tuple(config.data.targets) or tuple(schema.PHENOTYPES)
+  known = list(schema.PHENOTYPES)
+  names = tuple(config.data.targets) or tuple(known)
 
-  def ones(n):
-    return (np.zeros(n, np.float32), np.ones(n, np.float32))
+  def unscaled(count):
+    return np.zeros(count, np.float32), np.ones(count, np.float32)
 
   scales = step_room.Scales(
     names,
     tuple(schema.COVARIATES),
-    tuple(list(schema.PHENOTYPES).index(name) for name in names),
-    ones(len(names)),
-    ones(len(schema.COVARIATES)),
+    tuple(known.index(name) for name in names),
+    unscaled(len(names)),
+    unscaled(len(schema.COVARIATES)),
     tuple(schema.DISEASES),
   )
-  return record, {name: list(x.shape) for name, x in record.items()}, scales
+  return shapes, scales
 
 
-def global_batch(model, config, record, variables, mesh):
+def global_batch(model, config, shapes, variables, mesh):
   """Shapes of the batch that the pipeline gives, rows split over the data axis; of frozen towers,
   the kept features."""
-
-  def of(rows, example):
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype), example
-    )
-
   learning = pretrainer.learning(config.model)
-  example = pipeline.to_example(0, record, pretrainer.fields(config.model, only=learning))
-  if frozen := pretrainer.frozen(config.model):
-    whole = of(1, pipeline.to_example(0, record, pretrainer.fields(config.model)))
+  fields = pretrainer.fields(config.model, only=learning)
+  batch = pipeline.element_spec(shapes, fields, config.batch)
+  frozen = pretrainer.frozen(config.model)
+  if frozen:
+    whole = pipeline.element_spec(shapes, pretrainer.fields(config.model), config.batch)
     found = jax.eval_shape(step_room.make_features(model, frozen), variables, whole)
-    example["features"] = {name: np.zeros(x.shape[1:], np.float32) for name, x in found.items()}
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))),
-    of(config.batch, example),
-  )
+    # kept as float32 (training.frozen)
+    batch["features"] = {
+      name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in found.items()
+    }
+  rows = NamedSharding(mesh, P("data"))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
 
 
 def compile_or_explain(lowered, topology: str, config):

@@ -131,13 +131,7 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   covariates = 0
   if ecg and ecg.get("film"):
     covariates = len(variables["params"]["ecg"]["film"]["fc"]["kernel"])
-  shapes = {
-    "ecg": [len(schema.LEADS), length],
-    "phenotypes": [0],
-    "diseases": [0],
-    "covariates": [covariates],
-  }
-  shapes |= torch_weights.image_shapes(config.model)
+  shapes = torch_weights.record_shapes(config.model, length, covariates)
   none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
   # of covariates: whatever a cohort has, as it is
   scales = steps.Scales((), (), (), (none, none), any_number)

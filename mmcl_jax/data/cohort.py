@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,6 +25,7 @@ from array_record.python import array_record_data_source
 from mmcl_jax.data import schema
 from mmcl_jax.errors import DamagedRecord, UserError, is_environment
 from mmcl_jax.support.files import arrays
+from mmcl_jax.support.typed import wrong_entries
 
 NAME, VERSION = "ecg_cmr", "1.0.0"
 SHARD = re.compile(
@@ -38,6 +39,31 @@ DTYPES = {np.dtype(name).name for name in "?bBhHiIqQefd"}  # of the fields of a 
 ENDS = 2**17
 
 
+class CohortInfo(TypedDict):
+  """cohort.json: what a cohort holds. By kind of label, in the order of the columns: {name: unit} of
+  phenotypes and covariates (a list of names where the units are not known), and the names of
+  diseases; by split: how many records there are, and how many with an ECG and with CMR."""
+
+  schema_version: int
+  fingerprint: str  # of what the records hold, wherever they lie
+  plan: str  # digest of the inputs and settings that it was made of
+  source: str
+  ecg_profile: str  # normalisation of the ECG (mmcl_jax.data.preprocess.ecg)
+  phenotypes: dict[str, str]
+  diseases: list[str]
+  covariates: dict[str, str] | list[str]
+  counts: dict[str, int]
+  with_ecg: dict[str, int]
+  with_cmr: dict[str, int]
+  shapes: dict[str, list[int]]  # of the fields of a record
+  # "phenotypes", "covariates" -> name -> [mean, SD] in train, None where there is no spread
+  train_statistics: dict[str, dict[str, list[float] | None]]
+  files: dict[str, int]  # shard -> its length in bytes
+  checksums: dict[str, list[str]]  # file -> checksum of its ends, and of the whole
+  salt_tag: NotRequired[str]  # tells cohorts whose subjects have one salt
+  synthetic: NotRequired[bool]
+
+
 class Cohort(NamedTuple):
   """An opened cohort: `info` is cohort.json; `splits[name]` is a random-access, picklable source of
   records.
@@ -47,7 +73,7 @@ class Cohort(NamedTuple):
   """
 
   path: str
-  info: dict[str, Any]
+  info: CohortInfo
   splits: dict[str, Any]
   content: str = ""
 
@@ -263,60 +289,33 @@ def check(cohort: Cohort) -> int:
   return len(cohort.info["checksums"])
 
 
-def malformed(info: dict[str, Any]) -> list[str]:
+def malformed(info) -> list[str]:
   """The entries of cohort.json that a program would stumble over."""
-
-  def is_a(kind):
-    return lambda x: isinstance(x, kind) and not isinstance(x, bool)
-
-  def of(key, value):
-    return lambda x: isinstance(x, dict) and all(key(k) and value(v) for k, v in x.items())
-
-  def listed(one, lengths=None):
-    return lambda x: (
-      isinstance(x, list) and all(map(one, x)) and (lengths is None or len(x) == lengths)
-    )
-
-  word, natural, number = is_a(str), lambda x: is_a(int)(x) and x >= 0, is_a((int, float))
-
-  def counts(x):
-    return of(word, natural)(x) and set(x) == set(schema.SPLITS)
-
-  def named(x):
-    return of(word, word)(x) or listed(word)(x)
-
-  def moments(x):
-    return x is None or listed(number, 2)(x)
-
-  def known(x):
-    return of(word, of(word, moments))(x) and {"phenotypes", "covariates"} <= set(x)
-
-  form = {
-    "fingerprint": word,
-    "source": word,
-    "ecg_profile": word,
-    "phenotypes": of(word, word),
-    "diseases": listed(word),
-    "covariates": named,
-    "counts": counts,
-    "with_ecg": counts,
-    "with_cmr": counts,
-    "shapes": of(word, listed(natural)),
-    "files": lambda x: of(SHARD.fullmatch, natural)(x) and x,
-    "checksums": of(CHECKED.fullmatch, listed(word, 2)),
-    "train_statistics": known,
-  }
-  wrong = [name for name, right in form.items() if name not in info or not right(info[name])]
-  # where the source has identities that are salted
-  if not word(info.get("salt_tag", "")):
-    wrong.append("salt_tag")
-  if not wrong:  # what one entry says of another
-    wrong += [name for name in LABELS if info["shapes"].get(name) != [len(info[name])]]
-    wrong += [
-      f"train_statistics of {kind}"
-      for kind, found in info["train_statistics"].items()
-      if kind in info and set(found) != set(info[kind])
-    ]
+  wrong = wrong_entries(info, CohortInfo)
+  if wrong:
+    return wrong
+  for name in ("counts", "with_ecg", "with_cmr"):
+    if set(info[name]) != set(schema.SPLITS) or min(info[name].values()) < 0:
+      wrong.append(name)
+  if any(size < 0 for shape in info["shapes"].values() for size in shape):
+    wrong.append("shapes")
+  files = info["files"]
+  if not files or not all(map(SHARD.fullmatch, files)) or min(files.values()) < 0:
+    wrong.append("files")
+  for name, pair in info["checksums"].items():
+    if not CHECKED.fullmatch(name) or len(pair) != 2:
+      wrong.append("checksums")
+      break
+  # what one entry says of another
+  for name in LABELS:
+    if info["shapes"].get(name) != [len(info[name])]:
+      wrong.append(name)
+  for kind, moments in info["train_statistics"].items():
+    pairs = [pair for pair in moments.values() if pair is not None]
+    if kind in info and set(moments) != set(info[kind]) or any(len(pair) != 2 for pair in pairs):
+      wrong.append(f"train_statistics of {kind}")
+  if not {"phenotypes", "covariates"} <= set(info["train_statistics"]):
+    wrong.append("train_statistics")
   return wrong
 
 

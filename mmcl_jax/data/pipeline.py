@@ -16,7 +16,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -48,6 +48,37 @@ def to_example(
     "mask": np.uint8(record.get("mask", 1)),
   }
   return example | {name: record[name] for name in ("features", *also) if name in record}
+
+
+def element_spec(
+  shapes: Mapping[str, Sequence[int]], fields: tuple[str, ...], rows: int
+) -> dict[str, np.ndarray]:
+  """A batch of `rows` rows as `train_batches` yields it: arrays of the same names, shapes and
+  types, zeros that take no memory.
+
+  What the model sees of it is `jax.eval_shape` of what the step does to it (training.step.example).
+
+  Args:
+    shapes: of the fields of a record, as cohort.json and the manifest of a checkpoint have them.
+    fields: stored CMR fields to carry.
+  """
+  shapes = {"subject": (2,), "has_ecg": (), "has_cmr": (), "ecg_scale": (), **shapes}
+  record = {}
+  for name, dtype in schema.STORED.items():
+    if name in shapes:
+      record[name] = np.broadcast_to(np.zeros((), dtype), shapes[name])
+  return repeated(to_example(0, record, fields), rows)
+
+
+def repeated(example: dict, rows: int) -> dict:
+  """A batch of which every row is `example`; its arrays are views of the example's."""
+  batch = {}
+  for name, x in example.items():
+    if isinstance(x, dict):
+      batch[name] = repeated(x, rows)
+    else:
+      batch[name] = np.broadcast_to(x, (rows, *np.shape(x)))
+  return batch
 
 
 class WithFeatures:

@@ -73,6 +73,23 @@ VIEWS = {
 LABELS = {"background": 0, "LV": 1, "MYO": 2, "RV": 3}
 MYOCARDIUM_G_PER_ML = 1.05
 
+# Field -> its type in a cohort; the ECG as int16 with its scale.
+STORED = {
+  "subject": "uint32",
+  "has_ecg": "uint8",
+  "has_cmr": "uint8",
+  "ecg": "int16",
+  "ecg_scale": "float32",
+  "ed_es_volumes": "uint8",
+  "labels": "uint8",
+  "cine_slice": "uint8",
+  "three_frames": "uint8",
+  "lax": "uint8",
+  "phenotypes": "float32",
+  "diseases": "float32",
+  "covariates": "float32",
+}
+
 # UK Biobank category 157 names and units; a cohort may hold any subset, in any order.
 PHENOTYPES = {
   "LVEDV": "ml",

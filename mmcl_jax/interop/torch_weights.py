@@ -4,7 +4,6 @@ import collections
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmcl_jax.data import schema
@@ -12,6 +11,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.interop import modules, naming, recognise, torch_files
 from mmcl_jax.models import pretrainer, towers, vit
 from mmcl_jax.support.tree import flatten_variables, unflatten_variables
+from mmcl_jax.training import state as state_room, steps
 
 
 class Loaded(NamedTuple):
@@ -143,36 +143,37 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
 def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
   """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many
   FiLM takes."""
+  example = steps.model_input(
+    model.config, model.samples, record_shapes(model.config, model.samples, covariates), 0, 1
+  )
+  variables = jax.eval_shape(lambda: state_room.variables(model, example))
+  return {place: leaf.shape for place, leaf in flatten_variables(variables).items()}
 
-  def array(*shape):
-    return jnp.zeros((1, *shape))
 
-  def cmr():
-    return {field: array(*shape) for field, shape in image_shapes(model.config).items()}
-
-  def init():
-    batch = {
-      "ecg": array(len(schema.LEADS), model.samples),
-      "cmr": cmr(),
-      "conditions": array(covariates),
-    }
-    batch |= {name: array() for name in ("mask", "has_ecg", "has_cmr")}
-    return model.init(
-      {"params": jax.random.key(0)}, batch, jax.random.split(jax.random.key(0), 1), train=False
-    )
-
-  return {place: leaf.shape for place, leaf in flatten_variables(jax.eval_shape(init)).items()}
+def record_shapes(config, samples: int, covariates: int) -> dict[str, list[int]]:
+  """Shapes of the records of a cohort that the model of `config` can read; it has no labels."""
+  return {
+    "ecg": [len(schema.LEADS), samples],
+    "phenotypes": [0],
+    "diseases": [0],
+    "covariates": [covariates],
+    **image_shapes(config),
+  }
 
 
 def image_shapes(config) -> dict[str, list[int]]:
   """Stored field -> a shape that has the planes which the CMR towers see; how large images are is
   the cohort's."""
-  found = {}
+  shapes = {}
   for spec in towers.cmr(config).values():
     field = schema.VIEWS[spec.view]
-    planes = max(spec.planes, found[field][-3] if field in found else 0)
-    found[field] = [*([len(schema.PHASES)] if field == "ed_es_volumes" else []), planes, 64, 64]
-  return found
+    planes = spec.planes
+    if field in shapes:
+      planes = max(planes, shapes[field][-3])
+    shapes[field] = [planes, 64, 64]
+    if field == "ed_es_volumes":
+      shapes[field] = [len(schema.PHASES), planes, 64, 64]
+  return shapes
 
 
 def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarray]:

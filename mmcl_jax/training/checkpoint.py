@@ -22,7 +22,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -30,9 +30,34 @@ import orbax.checkpoint as ocp
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.support import files
+from mmcl_jax.support.typed import wrong_entries
 
 FORMAT = "mmcl_jax/3"
 PEOPLE = "people.npz"
+
+
+class Manifest(TypedDict):
+  """meta/manifest.json: what is known of a step without its arrays. A run that was trained here
+  has all but `origin`; converted weights (`mmcl convert`) have it, and not what comes after it."""
+
+  format: str
+  packages: dict[str, str]  # name -> version
+  run: str
+  step: int
+  files: dict[str, str]  # file -> checksum
+  sha256: str  # of the manifest without it
+  cohort: NotRequired[str]  # fingerprint, "" of converted weights
+  shapes: NotRequired[dict[str, list[int]]]  # of the fields of a record
+  devices: NotRequired[int]
+  scales: NotRequired[dict[str, Any]]  # see restore.scales_from_json
+  config: NotRequired[dict[str, Any]]
+  origin: NotRequired[str]  # where converted weights come from
+  best: NotRequired[dict[str, float | None]]  # see monitor.Best
+  skipped: NotRequired[dict[str, int]]  # see monitor.Skipped
+  mixed: NotRequired[list[str]]  # fingerprints of the cohorts that are mixed in
+  cohort_path: NotRequired[str]
+  stages: NotRequired[dict[str, str]]  # module -> run that it started from
+  spacing: NotRequired[list[float]]  # mm along Z, H, W, of a generator's hearts
 
 
 class Checkpoints:
@@ -230,9 +255,8 @@ def chosen(workdir: str) -> int | None:
   return best if best in steps(workdir) else last
 
 
-def manifest(workdir: str, step: int) -> dict[str, Any]:
-  """What was written about a step: format, packages, cohort fingerprint, record shapes,
-  checksums."""
+def manifest(workdir: str, step: int) -> Manifest:
+  """What was written about a step; a UserError where it is damaged or of another step or run."""
   known = steps(workdir)
   if step not in known:
     raise UserError(
@@ -248,6 +272,11 @@ def manifest(workdir: str, step: int) -> dict[str, Any]:
     if checksum_of(found) != found["sha256"]:
       raise UserError(
         f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}"
+      )
+    if wrong := wrong_entries(found, Manifest):
+      raise UserError(
+        f"{file} has no {', '.join(wrong)} in the form that `mmcl train` writes; "
+        f"{way_out(workdir, step)}"
       )
     if found["step"] != step:
       raise UserError(
@@ -278,7 +307,7 @@ def way_out(workdir: str, step: int) -> str:
   )
 
 
-def check_files(workdir: str, step: int) -> dict[str, Any]:
+def check_files(workdir: str, step: int) -> Manifest:
   """The manifest of a step, once this host's share of its files is found as it was written; else a
   UserError."""
   folder, about = step_folder(workdir, step), manifest(workdir, step)
@@ -292,7 +321,7 @@ def check_files(workdir: str, step: int) -> dict[str, Any]:
   return about
 
 
-def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], Manifest]:
   """Restores a step onto the shapes and shardings of `abstract`, after checking every file against
   the manifest.
 

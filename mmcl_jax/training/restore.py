@@ -25,7 +25,7 @@ class Run(NamedTuple):
   step: int
   state: state_room.TrainState
   scales: steps.Scales
-  manifest: dict
+  manifest: checkpoint.Manifest
 
 
 class Encoder(NamedTuple):
@@ -86,7 +86,9 @@ def checksum(workdir: str, step: int) -> str:
   return checkpoint.checksum(checkpoint.step_folder(workdir, step) / "meta" / "manifest.json")[:16]
 
 
-def check_config(workdir: str, step: int, manifest: dict[str, Any], config: ConfigDict) -> None:
+def check_config(
+  workdir: str, step: int, manifest: checkpoint.Manifest, config: ConfigDict
+) -> None:
   """Raises a UserError where `config` is not the one that the manifest of a step holds."""
   trained = ConfigDict(manifest["config"])
   if differing := configuration.differences(trained, config):

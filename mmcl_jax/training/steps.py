@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmcl_jax import objectives as objective_room
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
+from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import generator, mar, pretrainer, towers
 from mmcl_jax.training import accumulate, state as state_room
@@ -61,29 +62,23 @@ def to_float(batch, scales: Scales | None = None):
 def example(config, shapes: dict[str, list[int]], targets: int, rows: int):
   """Shapes of a float batch of `rows` rows, as the model sees it; `shapes` are those of the
   cohort's records."""
-  f32, u32 = jnp.float32, jnp.uint32
-
-  def array(shape, dtype):
-    return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-  batch = {
-    "ecg": array((shapes["ecg"][0], config.data.samples), f32),
-    "subject": array((2,), u32),
-    "index": array((), u32),
-  }
-  batch |= {name: array(shapes[name], f32) for name in ("phenotypes", "diseases", "covariates")}
-  batch |= {"targets": array((targets,), f32), "conditions": array(shapes["covariates"], f32)}
-  batch |= {name: array((), f32) for name in ("mask", "has_ecg", "has_cmr")}
-  batch["cmr"] = {
-    field: array(shapes[field], f32)
-    for field in pretrainer.fields(config.model)
-    if field != "labels"
-  }
-  if "labels" in pretrainer.fields(config.model):
-    batch["labels"] = array(shapes["labels"], jnp.uint8)
+  batch = model_input(config.model, config.data.samples, shapes, targets, rows)
   if config.augment.twice:
     batch["again"] = {name: batch[name] for name in ("ecg", "cmr")}
   return batch
+
+
+def model_input(model_config, samples: int, shapes, targets: int, rows: int):
+  """`example` of a model that looks at `samples` samples of an ECG, without augmentation."""
+
+  def as_seen(batch):
+    batch = first_window(to_float(batch), samples)
+    batch["targets"] = jnp.zeros((rows, targets))
+    batch["conditions"] = batch["covariates"]
+    return batch
+
+  spec = pipeline.element_spec(shapes, pretrainer.fields(model_config), rows)
+  return jax.eval_shape(as_seen, spec)
 
 
 def sample_keys(seed: int, index):

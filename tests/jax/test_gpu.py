@@ -74,7 +74,7 @@ def recipes():
       note = functools.partial(noted, found, f"{file.stem}:{argument}")
       patch.setattr(kernels, "attention", note)
       config = module.get_config(argument)
-      _, shapes, scales = program.records(config)
+      shapes, scales = program.cohort_of(config)
       model = pretrainer.build(
         config.model, config.data.samples, len(scales.names), len(scales.diseases)
       )

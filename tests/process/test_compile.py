@@ -313,7 +313,7 @@ def compile_in_a_process(*flags, timeout=600):
 
 def parameters():
   config = joint.get_config("test")
-  record, shapes, scales = program.records(config)
+  shapes, scales = program.cohort_of(config)
   model = pretrainer.build(config.model, config.data.samples, len(scales.names))
   made = jax.eval_shape(
     lambda: state_room.variables(model, steps.example(config, shapes, len(scales.names), 1))

@@ -76,7 +76,7 @@ def test_all_stages_are_kept_with_a_checkpoint(tmp_path, monkeypatch):
   folder = checkpoint.step_folder(str(tmp_path / "w"), 6)
   folder.mkdir(parents=True)
   np.savez(folder / "people.npz", **people.as_arrays(whole))
-  checkpoint.sign(folder, {"step": 6})
+  checkpoint.sign(folder, {"step": 6, "run": "r"})
   kept = people.of_run(str(tmp_path / "w"), 6)
   assert {salt: list(x) for salt, x in kept.train.items()} == {"a": [1, 2, 3], "b/../c": [1]}
   assert {salt: list(x) for salt, x in kept.val.items()} == {"a": [9]} and kept.unknown == (
