@@ -194,17 +194,14 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
   layout, wrong = {}, []
   try:
     whole = json.loads(file.read_text())
-    wrong += [whole["pythonClassName"]] * (
-      whole["pythonClassName"] != f"{FEATURES}.features_dict.FeaturesDict"
-    )
+    if whole["pythonClassName"] != f"{FEATURES}.features_dict.FeaturesDict":
+      wrong.append(whole["pythonClassName"])
     for name, entry in whole["featuresDict"]["features"].items():
-      wrong += [entry["pythonClassName"]] * (
-        entry["pythonClassName"] != f"{FEATURES}.tensor_feature.Tensor"
-      )
-      layout[name] = (
-        entry["tensor"]["dtype"],
-        [int(n) for n in entry["tensor"]["shape"].get("dimensions", [])],
-      )
+      if entry["pythonClassName"] != f"{FEATURES}.tensor_feature.Tensor":
+        wrong.append(entry["pythonClassName"])
+      tensor = entry["tensor"]
+      shape = [int(length) for length in tensor["shape"].get("dimensions", [])]
+      layout[name] = tensor["dtype"], shape
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     if not wrong:
       raise UserError(

@@ -49,83 +49,83 @@ def value_and_grad(forward, loss, parts: int):
       batch), statistics. Leaves have one axis of rows, any; one that has none, such as a
         temperature, counts as its mean over the parts.
     loss: what `forward` gives for the whole batch, two arguments -> loss [], metrics.
-    parts: how many; 1 keeps all activations and runs the model once.
+    parts: how many, 2 or more.
   """
-  return at_once(forward, loss) if parts == 1 else in_parts(forward, loss, parts)
 
-
-def at_once(forward, loss):
-  def compute(params, statistics, batch):
-    def of(params):
-      seen, after = forward(params, statistics, batch)
-      value, metrics = loss(*seen)
-      return value, (metrics, after)
-
-    (value, (metrics, after)), gradient = jax.value_and_grad(of, has_aux=True)(params)
-    return (value, metrics), after, gradient
-
-  return compute
-
-
-def in_parts(forward, loss, parts: int):
   def compute(params, statistics, batch):
     check(parts, len(jax.tree.leaves(batch)[0]), jax.sharding.get_abstract_mesh())
 
-    def of_part(batch, k):
-      return jax.tree.map(lambda x: cut(x, 0, parts, k), batch)
+    def forward_part(params, statistics, k):
+      rows = jax.tree.map(lambda x: cut(x, 0, parts, k), batch)
+      return forward(params, statistics, rows)
 
     whole, _ = jax.eval_shape(forward, params, statistics, batch)
-    part, _ = jax.eval_shape(
-      lambda *args: forward(*args[:2], of_part(args[2], 0)), params, statistics, batch
-    )
-    axes = [
-      rows_axis(*shapes)
-      for shapes in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True)
-    ]
-    shapes, structure = jax.tree.flatten(whole)
-    read = which_are_read(loss, *whole)
-    # Gradients flow into outputs that are read; of the batch itself, and of integers, the values
-    # are enough.
-    outputs = len(jax.tree.leaves(whole[0]))
-    smooth = [i for i in read if i < outputs and jnp.issubdtype(shapes[i].dtype, jnp.inexact)]
-    given = [i for i in read if i not in smooth]
+    part, _ = jax.eval_shape(forward_part, params, statistics, 0)
+    axes = []
+    for shapes in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+      axes.append(rows_axis(*shapes))
+    smooth, given = leaves_that_count(loss, whole)
 
-    def run(params, statistics, k):
-      seen, statistics = forward(params, statistics, of_part(batch, k))
+    def chosen_leaves(params, statistics, k):
+      """The leaves that the loss reads of part k, those that take a gradient first."""
+      seen, statistics = forward_part(params, statistics, k)
       leaves = jax.tree.leaves(seen)
       return [leaves[i] for i in smooth], ([leaves[i] for i in given], statistics)
 
+    # 1. The outputs of all parts.
     def look(statistics, k):
-      found, (also, statistics) = run(params, statistics, k)
-      return statistics, found + also
+      outputs, (others, statistics) = chosen_leaves(params, statistics, k)
+      return statistics, outputs + others
 
     _, stacks = jax.lax.scan(look, statistics, jnp.arange(parts))
-    known = {i: join(x, axes[i]) for i, x in zip(smooth + given, stacks, strict=True)}
+    known = {}
+    for i, stack in zip(smooth + given, stacks, strict=True):
+      known[i] = join(stack, axes[i])
 
-    def judge(found):
-      leaves = known | dict(zip(smooth, found, strict=True))
-      return loss(
-        *structure.unflatten(
-          leaves.get(i, jnp.zeros(x.shape, x.dtype)) for i, x in enumerate(shapes)
-        )
-      )
+    # 2. The loss of the whole batch, and its gradient with respect to the outputs.
+    def loss_of(outputs):
+      leaves = known | dict(zip(smooth, outputs, strict=True))
+      return loss(*filled(whole, leaves))
 
-    (value, metrics), wanted = jax.value_and_grad(judge, has_aux=True)([known[i] for i in smooth])
+    outputs = [known[i] for i in smooth]
+    (value, metrics), wanted = jax.value_and_grad(loss_of, has_aux=True)(outputs)
 
+    # 3. That gradient taken back to the parameters, part after part.
     def learn(carry, k):
       gradient, statistics = carry
       _, pull, (_, statistics) = jax.vjp(
-        lambda params: run(params, statistics, k), params, has_aux=True
+        lambda params: chosen_leaves(params, statistics, k), params, has_aux=True
       )
-      [more] = pull([cut(x, axes[i], parts, k) for i, x in zip(smooth, wanted, strict=True)])
+      rows = [cut(x, axes[i], parts, k) for i, x in zip(smooth, wanted, strict=True)]
+      [more] = pull(rows)
       return (jax.tree.map(jnp.add, gradient, more), statistics), None
 
-    (gradient, statistics), _ = jax.lax.scan(
-      learn, (jax.tree.map(jnp.zeros_like, params), statistics), jnp.arange(parts)
-    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (gradient, statistics), _ = jax.lax.scan(learn, (zeros, statistics), jnp.arange(parts))
     return (value, metrics), statistics, gradient
 
   return compute
+
+
+def leaves_that_count(loss, whole) -> tuple[list[int], list[int]]:
+  """Which leaves of `whole`, shapes of (outputs, batch), the loss reads: those that gradients flow
+  into, and those of which the values are enough (of the batch itself, and integers)."""
+  shapes = jax.tree.leaves(whole)
+  outputs = len(jax.tree.leaves(whole[0]))
+  smooth, given = [], []
+  for i in which_are_read(loss, *whole):
+    differentiable = i < outputs and jnp.issubdtype(shapes[i].dtype, jnp.inexact)
+    (smooth if differentiable else given).append(i)
+  return smooth, given
+
+
+def filled(shapes, leaves: dict[int, jax.Array]):
+  """A tree of these shapes, of `leaves` by their number and zeros for the others."""
+  flat, structure = jax.tree.flatten(shapes)
+  arrays = []
+  for i, shape in enumerate(flat):
+    arrays.append(leaves[i] if i in leaves else jnp.zeros(shape.shape, shape.dtype))
+  return structure.unflatten(arrays)
 
 
 def cut(x, axis: int | None, parts: int, k):
@@ -147,15 +147,15 @@ def join(stack, axis: int | None):
 def rows_axis(whole, part) -> int | None:
   """The axis along which the outputs of a whole batch and of a part of it differ in length, or
   None."""
-  differing = [
-    i
-    for i, lengths in enumerate(zip(whole.shape, part.shape, strict=True))
-    if lengths[0] != lengths[1]
-  ]
+  differing = []
+  for axis, (length, part_length) in enumerate(zip(whole.shape, part.shape, strict=True)):
+    if length != part_length:
+      differing.append(axis)
   if len(differing) > 1:
     raise UserError(
-      f"config.accumulation is above 1, and the model makes an output of shape {whole.shape} in which several "
-      "axes depend on the number of rows; expected one axis of rows; set config.accumulation=1"
+      f"config.accumulation is above 1, and the model makes an output of shape {whole.shape} in "
+      "which several axes depend on the number of rows; expected one axis of rows; set "
+      "config.accumulation=1"
     )
   return differing[0] if differing else None
 
@@ -163,7 +163,7 @@ def rows_axis(whole, part) -> int | None:
 def which_are_read(function, *args) -> list[int]:
   """The leaves of args (their shapes) that `function` computes anything from."""
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {
-    id(x) for x in jaxpr.outvars
-  }
+  read = {id(x) for x in jaxpr.outvars}
+  for equation in jaxpr.eqns:
+    read.update(id(x) for x in equation.invars)
   return [i for i, x in enumerate(jaxpr.invars) if id(x) in read]

@@ -176,40 +176,44 @@ def make_train_step(model, objectives, tx, config, scales):
   """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is
   not finite.
 
-  The batch is computed in config.accumulation parts (training.accumulate).
+  With config.accumulation above 1 the batch is computed in so many parts (training.accumulate).
   """
   schedule = state_room.learning_rate(config)
 
   def forward(params, statistics, batch):
     """Compact rows -> (outputs, float rows), the batch statistics after them."""
-    keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(
-      sample_keys(config.seed, batch["index"])
-    )
+    keys = sample_keys(config.seed, batch["index"])
+    keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     batch = augment(to_float(batch, scales), keys, config)
     params = state_room.stop_frozen(params, state_room.treatments(config, params))
+    variables = {"params": params, "batch_stats": statistics}
     outputs, changed = model.apply(
-      {"params": params, "batch_stats": statistics},
-      batch,
-      model_keys,
-      train=True,
-      mutable=["batch_stats"],
+      variables, batch, model_keys, train=True, mutable=["batch_stats"]
     )
     return (outputs, batch), changed.get("batch_stats", {})
 
   def train_step(state, batch):
-    def judge(outputs, batch):
+    def loss_of(outputs, batch):
       return total_loss(outputs, batch, objectives, state.step)
 
-    compute = accumulate.value_and_grad(forward, judge, config.accumulation)
-    (loss, metrics), statistics, grads = compute(state.params, state.statistics, batch)
+    def whole(params):
+      seen, statistics = forward(params, state.statistics, batch)
+      loss, metrics = loss_of(*seen)
+      return loss, (metrics, statistics)
+
+    if config.accumulation == 1:
+      value_and_grad = jax.value_and_grad(whole, has_aux=True)
+      (loss, (metrics, statistics)), grads = value_and_grad(state.params)
+    else:
+      in_parts = accumulate.value_and_grad(forward, loss_of, config.accumulation)
+      (loss, metrics), statistics, grads = in_parts(state.params, state.statistics, batch)
     worst = jax.lax.with_sharding_constraint(metrics["worst"], P())  # every host names them
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = schedule(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = state_room.cap_temperature(
-      optax.apply_updates(state.params, updates), config.model.max_scale
-    )
+    params = optax.apply_updates(state.params, updates)
+    params = state_room.cap_temperature(params, config.model.max_scale)
     new = state_room.TrainState(state.step + 1, params, statistics, opt_state)
     state = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
     return state, metrics | {

@@ -78,7 +78,25 @@ def BOTH(outputs, batch):
 
 
 def compute(parts, of=BOTH, **options):
-  return accumulate.value_and_grad(functools.partial(forward, **options), of, parts)
+  forward_part = functools.partial(forward, **options)
+  return (
+    accumulate.value_and_grad(forward_part, of, parts) if parts > 1 else whole(forward_part, of)
+  )
+
+
+def whole(forward, of):
+  """The same without parts: loss and gradient of the batch at once."""
+
+  def compute(params, statistics, batch):
+    def loss_of(params):
+      seen, after = forward(params, statistics, batch)
+      value, metrics = of(*seen)
+      return value, (metrics, after)
+
+    (value, (metrics, after)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return (value, metrics), after, gradient
+
+  return compute
 
 
 def difference(a, b):
