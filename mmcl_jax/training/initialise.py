@@ -89,12 +89,7 @@ def load_pretrained(
       f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in config.init_except, "
       "by regex, what shall be left behind there and start fresh here"
     )
-  for regex in excepted:
-    if not any(re.search(regex, path) for path in seen):
-      raise UserError(
-        f"config.init_except has {regex!r}, which matches no parameter of {', '.join(wanted)}, neither "
-        f"here nor in {', '.join(loaded)}; correct or remove it"
-      )
+  check_excepted(excepted, seen, wanted)
   check_frozen(config, origin)
   for path, treatment in state_room.treatments(config, state.params).items():
     if treatment.frozen and origin["params", path].startswith(FRESH):
@@ -123,6 +118,17 @@ def check_wanted(config, wanted: dict[str, str], excepted, modules: list[str]) -
       f"config.init_from ({', '.join(config.init_from)}) names none; give its workdir, such as "
       "--config.init_from.ecg=W, or set init_except=() to start from nothing"
     )
+
+
+def check_excepted(excepted, seen: set[str], wanted: dict[str, str]) -> None:
+  """Every regex of config.init_except must match a path that was `seen`."""
+  for regex in excepted:
+    if not any(re.search(regex, path) for path in seen):
+      workdirs = dict.fromkeys(wanted.values())
+      raise UserError(
+        f"config.init_except has {regex!r}, which matches no parameter of {', '.join(wanted)}, "
+        f"neither here nor in {', '.join(workdirs)}; correct or remove it"
+      )
 
 
 def mismatch(key: tuple[str, str], source, here, where: str) -> str | None:

@@ -155,35 +155,39 @@ def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None
     axes = next((axes for regex, axes in TENSOR if re.search(regex, name)), None)
     if axes is None or spec == "tensor":
       return axes
-  free = [
-    i for i, length in enumerate(shape) if axes[i] is None and length % mesh.shape["data"] == 0
-  ]
+  free = []  # the dimensions that the data axis can split
+  for i, length in enumerate(shape):
+    if axes[i] is None and length % mesh.shape["data"] == 0:
+      free.append(i)
   if not free or math.prod(shape) < FSDP_FROM:
     return axes if any(axes) else None
   longest = max(free, key=lambda i: shape[i])  # the first of equals
-  return tuple("data" if i == longest else axis for i, axis in enumerate(axes))
+  return (*axes[:longest], "data", *axes[longest + 1 :])
 
 
 def check_rules(rules) -> list[tuple[str, tuple | str]]:
-  pairs = (
-    [tuple(rule) if isinstance(rule, (tuple, list)) else () for rule in rules]
-    if isinstance(rules, (tuple, list))
-    else [()]
-  )
-  for pair in pairs:
-    regex, spec = pair if len(pair) == 2 else (None, None)
-    if not isinstance(regex, str) or not (
-      spec in WORDS if isinstance(spec, str) else isinstance(spec, (tuple, list))
-    ):
+  pairs = []
+  for rule in rules if isinstance(rules, (tuple, list)) else [rules]:
+    if not is_rule(rule):
       raise UserError(
-        f"config.sharding is {rules!r}; expected pairs of a regex and a spec, mesh axes or None a dimension or one "
-        f"of the words {', '.join(WORDS)}, such as (('.*', 'fsdp'),) or (('qkv/kernel', (None, 'model')),)"
+        f"config.sharding is {rules!r}; expected pairs of a regex and a spec, mesh axes or None a "
+        f"dimension or one of the words {', '.join(WORDS)}, such as (('.*', 'fsdp'),) or "
+        "(('qkv/kernel', (None, 'model')),)"
       )
+    regex, spec = rule
     try:
       re.compile(regex)
     except re.error as error:
       raise UserError(f"config.sharding has {regex!r}, which is no regex: {error}") from None
-  return [(regex, spec if isinstance(spec, str) else tuple(spec)) for regex, spec in pairs]
+    pairs.append((regex, spec if isinstance(spec, str) else tuple(spec)))
+  return pairs
+
+
+def is_rule(rule) -> bool:
+  if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+    return False
+  spec = rule[1]
+  return spec in WORDS if isinstance(spec, str) else isinstance(spec, (tuple, list))
 
 
 def check_fit(axes: tuple, name: str, shape: tuple[int, ...], mesh: Mesh, regex: str) -> None:
@@ -248,29 +252,25 @@ def table(tree, where, most: int | None = None) -> str:
     where: its shardings.
     most: rows, those that take most of a device; None: all, in the order of the tree.
   """
-  parts, rows = {}, []
-  for (path, leaf), sharding in zip(
-    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(where), strict=True
-  ):
+  rows, parts = [], {}
+  total = [0, 0, 0]  # numbers, bytes, bytes on each device
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  for (path, leaf), sharding in zip(leaves, jax.tree.leaves(where), strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    row = Row(
-      name,
-      leaf.shape,
-      str(leaf.dtype),
-      tuple(sharding.spec),
-      math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-    )
-    rows.append(row)
-    for part in (name.split("/")[0], "all"):
-      numbers, whole, here = parts.get(part, (0, 0, 0))
-      parts[part] = numbers + leaf.size, whole + leaf.size * leaf.dtype.itemsize, here + row.bytes
-  sums = [
-    f"{part}: {numbers:,} numbers of {whole:,} bytes, {here:,} bytes on each device"
-    for part, (numbers, whole, here) in sorted(parts.items(), key=lambda item: item[0] == "all")
-  ]
+    size, spec = leaf.dtype.itemsize, tuple(sharding.spec)
+    here = math.prod(sharding.shard_shape(leaf.shape)) * size
+    rows.append(Row(name, leaf.shape, str(leaf.dtype), spec, here))
+    part = parts.setdefault(name.split("/")[0], [0, 0, 0])
+    for sums in (part, total):
+      sums[0] += leaf.size
+      sums[1] += leaf.size * size
+      sums[2] += here
+  lines = []
+  for part, (numbers, whole, here) in [*parts.items(), ("all", total)]:
+    lines.append(f"{part}: {numbers:,} numbers of {whole:,} bytes, {here:,} bytes on each device")
   if most is not None:
     rows = sorted(rows, key=lambda row: -row.bytes)[:most]
-  return "\n".join([parameter_overview.make_table(rows), *sums])
+  return "\n".join([parameter_overview.make_table(rows), *lines])
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh):

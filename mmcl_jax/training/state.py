@@ -79,18 +79,25 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
   def by_path(f, tree):
     return jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
 
+  def label(treatment, _):
+    return "frozen" if treatment.frozen else "trained"
+
+  def scale(treatment, update):
+    return update * treatment.factor
+
   adam = optax.scale_by_adam(b1=c.b1, b2=c.b2)
-  decay = optax.add_decayed_weights(c.weight_decay, mask=None if c.l2 else decayed)
-  trained = optax.chain(
-    optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
-    *((decay, adam) if c.l2 else (adam, decay)),
-    optax.stateless(lambda updates, _: by_path(lambda t, x: x * t.factor, updates)),
-    optax.scale_by_learning_rate(learning_rate(config)),
-    *([keep_average(c.ema)] if c.ema else []),
-  )
+  clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
+  if c.l2:
+    rule = [optax.add_decayed_weights(c.weight_decay), adam]
+  else:
+    rule = [adam, optax.add_decayed_weights(c.weight_decay, mask=decayed)]
+  factors = optax.stateless(lambda updates, _: by_path(scale, updates))
+  chain = [clip, *rule, factors, optax.scale_by_learning_rate(learning_rate(config))]
+  if c.ema:
+    chain.append(keep_average(c.ema))
   return optax.partition(
-    {"trained": trained, "frozen": optax.set_to_zero()},
-    lambda tree: by_path(lambda t, _: "frozen" if t.frozen else "trained", tree),
+    {"trained": optax.chain(*chain), "frozen": optax.set_to_zero()},
+    lambda tree: by_path(label, tree),
   )
 
 
@@ -110,42 +117,50 @@ def keep_average(decay: float) -> optax.GradientTransformation:
   moments are: nothing of the first, random parameters is in it.
   """
 
+  def init(params):
+    return Average(jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+
+  def next_mean(mean, x, change):
+    return decay * mean + (1 - decay) * (x + change)
+
   def update(updates, state, params):
-    mean = jax.tree.map(
-      lambda mean, x, change: decay * mean + (1 - decay) * (x + change), state.mean, params, updates
-    )
+    mean = jax.tree.map(next_mean, state.mean, params, updates)
     return updates, Average(decay * state.weight + 1 - decay, mean)
 
-  return optax.GradientTransformation(
-    lambda params: Average(jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), update
-  )
+  return optax.GradientTransformation(init, update)
 
 
 def averaged(params, opt_state):
   """The running mean where the optimiser keeps one and has taken an update in; of frozen
   parameters, themselves."""
-  is_average, is_masked = (
-    lambda x, kind=kind: isinstance(x, kind) for kind in (Average, optax.MaskedNode)
-  )
+
+  def is_average(x):
+    return isinstance(x, Average)
+
+  def is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
   kept = [x for x in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(x)]
   if not kept:
     return params
   weight, mean = kept[0]
 
   def so_far(mean, x):
+    if is_masked(mean):
+      return x
     return jnp.where(weight > 0, mean / jnp.maximum(weight, 1e-30), x).astype(x.dtype)
 
-  return jax.tree.map(
-    lambda mean, x: x if is_masked(mean) else so_far(mean, x), mean, params, is_leaf=is_masked
-  )
+  return jax.tree.map(so_far, mean, params, is_leaf=is_masked)
 
 
 def stop_frozen(params, treatment: dict[str, Treatment]):
   """The same parameters, no gradient into the frozen ones: none is computed, and none counts in a
   norm."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: jax.lax.stop_gradient(x) if treatment[path_name(path)].frozen else x, params
-  )
+
+  def stopped(path, x):
+    return jax.lax.stop_gradient(x) if treatment[path_name(path)].frozen else x
+
+  return jax.tree_util.tree_map_with_path(stopped, params)
 
 
 def treatments(config, params, statistics=None) -> dict[str, Treatment]:
@@ -268,16 +283,15 @@ def regexes(entries, key: str) -> tuple[str, ...]:
 
 
 def rates(entries) -> list[tuple[str, float]]:
-  pairs = (
-    [tuple(entry) if isinstance(entry, (tuple, list)) else () for entry in entries]
-    if isinstance(entries, (tuple, list))
-    else [()]
-  )
-  if not all(len(pair) == 2 and isinstance(pair[1], (int, float)) for pair in pairs):
-    raise UserError(
-      f"config.optimizer.rates is {entries!r}; expected pairs of a regex and a positive factor, such as "
-      "(('^ecg/', 0.1),); to keep parameters as they are, name them in config.freeze"
-    )
+  pairs = []
+  for entry in entries if isinstance(entries, (tuple, list)) else [entries]:
+    pair = tuple(entry) if isinstance(entry, (tuple, list)) else ()
+    if len(pair) != 2 or not isinstance(pair[1], (int, float)):
+      raise UserError(
+        f"config.optimizer.rates is {entries!r}; expected pairs of a regex and a positive factor, "
+        "such as (('^ecg/', 0.1),); to keep parameters as they are, name them in config.freeze"
+      )
+    pairs.append(pair)
   regexes([regex for regex, _ in pairs], "config.optimizer.rates")
   return pairs
 
@@ -325,9 +339,8 @@ def fresh(model, tx, example, seed: int) -> TrainState:
 def cap_temperature(params, max_scale: float):
   """Projects a learned 1/temperature back under its cap after the update; a clamp in the forward
   pass could not return."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: (
-      jnp.minimum(x, jnp.log(max_scale)) if re.fullmatch("log_scale", path[-1].key) else x
-    ),
-    params,
-  )
+
+  def capped(path, x):
+    return jnp.minimum(x, jnp.log(max_scale)) if path[-1].key == "log_scale" else x
+
+  return jax.tree_util.tree_map_with_path(capped, params)
