@@ -10,6 +10,7 @@ import collections
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -108,11 +109,10 @@ class Monitor:
         shown[objective.name] = values[f"{objective.name}/loss"]
       self.progress.report(step, shown)
 
-  def evaluate(self, step: int, state, evaluators) -> None:
-    """Runs the evaluators, writes and prints what they find, and keeps the best step."""
+  def evaluated(self, step: int, scores_of_each: Iterable[dict[str, float]]) -> None:
+    """Writes and prints what each evaluator finds, as it is found, and keeps the best step."""
     scores = {}
-    for evaluate in evaluators:
-      found = dict(evaluate(state))
+    for found in scores_of_each:
       self.writer.write_scalars(step, found)
       if self.first_process:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items())

@@ -254,3 +254,15 @@ def test_a_view_that_is_not_trained_on_may_be_lacking():
   assert kept["has_cmr"] == 1 and kept["ed_es_volumes"].all()
   lost = pipeline.conforming(info, info, first, ("ed_es_volumes", "cine_slice"))(other)
   assert lost["has_cmr"] == 0 and not lost["ed_es_volumes"].any() and not lost["cine_slice"].any()
+
+
+def test_the_spec_of_a_batch_is_that_of_the_batches():
+  """Names, shapes and types, from the shapes that cohort.json has."""
+  record = Records()[0]
+  shapes = {name: list(np.shape(x)) for name, x in record.items()}
+  spec = pipeline.element_spec(shapes, ("cine_slice",), BATCH)
+  (batch,) = take(1)
+  spec, batch = (one | one["cmr"] for one in (spec, batch))
+  assert spec.keys() == batch.keys()
+  for name in spec.keys() - {"cmr"}:
+    assert (spec[name].shape, spec[name].dtype) == (batch[name].shape, batch[name].dtype), name
