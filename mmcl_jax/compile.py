@@ -122,7 +122,8 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   )
   pretrainer.check(config.model, shapes)
   say(
-    f"{topology}: {len(devices)} devices, data={mesh.shape['data']} x model={mesh.shape['model']}; batch {config.batch} "
+    f"{topology}: {len(devices)} devices, data={mesh.shape['data']} x model={mesh.shape['model']}; "
+    f"batch {config.batch} "
     f"({config.batch // mesh.shape['data']} a device)"
   )
 
@@ -194,7 +195,8 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
     )
     if len(jax.devices()) != int(size):
       raise UserError(
-        f"--topology is {topology}, and this process has {len(jax.devices())} devices already; compile in a "
+        f"--topology is {topology}, and this process has {len(jax.devices())} devices already; "
+        "compile in a "
         "process of its own"
       )
     return jax.devices(), None
@@ -206,12 +208,15 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
   if name not in CHIPS or not is_slice(name, sides):
     expected = " ".join("x".join(map(str, slice_)) for slice_ in SLICES)
     raise UserError(
-      f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with three sides of 1, 2 "
-      f"or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and {LARGEST['v5p']:,} chips), or cpu:N"
+      f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with "
+      "three sides of 1, 2 "
+      f"or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and {LARGEST['v5p']:,} chips), or "
+      "cpu:N"
     )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
-      f"--topology={topology} needs the TPU's compiler, libtpu, which is not installed; pip install 'mmcl-jax[tpu]' "
+      f"--topology={topology} needs the TPU's compiler, libtpu, which is not installed; pip "
+      "install 'mmcl-jax[tpu]' "
       "(no TPU is needed), or take --topology=cpu:8"
     )
   # The step is traced with the CPU at hand; libtpu shall look for no TPU, lock none, and write no
@@ -332,7 +337,8 @@ def compile_or_explain(lowered, topology: str, config):
       else "does not fit a chip's memory"
     )
     raise UserError(
-      f"a batch of {config.batch} on {topology} {needs}; take a smaller --batch, config.accumulation, "
+      f"a batch of {config.batch} on {topology} {needs}; take a smaller --batch, "
+      "config.accumulation, "
       "config.model.remat=blocks, config.sharding \"(('.*', 'fsdp'),)\" or a larger slice"
     ) from None
 

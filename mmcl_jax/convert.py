@@ -124,7 +124,8 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   config.data.samples = min(model.samples, length) if not size else model.samples
   if config.data.samples > length:
     raise UserError(
-      f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives {length}; "
+      f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives "
+      f"{length}; "
       "name the profile it was trained on with --ecg_profile"
     )
 

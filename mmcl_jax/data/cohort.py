@@ -106,11 +106,13 @@ class Records:
       text = " ".join(str(error).split())[:150]
       if is_environment(error) or re.search(r"\b(open|p?read|stat|mmap)\(\) failed", text):
         raise UserError(
-          f"record {i} of {self.name} cannot be read now ({text}); the same command goes on when the disk is there "
+          f"record {i} of {self.name} cannot be read now ({text}); the same command goes on when "
+          "the disk is there "
           "again"
         ) from None
       raise DamagedRecord(
-        f"record {i} of {self.name} cannot be read ({text}); copy the cohort's files again or prepare it "
+        f"record {i} of {self.name} cannot be read ({text}); copy the cohort's files again or "
+        "prepare it "
         "again"
       ) from None
 
@@ -127,7 +129,8 @@ def load(path: str) -> Cohort:
   folder = pathlib.Path(path)
   if not path or not folder.is_dir():
     raise UserError(
-      f"no cohort at {path!r}: expected a folder made by `mmcl prepare`; set --config.data.cohort or --cohort"
+      f"no cohort at {path!r}: expected a folder made by `mmcl prepare`; set --config.data.cohort "
+      "or --cohort"
     )
   file = folder / "cohort.json"
   if not file.is_file():
@@ -149,7 +152,8 @@ def load(path: str) -> Cohort:
     )
   if wrong := malformed(info):
     raise UserError(
-      f"{file}: {', '.join(wrong)} is missing or not in the form that `mmcl prepare` writes; copy the file again or "
+      f"{file}: {', '.join(wrong)} is missing or not in the form that `mmcl prepare` writes; copy "
+      "the file again or "
       "prepare the cohort again"
     )
   content = look(folder, info)
@@ -166,7 +170,8 @@ def load(path: str) -> Cohort:
     ) from None
   if wrong := [split for split in schema.SPLITS if len(splits[split]) != info["counts"][split]]:
     raise UserError(
-      f"{path} has another number of records in {', '.join(wrong)} than cohort.json says; copy its files again or "
+      f"{path} has another number of records in {', '.join(wrong)} than cohort.json says; copy its "
+      "files again or "
       "prepare the cohort again"
     )
   return Cohort(str(path), info, splits, content)
@@ -210,8 +215,10 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
       ) from None
   if wrong:
     raise UserError(
-      f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is not "
-      "loaded; expected tensors: copy it again, and use no cohort from a source that you do not trust"
+      f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is "
+      "not "
+      "loaded; expected tensors: copy it again, and use no cohort from a source that you do not "
+      "trust"
     )
   known = all(isinstance(dtype, str) and dtype in DTYPES for dtype, _ in layout.values())
   if not known or {name: shape for name, (_, shape) in layout.items()} != info["shapes"]:
@@ -244,7 +251,8 @@ def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
       found = None
     says = "" if size is None else f"; cohort.json says {size} bytes"
     raise UserError(
-      f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file again or "
+      f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file "
+      "again or "
       "prepare the cohort again"
     )
 
@@ -253,7 +261,8 @@ def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
     found = dict(zip(names, threads.map(of, names)))
   if wrong := [name for name in written if written[name][0] != found[name]]:
     raise UserError(
-      f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or end "
+      f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or "
+      "end "
       "differs from what cohort.json says; copy it again or prepare the cohort again"
     )
   return hashlib.sha256(json.dumps(found).encode()).hexdigest()
@@ -280,7 +289,8 @@ def check(cohort: Cohort) -> int:
   for name, (_, written) in cohort.info["checksums"].items():
     if whole(pathlib.Path(cohort.path, name)) != written:
       raise UserError(
-        f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum differs; "
+        f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum "
+        "differs; "
         "copy it again or prepare the cohort again"
       )
   return len(cohort.info["checksums"])
@@ -332,7 +342,8 @@ def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
     ) from None
   if wrong := [split for split, rows in found.items() if len(rows) != cohort.info["counts"][split]]:
     raise UserError(
-      f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the cohort again"
+      f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the "
+      "cohort again"
     )
   return found
 

@@ -28,7 +28,8 @@ from mmcl_jax.errors import DamagedRecord, UserError
 from mmcl_jax.support import processes
 
 MORE_SHARED = (
-  "enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or read in "
+  "enlarge it (docker run --shm-size=8g; Kubernetes: an emptyDir of medium Memory at /dev/shm) or "
+  "read in "
   "threads alone, --config.loader.workers=0"
 )
 TRIED = 1000  # records of a split, before it is given up as unreadable
@@ -323,7 +324,8 @@ def check_shared_memory(workers: int, buffer: int, size: int) -> None:
   needed, free = workers * (buffer + 1) * size, found.f_bavail * found.f_frsize
   if needed > free:
     raise UserError(
-      f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of {size / 2**20:.1f} "
+      f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of "
+      f"{size / 2**20:.1f} "
       f"MiB do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}"
     )
 

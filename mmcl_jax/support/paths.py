@@ -22,13 +22,15 @@ def local(text: str) -> str:
     raise UserError(f"a path is {text!r}; expected the name of a file or folder")
   if ADDRESS.match(text):
     raise UserError(
-      f"{text} is an address, not a file or folder of this machine; mount the bucket or the file system "
+      f"{text} is an address, not a file or folder of this machine; mount the bucket or the file "
+      "system "
       "and give the path where it is mounted (docs/multi_host.md)"
     )
   path = os.path.expanduser(text)
   if path.startswith("~"):
     raise UserError(
-      f"{text}: there is no user {path.partition('/')[0][1:]!r} with a home folder here; a file of this "
+      f"{text}: there is no user {path.partition('/')[0][1:]!r} with a home folder here; a file of "
+      "this "
       f"name is ./{text}"
     )
   return path

@@ -36,7 +36,8 @@ def check(parts: int, batch: int, mesh) -> None:
     fitting = [n for n in range(1, rows + 1) if rows % n == 0]
     shown = ", ".join(map(str, fitting[:8])) + (", ..." if len(fitting) > 8 else "")
     raise UserError(
-      f"config.accumulation is {parts!r}, and of {batch} rows of a batch {rows} lie on each of {shards} "
+      f"config.accumulation is {parts!r}, and of {batch} rows of a batch {rows} lie on each of "
+      f"{shards} "
       f"devices of the mesh's data axis; expected a divisor of {rows}: {shown}"
     )
 

@@ -41,7 +41,8 @@ def devices() -> list[jax.Device]:
     )
     platform = f"JAX_PLATFORMS is {wanted}" if wanted else "JAX finds a platform"
     raise UserError(
-      f"{platform}, which cannot be started: {reason}; set JAX_PLATFORMS to cpu, or on a machine that "
+      f"{platform}, which cannot be started: {reason}; set JAX_PLATFORMS to cpu, or on a machine "
+      "that "
       "has one to cuda (pip install 'mmcl-jax[cuda]') or tpu (pip install 'mmcl-jax[tpu]')"
     ) from None
   if distributed.here.index == 0:

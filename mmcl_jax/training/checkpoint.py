@@ -146,7 +146,8 @@ class Checkpoints:
         else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
       )
       raise UserError(
-        f"cannot save {self.folder / str(step)}: {reason}; the same command goes on from the last checkpoint"
+        f"cannot save {self.folder / str(step)}: {reason}; the same command goes on from the last "
+        "checkpoint"
       ) from error
 
   def check_there(self) -> None:
@@ -154,7 +155,8 @@ class Checkpoints:
     folder of few steps."""
     if not self.folder.is_dir() or not all(file.is_file() for file in self.config):
       raise UserError(
-        f"{self.folder} is not there any more; bring the folder back, and the same command goes on from its last "
+        f"{self.folder} is not there any more; bring the folder back, and the same command goes on "
+        "from its last "
         "checkpoint"
       )
 
@@ -267,7 +269,8 @@ def manifest(workdir: str, step: int) -> Manifest:
     found = json.loads(file.read_text())
     if found["format"] != FORMAT:
       raise UserError(
-        f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; {way_out(workdir, step)}"
+        f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; "
+        f"{way_out(workdir, step)}"
       )
     if checksum_of(found) != found["sha256"]:
       raise UserError(
@@ -280,13 +283,15 @@ def manifest(workdir: str, step: int) -> Manifest:
       )
     if found["step"] != step:
       raise UserError(
-        f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; give "
+        f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; "
+        "give "
         f"every step its own name again, or {way_out(workdir, step)}"
       )
     run, other = run_name(workdir), found["run"]
     if run and run != other:  # none where only the checkpoints were copied
       raise UserError(
-        f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from another "
+        f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from "
+        "another "
         f"run, or that file changed; put back what was there, or {way_out(workdir, step)}"
       )
     return found
@@ -348,7 +353,8 @@ def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], Man
       )
   except Exception as error:  # whatever orbax makes of arrays that do not fit
     raise UserError(
-      f"{folder}/state does not fit this model ({type(error).__name__}: {str(error)[:300]}); was it saved "
+      f"{folder}/state does not fit this model ({type(error).__name__}: {str(error)[:300]}); was "
+      "it saved "
       "by another config?"
     ) from None
   return items["state"], items["data"], about

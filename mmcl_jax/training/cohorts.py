@@ -145,7 +145,8 @@ def check_covariates(cohort, config) -> None:
   taking = pretrainer.takes_covariates(config.model)
   if taking and not np.isfinite(cohort_room.train_statistics(cohort, "covariates")).any():
     raise UserError(
-      f"config.model.{taking[0]}=True asks for covariates, and {cohort.path} knows none that differ "
+      f"config.model.{taking[0]}=True asks for covariates, and {cohort.path} knows none that "
+      "differ "
       "in train; prepare it with --tables that hold them, or set "
       f"config.model.{taking[0]}=False"
     )
@@ -171,7 +172,8 @@ def check_augmentation(config) -> None:
 def check_labels(cohort, config) -> None:
   if config.model.segmenter and not any(record["labels"].any() for record in first(cohort)):
     raise UserError(
-      f"the first hearts of {cohort.path} have no labels, which config.model.segmenter learns from; "
+      f"the first hearts of {cohort.path} have no labels, which config.model.segmenter learns "
+      "from; "
       "prepare it with segmentations (`mmcl prepare --segmentations`)"
     )
 
@@ -183,7 +185,8 @@ def check_splits(cohort, others, config) -> None:
     same_salt = other.info.get("salt_tag") == cohort.info.get("salt_tag")
     if same_source and not same_salt and not config.data.allow_seen:
       raise UserError(
-        f"{other.path} and {cohort.path} are both of {cohort.info['source']} and were prepared with "
+        f"{other.path} and {cohort.path} are both of {cohort.info['source']} and were prepared "
+        "with "
         "different salts, so people held out in one may train in the other unseen; prepare both "
         f"with the same --private, or {ALLOW} to go on"
       )

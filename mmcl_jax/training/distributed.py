@@ -170,7 +170,8 @@ def gpus_of_task(environ) -> list[int] | None:
     return list(range(seen))
   if seen % tasks:
     raise UserError(
-      f"SLURM started {tasks} tasks on a node with {seen} GPUs; expected as many tasks as GPUs, one, or a number "
+      f"SLURM started {tasks} tasks on a node with {seen} GPUs; expected as many tasks as GPUs, "
+      "one, or a number "
       "that divides them (--ntasks-per-node)"
     )
   return list(range(local * seen // tasks, (local + 1) * seen // tasks))
@@ -236,8 +237,10 @@ def connect(start: dict[str, Any]) -> threading.Thread:
   if re.match(r"(127\.|localhost:|\[::1\]:)", address):
     start = start | {"coordinator_bind_address": address}
   meeting = speaker(
-    f"the hosts did not all come together{f' at {address}' if address else ''} within {JOIN_S} s; JAX's message "
-    "above names those that did not (timed out task names; none: host 0, or its address); start the same command "
+    f"the hosts did not all come together{f' at {address}' if address else ''} within {JOIN_S} s; "
+    "JAX's message "
+    "above names those that did not (timed out task names; none: host 0, or its address); start "
+    "the same command "
     "on every host, with a port that is free on the first"
   )
   # With a time of its own, shorter than the hosts', JAX's service tells all of them who did not
@@ -278,13 +281,16 @@ def connect(start: dict[str, Any]) -> threading.Thread:
   # Nothing in this process can speak when the runtime aborts it, which is how it ends where another
   # host was lost.
   last_words = speaker(
-    f"{who}: ended without a word: killed, out of memory, or aborted because another host was lost ({HEARTBEAT_S} s "
-    "without a sign of it); its log and the other hosts' tell which; the same command goes on from the last "
+    f"{who}: ended without a word: killed, out of memory, or aborted because another host was lost "
+    f"({HEARTBEAT_S} s "
+    "without a sign of it); its log and the other hosts' tell which; the same command goes on from "
+    "the last "
     "checkpoint"
   )
   here = Host(state.process_id, state.num_processes, state.client, last_words)
   print(
-    f"{who} has joined at {state.coordinator_address}; a host that is lost ends all others after {HEARTBEAT_S} s",
+    f"{who} has joined at {state.coordinator_address}; a host that is lost ends all others after "
+    f"{HEARTBEAT_S} s",
     flush=True,
   )
   listener = threading.Thread(target=listen, daemon=True)
@@ -400,7 +406,8 @@ def agree(facts: dict[str, Any]) -> None:
   if differing:
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise UserError(
-      f"{'; '.join(differing[:4])}{more}; start the same command on every host, with the same files and packages"
+      f"{'; '.join(differing[:4])}{more}; start the same command on every host, with the same "
+      "files and packages"
     )
   wait_for_all(name)  # a host that differs ends all in here
 
@@ -415,7 +422,8 @@ def wait_for_all(barrier: str) -> None:
       raise
     late = re.findall(r"\d+", str(error).partition("timed out task names:")[2].partition("[")[0])
     raise UserError(
-      f"host {', '.join(late) or '?'} of {here.count} was not as far as host {here.index} within {WAIT_S} s; look at its "
+      f"host {', '.join(late) or '?'} of {here.count} was not as far as host {here.index} within "
+      f"{WAIT_S} s; look at its "
       "log: a slow disk, another machine's files, or stuck? the same command goes on"
     ) from None
 
@@ -464,7 +472,8 @@ def check_shared(folder: str) -> None:
   probe.unlink()
   if blind:
     raise UserError(
-      f"{folder} of host {', '.join(map(str, blind))} is another folder than that of host 0; expected one that "
+      f"{folder} of host {', '.join(map(str, blind))} is another folder than that of host 0; "
+      "expected one that "
       "all hosts share, on a network file system"
     )
 

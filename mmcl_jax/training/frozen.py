@@ -138,6 +138,7 @@ def write(file: pathlib.Path, features: np.ndarray) -> None:
       np.save(f, features)
   except OSError as error:
     raise UserError(
-      f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make room, or set "
+      f"cannot write the features of a frozen tower to {file}: {error.strerror or error}; make "
+      "room, or set "
       "config.model.towers.NAME.frozen=False to run the tower in every step"
     ) from None

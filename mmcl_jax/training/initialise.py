@@ -86,7 +86,8 @@ def load_pretrained(
         origin[key] = f"loaded from {where}{how}"
   if troubles:
     raise UserError(
-      f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in config.init_except, "
+      f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in "
+      "config.init_except, "
       "by regex, what shall be left behind there and start fresh here"
     )
   check_excepted(excepted, seen, wanted)
@@ -110,7 +111,8 @@ def check_wanted(config, wanted: dict[str, str], excepted, modules: list[str]) -
   unknown = [module for module in wanted if module not in modules]
   if unknown:
     raise UserError(
-      f"config.init_from names {', '.join(unknown)}; this model has the modules {', '.join(modules)}"
+      f"config.init_from names {', '.join(unknown)}; this model has the modules "
+      f"{', '.join(modules)}"
     )
   if excepted and not wanted:
     raise UserError(
@@ -189,7 +191,8 @@ def describe(report: Report) -> str:
   ]
   if report.left_over:
     lines.append(
-      f"left behind: {', '.join(f'{path} {text}' for path, text in sorted(report.left_over.items()))}"
+      "left behind: "
+      f"{', '.join(f'{path} {text}' for path, text in sorted(report.left_over.items()))}"
     )
   return "\n".join(lines)
 
@@ -236,7 +239,8 @@ def difference(config, earlier, module: str, where: str, workdir: str) -> str:
     return ""
   if where != workdir:
     raise UserError(
-      f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at {here}; "
+      f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at "
+      f"{here}; "
       f"give the workdir of a tower of that view, or call the tower there {name}"
     )
   return f" (which looked at {before}, here at {here})"
@@ -289,8 +293,10 @@ def check_frozen(config, origin) -> None:
     ]
     if fresh:
       raise UserError(
-        f"config.model.towers.{tower}.frozen would freeze random weights ({len(fresh)} arrays, such as "
-        f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the tower, "
+        f"config.model.towers.{tower}.frozen would freeze random weights ({len(fresh)} arrays, "
+        "such as "
+        f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the "
+        "tower, "
         "and nothing of its backbone to config.init_except"
       )
   random = [
@@ -301,6 +307,8 @@ def check_frozen(config, origin) -> None:
   ]
   if random:
     raise UserError(
-      f"config.model.generator would learn from, or be judged by, the random weights of {' and '.join(random)}; give "
-      f"config.init_from.{random[0]} the workdir of a stage that trained {'them' if len(random) > 1 else 'it'}"
+      "config.model.generator would learn from, or be judged by, the random weights of "
+      f"{' and '.join(random)}; give "
+      f"config.init_from.{random[0]} the workdir of a stage that trained "
+      f"{'them' if len(random) > 1 else 'it'}"
     )

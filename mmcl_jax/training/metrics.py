@@ -127,7 +127,8 @@ class Progress:
     left = round((self.end - step) / rate) if rate else 0
     values = "  ".join(f"{name} {x:.4g}" for name, x in scalars.items())
     print(
-      f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {rate * self.batch:.0f} recordings/s  "
+      f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {rate * self.batch:.0f} "
+      "recordings/s  "
       f"ETA {left // 60}:{left % 60:02d}",
       flush=True,
     )

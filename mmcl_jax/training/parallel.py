@@ -60,11 +60,13 @@ def make_mesh(data: int, model: int, devices=None) -> Mesh:
   devices = backend.devices() if devices is None else devices
   if model < 1 or (data < 1 and data != -1):
     raise UserError(
-      f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all devices"
+      f"config.mesh is data={data}, model={model}; expected positive numbers, or data=-1 for all "
+      "devices"
     )
   if data != -1 and data * model != len(devices):
     raise UserError(
-      f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are {len(devices)}; "
+      f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are "
+      f"{len(devices)}; "
       "set config.mesh.data=-1 or a mesh of that size"
     )
   hosts = grouped(devices, lambda device: (slice_of(device), device.process_index))
@@ -108,7 +110,8 @@ def check_batch(batch: int, mesh: Mesh) -> None:
   shards = mesh.shape["data"]
   if batch < 1 or batch % shards:
     raise UserError(
-      f"config.batch is {batch}, which does not divide over {shards} devices of the mesh's data axis; "
+      f"config.batch is {batch}, which does not divide over {shards} devices of the mesh's data "
+      "axis; "
       f"take {max(batch // shards, 1) * shards} or {(batch // shards + 1) * shards}"
     )
 
@@ -198,13 +201,15 @@ def check_fit(axes: tuple, name: str, shape: tuple[int, ...], mesh: Mesh, regex:
     or len(axes) > len(shape)
   ):
     raise UserError(
-      f"config.sharding rule {regex!r} gives {axes} to {name} of shape {shape}; expected at most {len(shape)} "
+      f"config.sharding rule {regex!r} gives {axes} to {name} of shape {shape}; expected at most "
+      f"{len(shape)} "
       f"entries out of {tuple(mesh.shape)} and None, no axis twice"
     )
   for axis, length in zip(axes, shape):
     if axis is not None and length % mesh.shape[axis]:
       raise UserError(
-        f"config.sharding rule {regex!r} splits {name} of shape {shape} over {mesh.shape[axis]} devices of "
+        f"config.sharding rule {regex!r} splits {name} of shape {shape} over {mesh.shape[axis]} "
+        "devices of "
         f"{axis!r}, which does not divide {length}"
       )
 
@@ -224,7 +229,8 @@ def decides_nothing(tree, rules, i: int, mesh: Mesh) -> str:
     return f"{where} matches nothing; correct or remove it; paths are such as {shown}"
   if all(axes_of(spec, name, leaves[name].shape, mesh) is None for name in found):
     wanted = (
-      f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} devices divide"
+      f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} devices "
+      "divide"
       if spec == "fsdp"
       else "matrix of a transformer block"
     )

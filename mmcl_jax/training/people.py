@@ -131,18 +131,22 @@ def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) ->
       parts.append(f"{counts[split]} of {len(mine[split])} {split} people")
   if parts and not allowed:
     raise UserError(
-      f"{' and '.join(parts)} of {cohort.path} {part}, so scores on them would be too good; use cohorts "
-      f"prepared with the same --private and --split, or {to_go_on} to go on, as every report will say"
+      f"{' and '.join(parts)} of {cohort.path} {part}, so scores on them would be too good; use "
+      "cohorts "
+      f"prepared with the same --private and --split, or {to_go_on} to go on, as every report will "
+      "say"
     )
   note = ""
   if parts:
     note = (
-      f"{' and '.join(parts)} of the cohort had part in training: scores on them are too good, and intervals too "
+      f"{' and '.join(parts)} of the cohort had part in training: scores on them are too good, and "
+      "intervals too "
       "narrow. "
     )
   if salt != SYNTHETIC and people.train.keys() - {salt, SYNTHETIC}:
     note += (
-      "Not everybody in the cohort can be checked for a part in training: cohorts prepared with different salts "
+      "Not everybody in the cohort can be checked for a part in training: cohorts prepared with "
+      "different salts "
       "(--private) cannot be compared. "
     )
   if people.unknown:

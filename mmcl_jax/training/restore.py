@@ -93,7 +93,8 @@ def check_config(
   trained = ConfigDict(manifest["config"])
   if differing := configuration.differences(trained, config):
     raise UserError(
-      f"{workdir}/config.json is damaged or was changed: it is not the one that step {step} was trained with "
+      f"{workdir}/config.json is damaged or was changed: it is not the one that step {step} was "
+      "trained with "
       f"({'; '.join(differing[:4])}); put it back"
     )
 
@@ -124,7 +125,8 @@ def load_ecg_run(workdir: str, step: int | None = None) -> Run:
     )
   if run.config.model.towers.ecg.get("film"):
     raise UserError(
-      f"the ECG encoder of {workdir} also takes covariates (config.model.towers.ecg.film), which ECG files do not hold; "
+      f"the ECG encoder of {workdir} also takes covariates (config.model.towers.ecg.film), which "
+      "ECG files do not hold; "
       "evaluate it on a cohort with `mmcl evaluate`, or train one with film=False"
     )
   return run

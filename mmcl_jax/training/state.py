@@ -201,7 +201,8 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
     frozen |= set(found)
   if len(frozen) == len(paths):
     raise UserError(
-      f"config.freeze {tuple(config.freeze)} and config.model.towers.*.frozen leave no parameter to train; "
+      f"config.freeze {tuple(config.freeze)} and config.model.towers.*.frozen leave no parameter "
+      "to train; "
       f"parameters are {shown}"
     )
 
@@ -210,7 +211,8 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
     found = {path for path in paths if re.search(regex, path)} - frozen - taken
     if not found:
       raise UserError(
-        f"config.optimizer.rates has {regex!r}, which matches no trained parameter that an entry before "
+        f"config.optimizer.rates has {regex!r}, which matches no trained parameter that an entry "
+        "before "
         f"it has not taken; parameters are {shown}"
       )
     taken |= found
@@ -265,7 +267,8 @@ def check_statistics(regex: str, found: list[str], statistics) -> None:
       else "leave it out of config.freeze"
     )
     raise UserError(
-      f"config.freeze has {regex!r}, which freezes {touched[0]}, but the batch statistics of {module} "
+      f"config.freeze has {regex!r}, which freezes {touched[0]}, but the batch statistics of "
+      f"{module} "
       f"would go on changing; {way_out}"
     )
 

@@ -143,7 +143,8 @@ def check_outputs(model, objectives, batch, state):
         for path, _ in jax.tree_util.tree_leaves_with_path(outputs)
       )
       raise UserError(
-        f"config.objectives.{objective.name} asks for {error}, which this model or batch does not make; "
+        f"config.objectives.{objective.name} asks for {error}, which this model or batch does not "
+        "make; "
         f"outputs are {names}; batch has {', '.join(batch)}"
       ) from None
     except (TypeError, ValueError) as error:
