@@ -283,32 +283,23 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
 def check_frozen(config, origin) -> None:
   """No tower is frozen at random weights, and no generator learns the latents of a random
   tokenizer."""
+  fresh = [key for key, text in origin.items() if text.startswith(FRESH)]
   for tower, spec in towers.cmr(config.model).items():
-    fresh = [
-      label(key)
-      for key, text in origin.items()
-      if spec.get("frozen")
-      and key[1].startswith(f"cmr_{tower}/backbone/")
-      and text.startswith(FRESH)
-    ]
-    if fresh:
+    backbone = [label(key) for key in fresh if key[1].startswith(f"cmr_{tower}/backbone/")]
+    if spec.get("frozen") and backbone:
       raise UserError(
-        f"config.model.towers.{tower}.frozen would freeze random weights ({len(fresh)} arrays, "
-        "such as "
-        f"{fresh[0]}); give config.init_from.cmr_{tower} the workdir of a stage that trained the "
-        "tower, "
-        "and nothing of its backbone to config.init_except"
+        f"config.model.towers.{tower}.frozen would freeze random weights ({len(backbone)} arrays, "
+        f"such as {backbone[0]}); give config.init_from.cmr_{tower} the workdir of a stage that "
+        "trained the tower, and nothing of its backbone to config.init_except"
       )
-  random = [
-    module
-    for module in ("tokenizer", "segmenter", "ecg")
-    if config.model.get("generator")
-    and any(top(key) == module and text.startswith(FRESH) for key, text in origin.items())
-  ]
+  if not config.model.get("generator"):
+    return
+  modules = {top(key) for key in fresh}
+  random = [module for module in ("tokenizer", "segmenter", "ecg") if module in modules]
   if random:
+    them = "them" if len(random) > 1 else "it"
     raise UserError(
       "config.model.generator would learn from, or be judged by, the random weights of "
-      f"{' and '.join(random)}; give "
-      f"config.init_from.{random[0]} the workdir of a stage that trained "
-      f"{'them' if len(random) > 1 else 'it'}"
+      f"{' and '.join(random)}; give config.init_from.{random[0]} the workdir of a stage that "
+      f"trained {them}"
     )
