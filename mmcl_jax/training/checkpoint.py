@@ -115,7 +115,7 @@ class Checkpoints:
         if self.people is not None:
           with files.atomic(self.folder / str(step) / PEOPLE, "wb") as file:
             np.savez(file, **self.people)
-        sign(self.folder / str(step), {"run": self.run, **meta})
+        sign(self.folder / str(step), {"run": self.run, "step": step, **meta})
         for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
           # first: half a step must not count
           (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)
