@@ -136,26 +136,10 @@ def evaluate(
     scores[model] = _scores(y, x, r2[model], drawn[model], probes.get(model), names, units)
 
   members = grouped([name for name, scored in zip(names, enough) if scored])
-  groups = {}
-  for model in predicted:
-    groups[model] = {}
-    for group, found in members.items():
-      columns = [names.index(name) for name in found]
-      value, draws_of_it = r2[model][columns].mean(), drawn[model][:, columns].mean(axis=1)
-      groups[model][group] = entry(value, draws_of_it)
-
-  differences = {}
-  for a, b in DIFFERENCES:
-    if a in predicted and b in predicted:
-      value, draws_of_it = r2[a] - r2[b], drawn[a] - drawn[b]
-      differences[f"{a}_minus_{b}"] = {
-        name: entry(value[k], draws_of_it[:, k]) for k, name in enumerate(names)
-      }
-
   results = {
     "phenotypes": scores.pop("embedding"),
-    "differences": differences,
-    "groups": groups,
+    "differences": differences(names, r2, drawn),
+    "groups": group_means(names, members, r2, drawn),
     "group_members": members,
     "readouts": {name: scores.pop(name) for name in others or ()},
   }
@@ -168,6 +152,31 @@ def evaluate(
   predictions = {"subject": test["subject"], "y_true": y, **predicted}
   probe = {"names": np.array(names), "units": np.array(units), **probes["embedding"]}
   return results, predictions, probe
+
+
+def differences(names: list[str], r2: dict, drawn: dict) -> dict:
+  """{A_minus_B: {NAME: {value, ci}}} of DIFFERENCES, of R2 {MODEL: [K]} and its draws {MODEL: [R,
+  K]}, paired."""
+  found = {}
+  for a, b in DIFFERENCES:
+    if a in r2 and b in r2:
+      value, draws = r2[a] - r2[b], drawn[a] - drawn[b]
+      entries = {name: entry(value[k], draws[:, k]) for k, name in enumerate(names)}
+      found[f"{a}_minus_{b}"] = entries
+  return found
+
+
+def group_means(names: list[str], members: dict, r2: dict, drawn: dict) -> dict:
+  """{MODEL: {GROUP: {value, ci}}}, the mean R2 of the members of each group; r2 and drawn as in
+  `differences`."""
+  found = {}
+  for model in r2:
+    found[model] = {}
+    for group, inside in members.items():
+      columns = [names.index(name) for name in inside]
+      value, draws = r2[model][columns].mean(), drawn[model][:, columns].mean(axis=1)
+      found[model][group] = entry(value, draws)
+  return found
 
 
 def entry(value, draws) -> dict:
