@@ -9,7 +9,8 @@ subjects, 3 seeds: LVM 0.39, LVEDV 0.28, LVEF 0.06; an untrained encoder has 0.3
 the cohort's ceiling is 0.43, 0.31, 0.09 (synthetic cohort, docs/results.md). The other sizes were
 not trained here: `:tiny` (MMCL's ECG encoder), `:medium` (dual-phase's), `:base`, `:large`; e.g.
 `:size=base,batch=1024`. `:demo,arm=mae` leaves out the CMR towers, `arm=contrastive` the
-reconstruction.
+reconstruction. `:demo,arm=contrastive,encoder=xresnet1d` or `encoder=s4` takes another ECG encoder;
+they have no patches to hide, and so no other arm.
 """
 
 from mmcl_jax.configuration import defaults, parse_arg
@@ -63,10 +64,13 @@ SIZES = {
 }
 SIZES["base"] = SIZES["medium"] | dict(ecg="base", batch=1024)
 SIZES["large"] = SIZES["medium"] | dict(ecg="large", batch=2048, learning_rate=5e-5)
+# ECG encoder -> its published size; ecg_vit has that of the recipe
+ENCODERS = {"ecg_vit": "", "xresnet1d": "50", "s4": "base"}
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size=SIZES, arm=("joint", "mae", "contrastive"), batch=0, steps=0)
+  arms = "joint", "mae", "contrastive"
+  arg = parse_arg(arg, size=SIZES, arm=arms, encoder=ENCODERS, batch=0, steps=0)
   size, arm = SIZES[arg.size], arg.arm
   c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # rows, updates
   # module -> workdir of an earlier stage; "": starts fresh
@@ -79,14 +83,20 @@ def get_config(arg=None):
   # no zoom: size is what we look for
   c.augment.cmr.update(rotation_deg=15.0, shift=0.05, intensity_sigma=0.1)
 
-  # patch: samples of one lead
-  c.model.towers.ecg = dict(
-    fn="ecg_vit",
-    view="ecg",
-    size=size["ecg"],
-    patch=100,
-    mask_ratio=0.8 if arm != "contrastive" else 0.0,
-  )
+  if arg.encoder == "ecg_vit":
+    # patch: samples of one lead
+    c.model.towers.ecg = dict(
+      fn="ecg_vit",
+      view="ecg",
+      size=size["ecg"],
+      patch=100,
+      mask_ratio=0.8 if arm != "contrastive" else 0.0,
+    )
+  else:
+    small = arg.size in ("test", "demo")
+    c.model.towers.ecg = dict(
+      fn=arg.encoder, view="ecg", size=arg.size if small else ENCODERS[arg.encoder]
+    )
   if arm != "mae":
     for phase in schema.PHASES:
       c.model.towers[phase] = dict(

@@ -8,7 +8,8 @@ fine-tuning after one.
     mmcl evaluate --workdir=demo/supervised
 
 `start=pretrained` takes the ECG encoder of any stage of the same size; `task=diseases` learns
-diseases. Training ends where validation gains nothing any more, and the best step is kept.
+diseases; `encoder=xresnet1d` or `encoder=s4` takes another ECG encoder. Training ends where
+validation gains nothing any more, and the best step is kept.
 Expected time: `:demo` 3 minutes on 2 CPU cores.
 Expected score: test R2 of LVM, LVEDV, LVEF by a probe on the embedding: from scratch 0.40, 0.27,
 0.05; fine-tuned from configs/joint.py:demo 0.38, 0.28, 0.07, whose frozen embedding has 0.39, 0.27,
@@ -54,16 +55,19 @@ SIZES["medium"] = SIZES["tiny"] | dict(profile="dual_phase", samples=5000)
 SIZES["base"] = SIZES["medium"]
 STARTS = ("scratch", "pretrained")
 TASKS = ("phenotypes", "diseases")
+# ECG encoder -> its published size; ecg_vit has that of the recipe
+ENCODERS = {"ecg_vit": "", "xresnet1d": "50", "s4": "base"}
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size=SIZES, start=STARTS, task=TASKS, batch=0, steps=0)
+  arg = parse_arg(arg, size=SIZES, start=STARTS, task=TASKS, encoder=ENCODERS, batch=0, steps=0)
   size = SIZES[arg.size]
-  pretrained = arg.start == "pretrained"
+  pretrained, patches = arg.start == "pretrained", arg.encoder == "ecg_vit"
   c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # recordings, updates
   # Left behind there: what only the autoencoder, a projection or covariates need. Fresh here: the
   # attention pooling.
-  c.init_except = ("^ecg/(decoder|norm|siamese.*|head|film|pool)/",) if pretrained else ()
+  if pretrained and patches:
+    c.init_except = ("^ecg/(decoder|norm|siamese.*|head|film|pool)/",)
   c.data.ecg_profile = size["profile"]
   c.data.samples = size["samples"]
   c.data.targets = ()  # all phenotypes of the cohort
@@ -73,11 +77,19 @@ def get_config(arg=None):
   else:  # noise in proportion to the signal, which MMCL calls jitter
     c.augment.ecg.update(phase_noise_strength=0.075, gain_noise_sigma=0.2, rescale_sigma=0.5)
 
-  # patch: samples of one lead
-  c.model.towers.ecg = dict(
-    fn="ecg_vit", view="ecg", size=arg.size, patch=100, drop_path=0.1, pool="attention"
-  )
-  if not pretrained and arg.size != "demo":  # the demo's scores were taken with MAE's start
+  if patches:
+    # patch: samples of one lead
+    c.model.towers.ecg = dict(
+      fn="ecg_vit", view="ecg", size=arg.size, patch=100, drop_path=0.1, pool="attention"
+    )
+  else:
+    small = arg.size in ("test", "demo")
+    c.model.towers.ecg = dict(
+      fn=arg.encoder, view="ecg", size=arg.size if small else ENCODERS[arg.encoder]
+    )
+  if (
+    patches and not pretrained and arg.size != "demo"
+  ):  # the demo's scores were taken with MAE's start
     c.model.towers.ecg.update(positions="learned", timm_start=True)
   c.model.projection.update(hidden=16, width=16)  # built and left alone
   if arg.task == "phenotypes":

@@ -148,7 +148,8 @@ class Pretrainer(nn.Module):
   def encode_cmr(self, batch, keys=None, train=False, only=None):
     """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken
     where the batch has them."""
-    rows, cached, found = batch["mask"] * batch["has_cmr"], batch.get("features", {}), {}
+    rows, cached = batch["mask"] * batch["has_cmr"], batch.get("features", {})
+    found = {}
     for i, (name, tower) in enumerate(self.cmr.items()):
       if only is not None and name not in only:
         continue
@@ -184,11 +185,8 @@ class Pretrainer(nn.Module):
     covariates, given these too.
     """
     dropout, by_token = self.config.generator.dropout if train else 0.0, masked(self.config)
-    latents, shape, conditions = (
-      jax.lax.stop_gradient(latents),
-      batch["cmr"]["ed_es_volumes"].shape[2:],
-      batch.get("conditions"),
-    )
+    latents = jax.lax.stop_gradient(latents)
+    shape, conditions = batch["cmr"]["ed_es_volumes"].shape[2:], batch.get("conditions")
     x, time, target, kept = generator.on_the_line(latents, keys, dropout, each_token=by_token)
     # withheld by a chance of their own: some know no covariates
     if "generator.covariates" in takes_covariates(self.config):
@@ -232,6 +230,25 @@ class Pretrainer(nn.Module):
       outputs["cmr"] = self.encode_cmr(batch, keys, train)
     return outputs
 
+  def encode_twice(self, batch, keys, train, mask_keys=None):
+    """`encode`, and beside it `again`, the same of the second augmentation."""
+
+    def both(keys, i):
+      return interleave(keys, fold(keys, len(self.cmr) + i))
+
+    # they go through together, so that batch statistics are of both
+    whole = self.encode(
+      interleave(batch, batch | batch["again"]),
+      both(keys, 1),
+      train,
+      both(mask_keys, 2) if mask_keys is not None else None,
+    )
+    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), whole)
+    outputs = jax.tree.map(lambda x: x[:, 0], pairs)
+    again = jax.tree.map(lambda x: x[:, 1], pairs)
+    again.pop("glimpse", None)
+    return outputs | {"again": again}
+
   def __call__(self, batch, keys, train=False):
     """Args: batch on the device (training.steps); keys [B] random keys, one a sample; train:
     drop-path, batch statistics."""
@@ -239,25 +256,8 @@ class Pretrainer(nn.Module):
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     ecg = c.towers.get("ecg", {})
     masked_view = train and ecg.get("masked_view", False)
-    # both augmentations go through together, so that batch statistics are of both
-    if "again" in batch:
-
-      def both(keys, i):
-        return interleave(keys, fold(keys, len(self.cmr) + i))
-
-      whole = self.encode(
-        interleave(batch, batch | batch["again"]),
-        both(path_keys, 1),
-        train,
-        both(mask_keys, 2) if masked_view else None,
-      )
-      pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), whole)
-      outputs = jax.tree.map(lambda x: x[:, 0], pairs)
-      again = jax.tree.map(lambda x: x[:, 1], pairs)
-      again.pop("glimpse", None)
-      outputs["again"] = again
-    else:
-      outputs = self.encode(batch, path_keys, train, mask_keys if masked_view else None)
+    encode = self.encode_twice if "again" in batch else self.encode
+    outputs = encode(batch, path_keys, train, mask_keys if masked_view else None)
     seen = outputs.pop("glimpse", None)
     embeddings = {name: found["embedding"] for name, found in outputs.get("cmr", {}).items()}
     if ecg:
@@ -303,8 +303,9 @@ def fold(keys, i: int):
 def interleave(a, b):
   """Rows of two batches in turn, [2B, ...]: every row stays on its device, as a concatenation's
   would not."""
-  a = {name: x for name, x in a.items() if name != "again"} if isinstance(a, dict) else a
-  b = {name: b[name] for name in a} if isinstance(a, dict) else b
+  if isinstance(a, dict):
+    a = {name: x for name, x in a.items() if name != "again"}
+    b = {name: b[name] for name in a}
   return jax.tree.map(lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:]), a, b)
 
 
@@ -411,8 +412,8 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
     check_tokenizer(config.tokenizer)
   if (spec := config.segmenter) and (list(spec) != ["size"] or spec.size not in segmenter.SIZES):
     raise UserError(
-      f"config.model.segmenter is {spec.to_dict()}; expected dict(size=S), S one of {', '.join(segmenter.SIZES)}, or "
-      "{} for none"
+      f"config.model.segmenter is {spec.to_dict()}; expected dict(size=S), S one of "
+      f"{', '.join(segmenter.SIZES)}, or {{}} for none"
     )
   if config.generator:
     check_generator(config)
@@ -430,7 +431,8 @@ def check_generator(config: ConfigDict):
   c = config.generator
   if sorted(c) != ["covariates", "dropout", "masked", "size"]:
     raise UserError(
-      f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, or {{}} for none"
+      f"config.model.generator has {', '.join(c)}; expected size, dropout, masked and covariates, "
+      "or {} for none"
     )
   if c.size not in generator.SIZES:
     raise UserError(
@@ -450,7 +452,8 @@ def check_generator(config: ConfigDict):
 def check_tokenizer(c: ConfigDict):
   if sorted(c) != ["channels", "patch", "size"]:
     raise UserError(
-      f"config.model.tokenizer has {', '.join(c)}; expected size, patch and channels, or {{}} for none"
+      f"config.model.tokenizer has {', '.join(c)}; expected size, patch and channels, or {{}} for "
+      "none"
     )
   if c.size not in tokenizer.SIZES:
     raise UserError(
@@ -470,16 +473,21 @@ def check(config: ConfigDict, shapes: dict[str, list[int]]) -> None:
       )
     check_tower(name, spec, (planes, *shape[-2:]))
   if config.tokenizer:
-    shape, patch = shapes["ed_es_volumes"][1:], tuple(config.tokenizer.patch)
-    if len(patch) != 3 or any(
-      not isinstance(side, int) or side < 1 or length % side for side, length in zip(patch, shape)
-    ):
-      raise UserError(
-        f"config.model.tokenizer.patch is {patch}; expected divisors of the cohort's {shape[0]} slices and of the sides "
-        f"of their {shape[1]} x {shape[2]} pixels"
-      )
+    check_divides(tuple(config.tokenizer.patch), shapes["ed_es_volumes"][1:])
   if config.segmenter and any(side % 8 for side in shapes["ed_es_volumes"][2:]):
     raise UserError(
-      f"config.model.segmenter halves an image three times; the cohort's have {shapes['ed_es_volumes'][2:]} pixels: "
-      "prepare it with a --size that 8 divides"
+      "config.model.segmenter halves an image three times; the cohort's have "
+      f"{shapes['ed_es_volumes'][2:]} pixels: prepare it with a --size that 8 divides"
+    )
+
+
+def check_divides(patch: tuple, shape: tuple) -> None:
+  """Does the tokenizer's patch divide stacks of `shape` (slices, rows, columns)?"""
+  fits = len(patch) == 3
+  for side, length in zip(patch, shape, strict=False):
+    fits = fits and isinstance(side, int) and side > 0 and length % side == 0
+  if not fits:
+    raise UserError(
+      f"config.model.tokenizer.patch is {patch}; expected divisors of the cohort's {shape[0]} "
+      f"slices and of the sides of their {shape[1]} x {shape[2]} pixels"
     )

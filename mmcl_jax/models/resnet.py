@@ -1,5 +1,5 @@
-"""What the ResNets for CMR share: towers/resnet.py, 2-D (He et al. 2016), and towers/slow_resnet.py,
-3-D (slow_r50, Feichtenhofer et al. 2019; slices are its time axis).
+"""What the ResNets for CMR share: towers/resnet.py, 2-D (He et al. 2016), and
+towers/slow_resnet.py, 3-D (slow_r50, Feichtenhofer et al. 2019; slices are its time axis).
 
 Both are one body over x [B, Z, H, W, C]. The slow kernels span either the plane or the slice axis,
 never both, so every layer is a 2-D convolution over folded slices or a matrix product over
@@ -149,7 +149,8 @@ class Bottleneck(Residual):
 
 
 class Body(nn.Module):
-  """From the image to the last feature map; the ResNets differ in what goes in and how it is pooled.
+  """From the image to the last feature map; the ResNets differ in what goes in, and how it is
+  pooled.
 
   Attributes:
     size: a name of the class's SIZES, or such a dict: stem (channels), block, and of every stage
@@ -163,7 +164,7 @@ class Body(nn.Module):
   remat: str = "none"  # as in vit.through
 
   def check(self, where: str, shape) -> None:
-    """Raises a UserError where the size is unknown; any planes of `shape` (planes, H, W) will do."""
+    """Raises a UserError where the size is unknown; any `shape` (planes, H, W) will do."""
     if isinstance(self.size, str):
       one_of(where, "size", self.size, self.SIZES)
 

@@ -228,8 +228,8 @@ def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
   """Layer-wise learning-rate decay of the ECG tower (BEiT, Bao et al. 2022): decay^(depth + 1 -
   layer).
 
-  patch_embed, cls_token and pos_embed are layer 0, block i is layer i + 1, all else of the tower is
-  layer depth + 1. So are the other modules, whose factor is 1: heads, read-outs, and the CMR
+  patch_embed, cls_token, pos_embed and stem* are layer 0, block i is layer i + 1, all else of the
+  tower is layer depth + 1. So are the other modules, whose factor is 1: heads, read-outs, and the CMR
   towers, which have no layer decay.
   """
   blocks = {path: int(found[1]) for path in paths if (found := re.match(r"ecg/block(\d+)/", path))}
@@ -241,7 +241,7 @@ def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
   depth = max(blocks.values(), default=-1) + 1
 
   def first(path):
-    return re.match("ecg/(patch_embed|cls_token|pos_embed)(/|$)", path)
+    return re.match(r"ecg/(patch_embed|cls_token|pos_embed|stem\d*)(/|$)", path)
 
   return {
     path: decay ** (depth + 1 - (0 if first(path) else blocks.get(path, depth) + 1))

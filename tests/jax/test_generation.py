@@ -507,7 +507,10 @@ def generating(cohort_path):
       "patch is .6, 16.; expected divisors",
     ),
     (dict(segmenter=dict(size="huge")), "model.segmenter is .'size': 'huge'.; expected"),
-    (dict(generator=dict(size="huge", dropout=0.1)), "model.generator.size is 'huge'"),
+    (
+      dict(generator=dict(size="huge", dropout=0.1, masked=False, covariates=False)),
+      "model.generator.size is 'huge'",
+    ),
     (
       dict(generator=dict(size="test")),
       "model.generator has size; expected size, dropout, masked and covariates",

@@ -349,12 +349,16 @@ def test_mistakes_of_a_config_are_one_line(change, says):
   assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_config_of_the_earlier_form_is_refused_in_one_line():
+def test_a_config_of_the_earlier_form_is_refused_in_one_line(tmp_path):
   c = configuration.defaults(8, 6).model
   del c.towers
   c.ecg, c.cmr = dict(size="test", patch=10), {}
   with pytest.raises(UserError, match="config.model has no towers; .* train again") as error:
     pretrainer.build(c, 40)
+  assert "\n" not in str(error.value)
+  (tmp_path / "config.json").write_text(f'{{"model": {c.to_json()}}}')
+  with pytest.raises(UserError, match="earlier version of this program .* train again") as error:
+    configuration.load(str(tmp_path))
   assert "\n" not in str(error.value)
 
 

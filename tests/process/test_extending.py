@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from extending import SECTIONS, blocks, write
 from mmcl_jax import configuration, evaluate, objectives
 from mmcl_jax.data import cohort as cohort_room, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.training import metrics
+from mmcl_jax.training import metrics, restore
 
 
 def run(heading: str, folder, *more: str, **instead: str) -> subprocess.CompletedProcess:
@@ -101,6 +102,28 @@ def test_an_evaluator(tmp_path, cohort, monkeypatch):
   assert "Dimensions that the embedding uses" in page and "effective rank</th>" in page
   assert "<h2>Share of the variance by principal component</h2>" in page
   assert (out / "variance.png").exists() and page.count("data:image/png") == 1
+
+
+def test_a_tower(tmp_path, cohort, monkeypatch):
+  write("A tower", tmp_path)
+  flags = "--config.every.save=2", "--config.every.evaluate=2"
+  run("A tower", tmp_path, *flags, **{":demo": ":test,steps=2", "=cohort": f"={cohort.path}"})
+  monkeypatch.syspath_prepend(tmp_path)
+  encoder = restore.load_encoder(str(tmp_path / "run"))
+  record = cohort.splits["test"][0]
+  ecg = np.float32(record["ecg"] * record["ecg_scale"])
+  embedding = encoder.embed(np.stack([ecg, 0 * ecg]))
+  assert embedding.shape == (2, 64) and np.ptp(embedding, axis=0).max() > 0
+  names = parameter_names(str(tmp_path / "run"))
+  assert {"ecg/block0/kernel", "ecg/block2/bias", "head_ecg/fc1/kernel"} <= names
+
+
+def parameter_names(workdir: str) -> set[str]:
+  """Names of the parameters of a checkpoint."""
+  params = restore.load_variables(workdir)["params"]
+  return {
+    "/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  }
 
 
 def test_a_source(tmp_path):

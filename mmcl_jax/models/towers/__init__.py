@@ -12,7 +12,7 @@ A tower is a Flax module class. `Tower(**parameters)` is called as
     tower(x, rows, train, keys) -> tokens [B, N, D], embedding [B, F], both at least float32
 
     x      ECG [B, L, T], or planes [B, Z, H, W] in [0, 1]
-    rows   [B] weight of each row in batch statistics, 0 for padding; None in evaluation
+    rows   [B] weight of each row in batch statistics, 0 for padding; may be None in evaluation
     train  whether it is trained: dropout, and batch statistics of this batch
     keys   [B] random keys, one a row; None in evaluation
 
@@ -46,6 +46,8 @@ BUILT_IN = {
   for name, path in {
     "ecg_vit": "ecg_vit:EcgViT",
     "st_mem": "st_mem:StMem",
+    "xresnet1d": "xresnet1d:XResNet1d",
+    "s4": "s4:S4",
     "slow_resnet": "slow_resnet:SlowResNet",
     "resnet": "resnet:ResNet",
     "video_vit": "video_vit:VideoViT",
@@ -82,8 +84,8 @@ def complete(config: ConfigDict) -> ConfigDict:
   """
   if "towers" not in config:
     raise UserError(
-      "config.model has no towers; it is of an earlier form of the configs, which had model.ecg and "
-      "model.cmr: train again, in another workdir"
+      "config.model has no towers; it is of an earlier form of the configs, which had model.ecg "
+      "and model.cmr: train again, in another workdir"
     )
   towers = {name: complete_entry(name, spec) for name, spec in config.towers.items()}
   return ConfigDict(config.to_dict() | {"towers": towers})

@@ -19,9 +19,10 @@ SIZES = {
 
 
 class ResNet(Body):
-  """Image [B, C, H, W], planes as channels -> embedding [B, F]: torchvision's ResNet without its fc.
+  """Image [B, C, H, W], planes as channels -> embedding [B, F].
 
-  Intensities in [0, 1] go in as they are, as MMCL feeds its image encoder.
+  It is torchvision's ResNet without its fc. Intensities in [0, 1] go in as they are, as MMCL feeds
+  its image encoder.
   """
 
   SIZES = SIZES

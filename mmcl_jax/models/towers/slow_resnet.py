@@ -40,7 +40,8 @@ class SlowResNet(Body):
     return cells.reshape(len(cells), -1, cells.shape[-1]), embedding
 
   def feature_map(self, volume):
-    """[B, Z, H, W] -> [B, Z, H', W', F], whose mean over Z, H', W' is the embedding: every slice with the weight that `slice_pool` gives it."""
+    """[B, Z, H, W] -> [B, Z, H', W', F], whose mean over Z, H', W' is the embedding: every slice
+    with the weight that `slice_pool` gives it."""
     x = self.body((2 * volume - 1)[..., None], None, False)
     pool = self.slice_pool.variables["params"]
     return x.shape[1] * pool["kernel"][:, None, None] * x + pool["bias"]

@@ -1,5 +1,5 @@
-"""`video_vit`: video transformer for CMR planes (frames of a cine or slices of a stack), and its masked
-autoencoder.
+"""`video_vit`: video transformer for CMR planes (frames of a cine or slices of a stack), and its
+masked autoencoder.
 
 As in Feichtenhofer et al. 2022 (MAE-ST): non-overlapping space-time patches, hidden at random over
 space and time, and a small decoder. Like VideoMAE (Tong et al. 2022) it has fixed positions and no
@@ -132,8 +132,8 @@ class VideoViT(nn.Module):
     if any(length % side for length, side in zip(shape, patch, strict=True)):
       raise UserError(
         f"{where}.patch is {patch}, which does not divide the input of "
-        f"{' x '.join(map(str, shape))} (planes, rows, columns); choose a patch that does, or other "
-        "planes"
+        f"{' x '.join(map(str, shape))} (planes, rows, columns); choose a patch that does, or "
+        "other planes"
       )
     tokens = math.prod(shape) // math.prod(patch)
     if ratio and (not 0 < ratio < 1 or not 0 < round(tokens * ratio) < tokens):
