@@ -20,7 +20,7 @@ A tower without batch statistics or random numbers ignores the last three. Of th
 (dtype of matrix products, remat, scan, and samples, the length T), it gets those that its signature
 has.
 
-What a tower may have beside that:
+What a tower may have besides:
 
     check(where, shape)     raises UserError where its parameters do not suit an input of `shape`
     features(embedding)     what the ECG's projection head sees, if not the embedding
@@ -42,16 +42,13 @@ from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 
 BUILT_IN = {
-  name: f"mmcl_jax.models.towers.{path}"
-  for name, path in {
-    "ecg_vit": "ecg_vit:EcgViT",
-    "st_mem": "st_mem:StMem",
-    "xresnet1d": "xresnet1d:XResNet1d",
-    "s4": "s4:S4",
-    "slow_resnet": "slow_resnet:SlowResNet",
-    "resnet": "resnet:ResNet",
-    "video_vit": "video_vit:VideoViT",
-  }.items()
+  "ecg_vit": "mmcl_jax.models.towers.ecg_vit:EcgViT",
+  "st_mem": "mmcl_jax.models.towers.st_mem:StMem",
+  "xresnet1d": "mmcl_jax.models.towers.xresnet1d:XResNet1d",
+  "s4": "mmcl_jax.models.towers.s4:S4",
+  "slow_resnet": "mmcl_jax.models.towers.slow_resnet:SlowResNet",
+  "resnet": "mmcl_jax.models.towers.resnet:ResNet",
+  "video_vit": "mmcl_jax.models.towers.video_vit:VideoViT",
 }
 # What a tower is given if its signature has it, with the values where nothing else is known.
 GIVEN = {"dtype": jnp.float32, "remat": "none", "scan": False, "samples": 5000}
