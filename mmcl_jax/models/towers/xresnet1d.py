@@ -36,7 +36,8 @@ kernel_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 def max_pool(x):
   """Maximum over 3 samples of x [B, T, C] around every second one."""
   T = x.shape[1]
-  x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)), constant_values=-jnp.inf)
+  # an end repeated is no new maximum
+  x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode="edge")
   return functools.reduce(jnp.maximum, (x[:, i : i + T : 2] for i in range(3)))
 
 
