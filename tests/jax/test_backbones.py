@@ -565,7 +565,10 @@ def check(change):
 @pytest.mark.parametrize(
   "change, says",
   [
-    (dict(fn="swin"), ".fn is 'swin'; expected one of ecg_vit, st_mem, slow_resnet, resnet, video"),
+    (
+      dict(fn="swin"),
+      ".fn is 'swin'; expected one of ecg_vit, st_mem, xresnet1d, s4, slow_resnet,",
+    ),
     (dict(size="r50"), ".size is 'r50'; expected one of test, demo, small, base"),
     (dict(fn="resnet"), " sets mask_ratio, which resnet does not take; its parameters are size"),
     (dict(fn="slow_resnet", drop_path=0.1), " sets drop_path, mask_ratio, which slow_resnet does"),
