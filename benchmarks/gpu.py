@@ -122,7 +122,8 @@ def collect(args) -> None:
       )
   size = sum(file.stat().st_size for file in pathlib.Path(args.wheels).glob("*.whl"))
   print(
-    f"{len(list(pathlib.Path(args.wheels).glob('*.whl')))} wheels, {size / 2**20:.0f} MiB in {args.wheels}"
+    f"{len(list(pathlib.Path(args.wheels).glob('*.whl')))} wheels, {size / 2**20:.0f} MiB in "
+    f"{args.wheels}"
   )
 
 

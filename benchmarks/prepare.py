@@ -4,11 +4,11 @@ memory stay flat?
     python benchmarks/prepare.py --subjects=1000 --frames=10 --out=study/prepare
 
 Takes about 12 minutes on 2 CPU cores and 3 GB of disk. Writes raw files of synthetic hearts as UK
-Biobank gives them (tests/helpers/raw_ukb.py; the first subjects each have a fault), makes cohorts of a
-quarter, a half and all of the subjects, and holds every one against the truth with the checks of
-tests/process/test_raw_ukb.py. Then times each reader on one core. Run again, it goes on; ends with
-OUT/results.json and tables. Real samples beside the repository (../shared/realdata) are timed where
-they are there.
+Biobank gives them (tests/helpers/raw_ukb.py; the first subjects each have a fault), makes cohorts
+of a quarter, a half and all of the subjects, and holds every one against the truth with the checks
+of tests/process/test_raw_ukb.py. Then times each reader on one core. Run again, it goes on; ends
+with OUT/results.json and tables. Real samples beside the repository (../shared/realdata) are timed
+where they are there.
 """
 
 import argparse
@@ -102,7 +102,8 @@ def raw_cohort(folder: pathlib.Path, args) -> raw_ukb.Truth:
   )
   seconds, images = cpu_seconds() - started, len(truth.visits) * args.frames * truth.grid.slices
   print(
-    f"{len(truth.visits)} raw visits drawn and written, {images / seconds:.0f} DICOM files/s a core",
+    f"{len(truth.visits)} raw visits drawn and written, {images / seconds:.0f} DICOM files/s a "
+    "core",
     flush=True,
   )
   raw_ukb.save(truth)
@@ -286,7 +287,8 @@ def table(results: dict) -> str:
     "|---" * 7 + "|",
   ]
   rows += [
-    f"| {r['subjects']} | {r['visits']} | {r['kept']} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f} "
+    f"| {r['subjects']} | {r['visits']} | {r['kept']} | {r['seconds']:.0f} | "
+    f"{r['cpu_seconds']:.0f} "
     f"| {r['parent_mib']:.0f} | {r['worker_mib']:.0f} |"
     for r in results["runs"]
   ]

@@ -109,7 +109,8 @@ def main():
   out, cores = pathlib.Path(args.out).resolve(), sorted(os.sched_getaffinity(0))
   if min(args.subjects, args.seeds, args.steps, args.jobs) < 1 or args.jobs > len(cores):
     raise SystemExit(
-      f"expected --subjects, --seeds, --steps, --jobs of at least 1, and --jobs of at most {len(cores)}"
+      "expected --subjects, --seeds, --steps, --jobs of at least 1, and --jobs of at most "
+      f"{len(cores)}"
     )
   if not (out / "cohort/cohort.json").is_file():
     call(
@@ -343,7 +344,8 @@ def summarise(runs: list[Run], out: pathlib.Path, steps: int) -> dict:
       for x in ("subject", "y_true", "disease_y_true")
     ):
       raise SystemExit(
-        f"{name} was not evaluated on the test subjects of the others; remove its folder `evaluation`"
+        f"{name} was not evaluated on the test subjects of the others; remove its folder "
+        "`evaluation`"
       )
 
   about = reports[finished[-1].name]
@@ -573,7 +575,8 @@ def table(results: dict) -> str:
     parts.append(f"| {label(row)} | {' | '.join(hits)} | {found['chance']:.4f} |")
   best = results["retrieval_ceiling"]
   parts.append(
-    f"| ceiling: the generator's own parameters | {best['ecg_to_cmr']:.3f} | {best['cmr_to_ecg']:.3f} | |"
+    f"| ceiling: the generator's own parameters | {best['ecg_to_cmr']:.3f} | "
+    f"{best['cmr_to_ecg']:.3f} | |"
   )
   return "\n".join(parts)
 

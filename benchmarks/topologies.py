@@ -69,7 +69,8 @@ def main():
   print(table([(case, done[case]) for case in cases if case in done]))
   if failed:
     raise SystemExit(
-      f"{len(failed)} cases died: {', '.join(' on '.join(case) for case in failed)}; run the command again"
+      f"{len(failed)} cases died: {', '.join(' on '.join(case) for case in failed)}; run the "
+      "command again"
     )
 
 

@@ -174,7 +174,8 @@ def notes_on(found: list[Evaluation], results: dict) -> list[str]:
     if compared:
       counts.append(f"all {compared} of {title}")
   notes.append(
-    f"Differences are to {first.name}, paired by test subject. Brackets are 95 % intervals, each by "
+    f"Differences are to {first.name}, paired by test subject. Brackets are 95 % intervals, each "
+    "by "
     f"itself; * marks those that stay away from 0 when {' or '.join(counts)} are to be right at "
     "once. They are of these training runs: other seeds may differ by more."
   )
@@ -220,7 +221,8 @@ def read(path: pathlib.Path) -> Evaluation:
     ]
     if not steps:
       raise UserError(
-        f"{path} has no evaluation; mmcl evaluate --workdir={path} makes one (one on another cohort is named by "
+        f"{path} has no evaluation; mmcl evaluate --workdir={path} makes one (one on another "
+        "cohort is named by "
         "its folder, W/evaluation/STEP-COHORT)"
       )
     folder = max(steps, key=lambda one: int(one.name))
@@ -251,7 +253,8 @@ def read(path: pathlib.Path) -> Evaluation:
     )
   if wrong := malformed(results, predictions):
     raise UserError(
-      f"{folder}: {', '.join(wrong)} not in the form that mmcl evaluate writes; evaluate the run anew"
+      f"{folder}: {', '.join(wrong)} not in the form that mmcl evaluate writes; evaluate the run "
+      "anew"
     )
   return Evaluation(
     (path.parents[1] if path == folder and path.parent.name == "evaluation" else path)
@@ -346,7 +349,8 @@ def check(found: list[Evaluation]) -> None:
   for one in found[1:]:
     if one.results["cohort_fingerprint"] != first.results["cohort_fingerprint"]:
       raise UserError(
-        f"{one.folder} was evaluated on the cohort {one.results['cohort']}, {first.folder} on {first.results['cohort']}; "
+        f"{one.folder} was evaluated on the cohort {one.results['cohort']}, {first.folder} on "
+        f"{first.results['cohort']}; "
         "compare runs on one cohort: mmcl evaluate --cohort=DIR"
       )
     for name in ("subject", "y_true", "disease_y_true"):
@@ -354,7 +358,8 @@ def check(found: list[Evaluation]) -> None:
         one.predictions[name], first.predictions[name], equal_nan=name != "subject"
       ):
         raise UserError(
-          f"{one.folder} and {first.folder} were not scored on the same test recordings ({name} differs); evaluate "
+          f"{one.folder} and {first.folder} were not scored on the same test recordings ({name} "
+          "differs); evaluate "
           "both anew"
         )
 

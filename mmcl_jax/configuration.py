@@ -278,7 +278,8 @@ def from_flags(
   paths: dict[str, str],
   words: dict[str, str] | None = None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
-  """Reads `--config=RECIPE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words` (name
+  """Reads `--config=RECIPE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words`
+  (name
   -> help)."""
   values, required = flags.FlagValues(), paths | (words or {})
   config_flags.DEFINE_config_file(
@@ -296,7 +297,8 @@ def from_flags(
     )
   if "--help" in argv or "-h" in argv:
     print(
-      f"{usage}\n\nflags:\n  --config=NAME[:ARGUMENT]  recipe, such as joint:demo, or FILE.py[:ARGUMENT]; "
+      f"{usage}\n\nflags:\n  --config=NAME[:ARGUMENT]  recipe, such as joint:demo, or "
+      "FILE.py[:ARGUMENT]; "
       "--config.x.y=VALUE overrides one of its values"
     )
     print("\n".join(f"  --{name}=...  {text}" for name, text in required.items()))
@@ -348,7 +350,8 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
   if not file.is_file():
     if begun:
       raise UserError(
-        f"{workdir} has checkpoints but no config.json, so it is not a whole workdir; take another --workdir"
+        f"{workdir} has checkpoints but no config.json, so it is not a whole workdir; take another "
+        "--workdir"
       )
     return
   kept = load(workdir)
@@ -371,7 +374,8 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
     )
     raise UserError(
       f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
-      f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, or change only "
+      f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, "
+      "or change only "
       f"{', '.join(name + '.*' for name in FREE)}{more_steps}"
     )
 
@@ -388,7 +392,8 @@ def longer(config: ConfigDict, workdir: str) -> str:
     return "to train longer: another --workdir with more --config.steps, from the start"
   flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)
   return (
-    f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and optimiser begin "
+    f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and "
+    "optimiser begin "
     "anew"
   )
 

@@ -3,8 +3,8 @@ intervals and figures.
 
     mmcl evaluate --workdir=W [--step=N] [--cohort=DIR] [--out=DIR]
 
-Runs every evaluator of the config (config.evaluators), on the test split. Probes are fitted on train, their strength chosen on validation, scores taken on test. Writes
-W/evaluation/STEP/ or DIR.
+Runs every evaluator of the config (config.evaluators), on the test split. Probes are fitted on
+train, their strength chosen on validation, scores taken on test. Writes W/evaluation/STEP/ or DIR.
 """
 
 import argparse

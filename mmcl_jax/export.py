@@ -65,7 +65,8 @@ def main(argv):
   probes, results = load_probes(args.workdir, run.step, folder), load_results(args.workdir, folder)
   if (probes.checksum is None) != (results is None):
     raise UserError(
-      f"{folder} has only one of probes.npz and results.json; mmcl evaluate --workdir={args.workdir} "
+      f"{folder} has only one of probes.npz and results.json; mmcl evaluate "
+      f"--workdir={args.workdir} "
       "makes both"
     )
   try:
@@ -74,7 +75,8 @@ def main(argv):
     if results is None:
       raise
     raise UserError(
-      f"{folder}/results.json is not in the form that mmcl evaluate writes ({error!r}); mmcl evaluate "
+      f"{folder}/results.json is not in the form that mmcl evaluate writes ({error!r}); mmcl "
+      "evaluate "
       f"--workdir={args.workdir} makes it anew"
     ) from error
   exported = lower(run, probes, platforms)
@@ -85,7 +87,8 @@ def main(argv):
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     (folder / CARD).write_text(card, encoding="utf-8")
   print(
-    f"step {run.step} for {', '.join(platforms)}: {place / ARTEFACT} ({len(artefact) / 1e6:,.1f} MB), {ABOUT}, {CARD}"
+    f"step {run.step} for {', '.join(platforms)}: {place / ARTEFACT} ({len(artefact) / 1e6:,.1f} "
+    f"MB), {ABOUT}, {CARD}"
   )
 
 
@@ -117,12 +120,14 @@ def lower(run: restore.Run, probes: Probes, platforms: tuple[str, ...]) -> expor
   config, width = run.config, model_card.width(run.config)
   if probes.columns and len(probes.coef) != width:
     raise UserError(
-      f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; mmcl evaluate "
+      f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; mmcl "
+      "evaluate "
       "fits them anew"
     )
   if (size := 4 * model_card.parameters(config)) > MOST_BYTES:
     raise UserError(
-      f"the encoder has {size / 1e9:.1f} GB of weights; jax.export's files hold {MOST_BYTES / 1e9:.1f} GB"
+      f"the encoder has {size / 1e9:.1f} GB of weights; jax.export's files hold "
+      f"{MOST_BYTES / 1e9:.1f} GB"
     )
   embed = steps.make_embed_ecg(run.model, config.data.samples, "embed_ecg")
   variables = jax.device_get(run.state.variables)

@@ -77,7 +77,8 @@ def main(argv):
   args = parser.parse_args(argv)
   if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
     raise UserError(
-      f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected at "
+      f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected "
+      "at "
       "least 1, a number of at least 0, and a whole number from 0 to 4294967295"
     )
   check_writable(args.out)
@@ -99,11 +100,13 @@ def main(argv):
   drawn = sum(row["status"] == "ok" for row in rows)
   if not drawn:
     raise UserError(
-      f"none of the {len(rows)} recordings could be read; the first, {rows[0]['path']}: {rows[0]['reason']}. All "
+      f"none of the {len(rows)} recordings could be read; the first, {rows[0]['path']}: "
+      f"{rows[0]['reason']}. All "
       f"reasons: {out}/hearts.csv"
     )
   print(
-    f"{args.samples} hearts of each of {drawn} recordings ({len(rows) - drawn} rejected), {MARK}: {out}"
+    f"{args.samples} hearts of each of {drawn} recordings ({len(rows) - drawn} rejected), {MARK}: "
+    f"{out}"
   )
 
 
@@ -120,16 +123,19 @@ def load_generator(workdir: str, step: int | None, guidance: float) -> restore.R
     )
   if pretrainer.takes_covariates(run.config.model) and not run.config.model.generator.dropout:
     raise UserError(
-      f"{workdir} was trained with the covariates always there (config.model.generator.covariates, dropout 0), and "
+      f"{workdir} was trained with the covariates always there (config.model.generator.covariates, "
+      "dropout 0), and "
       "ECG files hold none; evaluate it on a cohort with `mmcl evaluate`, or train one with dropout"
     )
   if "spacing" not in run.manifest:
     raise UserError(
-      f"{workdir}/checkpoints/{run.step} does not say how large its voxels are; train it with this version"
+      f"{workdir}/checkpoints/{run.step} does not say how large its voxels are; train it with this "
+      "version"
     )
   if guidance != 1 and not run.config.model.generator.dropout:
     raise UserError(
-      f"--guidance is {guidance}, and {workdir} was trained with the ECG always there (config.model.generator.dropout "
+      f"--guidance is {guidance}, and {workdir} was trained with the ECG always there "
+      "(config.model.generator.dropout "
       "is 0); only 1 has a meaning"
     )
   return run
@@ -195,7 +201,8 @@ def made(folder: pathlib.Path, path: str, about: dict) -> dict | None:
   except (OSError, ValueError, KeyError, TypeError):
     pass
   raise UserError(
-    f"{folder} is there and not of this command (another run, flags or recording); name another --out, or remove it"
+    f"{folder} is there and not of this command (another run, flags or recording); name another "
+    "--out, or remove it"
   )
 
 

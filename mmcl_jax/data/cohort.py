@@ -40,8 +40,8 @@ ENDS = 2**17
 
 
 class CohortInfo(TypedDict):
-  """cohort.json: what a cohort holds. By kind of label, in the order of the columns: {name: unit} of
-  phenotypes and covariates (a list of names where the units are not known), and the names of
+  """cohort.json: what a cohort holds. By kind of label, in the order of the columns: {name: unit}
+  of phenotypes and covariates (a list of names where the units are not known), and the names of
   diseases; by split: how many records there are, and how many with an ECG and with CMR."""
 
   schema_version: int

@@ -64,7 +64,8 @@ def in_training(config) -> list[Evaluator]:
     fn = config.evaluators[evaluator.name].fn
     if fn == "probes" and not config.model.towers:
       raise UserError(
-        f"config.evaluators.{evaluator.name} is 'probes', and this model has no embedding to probe; "
+        f"config.evaluators.{evaluator.name} is 'probes', and this model has no embedding to "
+        "probe; "
         f"set config.evaluators.{evaluator.name}.every=0"
       )
   return found
@@ -92,8 +93,8 @@ def one(name: str, entry: dict, default: int) -> Evaluator:
 def find(fn: str, where: str) -> Callable:
   """The evaluator that `fn` names.
 
-  The config of a workdir, which may come from somebody else, names evaluators too, so no function is
-  accepted that was not written as one: its first parameter must be called `context`.
+  The config of a workdir, which may come from somebody else, names evaluators too, so no function
+  is accepted that was not written as one: its first parameter must be called `context`.
   """
   function = registry.resolve(fn, BUILT_IN, where)
   try:

@@ -156,7 +156,8 @@ def factors(manifest, results):
     else f"Beside phenotypes and diseases the training data has of its people: {known}. "
   )
   scored = (
-    "The scores below are of all test people together; none was taken by sex, age, ethnicity, illness, recorder or "
+    "The scores below are of all test people together; none was taken by sex, age, ethnicity, "
+    "illness, recorder or "
     "site."
   )
   return prose(
@@ -171,12 +172,15 @@ def metrics(results):
   parts = []
   if results["phenotypes"]:
     parts.append(
-      "R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen embedding"
+      "R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen "
+      "embedding"
     )
   if any(results.get("diseases", {}).values()):
     parts.append(
-      "area under the ROC curve (AUROC) and under the precision-recall curve (AUPRC), balanced accuracy and "
-      "expected calibration error (ECE) of every disease, by logistic regression on the frozen embedding"
+      "area under the ROC curve (AUROC) and under the precision-recall curve (AUPRC), balanced "
+      "accuracy and "
+      "expected calibration error (ECE) of every disease, by logistic regression on the frozen "
+      "embedding"
     )
   if results.get("retrieval"):
     parts.append("retrieval of a person's CMR by their ECG, and back, among all test people")
@@ -193,10 +197,13 @@ def metrics(results):
   return "\n\n".join(
     prose(text)
     for text in (
-      f"{'; '.join(parts)}. Regressions are fitted on train, their strength and thresholds chosen on validation, and the "
-      "scores taken on test. Brackets are 95 % intervals over test people (bootstrap); training runs of other seeds may "
+      f"{'; '.join(parts)}. Regressions are fitted on train, their strength and thresholds chosen "
+      "on validation, and the "
+      "scores taken on test. Brackets are 95 % intervals over test people (bootstrap); training "
+      "runs of other seeds may "
       "differ by more.",
-      "Beside the embedding: `random`, the same network untrained; `covariates`, what is known of the people without an "
+      "Beside the embedding: `random`, the same network untrained; `covariates`, what is known of "
+      "the people without an "
       f"ECG; `emb + cov`, the embedding with these{own}{ceiling}.",
     )
   )
@@ -208,7 +215,8 @@ def evaluation_data(manifest, results):
   counts, times = results["counts"], results.get("test_scored")
   often = {None: "an unrecorded number of times", 1: "once"}.get(times, f"{times} times")
   splits = (
-    f"{counts['val']:,} recordings of the validation split to choose by, {counts['test']:,} of the test split to "
+    f"{counts['val']:,} recordings of the validation split to choose by, {counts['test']:,} of the "
+    "test split to "
     f"score. Test was scored {often} from the workdir of this run."
   )
   if results["cohort_fingerprint"] == manifest["cohort"]:
@@ -230,7 +238,8 @@ def training_data(manifest, results):
   if not results or results["cohort_fingerprint"] != manifest["cohort"]:
     return prose(f"{cohort} What it holds is told here after `mmcl evaluate` on it.")
   return prose(
-    f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it started from weights "
+    f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it "
+    "started from weights "
     "of earlier runs (model details), those had learned before, from data that is not told here."
   ) + data_tables(results)
 
@@ -304,7 +313,8 @@ def caveats(results):
     )
   if not results:
     parts = [
-      "Nothing is known of how well this encoder does. Evaluate it on people like those it is meant for before use: "
+      "Nothing is known of how well this encoder does. Evaluate it on people like those it is "
+      "meant for before use: "
       "`mmcl evaluate`."
     ]
   return "\n\n".join(prose(part) for part in parts)

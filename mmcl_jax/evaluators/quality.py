@@ -154,8 +154,10 @@ def codes_of_missing(values: np.ndarray) -> dict[str, int]:
 def suspicion(name: str, found: dict) -> str:
   value, times = next(iter(found["codes"].items()))
   return (
-    f"{name}: {sum(found['codes'].values())} of {found['n']} values lie far from all others (median "
-    f"{found['quantiles']['0.5']:.4g} {found['unit']}), such as {value}, {times} times: are they codes for a "
+    f"{name}: {sum(found['codes'].values())} of {found['n']} values lie far from all others "
+    "(median "
+    f"{found['quantiles']['0.5']:.4g} {found['unit']}), such as {value}, {times} times: are they "
+    "codes for a "
     "missing value? They were kept; empty these cells of the table to leave them out"
   )
 

@@ -16,8 +16,10 @@ from mmcl_jax.support.text import aligned
 
 DPI = 150
 LIMITS = (
-  "What this can tell: how well probes on the frozen {encoder} embedding predict labels of held-out people of the same "
-  "cohort. What it cannot: how it does at other sites, devices or populations, for whom the labels were made otherwise, or "
+  "What this can tell: how well probes on the frozen {encoder} embedding predict labels of "
+  "held-out people of the same "
+  "cohort. What it cannot: how it does at other sites, devices or populations, for whom the labels "
+  "were made otherwise, or "
   "whether using it helps anybody. For research only; not a medical device."
 )
 

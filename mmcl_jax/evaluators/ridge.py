@@ -30,7 +30,8 @@ def inputs(features: dict) -> dict:
       if bad:
         raise UserError(
           f"{model}: {bad} of {len(x)} rows of the {split} split are not finite; a probe needs "
-          "finite features. Evaluate an earlier checkpoint, or look for bad recordings in the cohort."
+          "finite features. Evaluate an earlier checkpoint, or look for bad recordings in the "
+          "cohort."
         )
   if features["train"].get("covariates", np.empty((0, 0))).shape[1]:
     covariates = fill_missing({split: found["covariates"] for split, found in features.items()})

@@ -61,7 +61,8 @@ def check(run, cohort, workdir: str) -> None:
   info, fields = cohort.info, pretrainer.fields(model)
   if reads == "ECG" and info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(
-      f"the cohort {cohort.path} was normalised by profile {info['ecg_profile']!r}, the encoder was "
+      f"the cohort {cohort.path} was normalised by profile {info['ecg_profile']!r}, the encoder "
+      "was "
       f"trained on {run.config.data.ecg_profile!r}; prepare the cohort with "
       f"--profile={run.config.data.ecg_profile}"
     )
@@ -87,7 +88,8 @@ def check(run, cohort, workdir: str) -> None:
 def check_covariates(run, cohort, workdir: str) -> None:
   if not run.scales.covariates:
     raise UserError(
-      f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does not "
+      f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does "
+      "not "
       "tell; start a stage from it with config.init_from.ecg, and evaluate that"
     )
   if tuple(cohort.info["covariates"]) != run.scales.covariates:
@@ -104,7 +106,8 @@ def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
   manifest = checkpoint.manifest(workdir, step)
   if not manifest["cohort"]:
     raise UserError(
-      f"the weights of {workdir} come from elsewhere and have no cohort of their own; name the one to "
+      f"the weights of {workdir} come from elsewhere and have no cohort of their own; name the one "
+      "to "
       "evaluate on with --cohort=DIR"
     )
   places = list(
@@ -122,6 +125,7 @@ def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
       "evaluate on with --cohort=DIR"
     )
   raise UserError(
-    f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; name "
+    f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; "
+    "name "
     "the folder in which it is now with --cohort=DIR"
   )

@@ -120,7 +120,7 @@ class Pretrainer(nn.Module):
     """ecg [B, L, T], conditions [B, V] (standardised covariates, for FiLM) -> ecg_{tokens,
     embedding, projection}.
 
-    seen: a glimpse (models.ecg) that takes the place of a look at the whole ECG.
+    seen: a glimpse (models.towers.ecg_vit) that takes the place of a look at the whole ECG.
     """
     if seen is not None:
       tokens, embedding = self.ecg.embed_visible(seen)

@@ -128,7 +128,8 @@ def sync_all(path) -> None:
 
 
 def sync(path) -> None:
-  """Waits until a file, or the names in a folder, are on disk; some file systems sync no folders."""
+  """Waits until a file, or the names in a folder, are on disk; some file systems sync no
+  folders."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

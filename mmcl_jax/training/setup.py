@@ -38,7 +38,8 @@ class Job(NamedTuple):
   """A run as it was asked for, checked. Nothing is compiled and nothing is written yet.
 
   start: the step of the workdir's last checkpoint; cohort, others: as training reads them, the
-  others with their shares; evaluators: those that run while training; stages: module -> name of the run that it starts from.
+  others with their shares; evaluators: those that run while training; stages: module -> name of the
+  run that it starts from.
   """
 
   config: Any

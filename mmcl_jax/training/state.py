@@ -229,8 +229,8 @@ def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
   layer).
 
   patch_embed, cls_token, pos_embed and stem* are layer 0, block i is layer i + 1, all else of the
-  tower is layer depth + 1. So are the other modules, whose factor is 1: heads, read-outs, and the CMR
-  towers, which have no layer decay.
+  tower is layer depth + 1. So are the other modules, whose factor is 1: heads, read-outs, and the
+  CMR towers, which have no layer decay.
   """
   blocks = {path: int(found[1]) for path in paths if (found := re.match(r"ecg/block(\d+)/", path))}
   if decay < 1 and not blocks:

@@ -164,8 +164,10 @@ def make_wfdb_tables(folder):
 
   tables_ = {
     "0": "ecg_id,patient_id,age,sex,height,weight,recording_date,scp_codes,filename_lr,filename_hr\n"
-    "1,15709.0,56.0,1,,63.0,1984-11-09 09:17:34,\"{'NORM': 100.0, 'LVOLT': 0.0}\",records100/a_lr,records500/a\n"
-    "2,15709.0,300.0,0,170,63.0,1985-11-09 09:17:34,\"{'AFIB': 35.0}\",records100/b_lr,records500/b\n",
+    "1,15709.0,56.0,1,,63.0,1984-11-09 09:17:34,\"{'NORM': 100.0, 'LVOLT': "
+    '0.0}",records100/a_lr,records500/a\n'
+    "2,15709.0,300.0,0,170,63.0,1985-11-09 09:17:34,\"{'AFIB': "
+    '35.0}",records100/b_lr,records500/b\n',
     "1": "subject_id,file_name,ecg_time,gender,age,all_diag_hosp,all_diag_all\n"
     "7,files/a,2150-01-01 01:00:00,F,60,\"['I48', 'I509']\",\"['I48']\"\n"
     "8,files/b,2151-01-01 01:00:00,M,70,[],[]\n",

@@ -1,4 +1,5 @@
-"""xResNet1d and S4: forward passes against PyTorch and NumPy, learning, and every program with them."""
+"""xResNet1d and S4: forward passes against PyTorch and NumPy, learning, and every program with
+them."""
 
 import functools
 import json
@@ -141,7 +142,8 @@ def test_xresnet1d_is_torch_s(float64, train, samples):
 
 @pytest.mark.parametrize("size, count", [("50", 886_400), ("101", 1_804_672)])
 def test_xresnet1d_has_the_weights_of_its_formula(size, count):
-  """Of the stem and of bottlenecks of width 64 that give 256, each layer with a scale and a bias."""
+  """Of the stem and of bottlenecks of width 64 that give 256, each layer with a scale and a
+  bias."""
   stem = 5 * (12 * 32 + 32 * 32 + 32 * 64) + 2 * (32 + 32 + 64)
   first, later = 64 * 64 + 64 * 256, 256 * 64
   inner = 5 * 64 * 64 + 64 * 256 + 2 * (64 + 64 + 256)

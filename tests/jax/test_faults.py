@@ -227,7 +227,8 @@ def explosive(tmp_path, monkeypatch):
     "from mmcl_jax.objectives import Loss\n"
     "def breaks(outputs, batch, at=()):\n"
     "  x = jnp.square(outputs['ecg_projection']).mean(axis=1)\n"
-    "  return Loss(jnp.where(jnp.isin(batch['index'], jnp.asarray(at, jnp.uint32)), jnp.nan, x), batch['mask'], {})\n"
+    "  return Loss(jnp.where(jnp.isin(batch['index'], jnp.asarray(at, jnp.uint32)), jnp.nan, x), "
+    "batch['mask'], {})\n"
   )
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "breaking", raising=False)

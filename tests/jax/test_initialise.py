@@ -81,7 +81,8 @@ def a_state(seed=0, **kwargs):
 
 
 def carry(state, workdirs, earlier=None, **kwargs):
-  """load_pretrained from {workdir: variables}; `earlier`: arguments of the config of all of them."""
+  """load_pretrained from {workdir: variables}; `earlier`: arguments of the config of all of
+  them."""
 
   def load(workdir):
     towers = [

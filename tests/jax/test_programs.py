@@ -527,7 +527,8 @@ def test_where_all_can_be_written_the_work_begins(workdir, no_work, tmp_path):
 
 
 @pytest.mark.reported(
-  "a damaged quality.json, scored.jsonl or metrics.jsonl ended evaluate in a traceback after all its work"
+  "a damaged quality.json, scored.jsonl or metrics.jsonl ended evaluate in a traceback after all "
+  "its work"
 )
 @pytest.mark.parametrize(
   "text",

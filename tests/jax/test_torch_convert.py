@@ -206,7 +206,8 @@ def test_the_config_and_what_was_recognised_are_told(converted, tmp_path, autoen
   convert.main([f"--input={tmp_path / 'tiny.pth'}", f"--out={tmp_path / 'tiny'}"])
   told = capsys.readouterr().out
   for words in (
-    "ViT with timm's keys, 384 wide, 3 blocks, 6 heads (size tiny), patches of 100 samples, 2500 samples",
+    "ViT with timm's keys, 384 wide, 3 blocks, 6 heads (size tiny), patches of 100 samples, 2500 "
+    "samples",
     "arrays of 5,3",
     "ECG profile mmcl, as published with this encoder",
     "no projection head in the file",

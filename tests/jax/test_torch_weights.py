@@ -310,7 +310,8 @@ def keys_of(parts, *names):
 
 
 @pytest.mark.reported(
-  "dual-phase checkpoints were refused, or loaded with an untrained head on the flags that the refusal advised"
+  "dual-phase checkpoints were refused, or loaded with an untrained head on the flags that the "
+  "refusal advised"
 )
 def test_a_dual_phase_checkpoint_of_three_pairs(tmp_path):
   parts = three_pairs()
@@ -752,7 +753,8 @@ def test_wrong_resnets(tmp_path):
   net = published.ResNet(6, published.Bottleneck, ((4, 1), (8, 2)))
   refused(
     saved(tmp_path, net.state_dict()),
-    "a stem of 6 channels, bottleneck blocks and stages of 4, 8 channels; expected one of these sizes: test: 4,",
+    "a stem of 6 channels, bottleneck blocks and stages of 4, 8 channels; expected one of these "
+    "sizes: test: 4,",
   )
 
 

@@ -403,7 +403,8 @@ def test_a_non_finite_step_stops_with_the_last_good_checkpoint(
     "def bad_gradient(outputs, batch, at=0):\n"
     "  x = outputs['ecg_projection'].mean(axis=1)\n"
     "  left = jnp.maximum(at - batch['index'].max().astype(jnp.float32), 0.0)\n"
-    "  return Loss(jnp.sqrt(left * x * x), batch['mask'], {})  # at 0 its value is finite, its slope is not\n"
+    "  return Loss(jnp.sqrt(left * x * x), batch['mask'], {})  # at 0 its value is finite, its "
+    "slope is not\n"
   )
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "outside", raising=False)
@@ -468,7 +469,8 @@ def test_a_run_that_ends_before_its_first_number_prints_nothing_more(tmp_path):
   """TensorBoard's writer starts a thread to say that it ends, which Python 3.12 answers with a
   trace where nothing was written."""
   code = (
-    f"from mmcl_jax.training import metrics; writer = metrics.create_writer({str(tmp_path)!r}, 0, just_logging=False); "
+    f"from mmcl_jax.training import metrics; writer = metrics.create_writer({str(tmp_path)!r}, 0, "
+    "just_logging=False); "
     "raise SystemExit(2)"
   )
   ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -379,7 +379,8 @@ def table(lines: list[dict]) -> str:
     some = [line for line in lines if line["program"] == name]
     lost = sum(bool(line["differs"]) for line in some)
     rows.append(
-      f"| {name} | {len(some)} | {sum(line['kills'] for line in some)} | {len(some) - lost} | {lost} | "
+      f"| {name} | {len(some)} | {sum(line['kills'] for line in some)} | {len(some) - lost} | "
+      f"{lost} | "
       f"{max(line['disk_of_usual'] for line in some):.2f} |"
     )
   return "\n".join(rows)

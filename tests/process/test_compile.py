@@ -290,7 +290,8 @@ def test_a_step_that_does_not_fit_is_told_with_its_size():
   class Lowered:
     def compile(self):
       raise jax.errors.JaxRuntimeError(
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.01G of 15.75G hbm. Exceeded\n..."
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.01G of 15.75G hbm. "
+        "Exceeded\n..."
       )
 
   with pytest.raises(

@@ -90,7 +90,8 @@ RUN = "import sys; from mmcl_jax import cli, train; cli.run(train.main, sys.argv
 
 def arrays(workdir, step, devices=1):
   code = (
-    "import sys, jax, numpy as np; from mmcl_jax.training import restore; run = restore.load_run(sys.argv[1], int(sys.argv[2]));"
+    "import sys, jax, numpy as np; from mmcl_jax.training import restore; run = "
+    "restore.load_run(sys.argv[1], int(sys.argv[2]));"
     "leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.state));"
     "np.savez(sys.argv[3], **{jax.tree_util.keystr(p): x for p, x in leaves})"
   )

@@ -226,8 +226,10 @@ def test_two_hosts_embed_parts_in_turn_and_one_goes_on(two, tmp_path, monkeypatc
 
 def test_a_host_that_never_comes_is_named_on_those_that_did():
   code = (
-    "import sys; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.JOIN_S = 15; "
-    "cli.run(lambda argv: None, [arg.replace('=2', '=3') if 'processes' in arg else arg for arg in sys.argv[1:]], hosts=True)"
+    "import sys; from mmcl_jax import cli; from mmcl_jax.training import distributed; "
+    "distributed.JOIN_S = 15; "
+    "cli.run(lambda argv: None, [arg.replace('=2', '=3') if 'processes' in arg else arg for arg in "
+    "sys.argv[1:]], hosts=True)"
   )
   for status, _, err in launch(code, 2, 1):
     assert status not in (0, os.EX_TEMPFAIL)
@@ -238,7 +240,8 @@ def test_a_host_that_never_comes_is_named_on_those_that_did():
 
 def test_a_host_that_is_too_slow_is_named():
   code = (
-    "import sys, time; from mmcl_jax import cli; from mmcl_jax.training import distributed; distributed.WAIT_S, distributed.LEAVE_S = 3, 60\n"
+    "import sys, time; from mmcl_jax import cli; from mmcl_jax.training import distributed; "
+    "distributed.WAIT_S, distributed.LEAVE_S = 3, 60\n"
     "def main(argv):\n  time.sleep(12 * distributed.here.index); distributed.agree({})\n"
     "cli.run(main, sys.argv[1:], hosts=True)"
   )

@@ -129,8 +129,8 @@ def read_in_a_process(whom):
 def test_readers_hear_no_signal_and_one_that_is_killed_is_told():
   done, _ = read_in_a_process("reader.pid")
   assert (
-    "UserError: a reading process died (Worker process was terminated unexpectedly with exit code -9)"
-    in done.stderr
+    "UserError: a reading process died (Worker process was terminated unexpectedly with exit code "
+    "-9)" in done.stderr
   ), done.stderr
 
 

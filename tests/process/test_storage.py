@@ -181,7 +181,8 @@ def test_a_workdir_of_somebody_else_is_one_line(cohort, whole, tmp_path):
     if folder.stat().st_uid == 0 and folder != pathlib.Path("/"):
       folder.chmod(folder.stat().st_mode | 0o055)
   code = (
-    "import os, sys; from mmcl_jax import cli, train; from mmcl_jax.data import cohort; os.setgroups([]); os.setgid(65534); "
+    "import os, sys; from mmcl_jax import cli, train; from mmcl_jax.data import cohort; "
+    "os.setgroups([]); os.setgid(65534); "
     "os.setuid(65534); cli.run(train.main, sys.argv[1:])"
   )
   process = subprocess.Popen(
@@ -299,7 +300,8 @@ def test_a_stranger_s_workdir_runs_no_code(whole, tmp_path, monkeypatch):
   """Objectives of a config.json may name any module; only training, by the user's own recipe, looks
   for it."""
   (tmp_path / "hostile.py").write_text(
-    f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef loss(outputs, batch): pass\n"
+    f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef loss(outputs, batch): "
+    "pass\n"
   )
   monkeypatch.syspath_prepend(str(tmp_path))
   shutil.copytree(whole[0], tmp_path / "w")

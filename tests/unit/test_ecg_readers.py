@@ -1326,7 +1326,8 @@ def test_a_folder_without_ecgs(tmp_path, names, found):
     (tmp_path / name).write_text("x")
   rejects(
     tmp_path,
-    f"no ECG in this folder; found {found}; it reads WFDB (.hea with .dat or .mat), GE CardioSoft XML, "
+    f"no ECG in this folder; found {found}; it reads WFDB (.hea with .dat or .mat), GE CardioSoft "
+    "XML, "
     "DICOM, and CSV or NPY with a .json",
   )
 
@@ -1356,7 +1357,8 @@ KINDS = {
 
 
 @pytest.mark.reported(
-  "MUSE, Sierra, aECG, SCP, EDF, Git LFS pointers, ._ files and zips were refused without saying what they are"
+  "MUSE, Sierra, aECG, SCP, EDF, Git LFS pointers, ._ files and zips were refused without saying "
+  "what they are"
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_reasons_name_what_was_found(tmp_path, kind):

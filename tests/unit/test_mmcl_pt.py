@@ -348,7 +348,8 @@ def test_memory_goes_with_the_file_not_with_its_claims(tmp_path):
   file = raw(tmp_path / "x.pt", b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b".")
   code = (
     "import resource, sys; from mmcl_jax.data.readers import mmcl_pt; limit = 2 * 2**30;"
-    "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); assert mmcl_pt.load(sys.argv[1]) is None"
+    "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); assert mmcl_pt.load(sys.argv[1]) is "
+    "None"
   )
   subprocess.run(
     [sys.executable, "-c", code, str(file)],

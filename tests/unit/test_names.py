@@ -130,7 +130,8 @@ def drawn(figure):
 
 
 @pytest.mark.reported(
-  "a phenotype or disease whose name holds $\\frac{ ended evaluate in matplotlib, after all its work"
+  "a phenotype or disease whose name holds $\\frac{ ended evaluate in matplotlib, after all its "
+  "work"
 )
 def test_no_name_is_a_formula_in_a_figure(evaluated):
   results, predictions, _, ill = evaluated
