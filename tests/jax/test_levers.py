@@ -357,7 +357,7 @@ def test_a_config_of_the_earlier_form_is_refused_in_one_line(tmp_path):
     pretrainer.build(c, 40)
   assert "\n" not in str(error.value)
   (tmp_path / "config.json").write_text(f'{{"model": {c.to_json()}}}')
-  with pytest.raises(UserError, match="earlier version of this program .* train again") as error:
+  with pytest.raises(UserError, match="another version of mmcl_jax .* train again") as error:
     configuration.load(str(tmp_path))
   assert "\n" not in str(error.value)
 
