@@ -245,7 +245,7 @@ def test_a_frozen_stage_cannot_start_without_its_encoder(lax_cohort, walk, tmp_p
     f"--config.init_from.ecg={walk('mae').workdir}",
     f"--config.init_from.cmr_ed={walk('ed').workdir}",
   ]
-  with pytest.raises(UserError, match="cmr.es.frozen would freeze random weights"):
+  with pytest.raises(UserError, match="towers.es.frozen would freeze random weights"):
     train.train(configure(f"dual_phase:{DEMO}", *flags), str(tmp_path / "w"))
   # nor without the ECG encoder that it names
   with pytest.raises(UserError, match="matches no parameter of cmr_ed"):
