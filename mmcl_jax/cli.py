@@ -46,6 +46,7 @@ def run(program, argv=None, hosts=False):
     print(f"mmcl: error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt as signalled:
+    signals.ending()
     print("mmcl: interrupted; the same command goes on from what is saved", file=sys.stderr)
     if (status := distributed.status_of(signalled)) == os.EX_TEMPFAIL:
       # else multiprocessing may report at length that its resource tracker died of the same signal

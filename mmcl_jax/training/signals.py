@@ -62,6 +62,12 @@ def interrupt(signum, frame):
   raise KeyboardInterrupt(signum)
 
 
+def ending() -> None:
+  """From here on a second Ctrl-C ends the program at once, also while Python shuts down."""
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, lambda *_: end_at_once())
+
+
 def mute(stream: int) -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 

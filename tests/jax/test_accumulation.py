@@ -79,9 +79,9 @@ def BOTH(outputs, batch):
 
 def compute(parts, of=BOTH, **options):
   forward_part = functools.partial(forward, **options)
-  return (
-    accumulate.value_and_grad(forward_part, of, parts) if parts > 1 else whole(forward_part, of)
-  )
+  if parts == 1:
+    return whole(forward_part, of)
+  return accumulate.value_and_grad(forward_part, of, parts)
 
 
 def whole(forward, of):
