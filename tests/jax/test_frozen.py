@@ -89,7 +89,7 @@ def test_features_are_those_of_the_tower_in_evaluation_mode(cohort, first, cache
     tower = run.model.bind(run.state.variables).cmr["es"]
     np.testing.assert_allclose(
       source[i]["features"]["es"],
-      tower.backbone(planes, np.ones(1), False, None)[0],
+      tower.backbone(planes, np.ones(1), False, None)[1][0],
       rtol=1e-4,
       atol=1e-6,
     )
