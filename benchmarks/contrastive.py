@@ -59,7 +59,7 @@ def compile_all():
   from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
   from mmcl_jax import objectives
-  from mmcl_jax.training import compiled as compiled_room
+  from mmcl_jax.tools import hlo
 
   mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
   for batch in BATCHES:
@@ -82,7 +82,7 @@ def compile_all():
 
         with jax.set_mesh(mesh):
           compiled = jax.jit(jax.value_and_grad(loss)).lower(projections, rows).compile()
-        found, _ = compiled_room.read(compiled.as_text())
+        found, _ = hlo.read(compiled.as_text())
         print(
           json.dumps(
             {
@@ -91,8 +91,8 @@ def compile_all():
               "width": WIDTH,
               "devices": DEVICES,
               "ring": ring,
-              "temporary": compiled_room.memory(compiled)["temporaries"],
-              "collectives": compiled_room.by_kind(found),
+              "temporary": hlo.memory(compiled)["temporaries"],
+              "collectives": hlo.by_kind(found),
             }
           ),
           flush=True,

@@ -67,7 +67,8 @@ def measure(args, overrides) -> dict:
   if args.device:
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(args.device, args.device)
   import jax
-  from mmcl_jax.training import compiled, parallel
+  from mmcl_jax.tools import hlo
+  from mmcl_jax.training import parallel
 
   built = build(args.case, args.batch, args.warmup + args.steps, overrides, args.cohort)
   config, mesh, step, state, rows = built.config, built.mesh, built.step, built.state, built.rows
@@ -89,8 +90,8 @@ def measure(args, overrides) -> dict:
   memory, device = step.memory_analysis(), jax.devices()[0]
   median = statistics.median(times)
   flops, moved = (
-    compiled.matmul_flops(built.jaxpr) / jax.device_count(),
-    compiled.costs(step)["bytes_accessed"],
+    hlo.matmul_flops(built.jaxpr) / jax.device_count(),
+    hlo.costs(step)["bytes_accessed"],
   )
   peak = peaks(config.model.dtype)
   bound = max(flops / peak["flops"], moved / peak["bytes"])

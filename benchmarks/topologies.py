@@ -94,7 +94,7 @@ def compile_case(size: str, topology: str, arguments: list[str]) -> dict | None:
   command = [
     sys.executable,
     "-m",
-    "mmcl_jax.compile",
+    "mmcl_jax.tools.compile_step",
     f"--config={ROOT}/configs/joint.py:{size}",
     f"--topology={topology}",
     *arguments,

@@ -1,4 +1,4 @@
-"""`mmcl VERB ...` is `python -m mmcl_jax.VERB ...`."""
+"""`mmcl VERB ...`: runs the `main(argv)` of a program."""
 
 import contextlib
 import importlib
@@ -20,10 +20,12 @@ PROGRAMS = {
   "embed": "embeddings and predicted phenotypes of new ECG recordings",
   "generate": "hearts drawn from ECG recordings: images, labels and what they measure",
 }
+# verb -> its module, where that is not mmcl_jax.VERB
+ELSEWHERE = {"compile": "mmcl_jax.tools.compile_step"}
 ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 
 
-def run(program, argv=None, hosts=False):
+def run(main, argv=None, hosts=False):
   """Runs a program's main(argv); a UserError becomes one line on stderr and exit status 2.
 
   SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a program as Ctrl-C does, cleaning up, but with status 75
@@ -41,7 +43,7 @@ def run(program, argv=None, hosts=False):
         matplotlib.rcdefaults()
       # Not before: nothing of Python runs while the hosts come together.
       with signals.handled(signals.interrupt), signals.watched():
-        return program(rest)
+        return main(rest)
   except UserError as error:
     print(f"mmcl: error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
@@ -71,6 +73,11 @@ class Inert:
     return getattr(self.stream, name)
 
 
+def program(verb: str):
+  """The module of a verb, with its `main(argv)`."""
+  return importlib.import_module(ELSEWHERE.get(verb, f"mmcl_jax.{verb}"))
+
+
 def main():
   verb, *rest = sys.argv[1:] or ["--help"]
   if verb in ("-h", "--help"):
@@ -80,4 +87,4 @@ def main():
   if verb not in PROGRAMS:
     print(f"mmcl: error: no verb {verb!r}; there are {', '.join(PROGRAMS)}", file=sys.stderr)
     sys.exit(2)
-  run(importlib.import_module(f"mmcl_jax.{verb}").main, rest, hosts=verb in ON_HOSTS)
+  run(program(verb).main, rest, hosts=verb in ON_HOSTS)

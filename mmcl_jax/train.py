@@ -1,6 +1,6 @@
 """`mmcl train`: the training loop of every recipe.
 
-    mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR
+    mmcl train --config=joint:demo --workdir=W --config.data.cohort=DIR
 
 Running the same command again goes on from the last checkpoint, and ends in the same state bit for
 bit as if it had never stopped (same devices; to float tolerance on others). SIGTERM, SIGHUP,
@@ -19,8 +19,7 @@ from mmcl_jax.training import checkpoint, loop, metrics, monitor, parallel, peop
 from mmcl_jax.training.steps import make_train_step
 
 USAGE = (
-  "usage: mmcl train --config=configs/joint.py:demo --workdir=W --config.data.cohort=DIR "
-  "[--config.x.y=V ...]"
+  "usage: mmcl train --config=joint:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
 )
 
 

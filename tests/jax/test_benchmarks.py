@@ -14,7 +14,8 @@ import gpu
 import step as benchmark
 from mmcl_jax import objectives
 from mmcl_jax.models import pretrainer, vit
-from mmcl_jax.training import compiled, parallel, state as state_room, steps
+from mmcl_jax.tools import hlo
+from mmcl_jax.training import parallel, state as state_room, steps
 
 # written out in PyTorch
 MILLIONS = {"mae": 7.07, "mae_medium": 49.68, "mmcl": 31.95, "dual_phase": 116.59, "joint": 116.59}
@@ -38,7 +39,7 @@ def traced(case, batch):
 @pytest.mark.parametrize("case", benchmark.CASES)
 def test_parameters_are_those_of_the_published_system(case):
   state, _ = traced(case, 2)
-  assert compiled.arrays(state.params) / 1e6 == pytest.approx(MILLIONS[case], rel=0.01)
+  assert hlo.arrays(state.params) / 1e6 == pytest.approx(MILLIONS[case], rel=0.01)
 
 
 def test_operations_of_the_autoencoder_are_those_counted_by_hand():
@@ -54,7 +55,7 @@ def test_operations_of_the_autoencoder_are_those_counted_by_hand():
   blocks = depth * block(visible + 1, D) + decoder * block(patches + 1, E)
   ends = 2 * (visible + 1) * D * E + 2 * (patches + 1) * E * patch
   expected = batch * (3 * (blocks + ends) + 2 * 2 * patches * patch * D)
-  assert compiled.matmul_flops(traced("mae", batch)[1]) == pytest.approx(expected, rel=0.02)
+  assert hlo.matmul_flops(traced("mae", batch)[1]) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("word", ["--config.model.nothing=1", "--config.model.dtype", "--nothing"])

@@ -16,7 +16,7 @@ from jax import export
 from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
 from common import ROOT, python
-from mmcl_jax import compile as program
+from mmcl_jax.tools import compile_step as program
 from mmcl_jax.models import kernels, pretrainer, vit
 from mmcl_jax.training import state as state_room, steps
 
@@ -231,7 +231,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 import test_gpu
 from mmcl_jax.models.towers import ecg_vit
-from mmcl_jax.training import compiled as reading, parallel
+from mmcl_jax.tools import hlo
+from mmcl_jax.training import parallel
 
 test_gpu.tell(setattr, test_gpu.HOPPER)
 nodes = topologies.get_topology_desc(platform="cuda", target_config=test_gpu.H100, topology="2x1x2")
@@ -253,7 +254,7 @@ with jax.set_mesh(mesh):
   compiled = jax.jit(jax.value_and_grad(loss)).lower(*given).compile()
 text = compiled.as_text()
 count = lambda name: len(re.findall(rf'custom_call_target="__cudnn\\$fmha{name}"', text))
-collectives = sorted(reading.by_kind(reading.read(text)[0]))
+collectives = sorted(hlo.by_kind(hlo.read(text)[0]))
 print(json.dumps([count("Softmax"), count("SoftmaxBackward"), collectives]))
 """
 

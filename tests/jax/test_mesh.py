@@ -118,7 +118,7 @@ import json
 import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType
-from mmcl_jax import compile as program
+from mmcl_jax.tools import compile_step as program
 from mmcl_jax.training import parallel
 
 found = {}

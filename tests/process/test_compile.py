@@ -14,10 +14,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from common import ROOT
-from mmcl_jax import compile as program
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import compiled as reading, state as state_room, steps
+from mmcl_jax.tools import compile_step as program, hlo
+from mmcl_jax.training import state as state_room, steps
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import joint
@@ -77,7 +77,7 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_of_a_known_text():
-  found, loops = reading.read(HLO)
+  found, loops = hlo.read(HLO)
   assert {(one.kind, one.count, one.bytes, one.group) for one in found} == {
     ("all-reduce", 1, 4 * 8 * 4 + 3 * 2, 8),  # no groups given: all 8
     ("all-gather", 1, 16 * 8 * 4, 4),  # the result, not the operand in the tuple
@@ -91,14 +91,14 @@ def test_collectives_of_a_known_text():
 
 def test_bytes_sent_by_a_device():
   def sent(kind, group):
-    return reading.Collective(kind, 3, 800, group).sent
+    return hlo.Collective(kind, 3, 800, group).sent
 
   assert sent("all-reduce", 4) == 3 * 2 * 600
   assert sent("all-gather", 4) == sent("reduce-scatter", 4) == sent("all-to-all", 4) == 3 * 600
   assert sent("collective-permute", 4) == 3 * 800
   assert sent("all-reduce", 1) == 0
-  total = reading.by_kind(
-    [reading.Collective("all-reduce", 3, 800, 4), reading.Collective("all-reduce", 1, 8, 2)]
+  total = hlo.by_kind(
+    [hlo.Collective("all-reduce", 3, 800, 4), hlo.Collective("all-reduce", 1, 8, 2)]
   )
   assert total == {"all-reduce": {"count": 4, "bytes": 2408, "sent": 3608}}
 
@@ -117,7 +117,7 @@ def test_bytes_sent_by_a_device():
   ],
 )
 def test_bytes_of_a_type(text, size):
-  assert reading.shape_bytes(text) == size
+  assert hlo.shape_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_bytes_of_a_type(text, size):
   ],
 )
 def test_devices_of_a_group(text, size):
-  assert reading.group_size(text, 16) == size
+  assert hlo.group_size(text, 16) == size
 
 
 def test_products_are_counted_by_hand():
   def count(f, *shapes):
-    return reading.matmul_flops(
+    return hlo.matmul_flops(
       jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
     )
 
@@ -190,7 +190,7 @@ def test_memory_and_costs_of_a_product():
     jax.ShapeDtypeStruct((256, 64), jnp.float32),
   )
   compiled = jax.jit(lambda x, w: x @ w).lower(*shape).compile()
-  memory, costs = reading.memory(compiled), reading.costs(compiled)
+  memory, costs = hlo.memory(compiled), hlo.costs(compiled)
   assert (memory["arguments"], memory["output"], memory["aliased"]) == (
     4 * (128 * 256 + 256 * 64),
     4 * 128 * 64,
@@ -204,7 +204,7 @@ def test_memory_and_costs_of_a_product():
   assert 1 <= costs["bytes_accessed"] / (memory["arguments"] + memory["output"]) < 1.5
   given_up = jax.jit(lambda x: x + 1, donate_argnums=0).lower(shape[0]).compile()
   # once, not twice
-  assert reading.memory(given_up)["total"] - reading.memory(given_up)["code"] == 4 * 128 * 256
+  assert hlo.memory(given_up)["total"] - hlo.memory(given_up)["code"] == 4 * 128 * 256
 
 
 def test_estimate_is_the_slowest_of_three():
@@ -302,7 +302,7 @@ def test_a_step_that_does_not_fit_is_told_with_its_size():
 
 def compile_in_a_process(*flags, timeout=600):
   done = subprocess.run(
-    [sys.executable, "-m", "mmcl_jax.compile", CONFIG, *flags],
+    [sys.executable, "-m", "mmcl_jax.tools.compile_step", CONFIG, *flags],
     capture_output=True,
     text=True,
     timeout=timeout,

@@ -53,11 +53,11 @@ SUBJECTS = len(FAULTS) + 15
 # column of `mmcl embed` that holds the user's own words: the names of the files it was given
 OF_EMBED = ("path",)
 CODE = """
-import importlib, json, sys
+import json, sys
 from mmcl_jax import cli
 for verb, *flags in json.loads(sys.argv[1]):
   print(verb, flush=True)
-  cli.run(importlib.import_module(f"mmcl_jax.{verb}").main, flags, hosts=verb in cli.ON_HOSTS)
+  cli.run(cli.program(verb).main, flags, hosts=verb in cli.ON_HOSTS)
 """
 
 

@@ -201,7 +201,8 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from common import tiny_step
 from mmcl_jax.models import vit
-from mmcl_jax.training import checkpoint, compiled as reading, parallel, state as state_room, steps
+from mmcl_jax.tools import hlo
+from mmcl_jax.training import checkpoint, parallel, state as state_room, steps
 
 parallel.FSDP_FROM = 1  # the arrays of a tiny model are split too
 config, cohort, scales, model, objectives, batch = tiny_step(sys.argv[1])
@@ -230,11 +231,11 @@ for name, (data, of_model, rules) in CASES.items():
     states[name] = after, where
     results[name] = {
         "metrics": {k: float(v) for k, v in metrics.items() if k != "worst"}, "held": held, "by_hand": by_hand,
-        "whole": sum(x.nbytes for x in leaves), "arguments": reading.memory(step)["arguments"],
+        "whole": sum(x.nbytes for x in leaves), "arguments": hlo.memory(step)["arguments"],
         "batch": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(rows)),
         "parameters": sum(x.nbytes for x in jax.tree.leaves(after.params)),
         "split": sum(x.nbytes for x in jax.tree.leaves(after.params) if not x.is_fully_replicated),
-        "collectives": reading.by_kind(reading.read(step.as_text())[0])}
+        "collectives": hlo.by_kind(hlo.read(step.as_text())[0])}
 host = {name: jax.device_get(after) for name, (after, _) in states.items()}
 norm = lambda tree: math.sqrt(sum(float(np.square(x, dtype=np.float64).sum()) for x in jax.tree.leaves(tree)))
 differ = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
@@ -267,7 +268,7 @@ with jax.set_mesh(mesh):
   rows = NamedSharding(mesh, P("data"))
   run = jax.jit(lambda p, x: tower.apply({"params": p["block0"]}, x), out_shardings=rows)
   text = run.lower(jax.tree.map(put, shapes, where), jax.ShapeDtypeStruct((B, N, D), jnp.float32, sharding=rows)).compile().as_text()
-results["block"] = [list(one) for one in reading.read(text)[0]]
+results["block"] = [list(one) for one in hlo.read(text)[0]]
 results["activation"] = B // 4 * N * D * 4
 print(json.dumps(results))
 """

@@ -1,7 +1,6 @@
 """Every path flag of every verb, and every path of a config, is read by mmcl_jax.paths."""
 
 import argparse
-import importlib
 import os
 
 import pytest
@@ -58,7 +57,7 @@ def flags_of(monkeypatch):
         for name in ("parse_args", "parse_intermixed_args", "parse_known_args"):
           patch.setattr(argparse.ArgumentParser, name, parse)
       with pytest.raises(Read):
-        importlib.import_module(f"mmcl_jax.{verb}").main([])
+        cli.program(verb).main([])
     return seen[0]
 
   return of
@@ -162,7 +161,7 @@ def test_an_address_ends_a_program_before_it_makes_anything(
   verb, command, address, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  main = importlib.import_module(f"mmcl_jax.{verb}").main
+  main = cli.program(verb).main
   error = error_of(main, command.replace("{}", address).split(), capsys)
   assert error.startswith(f"mmcl: error: {address}")
   assert not os.listdir(tmp_path)

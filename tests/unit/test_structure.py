@@ -8,6 +8,7 @@ from common import ROOT
 PACKAGE = ROOT / "mmcl_jax"
 GROUND = ("data", "augment", "models", "objectives")
 FLOOR = {**dict.fromkeys(GROUND, 0), "interop": 1, "training": 1, "evaluators": 1}
+ROOF = ("tools",)  # on top of the rooms: no room imports them
 
 
 def imports(file: pathlib.Path) -> set[str]:
@@ -40,6 +41,8 @@ def allowed(here: str, module: str) -> bool:
   there = room(module)
   if here == "support":
     return there in ("", "support", "errors")
+  if there in ROOF:
+    return here == there
   # models read the schema's names
   if here in GROUND and there in FLOOR and (here, there) != ("models", "data"):
     return there == here

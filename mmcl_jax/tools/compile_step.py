@@ -1,7 +1,7 @@
 """`mmcl compile`: what a recipe's training step will need on a TPU slice, from the TPU's own
 compiler, without a TPU.
 
-    mmcl compile --config=configs/joint.py:base --topology=v5e:4x4 --config.model.dtype=bfloat16
+    mmcl compile --config=joint:base --topology=v5e:4x4 --config.model.dtype=bfloat16
 
 The very step of `mmcl train` is compiled ahead of time and read; nothing runs. The compiler comes
 with libtpu (pip install 'mmcl-jax[tpu]'). No cohort is needed: records are as `mmcl prepare` makes
@@ -29,40 +29,38 @@ worse: 300 MiB of buffers instead of 270 for joint:demo. `optimization` tells wh
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mmcl_jax import configuration, objectives as objective_room, ranges
-from mmcl_jax.data import cohort as cohort_room, pipeline, schema
+from mmcl_jax import configuration, objectives, ranges
+from mmcl_jax.data import cohort as cohort_lib, pipeline, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import (
-  cohorts,
-  compiled as reading,
-  parallel,
-  state as state_room,
-  steps as step_room,
-)
+from mmcl_jax.tools import hlo
+from mmcl_jax.training import cohorts, parallel, state as state_lib, steps
 
-USAGE = "usage: mmcl compile --config=configs/joint.py:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
+USAGE = (
+  "usage: mmcl compile --config=joint:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
+)
 
 
 class Chip(NamedTuple):
-  """Published peaks of one chip: bfloat16 FLOP/s, HBM in GiB, its bytes/s, bytes/s sent over all
-  its links to other chips."""
+  """Published peaks of one chip."""
 
-  flops: float
+  flops: float  # bfloat16 FLOP/s
   hbm_gib: int
-  hbm: float
-  network: float
+  hbm: float  # its bytes/s
+  network: float  # bytes/s sent over all links to other chips
   dimensions: int  # of a slice
   config: str  # of libtpu: whether both cores of a chip are one device
 
@@ -103,85 +101,98 @@ def rows(text: str) -> int:
   return int(text)
 
 
+class Step(NamedTuple):
+  """A training step and the shapes, with their shardings, that it is compiled for."""
+
+  function: Callable  # jitted: (state, batch) -> (state, metrics)
+  state: Any
+  batch: Any
+
+
 def compile_step(config, topology: str, batch: int | None = None) -> dict:
   """What `main` prints, as a dict. To be called in a process that has not used JAX's devices yet.
 
   Args:
     batch: rows of the global batch; None: see the module.
   """
-  # -- What is asked for, checked before anything is traced or compiled --
   ranges.check(config)
   devices, chip = find_devices(topology)
   mesh = parallel.make_mesh(**config.mesh, devices=devices)
   config.batch = batch or batch_of(config, mesh)
   parallel.check_batch(config.batch, mesh)
-  shapes, scales = cohort_of(config)
-  objectives = objective_room.build(config.objectives)
-  model = pretrainer.build(
-    config.model, config.data.samples, len(scales.names), len(scales.diseases)
-  )
-  pretrainer.check(config.model, shapes)
-  say(
-    f"{topology}: {len(devices)} devices, data={mesh.shape['data']} x model={mesh.shape['model']}; "
-    f"batch {config.batch} "
-    f"({config.batch // mesh.shape['data']} a device)"
-  )
+  step = training_step(config, mesh, topology)
 
   with jax.set_mesh(mesh):
-    # -- The step and what goes in, as in train.py, but shapes alone --
-    example = step_room.example(config, shapes, len(scales.names), config.batch)
-    tx = state_room.optimizer_for(model, example, config)
-    state, where = state_room.abstract(model, tx, example, config.seed, mesh, config.sharding)
-    step_room.check_outputs(model, objectives, example, state)
-    params = reading.arrays(state.params)
-    say(parallel.table(state, where, most=8))
-    state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
-    )
-    batch = global_batch(
-      model, config, shapes, {"params": state.params, "batch_stats": state.statistics}, mesh
-    )
-    train_step = jax.jit(
-      step_room.make_train_step(model, objectives, tx, config, scales),
-      donate_argnums=0,
-      out_shardings=(where, None),
-    )
-
-    # -- Compile --
     begun = time.perf_counter()
-    traced = train_step.trace(state, batch)
+    traced = step.function.trace(step.state, step.batch)
     say(f"traced and checked in {time.perf_counter() - begun:.0f} s; compiling")
     compiled = compile_or_explain(traced.lower(), topology, config)
-    say(f"compiled in {time.perf_counter() - begun:.0f} s")
+    seconds = time.perf_counter() - begun
+    say(f"compiled in {seconds:.0f} s")
 
-  # -- Read --
-  collectives, loops = reading.read(compiled.as_text())
-  memory, costs = reading.memory(compiled), reading.costs(compiled)
-  matmul_flops = reading.matmul_flops(traced.jaxpr) / len(devices)
-  sent = sum(one.sent for one in collectives)
+  collectives, loops = hlo.read(compiled.as_text())
+  memory, costs = hlo.memory(compiled), hlo.costs(compiled)
+  if chip:
+    memory["capacity"] = chip.hbm_gib * 2**30
+  matmul_flops = hlo.matmul_flops(traced.jaxpr) / len(devices)
+  sent = sum(collective.sent for collective in collectives)
   return {
     "topology": topology,
     "chips": len(devices),
     "mesh": dict(mesh.shape),
     "batch": config.batch,
-    "params": params,
-    "memory": memory | ({"capacity": chip.hbm_gib * 2**30} if chip else {}),
+    "params": hlo.arrays(step.state.params),
+    "memory": memory,
     **costs,
     "matmul_flops": matmul_flops,
-    "collectives": reading.by_kind(collectives),
+    "collectives": hlo.by_kind(collectives),
     "loops": sorted((loop.trips for loop in loops), reverse=True),
     "estimate": estimate(chip, costs, matmul_flops, sent) if chip else None,
-    "compile_s": round(time.perf_counter() - begun, 1),
+    "compile_s": round(seconds, 1),
     "jax": jax.__version__,
     "optimization": jax.config.jax_optimization_level,
   }
+
+
+def training_step(config, mesh, topology: str) -> Step:
+  """The step of `mmcl train` and what goes into it, as shapes alone; all of it is checked."""
+  shapes, scales = cohort_of(config)
+  losses = objectives.build(config.objectives)
+  model = pretrainer.build(
+    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+  )
+  pretrainer.check(config.model, shapes)
+  data, rows = mesh.shape["data"], config.batch // mesh.shape["data"]
+  say(
+    f"{topology}: {mesh.size} devices, data={data} x model={mesh.shape['model']}; "
+    f"batch {config.batch} ({rows} a device)"
+  )
+  with jax.set_mesh(mesh):
+    example = steps.example(config, shapes, len(scales.names), config.batch)
+    tx = state_lib.optimizer_for(model, example, config)
+    state, shardings = state_lib.abstract(model, tx, example, config.seed, mesh, config.sharding)
+    steps.check_outputs(model, losses, example, state)
+    say(parallel.table(state, shardings, most=8))
+    state = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      state,
+      shardings,
+    )
+    variables = {"params": state.params, "batch_stats": state.statistics}
+    batch = global_batch(model, config, shapes, variables, mesh)
+    function = jax.jit(
+      steps.make_train_step(model, losses, tx, config, scales),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    )
+  return Step(function, state, batch)
 
 
 def say(text: str) -> None:
   print(text, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what to compile
 
 
@@ -189,38 +200,51 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
   """Devices to compile for, none of which need exist, and what their chip can do (None: a CPU)."""
   name, _, size = topology.partition(":")
   if name == "cpu" and re.fullmatch("[1-9][0-9]{0,3}", size):
-    jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_FLAGS"] = (
-      f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={size}"
-    )
-    if len(jax.devices()) != int(size):
-      raise UserError(
-        f"--topology is {topology}, and this process has {len(jax.devices())} devices already; "
-        "compile in a "
-        "process of its own"
-      )
-    return jax.devices(), None
-  sides = (
-    tuple(int(side) for side in size.split("x"))
-    if re.fullmatch(r"\d{1,3}(x\d{1,3}){1,2}", size)
-    else ()
-  )
+    return simulated_devices(topology, int(size)), None
+  sides = ()
+  if re.fullmatch(r"\d{1,3}(x\d{1,3}){1,2}", size):
+    sides = tuple(int(side) for side in size.split("x"))
   if name not in CHIPS or not is_slice(name, sides):
     expected = " ".join("x".join(map(str, slice_)) for slice_ in SLICES)
     raise UserError(
       f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with "
-      "three sides of 1, 2 "
-      f"or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and {LARGEST['v5p']:,} chips), or "
-      "cpu:N"
+      f"three sides of 1, 2 or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and "
+      f"{LARGEST['v5p']:,} chips), or cpu:N"
     )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
       f"--topology={topology} needs the TPU's compiler, libtpu, which is not installed; pip "
-      "install 'mmcl-jax[tpu]' "
-      "(no TPU is needed), or take --topology=cpu:8"
+      "install 'mmcl-jax[tpu]' (no TPU is needed), or take --topology=cpu:8"
     )
-  # The step is traced with the CPU at hand; libtpu shall look for no TPU, lock none, and write no
-  # log.
+  prepare_libtpu()
+  host = tuple(min(side, most) for side, most in zip((*sides, 1)[:3], (2, 2, 1)))
+  try:
+    description = topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=topology,
+      chip_config_name=CHIPS[name].config,
+      chips_per_host_bounds=host,
+    )
+    return description.devices, CHIPS[name]
+  except Exception as error:  # libtpu has errors of its own for what it does not know
+    raise UserError(f"--topology={topology}: libtpu refuses it: {error}") from None
+
+
+def simulated_devices(topology: str, count: int) -> list:
+  """`count` devices of the CPU, which must be the first that this process asks for."""
+  jax.config.update("jax_platforms", "cpu")
+  earlier = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{earlier} --xla_force_host_platform_device_count={count}"
+  if len(jax.devices()) != count:
+    raise UserError(
+      f"--topology is {topology}, and this process has {len(jax.devices())} devices already; "
+      "compile in a process of its own"
+    )
+  return jax.devices()
+
+
+def prepare_libtpu() -> None:
+  """The step is traced with the CPU at hand; libtpu looks for no TPU, locks none, writes no log."""
   jax.config.update("jax_platforms", "cpu")
   for variable, value in {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -231,42 +255,29 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }.items():
     os.environ.setdefault(variable, value)
-  host = tuple(min(side, most) for side, most in zip((*sides, 1)[:3], (2, 2, 1)))
-  try:
-    found = topologies.get_topology_desc(
-      platform="tpu",
-      topology_name=topology,
-      chip_config_name=CHIPS[name].config,
-      chips_per_host_bounds=host,
-    )
-    return found.devices, CHIPS[name]
-  except Exception as error:  # libtpu has errors of its own for what it does not know
-    raise UserError(f"--topology={topology}: libtpu refuses it: {error}") from None
 
 
 def is_slice(name: str, sides: tuple[int, ...]) -> bool:
   if CHIPS[name].dimensions == 2:
     return sides in SLICES
-  return (
-    len(sides) == 3
-    and all(side in (1, 2) or (side and side % 4 == 0) for side in sides)
-    and int(np.prod(sides)) <= LARGEST[name]
-  )
+  if len(sides) != 3 or int(np.prod(sides)) > LARGEST[name]:
+    return False
+  return all(side in (1, 2) or (side and side % 4 == 0) for side in sides)
 
 
 def batch_of(config, mesh) -> int:
   shards = mesh.shape["data"]
-  if each := config.per_device_batch:
-    return each * shards
+  if config.per_device_batch:
+    return config.per_device_batch * shards
   unit = shards * config.accumulation
-  return -(-config.batch // unit) * unit
+  return math.ceil(config.batch / unit) * unit
 
 
 def cohort_of(config):
   """Shapes of the records and how labels are standardised: of config.data.cohort, or as `mmcl
   prepare` makes them."""
   if config.data.cohort:
-    cohort = cohort_room.load(config.data.cohort)
+    cohort = cohort_lib.load(config.data.cohort)
     cohorts.check(cohort, [], config)
     return cohort.info["shapes"], cohorts.targets(cohort, config)
   unknown = [name for name in config.data.targets if name not in schema.PHENOTYPES]
@@ -289,16 +300,16 @@ def cohort_of(config):
     "diseases": [len(schema.DISEASES)],
     "covariates": [len(schema.COVARIATES)],
   }
-  known = list(schema.PHENOTYPES)
-  names = tuple(config.data.targets) or tuple(known)
+  phenotypes = list(schema.PHENOTYPES)
+  names = tuple(config.data.targets) or tuple(phenotypes)
 
   def unscaled(count):
     return np.zeros(count, np.float32), np.ones(count, np.float32)
 
-  scales = step_room.Scales(
+  scales = steps.Scales(
     names,
     tuple(schema.COVARIATES),
-    tuple(known.index(name) for name in names),
+    tuple(phenotypes.index(name) for name in names),
     unscaled(len(names)),
     unscaled(len(schema.COVARIATES)),
     tuple(schema.DISEASES),
@@ -314,11 +325,11 @@ def global_batch(model, config, shapes, variables, mesh):
   batch = pipeline.element_spec(shapes, fields, config.batch)
   frozen = pretrainer.frozen(config.model)
   if frozen:
-    whole = pipeline.element_spec(shapes, pretrainer.fields(config.model), config.batch)
-    found = jax.eval_shape(step_room.make_features(model, frozen), variables, whole)
+    spec = pipeline.element_spec(shapes, pretrainer.fields(config.model), config.batch)
+    features = jax.eval_shape(steps.make_features(model, frozen), variables, spec)
     # kept as float32 (training.frozen)
     batch["features"] = {
-      name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in found.items()
+      name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in features.items()
     }
   rows = NamedSharding(mesh, P("data"))
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
@@ -330,20 +341,17 @@ def compile_or_explain(lowered, topology: str, config):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    used = re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
-    needs = (
-      f"needs {used[1]} of the {used[2]} bytes of a chip's memory"
-      if used
-      else "does not fit a chip's memory"
-    )
+    needs = "does not fit a chip's memory"
+    if used := re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error)):
+      needs = f"needs {used[1]} of the {used[2]} bytes of a chip's memory"
     raise UserError(
       f"a batch of {config.batch} on {topology} {needs}; take a smaller --batch, "
-      "config.accumulation, "
-      "config.model.remat=blocks, config.sharding \"(('.*', 'fsdp'),)\" or a larger slice"
+      "config.accumulation, config.model.remat=blocks, "
+      "config.sharding \"(('.*', 'fsdp'),)\" or a larger slice"
     ) from None
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # estimate
 
 

@@ -7,6 +7,7 @@ Everything is per device unless it says otherwise. Nothing here runs the step.
 import collections
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -52,10 +53,11 @@ class Collective(NamedTuple):
     """Bytes that a device sends at the least, in all: of a ring, whose volume no algorithm beats
     (Patarasuk & Yuan 2009)."""
     share = (self.group - 1) / self.group
-    once = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(
-      self.kind, share
-    )
-    return self.count * self.bytes * once
+    if self.kind == "all-reduce":
+      share *= 2
+    elif self.kind in ("collective-permute", "collective-broadcast"):
+      share = 1.0
+    return self.count * self.bytes * share
 
 
 class Loop(NamedTuple):
@@ -76,27 +78,27 @@ def shape_bytes(text: str) -> int:
   """Bytes of all arrays in a type such as `(f32[8,16]{1,0}, bf16[3]{0})`."""
   total = 0
   for dtype, shape in re.findall(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\]", text):
-    bits = BITS.get(dtype) if dtype in BITS else int(re.search(r"\d+", dtype)[0])
-    total += -(-math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n) * bits // 8)
+    bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
+    elements = math.prod(int(length.lstrip("<=")) for length in shape.split(",") if length)
+    total += math.ceil(elements * bits / 8)
   return total
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """The computations of a compiled module, name -> instructions, and which one is the entry."""
-  found, entry, here = {}, "", None
+  modules, entry, here = {}, "", None
   for line in text.splitlines():
     if header := COMPUTATION.match(line):
-      here = found.setdefault(header[2], [])
+      here = modules.setdefault(header[2], [])
       entry = header[2] if header[1] else entry
-    elif here is not None and (one := INSTRUCTION.match(line)):
+    elif here is not None and (assignment := INSTRUCTION.match(line)):
+      name, value = assignment[1], assignment[2]
       # The type comes first; it may hold spaces and layouts such as {1,0:T(8,128)}, whose letters
       # are capital.
-      operation = OPERATION.search(one[2])
-      if operation:
-        here.append(
-          Instruction(one[1], one[2][: operation.start()], operation[1], one[2][operation.end() :])
-        )
-  return found, entry
+      if operation := OPERATION.search(value):
+        result, rest = value[: operation.start()], value[operation.end() :]
+        here.append(Instruction(name, result, operation[1], rest))
+  return modules, entry
 
 
 def executions(
@@ -106,37 +108,41 @@ def executions(
   once."""
   times, loops = collections.Counter({entry: 1}), []
   for name in reversed(modules):  # the text defines what is called before what calls
-    for one in modules[name]:
+    for instruction in modules[name]:
       trips = 1
-      if one.operation == "while":
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
-        trips = int(known[1]) if known else 1
-        loops.append(Loop(one.name, trips if known else 0))
+      if instruction.operation == "while":
+        count = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+        trips = int(count[1]) if count else 1
+        loops.append(Loop(instruction.name, trips if count else 0))
       # they name what their async-start has run
-      if one.operation in ("async-update", "async-done"):
+      if instruction.operation in ("async-update", "async-done"):
         continue
-      called = [callee for _, callee in CALLED.findall(one.rest)]
-      called += [
-        callee.strip(" %") for group in CALLED_LIST.findall(one.rest) for callee in group.split(",")
-      ]
-      for callee in called:
+      for callee in called_by(instruction.rest):
         if callee in modules:
           times[callee] += times[name] * trips
   return times, loops
 
 
+def called_by(rest: str) -> list[str]:
+  """Names of the computations that an instruction calls, by its attributes."""
+  names = [callee for _, callee in CALLED.findall(rest)]
+  for group in CALLED_LIST.findall(rest):
+    names += [callee.strip(" %") for callee in group.split(",")]
+  return names
+
+
 def group_size(rest: str, everyone: int) -> int:
   """Devices of one replica group: `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=4,'b'=2] {'a'}`, the
   last perhaps with device_ids before the axes; everyone where none is given."""
-  if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-    return found[1].count(",") + 1
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-    return int(found[2])
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+  if first := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+    return first[1].count(",") + 1
+  if grid := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+    return int(grid[2])
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
     # 'a':(2)4 is a part of the axis, of size 4
-    parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-    return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part) if part else sizes[name] for name, part in axes)
   return everyone
 
 
@@ -146,41 +152,54 @@ def read(text: str) -> tuple[list[Collective], list[Loop]]:
   modules, entry = computations(text)
   times, loops = executions(modules, entry)
   partitions = re.search(r"num_partitions=(\d+)", text)
-  everyone, counts = int(partitions[1]) if partitions else 1, collections.Counter()
+  everyone = int(partitions[1]) if partitions else 1
+  counts = collections.Counter()
   for name, instructions in modules.items():
-    started = {}
-    for one in instructions:
-      kind = one.operation.removesuffix("-start").removesuffix("-done")
-      if kind not in KINDS or not times[name]:
-        continue
-      # its type also holds operands; that of its -done is the result alone
-      if one.operation.endswith("-start"):
-        started[one.name] = group_size(one.rest, everyone)
-        continue
-      operand = re.search(r"%?([\w.\-]+)\)", one.rest)
-      group = (
-        started[operand[1]] if one.operation.endswith("-done") else group_size(one.rest, everyone)
-      )
-      size = shape_bytes(one.result)
-      # a TPU's reduce-scatter: a fusion that keeps a slice
-      if kind == "all-reduce" and "all-reduce-scatter" in name:
-        kind = "reduce-scatter"
-      elif kind == "reduce-scatter":
-        size *= group
-      counts[kind, size, group] += times[name]
-  return [
-    Collective(kind, count, size, group) for (kind, size, group), count in sorted(counts.items())
-  ], loops
+    if times[name]:
+      for exchange in exchanges(name, instructions, everyone):
+        counts[exchange] += times[name]
+  found = []
+  for (kind, size, group), count in sorted(counts.items()):
+    found.append(Collective(kind, count, size, group))
+  return found, loops
 
 
-def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
+def exchanges(
+  name: str, instructions: list[Instruction], everyone: int
+) -> Iterator[tuple[str, int, int]]:
+  """(kind, bytes, group) of every exchange in the computation `name`, see Collective."""
+  groups = {}  # of what has started, by its name
+  for instruction in instructions:
+    operation, rest = instruction.operation, instruction.rest
+    kind = operation.removesuffix("-start").removesuffix("-done")
+    if kind not in KINDS:
+      continue
+    # its type also holds operands; that of its -done is the result alone
+    if operation.endswith("-start"):
+      groups[instruction.name] = group_size(rest, everyone)
+      continue
+    if operation.endswith("-done"):
+      operand = re.search(r"%?([\w.\-]+)\)", rest)
+      group = groups[operand[1]]
+    else:
+      group = group_size(rest, everyone)
+    size = shape_bytes(instruction.result)
+    # a TPU's reduce-scatter: a fusion that keeps a slice
+    if kind == "all-reduce" and "all-reduce-scatter" in name:
+      kind = "reduce-scatter"
+    elif kind == "reduce-scatter":
+      size *= group
+    yield kind, size, group
+
+
+def by_kind(collectives: list[Collective]) -> dict[str, dict[str, int]]:
   """{kind: count, bytes (of the arrays exchanged), sent (by a device)}."""
   total = {}
-  for one in found:
-    kind = total.setdefault(one.kind, {"count": 0, "bytes": 0, "sent": 0})
-    kind["count"] += one.count
-    kind["bytes"] += one.count * one.bytes
-    kind["sent"] += int(one.sent)
+  for exchange in collectives:
+    kind = total.setdefault(exchange.kind, {"count": 0, "bytes": 0, "sent": 0})
+    kind["count"] += exchange.count
+    kind["bytes"] += exchange.count * exchange.bytes
+    kind["sent"] += int(exchange.sent)
   return total
 
 
@@ -201,10 +220,10 @@ def memory(compiled) -> dict[str, int]:
 def costs(compiled) -> dict[str, float]:
   """The compiler's FLOPs and bytes read and written; the body of a loop counts once, however often
   it runs."""
-  found = compiled.cost_analysis()
+  analysis = compiled.cost_analysis()
   return {
-    "flops": float(found.get("flops", 0)),
-    "bytes_accessed": float(found.get("bytes accessed", 0)),
+    "flops": float(analysis.get("flops", 0)),
+    "bytes_accessed": float(analysis.get("bytes accessed", 0)),
   }
 
 
@@ -227,29 +246,45 @@ def flops_of(jaxpr) -> int:
   """matmul_flops of all that stands in a jaxpr."""
   total = 0
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
     if name == "dot_general":
-      (contracted, _), _ = params["dimension_numbers"]
-      total += (
-        2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-      )
+      total += dot_flops(eqn)
     elif name == "conv_general_dilated":
-      kernel, numbers = eqn.invars[1].aval, params["dimension_numbers"]
-      # multiply-adds of one output; in groups already divided
-      taps = kernel.size // kernel.shape[numbers.rhs_spec[0]]
-      # dilation puts zeros in between
-      total += 2 * eqn.outvars[0].aval.size * taps // math.prod(params["lhs_dilation"])
+      total += convolution_flops(eqn)
     else:
-      inner = [flops_of(sub) for value in params.values() for sub in subjaxprs(value)]
-      if name == "scan":
-        total += params["length"] * sum(inner)
-      elif name == "shard_map":
-        # newly_manual_axes in jax 0.10
-        axes = next(found for key, found in params.items() if key.endswith("manual_axes"))
-        total += math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
-      else:
-        total += max(inner, default=0) if name == "cond" else sum(inner)
+      total += inner_flops(eqn)
   return total
+
+
+def dot_flops(eqn) -> int:
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  left, out = eqn.invars[0].aval, eqn.outvars[0].aval
+  return 2 * out.size * math.prod(left.shape[i] for i in contracted)
+
+
+def convolution_flops(eqn) -> int:
+  kernel, numbers = eqn.invars[1].aval, eqn.params["dimension_numbers"]
+  # multiply-adds of one output; in groups already divided
+  taps = kernel.size // kernel.shape[numbers.rhs_spec[0]]
+  # dilation puts zeros in between
+  return 2 * eqn.outvars[0].aval.size * taps // math.prod(eqn.params["lhs_dilation"])
+
+
+def inner_flops(eqn) -> int:
+  """Of an operation that holds others: of a loop as often as it runs, of a branch the largest."""
+  inner = []
+  for value in eqn.params.values():
+    inner += [flops_of(jaxpr) for jaxpr in subjaxprs(value)]
+  name = eqn.primitive.name
+  if name == "cond":
+    return max(inner, default=0)
+  if name == "scan":
+    return eqn.params["length"] * sum(inner)
+  if name == "shard_map":
+    # newly_manual_axes in jax 0.10
+    axes = next(value for key, value in eqn.params.items() if key.endswith("manual_axes"))
+    return math.prod(eqn.params["mesh"].shape[axis] for axis in axes) * sum(inner)
+  return sum(inner)
 
 
 def subjaxprs(value) -> list:
