@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 import numpy as np
 
-from mmcl_jax.data import builder, cohort as cohort_room, pipeline, synthetic
+from mmcl_jax.data import builder, cohort as cohort_lib, pipeline, synthetic
 from mmcl_jax.data.sources import synthetic as source
 
 READERS = ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2))  # threads, processes
@@ -52,7 +52,7 @@ def main():
       profile="minimal",
       processes=len(os.sched_getaffinity(0)),
     )
-  cohort = cohort_room.load(str(folder))
+  cohort = cohort_lib.load(str(folder))
   records = cohort.splits["train"]
   stored = sum(file.stat().st_size for file in folder.rglob("*.array_record*")) / len(records)
   found = [

@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests/helpers", "tests/p
 
 import nibabel
 import numpy as np
-
 import raw_ukb
 import test_raw_ukb as checks
+
 from mmcl_jax import prepare
-from mmcl_jax.data import builder, cohort as cohort_room, schema
+from mmcl_jax.data import builder, cohort as cohort_lib, schema
 from mmcl_jax.data.readers import acdc, ukb_cmr_dicom, ukb_ecg_xml, ukbb_cardiac, wfdb
 from mmcl_jax.data.sources import ukb
 
@@ -205,7 +205,7 @@ def throughput(out: pathlib.Path, truth: raw_ukb.Truth) -> dict[str, dict]:
     lambda participant: schema.subject_hash(participant, b"benchmark"),
   )
   job = builder.Job(
-    "", plan.read, "minimal", {name: len(plan.info[name]) for name in cohort_room.LABELS}
+    "", plan.read, "minimal", {name: len(plan.info[name]) for name in cohort_lib.LABELS}
   )
   found = {
     "ECG XML (20205)": rate(ukb_ecg_xml.read, ecgs),

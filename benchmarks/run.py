@@ -174,7 +174,7 @@ def checkpoint(args) -> dict:
 
 def evaluation(args) -> dict:
   from mmcl_jax import evaluate, train
-  from mmcl_jax.data import cohort as cohort_room, schema
+  from mmcl_jax.data import cohort as cohort_lib, schema
   from mmcl_jax.evaluators import embeddings
   from mmcl_jax.evaluators.context import Context
   from mmcl_jax.training import checkpoint as room, restore
@@ -195,7 +195,7 @@ def evaluation(args) -> dict:
   with contextlib.redirect_stdout(io.StringIO()):
     evaluate.evaluate(workdir)
   whole = time.perf_counter() - begun
-  run, cohort = restore.load_run(workdir), cohort_room.load(args.cohort)
+  run, cohort = restore.load_run(workdir), cohort_lib.load(args.cohort)
   embeddings.collect = twice
   with contextlib.redirect_stdout(io.StringIO()):
     for split in schema.SPLITS:

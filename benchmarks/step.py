@@ -67,6 +67,7 @@ def measure(args, overrides) -> dict:
   if args.device:
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(args.device, args.device)
   import jax
+
   from mmcl_jax.tools import hlo
   from mmcl_jax.training import parallel
 
@@ -134,18 +135,23 @@ def build(
   """The compiled step of a case: config, mesh, step, state, rows, batches (of the cohort), jaxpr,
   compile_s."""
   import jax
-  from mmcl_jax import objectives as objective_room
-  from mmcl_jax.models import pretrainer
-  from mmcl_jax.training import parallel, state as state_room, steps as step_room
+
+  from mmcl_jax import objectives as objective_lib
+  from mmcl_jax.data import standardise
+  from mmcl_jax.models import inputs, pretrainer
+  from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
   config, shapes = case(name, batch, steps, overrides)
-  mesh, scales, batches = parallel.make_mesh(**config.mesh), no_scales(step_room), None
+  mesh, standardiser, batches = (
+    parallel.make_mesh(**config.mesh),
+    standardise.as_they_are([], covariates=("none",)),
+    None,
+  )
   if cohort:
-    from mmcl_jax.data import cohort as cohort_room, pipeline
-    from mmcl_jax.training import cohorts
+    from mmcl_jax.data import cohort as cohort_lib, pipeline
 
-    cohort = cohort_room.load(cohort)
-    shapes, scales = cohort.info["shapes"], cohorts.targets(cohort, config)
+    cohort = cohort_lib.load(cohort)
+    shapes, standardiser = cohort.info["shapes"], standardise.of_cohort(cohort, config.data.targets)
     batches = pipeline.train_batches(
       cohort.splits["train"],
       seed=0,
@@ -154,17 +160,17 @@ def build(
       **config.loader,
     )
   model = pretrainer.build(
-    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+    config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
-  objectives = objective_room.build(config.objectives)
+  objectives = objective_lib.build(config.objectives)
   with jax.set_mesh(mesh):
-    example = step_room.example(config, shapes, len(scales.names), config.batch)
-    tx = state_room.optimizer_for(model, example, config)
-    state, where = state_room.create(model, tx, example, 0, mesh, config.sharding)
+    example = inputs.example(config, shapes, len(standardiser.targets), config.batch)
+    tx = state_lib.optimizer_for(model, example, config)
+    state, where = state_lib.create(model, tx, example, 0, mesh, config.sharding)
     rows = parallel.to_global(next(batches) if cohort else random_rows(config, shapes), mesh)
     begun = time.perf_counter()
     traced = jax.jit(
-      step_room.make_train_step(model, objectives, tx, config, scales),
+      step_lib.make_train_step(model, objectives, tx, config, standardiser),
       donate_argnums=0,
       out_shardings=(where, None),
     ).trace(state, rows)
@@ -292,16 +298,10 @@ def set_value(config, word: str):
     ) from None
 
 
-def no_scales(steps):
-  import numpy as np
-
-  none, one = np.zeros(0, np.float32), np.zeros(1, np.float32)
-  return steps.Scales((), ("none",), (), (none, none), (one, one + 1))
-
-
 def random_rows(config, shapes) -> dict:
   """A batch as the pipeline hands it over."""
   import numpy as np
+
   from mmcl_jax.models import pretrainer
 
   rng, B = np.random.default_rng(0), config.batch

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 import numpy as np
 
-from mmcl_jax.data import cohort as cohort_room
+from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.evaluators import figures, statistics
 from mmcl_jax.evaluators.diseases import FEWEST_TEST_CASES
 from mmcl_jax.support.text import SYNTHETIC_NOTE
@@ -121,7 +121,7 @@ def main():
       "--split=0.52,0.08,0.40",
       f"--out={out}/cohort",
     )
-  cohort = cohort_room.load(str(out / "cohort"))
+  cohort = cohort_lib.load(str(out / "cohort"))
   if (count := sum(cohort.info["counts"].values())) != args.subjects:
     raise SystemExit(
       f"{cohort.path} has {count} subjects, --subjects is {args.subjects}; take another --out"
@@ -483,7 +483,7 @@ def retrieval(reports: list[tuple[str, dict]]) -> dict:
   return found
 
 
-def retrieval_ceiling(cohort: cohort_room.Cohort) -> dict:
+def retrieval_ceiling(cohort: cohort_lib.Cohort) -> dict:
   """R@10 of a perfect reader of this cohort: the generator's own ECG parameters against the
   measured phenotypes.
 

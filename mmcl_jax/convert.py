@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from mmcl_jax.data import schema
+from mmcl_jax.data import schema, standardise
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
@@ -97,7 +97,7 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   from mmcl_jax import configuration
   from mmcl_jax.data.preprocess import ecg as preprocess_ecg
   from mmcl_jax.interop import torch_weights
-  from mmcl_jax.training import restore, steps
+  from mmcl_jax.training import restore
 
   if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
     raise UserError(f"{out} is there already and not empty; take another --out")
@@ -133,11 +133,12 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
   if ecg and ecg.get("film"):
     covariates = len(variables["params"]["ecg"]["film"]["fc"]["kernel"])
   shapes = torch_weights.record_shapes(config.model, length, covariates)
-  none, any_number = np.zeros(0, np.float32), (np.zeros(1, np.float32), np.ones(1, np.float32))
-  # of covariates: whatever a cohort has, as it is
-  scales = steps.Scales((), (), (), (none, none), any_number)
+  any_number = np.zeros(1, np.float32), np.ones(1, np.float32)  # of covariates, left as they are
+  standardiser = standardise.as_they_are([])._replace(covariate_moments=any_number)
   with writing(out), files.atomic_folder(out) as folder:
-    restore.write_run(str(folder), config, variables, shapes, scales, origin=os.path.basename(path))
+    restore.write_run(
+      str(folder), config, variables, shapes, standardiser, origin=os.path.basename(path)
+    )
   uses = ["config.init_from"]
   if not covariates:  # whose names and scales the file does not tell
     uses = [f"`mmcl evaluate --workdir={out} --cohort=COHORT`", "`mmcl embed`", *uses]

@@ -23,8 +23,9 @@ from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.embed import EVALUATION, Probes, evaluation, load_probes
 from mmcl_jax.errors import UserError, writing
 from mmcl_jax.evaluators import model_card, report
+from mmcl_jax.models import inference
 from mmcl_jax.support.paths import local
-from mmcl_jax.training import restore, steps
+from mmcl_jax.training import restore
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 ARTEFACT, ABOUT, CARD = "encoder.stablehlo", "export.json", "MODEL_CARD.md"
@@ -129,7 +130,7 @@ def lower(run: restore.Run, probes: Probes, platforms: tuple[str, ...]) -> expor
       f"the encoder has {size / 1e9:.1f} GB of weights; jax.export's files hold "
       f"{MOST_BYTES / 1e9:.1f} GB"
     )
-  embed = steps.make_embed_ecg(run.model, config.data.samples, "embed_ecg")
+  embed = inference.make_embed_ecg(run.model, config.data.samples, "embed_ecg")
   variables = jax.device_get(run.state.variables)
   coef, intercept = (np.asarray(x, np.float32) for x in (probes.coef, probes.intercept))
 

@@ -31,10 +31,10 @@ from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.evaluators import drawings, generation
 from mmcl_jax.evaluators.report import as_cell
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import inference, pretrainer
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
-from mmcl_jax.training import restore, steps
+from mmcl_jax.training import restore
 
 MARK = "generated, not measured"  # in every picture and every header
 UNITS = [schema.PHENOTYPES[name] for name in generation.PHENOTYPES]
@@ -159,10 +159,12 @@ def write_hearts(run, recordings: dict[str, str], out: pathlib.Path, about: dict
   """Draws the hearts that are not there yet; a row of hearts.csv for every recording."""
   shape = tuple(run.manifest["shapes"]["ed_es_volumes"][1:])
   # covariates, of which ECG files say nothing
-  unknown = jnp.full((1, len(run.scales.covariates)), jnp.nan)
+  unknown = jnp.full((1, len(run.standardiser.covariates)), jnp.nan)
   noise_shape = about["samples"], *pretrainer.noise_shape(run.config.model, shape)
-  generate = steps.make_generate(run.model, run.config, shape, generation.STEPS, about["guidance"])
-  segment = steps.make_segment(run.model)
+  generate = inference.make_generate(
+    run.model, run.config, shape, generation.STEPS, about["guidance"]
+  )
+  segment = inference.make_segment(run.model)
 
   def draw(variables, ecg, key):
     stacks = generate(variables, ecg[None], jax.random.normal(key, (1, *noise_shape)), unknown)[0]

@@ -16,7 +16,7 @@ import jax
 from mmcl_jax import configuration, evaluators
 from mmcl_jax.errors import writing
 from mmcl_jax.training import checkpoint, loop, metrics, monitor, parallel, people, setup, signals
-from mmcl_jax.training.steps import make_train_step
+from mmcl_jax.training.step import make_train_step
 
 USAGE = (
   "usage: mmcl train --config=joint:demo --workdir=W --config.data.cohort=DIR [--config.x.y=V ...]"
@@ -51,7 +51,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     setup.announce(job, begun)
 
     train_step = loop.jit_step(
-      make_train_step(job.model, job.objectives, begun.optimizer, config, job.scales),
+      make_train_step(job.model, job.objectives, begun.optimizer, config, job.standardiser),
       begun.shardings,
     )
     writer = metrics.create_writer(workdir, job.start, just_logging=jax.process_index() > 0)

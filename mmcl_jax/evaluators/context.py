@@ -9,8 +9,8 @@ import numpy as np
 
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.evaluators import embeddings, statistics
-from mmcl_jax.models import pretrainer, towers
-from mmcl_jax.training import restore, steps
+from mmcl_jax.models import inference, pretrainer, towers
+from mmcl_jax.training import restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Context:
     run = self.run
 
     def make():
-      embed = steps.make_embed(run.model, run.config, run.scales)
+      embed = inference.make_embed(run.model, run.config, run.standardiser)
 
       def both(pair, rows):
         random = embed(pair[1], rows)["embedding"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mmcl_jax.training import inference
+from mmcl_jax.training.over_split import over_split
 
 LABELS = (
   "subject",
@@ -32,7 +32,7 @@ def collect(
   """Embeddings and labels of every record that has what the encoder reads, in the split's order.
 
   Args:
-    embed: jitted (variables, batch) -> {name: [B, ...]} (training.steps.make_embed).
+    embed: jitted (variables, batch) -> {name: [B, ...]} (models.inference.make_embed).
     needs: has_ecg, or has_cmr for an encoder of CMR alone.
     fields: stored CMR fields to read; without any, CMR towers are left out.
     source, mesh, batch, threads, title: see training.inference.over_split.
@@ -41,7 +41,7 @@ def collect(
     {name: [N, ...]}: what `embed` gives, the LABELS that are there, and `row`, the place in the
       split.
   """
-  whole = inference.over_split(
+  whole = over_split(
     embed,
     variables,
     source,

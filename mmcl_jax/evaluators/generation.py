@@ -20,8 +20,8 @@ from mmcl_jax.evaluators import figures, images, statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.phenotypes import entry
-from mmcl_jax.models import pretrainer
-from mmcl_jax.training import inference, steps
+from mmcl_jax.models import inference, inputs, pretrainer
+from mmcl_jax.training.over_split import over_split
 
 SUBJECTS = 200  # of test, the first with ECG and CMR
 SAMPLES = 64  # hearts drawn of each; the CRPS is of the first ENSEMBLE
@@ -108,8 +108,8 @@ def make_draws(run, shape, samples: int, guidance: float = 1.0):
   real heart [B, N C]. Voxels of draws have the mean size in training: their own size, that of the
   real heart, is not told by an ECG.
   """
-  generate = steps.make_generate(run.model, run.config, shape, STEPS, guidance)
-  segment = steps.make_segment(run.model)
+  generate = inference.make_generate(run.model, run.config, shape, STEPS, guidance)
+  segment = inference.make_segment(run.model)
 
   def bytes_of(x):
     return jnp.round(255 * jnp.clip(x, 0, 1)).astype(jnp.uint8)
@@ -117,15 +117,15 @@ def make_draws(run, shape, samples: int, guidance: float = 1.0):
   def draws(variables, batch):
     spacing = batch["spacing"]
     of_draws = jnp.broadcast_to(jnp.float32(run.manifest["spacing"]), spacing.shape)
-    batch = steps.to_float(
-      batch, run.scales if pretrainer.takes_covariates(run.config.model) else None
+    batch = inputs.to_float(
+      batch, run.standardiser if pretrainer.takes_covariates(run.config.model) else None
     )
     real = batch["cmr"]["ed_es_volumes"]
 
     def one(key):
       return jax.random.normal(key, (samples, *pretrainer.noise_shape(run.config.model, shape)))
 
-    noise = jax.vmap(one)(steps.sample_keys(run.config.seed, batch["index"]))
+    noise = jax.vmap(one)(inputs.sample_keys(run.config.seed, batch["index"]))
     conditions = batch.get("conditions")
     if conditions is not None and not guidance:
       conditions = jnp.full_like(conditions, jnp.nan)  # anybody's heart
@@ -160,10 +160,10 @@ def lacking(run, cohort, features: dict) -> str:
   """Why hearts cannot be drawn and judged with this cohort, or ""."""
   if (
     pretrainer.takes_covariates(run.config.model)
-    and tuple(cohort.info["covariates"]) != run.scales.covariates
+    and tuple(cohort.info["covariates"]) != run.standardiser.covariates
   ):
     return (
-      f"the generator takes the covariates {', '.join(run.scales.covariates)}, the cohort has "
+      f"the generator takes the covariates {', '.join(run.standardiser.covariates)}, the cohort has "
       f"{', '.join(cohort.info['covariates']) or 'none'}"
     )
   if absent := [name for name in PHENOTYPES if name not in cohort.info["phenotypes"]]:
@@ -256,14 +256,14 @@ def encoded(run, source, batch: int) -> np.ndarray:
   """Mean latents [M, N C] of the records of `source` that have CMR."""
 
   def encode(variables, rows):
-    return {"latents": latents_of(run, variables, steps.to_float(rows)["cmr"]["ed_es_volumes"])}
+    return {"latents": latents_of(run, variables, inputs.to_float(rows)["cmr"]["ed_es_volumes"])}
 
   seen = over(run, encode, source, batch, "encode train", ("spacing", "has_cmr"))
   return seen["latents"][seen["has_cmr"] > 0]
 
 
 def over(run, function, source, batch: int, title: str, also: tuple[str, ...]) -> dict:
-  return inference.over_split(
+  return over_split(
     jax.jit(function),
     run.state.variables,
     source,
@@ -327,7 +327,7 @@ def what_to_show(run, hearts, test, train, found, blind, of_train) -> tuple[dict
     sum(hearts[i]["ed_es_volumes"].astype(np.float64) for i in range(len(hearts))) / len(hearts)
   ).astype(np.float32) / 255
   mean_labels = np.asarray(
-    jax.jit(steps.make_segment(run.model))(run.state.variables, mean_image[None])
+    jax.jit(inference.make_segment(run.model))(run.state.variables, mean_image[None])
   )
   mean_measured = measure(np.asarray(volumes(mean_labels, np.float32([run.manifest["spacing"]]))))
 

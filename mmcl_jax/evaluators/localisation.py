@@ -31,10 +31,9 @@ from mmcl_jax.evaluators import drawings, statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.retrieval import TIE
-from mmcl_jax.models import pretrainer
-from mmcl_jax.models import towers as tower_lib
+from mmcl_jax.models import inference, inputs, pretrainer, towers as tower_lib
 from mmcl_jax.objectives.contrastive import normalise
-from mmcl_jax.training import inference, steps
+from mmcl_jax.training.over_split import over_split
 
 STRUCTURES = {"heart": ("LV", "MYO", "RV"), "LV": ("LV",), "MYO": ("MYO",)}
 # the trained towers, asked with the ECG of another person; the untrained model
@@ -108,7 +107,7 @@ def evaluate(
   def both(pair, rows):
     return maps(pair[0], rows) | {f"untrained_{name}": x for name, x in maps(pair[1], rows).items()}
 
-  found = inference.over_split(
+  found = over_split(
     both,
     (run.state.variables, untrained),
     source,
@@ -164,11 +163,14 @@ def make_maps(run):
   where the batch has nobody else's beside (so it depends on the batch, and on the hosts); ecg [B,
   E] and cmr/TOWER [B, E].
   """
-  model, scales = run.model, run.scales if run.config.model.towers.ecg.get("film") else None
-  embed_ecg = steps.make_embed_ecg(model, run.config.data.samples)
+  model, standardiser = (
+    run.model,
+    run.standardiser if run.config.model.towers.ecg.get("film") else None,
+  )
+  embed_ecg = inference.make_embed_ecg(model, run.config.data.samples)
 
   def maps(variables, rows):
-    batch = steps.to_float(rows, scales)
+    batch = inputs.to_float(rows, standardiser)
     own = embed_ecg(variables, batch["ecg"], batch.get("conditions"))["ecg_projection"]
 
     def beside(x):
@@ -396,7 +398,7 @@ def explain(run, source, found: dict) -> tuple[dict, list[dict]]:
     return jax.jit(f, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
 
   def to_float(rows):
-    return steps.to_float(rows, run.scales if config.model.towers.ecg.get("film") else None)
+    return inputs.to_float(rows, run.standardiser if config.model.towers.ecg.get("film") else None)
 
   fields = pretrainer.fields(config.model)
   rows = next(pipeline.one_pass(source, batch=len(source), fields=fields))
@@ -460,7 +462,7 @@ def make_ecg_maps(run):
 
   def maps(variables, batch, found):
     B, L, _ = batch["ecg"].shape
-    windows, conditions = steps.windows(
+    windows, conditions = inputs.windows(
       batch["ecg"], batch.get("conditions"), run.config.data.samples
     )
 
@@ -492,7 +494,7 @@ def make_slopes(run):
   """
   model, samples = in_sight(run.model), run.config.data.samples
   towers = tower_lib.cmr(run.config.model)
-  embed_ecg = steps.make_embed_ecg(model, samples)
+  embed_ecg = inference.make_embed_ecg(model, samples)
 
   def slopes(variables, batch, found, share):
     def of_tower(cmr, name):

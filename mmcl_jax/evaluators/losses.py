@@ -7,7 +7,7 @@ from mmcl_jax.data import pipeline
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import parallel, steps
+from mmcl_jax.training import parallel, step as step_lib
 
 
 def losses(context: Context) -> Result:
@@ -22,7 +22,7 @@ def losses(context: Context) -> Result:
 
   def make():
     parts = objectives.build(config.objectives)
-    return jax.jit(steps.make_loss_step(run.model, parts, config, run.scales))
+    return jax.jit(step_lib.make_loss_step(run.model, parts, config, run.standardiser))
 
   step = context.once_a_run("losses", make)
   total = {}

@@ -18,8 +18,7 @@ from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import one_line
 from mmcl_jax.evaluators import data, diseases, pages, phenotypes, readouts, report, retrieval
 from mmcl_jax.evaluators.base import Table, number
-from mmcl_jax.models import pretrainer, vit
-from mmcl_jax.models import towers as tower_lib
+from mmcl_jax.models import pretrainer, towers as tower_lib, vit
 
 RESEARCH_ONLY = "Research only. Not a medical device."
 
@@ -149,7 +148,7 @@ def encoder_shapes(config):
 
 
 def factors(manifest, results):
-  known = ", ".join(map(escaped, manifest["scales"]["covariates"])) or "nothing"
+  known = ", ".join(map(escaped, manifest["standardiser"]["covariates"])) or "nothing"
   about = (
     ""
     if manifest.get("origin")

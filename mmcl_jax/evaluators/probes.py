@@ -6,8 +6,7 @@ import numpy as np
 from mmcl_jax.evaluators import embeddings, ridge, statistics
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import pretrainer
-from mmcl_jax.training import steps
+from mmcl_jax.models import inference, pretrainer
 
 
 def probes(context: Context) -> Result:
@@ -29,7 +28,9 @@ def probes(context: Context) -> Result:
   if context.reads == "CMR":
     fields = pretrainer.fields(config.model, only=pretrainer.learning(config.model))
   found = embeddings.collect(
-    context.once_a_run("probes", lambda: jax.jit(steps.make_embed(run.model, config, run.scales))),
+    context.once_a_run(
+      "probes", lambda: jax.jit(inference.make_embed(run.model, config, run.standardiser))
+    ),
     run.state.variables,
     context.records["val"],
     mesh=run.mesh,

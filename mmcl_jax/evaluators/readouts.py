@@ -27,20 +27,25 @@ def of(context: Context) -> tuple[dict, dict]:
   def make():
     info = context.cohort.info
     return predict(
-      context.all_features(), context.run.scales, list(info["phenotypes"]), list(info["diseases"])
+      context.all_features(),
+      context.run.standardiser,
+      list(info["phenotypes"]),
+      list(info["diseases"]),
     )
 
   return context.once("readouts", make)
 
 
-def predict(features: dict, scales, names: list[str], diseases: list[str]) -> tuple[dict, dict]:
+def predict(
+  features: dict, standardiser, names: list[str], diseases: list[str]
+) -> tuple[dict, dict]:
   """Predictions of every read-out that there is.
 
   Args:
     features: {split: {name: array}} of 'train', 'val', 'test': embedding [N, D], phenotypes [N, K],
       diseases [N, C]; and where they are, own_phenotypes, own_diseases, ecg_projection [N, E],
         cmr_projection [N, P, E] and has_cmr [N].
-    scales: training.steps.Scales, for what the columns of own_* are.
+    standardiser: data.standardise.Standardiser, for what the columns of own_* are.
     names, diseases: K and C, of the columns.
 
   Returns:
@@ -52,8 +57,8 @@ def predict(features: dict, scales, names: list[str], diseases: list[str]) -> tu
   near = [retrieval.unit((x[split] - mean) / scale) for split in ("train", "val", "test")]
   found = {}
   for kind, wanted, learned in (
-    ("phenotypes", names, scales.names),
-    ("diseases", diseases, scales.diseases),
+    ("phenotypes", names, standardiser.targets),
+    ("diseases", diseases, standardiser.diseases),
   ):
     y, y_val = train[kind], val[kind]
     found[kind] = (

@@ -8,7 +8,7 @@ from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.evaluators import figures
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.training import steps
+from mmcl_jax.models import inputs
 
 
 def reconstruction(context: Context) -> Result:
@@ -19,9 +19,9 @@ def reconstruction(context: Context) -> Result:
     return Result()
 
   def rebuild(variables, rows):
-    scales = run.scales if tower.get("film") else None
-    rows = steps.first_window(steps.to_float(rows, scales), config.data.samples)
-    keys = steps.sample_keys(config.seed, rows["index"])
+    standardiser = run.standardiser if tower.get("film") else None
+    rows = inputs.first_window(inputs.to_float(rows, standardiser), config.data.samples)
+    keys = inputs.sample_keys(config.seed, rows["index"])
     outputs = run.model.apply(
       variables, rows["ecg"], keys, rows.get("conditions"), method="reconstruct"
     )

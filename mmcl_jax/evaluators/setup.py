@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from mmcl_jax import configuration
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import cohort as cohort_lib, schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.models import pretrainer
@@ -23,7 +23,7 @@ def of_checkpoint(
       that the run has learned from.
   """
   step = restore.choose(workdir, step)
-  cohort = cohort_room.load(cohort_path) if cohort_path else own_cohort(workdir, step)
+  cohort = cohort_lib.load(cohort_path) if cohort_path else own_cohort(workdir, step)
   distributed.agree(
     {
       "--workdir": os.path.abspath(workdir),
@@ -86,21 +86,21 @@ def check(run, cohort, workdir: str) -> None:
 
 
 def check_covariates(run, cohort, workdir: str) -> None:
-  if not run.scales.covariates:
+  if not run.standardiser.covariates:
     raise UserError(
       f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does "
       "not "
       "tell; start a stage from it with config.init_from.ecg, and evaluate that"
     )
-  if tuple(cohort.info["covariates"]) != run.scales.covariates:
+  if tuple(cohort.info["covariates"]) != run.standardiser.covariates:
     raise UserError(
-      f"the encoder takes the covariates {', '.join(run.scales.covariates)}, the cohort "
+      f"the encoder takes the covariates {', '.join(run.standardiser.covariates)}, the cohort "
       f"{cohort.path} has {', '.join(cohort.info['covariates']) or 'none'}; evaluate on a cohort "
       "with the same ones"
     )
 
 
-def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
+def own_cohort(workdir: str, step: int) -> cohort_lib.Cohort:
   """The cohort that a step was trained on, by its fingerprint: where the config has it, or where it
   lay in training."""
   manifest = checkpoint.manifest(workdir, step)
@@ -114,7 +114,7 @@ def own_cohort(workdir: str, step: int) -> cohort_room.Cohort:
     filter(None, (configuration.load(workdir).data.cohort, manifest.get("cohort_path")))
   )
   found = [
-    cohort_room.load(path) for path in places if (pathlib.Path(path) / "cohort.json").is_file()
+    cohort_lib.load(path) for path in places if (pathlib.Path(path) / "cohort.json").is_file()
   ]
   for cohort in found:
     if cohort.fingerprint == manifest["cohort"]:

@@ -9,9 +9,9 @@ import numpy as np
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.interop import modules, naming, recognise, torch_files
-from mmcl_jax.models import pretrainer, towers, vit
+from mmcl_jax.models import inputs, pretrainer, towers, vit
 from mmcl_jax.support.tree import flatten_variables, unflatten_variables
-from mmcl_jax.training import state as state_room, steps
+from mmcl_jax.training import state as state_lib
 
 
 class Loaded(NamedTuple):
@@ -143,10 +143,10 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
 def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
   """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many
   FiLM takes."""
-  example = steps.model_input(
+  example = inputs.model_input(
     model.config, model.samples, record_shapes(model.config, model.samples, covariates), 0, 1
   )
-  variables = jax.eval_shape(lambda: state_room.variables(model, example))
+  variables = jax.eval_shape(lambda: state_lib.variables(model, example))
   return {place: leaf.shape for place, leaf in flatten_variables(variables).items()}
 
 

@@ -250,7 +250,7 @@ class Pretrainer(nn.Module):
     return outputs | {"again": again}
 
   def __call__(self, batch, keys, train=False):
-    """Args: batch on the device (training.steps); keys [B] random keys, one a sample; train:
+    """Args: batch on the device (models.inputs); keys [B] random keys, one a sample; train:
     drop-path, batch statistics."""
     c = self.config
     mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)

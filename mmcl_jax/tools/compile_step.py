@@ -42,12 +42,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from mmcl_jax import configuration, objectives, ranges
-from mmcl_jax.data import cohort as cohort_lib, pipeline, schema
+from mmcl_jax.data import cohort as cohort_lib, pipeline, schema, standardise
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import inference, inputs, pretrainer
 from mmcl_jax.tools import hlo
-from mmcl_jax.training import cohorts, parallel, state as state_lib, steps
+from mmcl_jax.training import cohorts, parallel, state as state_lib, step as step_lib
 
 USAGE = (
   "usage: mmcl compile --config=joint:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
@@ -156,10 +156,10 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
 
 def training_step(config, mesh, topology: str) -> Step:
   """The step of `mmcl train` and what goes into it, as shapes alone; all of it is checked."""
-  shapes, scales = cohort_of(config)
+  shapes, standardiser = cohort_of(config)
   losses = objectives.build(config.objectives)
   model = pretrainer.build(
-    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+    config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   pretrainer.check(config.model, shapes)
   data, rows = mesh.shape["data"], config.batch // mesh.shape["data"]
@@ -168,10 +168,10 @@ def training_step(config, mesh, topology: str) -> Step:
     f"batch {config.batch} ({rows} a device)"
   )
   with jax.set_mesh(mesh):
-    example = steps.example(config, shapes, len(scales.names), config.batch)
+    example = inputs.example(config, shapes, len(standardiser.targets), config.batch)
     tx = state_lib.optimizer_for(model, example, config)
     state, shardings = state_lib.abstract(model, tx, example, config.seed, mesh, config.sharding)
-    steps.check_outputs(model, losses, example, state)
+    step_lib.check_outputs(model, losses, example, state)
     say(parallel.table(state, shardings, most=8))
     state = jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -181,7 +181,7 @@ def training_step(config, mesh, topology: str) -> Step:
     variables = {"params": state.params, "batch_stats": state.statistics}
     batch = global_batch(model, config, shapes, variables, mesh)
     function = jax.jit(
-      steps.make_train_step(model, losses, tx, config, scales),
+      step_lib.make_train_step(model, losses, tx, config, standardiser),
       donate_argnums=0,
       out_shardings=(shardings, None),
     )
@@ -279,7 +279,7 @@ def cohort_of(config):
   if config.data.cohort:
     cohort = cohort_lib.load(config.data.cohort)
     cohorts.check(cohort, [], config)
-    return cohort.info["shapes"], cohorts.targets(cohort, config)
+    return cohort.info["shapes"], standardise.of_cohort(cohort, config.data.targets)
   unknown = [name for name in config.data.targets if name not in schema.PHENOTYPES]
   if unknown:
     raise UserError(
@@ -301,20 +301,13 @@ def cohort_of(config):
     "covariates": [len(schema.COVARIATES)],
   }
   phenotypes = list(schema.PHENOTYPES)
-  names = tuple(config.data.targets) or tuple(phenotypes)
-
-  def unscaled(count):
-    return np.zeros(count, np.float32), np.ones(count, np.float32)
-
-  scales = steps.Scales(
-    names,
-    tuple(schema.COVARIATES),
-    tuple(phenotypes.index(name) for name in names),
-    unscaled(len(names)),
-    unscaled(len(schema.COVARIATES)),
-    tuple(schema.DISEASES),
+  standardiser = standardise.as_they_are(
+    phenotypes,
+    targets=tuple(config.data.targets) or tuple(phenotypes),
+    covariates=tuple(schema.COVARIATES),
+    diseases=tuple(schema.DISEASES),
   )
-  return shapes, scales
+  return shapes, standardiser
 
 
 def global_batch(model, config, shapes, variables, mesh):
@@ -326,7 +319,7 @@ def global_batch(model, config, shapes, variables, mesh):
   frozen = pretrainer.frozen(config.model)
   if frozen:
     spec = pipeline.element_spec(shapes, pretrainer.fields(config.model), config.batch)
-    features = jax.eval_shape(steps.make_features(model, frozen), variables, spec)
+    features = jax.eval_shape(inference.make_features(model, frozen), variables, spec)
     # kept as float32 (training.frozen)
     batch["features"] = {
       name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in features.items()

@@ -32,7 +32,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.support import files
 from mmcl_jax.support.typed import wrong_entries
 
-FORMAT = "mmcl_jax/3"
+FORMAT = "mmcl_jax/4"
 PEOPLE = "people.npz"
 
 
@@ -49,7 +49,7 @@ class Manifest(TypedDict):
   cohort: NotRequired[str]  # fingerprint, "" of converted weights
   shapes: NotRequired[dict[str, list[int]]]  # of the fields of a record
   devices: NotRequired[int]
-  scales: NotRequired[dict[str, Any]]  # see restore.scales_from_json
+  standardiser: NotRequired[dict[str, Any]]  # see data.standardise.to_json
   config: NotRequired[dict[str, Any]]
   origin: NotRequired[str]  # where converted weights come from
   best: NotRequired[dict[str, float | None]]  # see monitor.Best

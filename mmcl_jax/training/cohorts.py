@@ -7,17 +7,17 @@ import jax
 import numpy as np
 
 from mmcl_jax import evaluators
-from mmcl_jax.data import cohort as cohort_room, pipeline
+from mmcl_jax.data import cohort as cohort_lib, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError
 from mmcl_jax.models import pretrainer
-from mmcl_jax.training import checkpoint, people, steps as step_room
+from mmcl_jax.training import checkpoint, people
 
 ALLOW = "--config.data.allow_seen=True"
 # records of train that labels are looked for in, and spacing is averaged over
 FIRST = 200
 
 
-def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
+def load_mix(mix) -> list[tuple[cohort_lib.Cohort, float]]:
   """The cohorts of config.data.mix with their shares."""
   pairs = mix if isinstance(mix, (tuple, list)) else [mix]
   for pair in pairs:
@@ -31,29 +31,7 @@ def load_mix(mix) -> list[tuple[cohort_room.Cohort, float]]:
         f"config.data.mix is {mix!r}; expected pairs of a cohort and its share, such as "
         "(('ptbxl', 0.3),)"
       )
-  return [(cohort_room.load(path), share) for path, share in pairs]
-
-
-def targets(cohort, config) -> step_room.Scales:
-  """config.data.targets (empty: all of the cohort's phenotypes) and how they and the covariates are
-  standardised."""
-  known = list(cohort.info["phenotypes"])
-  if unknown := [name for name in config.data.targets if name not in known]:
-    raise UserError(
-      f"config.data.targets has {', '.join(unknown)}; the cohort {cohort.path} has "
-      f"{', '.join(known) or 'no phenotypes'}"
-    )
-  names = tuple(config.data.targets) or tuple(known)
-  columns = [known.index(name) for name in names]
-  mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
-  return step_room.Scales(
-    names,
-    tuple(cohort.info["covariates"]),
-    tuple(columns),
-    (mean[columns], sd[columns]),
-    cohort_room.train_statistics(cohort, "covariates"),
-    tuple(cohort.info["diseases"]),
-  )
+  return [(cohort_lib.load(path), share) for path, share in pairs]
 
 
 # -- Checks --
@@ -143,7 +121,7 @@ def check_images(cohort, others, config) -> None:
 
 def check_covariates(cohort, config) -> None:
   taking = pretrainer.takes_covariates(config.model)
-  if taking and not np.isfinite(cohort_room.train_statistics(cohort, "covariates")).any():
+  if taking and not np.isfinite(cohort_lib.train_statistics(cohort, "covariates")).any():
     raise UserError(
       f"config.model.{taking[0]}=True asks for covariates, and {cohort.path} knows none that "
       "differ "
@@ -242,7 +220,7 @@ def check_held_out(cohort, learned_from: people.People, part: str, config) -> No
 # -- Records --
 
 
-def tolerant(cohort: cohort_room.Cohort, config) -> cohort_room.Cohort:
+def tolerant(cohort: cohort_lib.Cohort, config) -> cohort_lib.Cohort:
   """Its records as training reads them: bad ones count as rows without anything
   (config.bad_rows)."""
   reads = pretrainer.fields(config.model)

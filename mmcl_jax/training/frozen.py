@@ -20,9 +20,9 @@ from jax.experimental import multihost_utils
 
 from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import inference, pretrainer
 from mmcl_jax.support import files
-from mmcl_jax.training import inference, steps
+from mmcl_jax.training.over_split import over_split
 
 VERSION = 1  # of what a tower makes of an image; raise it when that changes
 # keys of a tower's entry that its features do not depend on
@@ -80,8 +80,8 @@ def with_features(
   )
   if run := [name for name, absent in zip(places, somewhere) if absent]:
     fields = pretrainer.fields(model.config, only=run)
-    found = inference.over_split(
-      jax.jit(steps.make_features(model, run)),
+    found = over_split(
+      jax.jit(inference.make_features(model, run)),
       variables,
       source,
       mesh=mesh,

@@ -14,7 +14,7 @@ from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import towers
 from mmcl_jax.support.tree import flatten_variables
-from mmcl_jax.training import state as state_room
+from mmcl_jax.training import state as state_lib
 
 FRESH = "fresh"
 
@@ -35,8 +35,8 @@ class Report(NamedTuple):
 
 
 def load_pretrained(
-  state: state_room.TrainState, config, load: Callable[[str], dict[str, Any]]
-) -> tuple[state_room.TrainState, Report]:
+  state: state_lib.TrainState, config, load: Callable[[str], dict[str, Any]]
+) -> tuple[state_lib.TrainState, Report]:
   """Loads the modules that `config.init_from` names from the workdirs it gives; the optimiser
   starts fresh.
 
@@ -60,7 +60,7 @@ def load_pretrained(
   """
   target = flatten_variables({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
-  excepted = state_room.regexes(config.init_except, "config.init_except")
+  excepted = state_lib.regexes(config.init_except, "config.init_except")
   check_wanted(config, wanted, excepted, sorted({top(key) for key in target}))
   sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
   loaded = {workdir: flatten_variables(source) for workdir, source in sources.items()}
@@ -92,7 +92,7 @@ def load_pretrained(
     )
   check_excepted(excepted, seen, wanted)
   check_frozen(config, origin)
-  for path, treatment in state_room.treatments(config, state.params).items():
+  for path, treatment in state_lib.treatments(config, state.params).items():
     if treatment.frozen and origin["params", path].startswith(FRESH):
       origin["params", path] += ", and frozen so"
 
@@ -167,7 +167,7 @@ def replaced(tree, collection: str, new: dict[tuple[str, str], np.ndarray]):
   """The tree with the leaves of `new`, in its dtypes and shardings."""
 
   def leaf(path, old):
-    key = collection, state_room.path_name(path)
+    key = collection, state_lib.path_name(path)
     if key not in new:
       return old
     # A copy of its own: the step donates its buffers, and two modules may come from one array.

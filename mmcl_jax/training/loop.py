@@ -72,7 +72,7 @@ def meta(job, step: int, best, skipped, spacing: dict) -> dict:
     step,
     job.cohort.fingerprint,
     job.cohort.info["shapes"],
-    job.scales,
+    job.standardiser,
     config=json.loads(job.config.to_json()),
     best=best._asdict(),
     skipped=skipped._asdict(),

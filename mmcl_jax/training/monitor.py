@@ -2,7 +2,7 @@
 stand out, and the best evaluation.
 
 The step itself keeps the old state where the loss or a gradient is not finite, and rows with mask 0
-are out of every loss (training/steps.py). Here both are counted, from globally reduced numbers, so
+are out of every loss (training/step.py). Here both are counted, from globally reduced numbers, so
 that all hosts stop at the same step.
 """
 

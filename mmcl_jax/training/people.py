@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcl_jax.data import cohort as cohort_room
+from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.errors import UserError
 from mmcl_jax.support import files
 from mmcl_jax.training import checkpoint
@@ -43,7 +43,7 @@ def hashes(cohort) -> dict[str, np.ndarray]:
   """{split: uint64 [N]}, every person once."""
   return {
     split: np.unique(np.ascontiguousarray(rows).view(np.uint64))
-    for split, rows in cohort_room.subjects(cohort).items()
+    for split, rows in cohort_lib.subjects(cohort).items()
   }
 
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mmcl_jax import configuration
+from mmcl_jax.data import standardise
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
-from mmcl_jax.training import checkpoint, distributed, parallel, state as state_room, steps
+from mmcl_jax.models import inference, inputs, pretrainer
+from mmcl_jax.training import checkpoint, distributed, parallel, state as state_lib
 
 
 class Run(NamedTuple):
@@ -23,8 +24,8 @@ class Run(NamedTuple):
   model: Any
   mesh: Mesh
   step: int
-  state: state_room.TrainState
-  scales: steps.Scales
+  state: state_lib.TrainState
+  standardiser: standardise.Standardiser
   manifest: checkpoint.Manifest
 
 
@@ -63,21 +64,21 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   step = choose(workdir, step)
   about = checkpoint.manifest(workdir, step)
   check_config(workdir, step, about, config)
-  scales = scales_from_json(about["scales"])
+  standardiser = standardise.from_json(about["standardiser"])
   mesh = parallel.make_mesh(data=-1, model=1)
   model = pretrainer.build(
-    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+    config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
-  example = steps.example(config, about["shapes"], len(scales.names), 1)
-  abstract, where = state_room.abstract(
-    model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=()
+  example = inputs.example(config, about["shapes"], len(standardiser.targets), 1)
+  abstract, where = state_lib.abstract(
+    model, state_lib.optimizer_for(model, example, config), example, config.seed, mesh, rules=()
   )
   with jax.set_mesh(mesh):
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where
     )
     state, _, manifest = checkpoint.restore(workdir, step, abstract)
-  return Run(config, model, mesh, step, state, scales, manifest)
+  return Run(config, model, mesh, step, state, standardiser, manifest)
 
 
 def checksum(workdir: str, step: int) -> str:
@@ -102,10 +103,10 @@ def check_config(
 def untrained(run: Run) -> dict:
   """params and batch_stats drawn from the run's seed, of no training at all: the untrained encoder
   of the baselines."""
-  example = steps.example(run.config, run.manifest["shapes"], len(run.scales.names), 1)
+  example = inputs.example(run.config, run.manifest["shapes"], len(run.standardiser.targets), 1)
   everywhere = NamedSharding(run.mesh, P())
   return jax.jit(
-    lambda: state_room.variables(run.model, example, run.config.seed), out_shardings=everywhere
+    lambda: state_lib.variables(run.model, example, run.config.seed), out_shardings=everywhere
   )()
 
 
@@ -143,7 +144,7 @@ def load_encoder(workdir: str, step: int | None = None) -> Encoder:
     UserError: there is no such checkpoint, it is damaged, or its encoder also needs covariates.
   """
   run = load_ecg_run(workdir, step)
-  embed_ecg = jax.jit(steps.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
+  embed_ecg = jax.jit(inference.make_embed_ecg(run.model, run.config.data.samples, "embed_ecg"))
   # On one device of this host: every host embeds recordings of its own, at its own pace.
   variables = jax.device_put(jax.device_get(run.state.variables), jax.local_devices()[0])
 
@@ -154,7 +155,12 @@ def load_encoder(workdir: str, step: int | None = None) -> Encoder:
 
 
 def write_run(
-  workdir: str, config: ConfigDict, variables: dict, shapes: dict, scales: steps.Scales, origin: str
+  workdir: str,
+  config: ConfigDict,
+  variables: dict,
+  shapes: dict,
+  standardiser: standardise.Standardiser,
+  origin: str,
 ) -> None:
   """A workdir with one checkpoint, step 0, made of weights that were trained elsewhere.
 
@@ -165,12 +171,12 @@ def write_run(
   """
   mesh = parallel.make_mesh(data=-1, model=1)
   model = pretrainer.build(
-    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+    config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   with jax.set_mesh(mesh):
-    example = steps.example(config, shapes, len(scales.names), 1)
-    state, _ = state_room.create(
-      model, state_room.optimizer_for(model, example, config), example, config.seed, mesh, rules=()
+    example = inputs.example(config, shapes, len(standardiser.targets), 1)
+    state, _ = state_lib.create(
+      model, state_lib.optimizer_for(model, example, config), example, config.seed, mesh, rules=()
     )
     state = state.replace(
       params=jax.device_put(variables["params"], jax.tree.map(lambda x: x.sharding, state.params)),
@@ -178,40 +184,21 @@ def write_run(
     )
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.Checkpoints(workdir, keep=1)
-    about = meta(0, "", shapes, scales, config=json.loads(config.to_json()), origin=origin)
+    about = meta(0, "", shapes, standardiser, config=json.loads(config.to_json()), origin=origin)
     checkpoints.save(0, state, data={"next_step": 0}, meta=about)
     checkpoints.close()
   configuration.save(config, workdir)
 
 
-def meta(step: int, cohort: str, shapes: dict, scales: steps.Scales, **more) -> dict:
+def meta(
+  step: int, cohort: str, shapes: dict, standardiser: standardise.Standardiser, **more
+) -> dict:
   """What the manifest of a checkpoint says beside its checksums."""
-  numbers = {
-    name: [np.asarray(x, float).tolist() for x in getattr(scales, name)]
-    for name in ("target", "covariate")
-  }
   return {
     "step": step,
     "cohort": cohort,
     "shapes": shapes,
     "devices": jax.device_count(),
-    "scales": numbers
-    | {
-      name: list(getattr(scales, name)) for name in ("names", "covariates", "columns", "diseases")
-    },
+    "standardiser": standardise.to_json(standardiser),
     **more,
   }
-
-
-def scales_from_json(found: dict) -> steps.Scales:
-  def pair(name):
-    return tuple(np.asarray(x, np.float32) for x in found[name])
-
-  return steps.Scales(
-    tuple(found["names"]),
-    tuple(found["covariates"]),
-    tuple(found["columns"]),
-    pair("target"),
-    pair("covariate"),
-    tuple(found["diseases"]),
-  )

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from mmcl_jax import configuration, evaluators, objectives as objective_room, ranges
-from mmcl_jax.data import pipeline
+from mmcl_jax import configuration, evaluators, objectives as objective_lib, ranges
+from mmcl_jax.data import pipeline, standardise
 from mmcl_jax.data.cohort import Cohort, load
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import pretrainer, towers
+from mmcl_jax.models import inputs, pretrainer, towers
 from mmcl_jax.support import locks
 from mmcl_jax.support.tree import flatten
 from mmcl_jax.training import (
@@ -29,8 +29,8 @@ from mmcl_jax.training import (
   parallel,
   people,
   restore,
-  state as state_room,
-  steps as step_room,
+  state as state_lib,
+  step as step_lib,
 )
 
 
@@ -48,7 +48,7 @@ class Job(NamedTuple):
   mesh: jax.sharding.Mesh
   cohort: Cohort
   others: list[tuple[Cohort, float]]
-  scales: step_room.Scales
+  standardiser: standardise.Standardiser
   model: Any
   objectives: list
   evaluators: list[evaluators.Evaluator]
@@ -61,7 +61,7 @@ class Start(NamedTuple):
   resumes."""
 
   optimizer: optax.GradientTransformation
-  state: state_room.TrainState
+  state: state_lib.TrainState
   shardings: Any
   best: monitor.Best
   skipped: monitor.Skipped
@@ -95,12 +95,12 @@ def check(config, workdir: str) -> Job:
   mesh = parallel.make_mesh(**config.mesh)
   parallel.check_batch(config.batch, mesh)
   distributed.check_mesh(mesh)
-  scales = cohorts.targets(cohort, config)
-  objectives = objective_room.build(config.objectives)
+  standardiser = standardise.of_cohort(cohort, config.data.targets)
+  objectives = objective_lib.build(config.objectives)
   watching = evaluators.in_training(config)
   monitor.check_stopping(config)
   model = pretrainer.build(
-    config.model, config.data.samples, len(scales.names), len(scales.diseases)
+    config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   cohorts.check(cohort, others, config)
   learned_from = cohorts.people_of(cohort, others, config, workdir, start)
@@ -113,7 +113,7 @@ def check(config, workdir: str) -> Job:
     mesh,
     cohort,
     others,
-    scales,
+    standardiser,
     model,
     objectives,
     watching,
@@ -152,14 +152,14 @@ def state(job: Job) -> Start:
   """The state of the workdir's last checkpoint, else a fresh one with what earlier stages have
   learned."""
   config = job.config
-  example = step_room.example(
-    config, job.cohort.info["shapes"], len(job.scales.names), config.batch
+  example = inputs.example(
+    config, job.cohort.info["shapes"], len(job.standardiser.targets), config.batch
   )
-  tx = state_room.optimizer_for(job.model, example, config)
-  fresh, shardings = state_room.create(
+  tx = state_lib.optimizer_for(job.model, example, config)
+  fresh, shardings = state_lib.create(
     job.model, tx, example, config.seed, job.mesh, config.sharding
   )
-  step_room.check_outputs(job.model, job.objectives, example, fresh)
+  step_lib.check_outputs(job.model, job.objectives, example, fresh)
   if job.start:
     restored, best, skipped = resume(job, fresh, shardings)
     begun = Start(tx, restored, shardings, best, skipped, None)
@@ -226,7 +226,7 @@ def open_data(job: Job, variables) -> Data:
 def context(job: Job, data: Data) -> Context:
   """What evaluators look at while training; without a state, which each evaluation brings."""
   about = {"cohort": job.cohort.fingerprint, "shapes": job.cohort.info["shapes"], **data.spacing}
-  run = restore.Run(job.config, job.model, job.mesh, job.start, None, job.scales, about)
+  run = restore.Run(job.config, job.model, job.mesh, job.start, None, job.standardiser, about)
   records = {"val": data.validation} if job.evaluators else {}
   return Context(run, job.cohort, "val", job.workdir, job.config.batch, records=records)
 

@@ -23,7 +23,7 @@ import raw_ukb
 from fuzz import Target
 
 from mmcl_jax import configuration
-from mmcl_jax.data import builder, cohort as cohort_room, readers, schema, ukb_fields
+from mmcl_jax.data import builder, cohort as cohort_lib, readers, schema, standardise, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.readers import mmcl_pt as reader_pt, tables, ukb_cmr_dicom, ukb_ecg_xml, wfdb
 from mmcl_jax.data.sources import acdc, labels, mmcl_pt, mnms, ukb, wfdb as source_wfdb
@@ -514,12 +514,12 @@ def make_cohort(folder):
 
 def read_cohort(folder):
   """As every program opens a cohort, and what training asks it before the first batch."""
-  cohort = cohort_room.load(str(folder / "c"))
+  cohort = cohort_lib.load(str(folder / "c"))
   statistics = (
-    lambda field=field: cohort_room.train_statistics(cohort, field)
+    lambda field=field: cohort_lib.train_statistics(cohort, field)
     for field in ("phenotypes", "covariates")
   )
-  return all_of(lambda: cohort.fingerprint, lambda: cohort_room.subjects(cohort), *statistics)
+  return all_of(lambda: cohort.fingerprint, lambda: cohort_lib.subjects(cohort), *statistics)
 
 
 def read_inspect(folder):
@@ -557,11 +557,10 @@ def make_checkpoint(folder):
   import jax.numpy as jnp
   import joint
 
-  from mmcl_jax.training import checkpoint, restore, steps
+  from mmcl_jax.training import checkpoint, restore
 
   for seed in ("0", "1"):
-    pair = np.zeros(1, np.float32), np.ones(1, np.float32)
-    scales = steps.Scales(("LVM",), ("sex",), (0,), pair, pair, ("HF",))
+    standardiser = standardise.as_they_are(["LVM"], ("LVM",), ("sex",), ("HF",))
     (folder / seed).mkdir()
     config = joint.get_config("test")
     configuration.save(config, str(folder / seed))
@@ -570,7 +569,9 @@ def make_checkpoint(folder):
       more = {"config": json.loads(config.to_json())}
       if seed == "1":
         more["best"] = {"step": 3, "value": 0.5}
-      meta = restore.meta(step, "f" * 32, {"ecg": [12, 5000], "phenotypes": [1]}, scales, **more)
+      meta = restore.meta(
+        step, "f" * 32, {"ecg": [12, 5000], "phenotypes": [1]}, standardiser, **more
+      )
       saved.save(step, {"w": jnp.arange(8.0) + step}, data={"next_step": step}, meta=meta)
     saved.close()
 
@@ -581,7 +582,7 @@ def read_manifest(folder):
 
   step = restore.choose(str(folder))
   about = checkpoint.manifest(str(folder), step)
-  return restore.scales_from_json(about["scales"]), about["shapes"], about["cohort"]
+  return standardise.from_json(about["standardiser"]), about["shapes"], about["cohort"]
 
 
 def read_checkpoint(folder):

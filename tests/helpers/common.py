@@ -52,14 +52,13 @@ def tiny_flags(cohort_path, workdir):
 
 
 def tiny_step(cohort_path):
-  """What one training step of 16 rows is made of: config, cohort, scales, model, objectives,
+  """What one training step of 16 rows is made of: config, cohort, standardiser, model, objectives,
   batch."""
   from mmcl_jax import objectives
-  from mmcl_jax.data import cohort as cohort_room, pipeline
+  from mmcl_jax.data import cohort as cohort_lib, pipeline, standardise
   from mmcl_jax.models import pretrainer
-  from mmcl_jax.training import cohorts
 
-  config, cohort = tiny_config(cohort_path), cohort_room.load(cohort_path)
+  config, cohort = tiny_config(cohort_path), cohort_lib.load(cohort_path)
   config.batch = 16
   batch = next(
     pipeline.train_batches(cohort.splits["train"], seed=0, batch=16, fields=("ed_es_volumes",))
@@ -67,7 +66,7 @@ def tiny_step(cohort_path):
   return (
     config,
     cohort,
-    cohorts.targets(cohort, config),
+    standardise.of_cohort(cohort, config.data.targets),
     pretrainer.build(config.model, config.data.samples),
     objectives.build(config.objectives),
     batch,

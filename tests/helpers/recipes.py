@@ -1,10 +1,10 @@
 """The recipes under configs/ as the command line reads them."""
 
 import jax
-
 from common import ROOT
+
 from mmcl_jax import configuration, train
-from mmcl_jax.training import state as state_room
+from mmcl_jax.training import state as state_lib
 
 
 def configure(recipe, *flags):
@@ -16,7 +16,7 @@ def configure(recipe, *flags):
 def leaves(variables, module):
   """{COLLECTION/PATH: leaf} of one top-level module."""
   return {
-    f"{collection}/{state_room.path_name(path)}": leaf
+    f"{collection}/{state_lib.path_name(path)}": leaf
     for collection in ("params", "batch_stats")
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables[collection].get(module, {}))
   }

@@ -6,16 +6,17 @@ import types
 
 import jax
 import pytest
-
 from common import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 import step as benchmark
+
 from mmcl_jax import objectives
-from mmcl_jax.models import pretrainer, vit
+from mmcl_jax.data import standardise
+from mmcl_jax.models import inputs, pretrainer, vit
 from mmcl_jax.tools import hlo
-from mmcl_jax.training import parallel, state as state_room, steps
+from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
 # written out in PyTorch
 MILLIONS = {"mae": 7.07, "mae_medium": 49.68, "mmcl": 31.95, "dual_phase": 116.59, "joint": 116.59}
@@ -23,16 +24,21 @@ MILLIONS = {"mae": 7.07, "mae_medium": 49.68, "mmcl": 31.95, "dual_phase": 116.5
 
 def traced(case, batch):
   config, shapes = benchmark.case(case, batch, 2, [])
-  mesh, scales = parallel.make_mesh(data=1, model=1), benchmark.no_scales(steps)
+  mesh, standardiser = (
+    parallel.make_mesh(data=1, model=1),
+    standardise.as_they_are([], covariates=("none",)),
+  )
   model = pretrainer.build(config.model, config.data.samples, 0)
   with jax.set_mesh(mesh):
-    example = steps.example(config, shapes, 0, batch)
-    tx = state_room.optimizer_for(model, example, config)
-    state, _ = state_room.abstract(model, tx, example, 0, mesh, ())
+    example = inputs.example(config, shapes, 0, batch)
+    tx = state_lib.optimizer_for(model, example, config)
+    state, _ = state_lib.abstract(model, tx, example, 0, mesh, ())
     rows = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), benchmark.random_rows(config, shapes)
     )
-    step = steps.make_train_step(model, objectives.build(config.objectives), tx, config, scales)
+    step = step_lib.make_train_step(
+      model, objectives.build(config.objectives), tx, config, standardiser
+    )
     return state, jax.jit(step).trace(state, rows).jaxpr
 
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import ROOT, python
 from jax import export as jax_export
+from mistakes import error_of
 from scipy import signal
 
-from common import ROOT, python
-from mistakes import error_of
 from mmcl_jax import configuration, export
 from mmcl_jax.data import schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
@@ -210,7 +210,7 @@ def test_what_is_said_of_the_file(out, workdir, cohort):
 
 
 def by_the_words(words, ecg, rate=500):
-  """Carries out the steps of a profile as they are told, those with filters and scales."""
+  """Carries out the steps of a profile as they are told, those with filters and standardiser."""
   for step in words[1:]:
 
     def found(pattern, step=step):

@@ -10,16 +10,16 @@ import types
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-
 from common import tiny_config
+from hypothesis import given, settings, strategies as st
+from objective_cases import CASES, case
+from test_objectives_degenerate import value_and_grad
+
 from mmcl_jax import evaluate, train
-from mmcl_jax.data import cohort as cohort_room, pipeline
+from mmcl_jax.data import cohort as cohort_lib, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError
 from mmcl_jax.models import tokenizer
 from mmcl_jax.training import checkpoint, cohorts, metrics, monitor
-from objective_cases import CASES, case
-from test_objectives_degenerate import value_and_grad
 
 BROKEN = 5  # record of the train split
 
@@ -34,7 +34,7 @@ def damage(cohort, to, split="train", record=BROKEN):
     if (at := content.find(wanted)) < 0:
       continue
     file.write_bytes(content[:at] + bytes(64) + content[at + 64 :])
-    return cohort_room.load(str(to))
+    return cohort_lib.load(str(to))
   pytest.skip("the record's bytes were not found in its file")
 
 
@@ -192,7 +192,7 @@ def test_what_is_not_read_is_not_looked_at_and_a_lost_disk_is_no_bad_record():
         ["chunk data hash mismatch", "read() failed: Input/output error; reading /a"][i]
       )
 
-  records = cohort_room.Records.__new__(cohort_room.Records)
+  records = cohort_lib.Records.__new__(cohort_lib.Records)
   records.source, records.name = Source(), "train in c"
   records.described = types.SimpleNamespace(deserialize_example_np=dict)
   with pytest.raises(DamagedRecord, match="record 0 of train in c"):

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import tiny_config
 from scipy import integrate
 from scipy.stats import norm
 
-from common import tiny_config
 from mmcl_jax import objectives
 from mmcl_jax.data import measure
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import generation, images, statistics
-from mmcl_jax.models import generator, mar, pretrainer, segmenter, tokenizer
-from mmcl_jax.training import cohorts, parallel, state as state_room, steps
+from mmcl_jax.models import generator, inference, inputs, mar, pretrainer, segmenter, tokenizer
+from mmcl_jax.training import cohorts, parallel, state as state_lib, step as step_lib
 
 KEYS = jax.random.split(jax.random.key(5), 3)
 
@@ -332,7 +332,7 @@ def masked(cohort):
   c.model.generator.masked = c.model.generator.covariates = True
   model = pretrainer.build(c.model, c.data.samples)
   batch = jax.tree.map(
-    lambda x: jnp.ones(x.shape, x.dtype), steps.example(c, cohort.info["shapes"], 1, 2)
+    lambda x: jnp.ones(x.shape, x.dtype), inputs.example(c, cohort.info["shapes"], 1, 2)
   )
   variables = jax.jit(lambda: model.init(jax.random.key(0), batch, KEYS[:2]))()
   leaves, structure = jax.tree.flatten(variables)
@@ -360,7 +360,7 @@ def drawn(masked):
     normal(2, 2, *pretrainer.noise_shape(c.model, masked.shape), seed=1),
   )
   make = functools.cache(
-    lambda guidance: jax.jit(steps.make_generate(masked.model, c, masked.shape, 2, guidance))
+    lambda guidance: jax.jit(inference.make_generate(masked.model, c, masked.shape, 2, guidance))
   )
   return lambda guidance, conditions=known: np.asarray(
     make(guidance)(masked.variables, ecg, noise, conditions)
@@ -555,10 +555,10 @@ def test_what_the_model_reads(cohort):
 
 def test_average_is_the_weighted_mean_of_the_parameters_so_far():
   decay, params = 0.9, {"a": jnp.ones(3), "b": {"c": jnp.zeros((2, 2))}}
-  tx = optax.chain(optax.sgd(0.1), state_room.keep_average(decay))
+  tx = optax.chain(optax.sgd(0.1), state_lib.keep_average(decay))
   state, history = tx.init(params), []
   # nothing taken in
-  assert jax.tree.all(jax.tree.map(np.array_equal, state_room.averaged(params, state), params))
+  assert jax.tree.all(jax.tree.map(np.array_equal, state_lib.averaged(params, state), params))
   for step in range(5):
     slope = np.sin(step + 1)
     gradient = jax.tree.map(lambda x, slope=slope: jnp.full_like(x, slope), params)
@@ -569,7 +569,7 @@ def test_average_is_the_weighted_mean_of_the_parameters_so_far():
   expected = jax.tree.map(lambda *x: np.average(x, axis=0, weights=weights), *history)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5),
-    state_room.averaged(params, state),
+    state_lib.averaged(params, state),
     expected,
   )
 
@@ -670,12 +670,12 @@ def test_what_is_frozen_has_no_running_mean(cohort):
   c = tiny_config(cohort.path)
   c.freeze, c.optimizer.ema, c.optimizer.warmup = ("^a/",), 0.5, 0
   params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
-  tx = state_room.optimizer(c, params)
+  tx = state_lib.optimizer(c, params)
   state = tx.init(params)
   for _ in range(2):
     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     params = optax.apply_updates(params, updates)
-  found = state_room.averaged(params, state)
+  found = state_lib.averaged(params, state)
   assert np.array_equal(found["a"]["kernel"], params["a"]["kernel"])
   assert (found["b"]["kernel"] > params["b"]["kernel"]).all() and (found["b"]["kernel"] < 1).all()
   # two moments and a mean of b; three counts
@@ -688,16 +688,16 @@ def test_what_objectives_ask_for_is_found_without_a_state_in_memory(cohort):
   c.optimizer.ema = 0.9
   model = pretrainer.build(c.model, c.data.samples)
   example, mesh = (
-    steps.example(c, cohort.info["shapes"], 0, 2),
+    inputs.example(c, cohort.info["shapes"], 0, 2),
     parallel.make_mesh(data=-1, model=1),
   )
-  state, _ = state_room.abstract(
-    model, state_room.optimizer_for(model, example, c), example, 0, mesh, ()
+  state, _ = state_lib.abstract(
+    model, state_lib.optimizer_for(model, example, c), example, 0, mesh, ()
   )
-  steps.check_outputs(model, objectives.build(c.objectives), example, state)
+  step_lib.check_outputs(model, objectives.build(c.objectives), example, state)
   c.objectives = dict(mine=dict(fn="mae", weight=1.0))
   with pytest.raises(UserError, match="asks for 'reconstruction'"):
-    steps.check_outputs(model, objectives.build(c.objectives), example, state)
+    step_lib.check_outputs(model, objectives.build(c.objectives), example, state)
 
 
 def test_somebody_else_s_ecg():

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import ROOT, python
 from jax import export
 from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
-from common import ROOT, python
+from mmcl_jax.models import inputs, kernels, pretrainer, vit
 from mmcl_jax.tools import compile_step as program
-from mmcl_jax.models import kernels, pretrainer, vit
-from mmcl_jax.training import state as state_room, steps
+from mmcl_jax.training import state as state_lib
 
 AMPERE, HOPPER = kernels.Gpu((8, 0), 90800), kernels.Gpu((9, 0), 91200)
 
@@ -74,12 +74,12 @@ def recipes():
       note = functools.partial(noted, found, f"{file.stem}:{argument}")
       patch.setattr(kernels, "attention", note)
       config = module.get_config(argument)
-      shapes, scales = program.cohort_of(config)
+      shapes, standardiser = program.cohort_of(config)
       model = pretrainer.build(
-        config.model, config.data.samples, len(scales.names), len(scales.diseases)
+        config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
       )
-      example = steps.example(config, shapes, len(scales.names), 2)
-      jax.eval_shape(functools.partial(state_room.variables, model, example))
+      example = inputs.example(config, shapes, len(standardiser.targets), 2)
+      jax.eval_shape(functools.partial(state_lib.variables, model, example))
   patch.undo()
   return found
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import initialise, parallel, state as state_room
+from mmcl_jax.training import initialise, parallel, state as state_lib
 
 WIDTH, LEADS = 4, 12
 
@@ -75,7 +75,7 @@ def variables(seed, towers=("ed", "es"), decoder=False, columns=2, patch=3):
 
 def a_state(seed=0, **kwargs):
   made = jax.tree.map(jnp.asarray, variables(seed, **kwargs))
-  return state_room.TrainState(
+  return state_lib.TrainState(
     jnp.int32(0), made["params"], made["batch_stats"], {"mu": jnp.ones(3)}
   )
 
@@ -120,7 +120,7 @@ def test_named_modules_are_loaded_and_all_else_stays():
   expected = {"ecg": "W1", "cmr_es": "W2", "log_scale": "W2"}
 
   def names(tree):
-    return [state_room.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [state_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
   paths = names(state.params) + ["batch_stats/" + path for path in names(state.statistics)]
   assert origins == {

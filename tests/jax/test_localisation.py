@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import tiny_config
 from ml_collections import ConfigDict
 
-from common import tiny_config
 from mmcl_jax.data import schema
 from mmcl_jax.evaluators import drawings, localisation, statistics
-from mmcl_jax.models import pretrainer, towers, vit
+from mmcl_jax.models import inputs, pretrainer, towers, vit
 from mmcl_jax.models.towers import ecg_vit, video_vit
-from mmcl_jax.training import parallel, restore, steps
+from mmcl_jax.training import parallel, restore
 
 SPECS = {
   "resnet": dict(fn="resnet", view="cine_slice", size="test", planes=3),
@@ -140,7 +140,7 @@ def by_hand():
     dict(model=dict(towers=dict(hand=spec.to_dict(), ecg=ECG)), data=dict(samples=20))
   )
   return SimpleNamespace(
-    model=SimpleNamespace(apply=apply, config=config.model), config=config, scales=None
+    model=SimpleNamespace(apply=apply, config=config.model), config=config, standardiser=None
   ), spec
 
 
@@ -309,7 +309,7 @@ def run(cohort):
   config = tiny_config(cohort.path)
   config.model.towers.es.frozen = True
   model = pretrainer.build(config.model, config.data.samples)
-  example = steps.example(config, cohort.info["shapes"], 0, 1)
+  example = inputs.example(config, cohort.info["shapes"], 0, 1)
   shapes = jax.eval_shape(
     lambda: model.init(
       jax.random.key(0),

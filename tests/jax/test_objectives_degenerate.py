@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objective_cases import CASES, B, case, counts
 
 from mmcl_jax import objectives
 from mmcl_jax.objectives import contrastive
-from objective_cases import B, CASES, case, counts
 
 VALUE_AND_GRAD = {}  # compiled once an objective: every case has the same shapes
 
@@ -255,6 +255,6 @@ def test_targets_that_do_not_fit_are_one_clear_line():
   ],
 )
 def test_a_missing_output_is_named(name, parameters, missing):
-  """training.steps.check_outputs makes one line of it, with the outputs that there are."""
+  """training.step_lib.check_outputs makes one line of it, with the outputs that there are."""
   with pytest.raises(KeyError, match=missing):
     objectives.find(name, "")(*case(), **parameters)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import python
 from ml_collections import ConfigDict
 
-from common import python
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, parallel, state as state_room
+from mmcl_jax.training import checkpoint, parallel, state as state_lib
 
 DEPTH = 2
 
@@ -81,7 +81,7 @@ def variables(seed=0, dtype=np.float32):
 
 def flat(tree):
   return {
-    state_room.path_name(path): np.asarray(leaf)
+    state_lib.path_name(path): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
@@ -119,7 +119,7 @@ def numpy_adamw(params, grads, config, frozen, factor):
 
 def run(config, params, grads):
   """Parameters after these gradients by the package, and the optimiser's state."""
-  tx = state_room.optimizer(config, params)
+  tx = state_lib.optimizer(config, params)
   params, opt_state = jax.tree.map(jnp.asarray, params), tx.init(params)
   update = jax.jit(tx.update)
   for g in grads:
@@ -208,7 +208,7 @@ def test_l2_takes_off_as_much_more_as_the_gradient_is_below_one(l2):
   config = a_config(steps=steps, warmup=1, l2=l2)
   config.optimizer.update(learning_rate=0.02, weight_decay=decay, b2=0.999)
   params = {"ecg": {"block0": {"kernel": np.ones((200, 50), np.float32)}}}
-  tx = state_room.optimizer(config, params)
+  tx = state_lib.optimizer(config, params)
 
   def step(carry, key):
     params, opt_state = carry
@@ -301,10 +301,10 @@ def test_frozen_parameters_cost_no_moments_and_leave_the_norm_alone():
 
 def test_no_gradient_reaches_frozen_parameters():
   params, _ = variables()
-  treatment = state_room.treatments(a_config(freeze=("^ecg/",)), params)
+  treatment = state_lib.treatments(a_config(freeze=("^ecg/",)), params)
 
   def square(p):
-    return sum((x**2).sum() for x in jax.tree.leaves(state_room.stop_frozen(p, treatment)))
+    return sum((x**2).sum() for x in jax.tree.leaves(state_lib.stop_frozen(p, treatment)))
 
   for path, gradient in flat(jax.grad(square)(params)).items():
     np.testing.assert_array_equal(
@@ -316,9 +316,9 @@ def test_the_state_survives_a_checkpoint_and_is_sharded_by_rule(tmp_path):
   """Masked moments are saved, restored and placed like any others."""
   params, _ = variables()
   config = a_config(freeze=("^ecg/",))
-  tx = state_room.optimizer(config, params)
+  tx = state_lib.optimizer(config, params)
   mesh = parallel.make_mesh(-1, 1)
-  state = state_room.TrainState(
+  state = state_lib.TrainState(
     jnp.int32(3), params, {}, run(config, params, some_gradients(params, 1))[1]
   )
   shapes = jax.eval_shape(lambda: state)
@@ -347,7 +347,7 @@ def test_the_state_survives_a_checkpoint_and_is_sharded_by_rule(tmp_path):
 
 def test_only_kernels_decay():
   params, _ = variables()
-  decayed = {path for path, t in state_room.treatments(a_config(), params).items() if t.decayed}
+  decayed = {path for path, t in state_lib.treatments(a_config(), params).items() if t.decayed}
   assert decayed == {path for path in flat(params) if path.endswith("/kernel")}
   assert not decayed & {
     "ecg/pos_embed",
@@ -360,7 +360,7 @@ def test_only_kernels_decay():
 
 def test_layers_of_the_ecg_tower():
   params, _ = variables()
-  found = state_room.treatments(a_config(layer_decay=0.5), jax.eval_shape(lambda: params))
+  found = state_lib.treatments(a_config(layer_decay=0.5), jax.eval_shape(lambda: params))
   assert {path: t.factor for path, t in found.items()} == {
     path: expected_factor(path, 0.5) for path in flat(params)
   }
@@ -369,7 +369,7 @@ def test_layers_of_the_ecg_tower():
 
 def test_the_first_rate_that_matches_counts():
   params, _ = variables()
-  found = state_room.treatments(
+  found = state_lib.treatments(
     a_config(rates=(("^ecg/block1/", 0.1), ["^ecg/", 0.2]), layer_decay=0.5), params
   )
   assert found["ecg/block1/qkv/bias"].factor == pytest.approx(0.1 * 0.5)
@@ -379,7 +379,7 @@ def test_the_first_rate_that_matches_counts():
 
 def test_a_frozen_tower_is_its_backbone():
   params, statistics = variables()
-  found = state_room.treatments(a_config(frozen=True), params, statistics)
+  found = state_lib.treatments(a_config(frozen=True), params, statistics)
   assert {path for path, t in found.items() if t.frozen} == {
     "cmr_ed/backbone/stem/kernel",
     "cmr_ed/backbone/bn/scale",
@@ -414,29 +414,27 @@ def test_a_frozen_tower_is_its_backbone():
 def test_mistakes_are_one_line(case, text):
   params, statistics = variables()
   with pytest.raises(UserError, match=re.escape(text)) as raised:
-    state_room.optimizer(a_config(**case), params, statistics)
+    state_lib.optimizer(a_config(**case), params, statistics)
   assert "\n" not in str(raised.value)
 
 
 def test_what_may_be_frozen_beside_batch_statistics():
   params, statistics = variables()
-  found = state_room.treatments(
+  found = state_lib.treatments(
     a_config(freeze=("^cmr_ed/fc/", "^head_ecg/fc1/"), frozen=True), params, statistics
   )
   assert sum(t.frozen for t in found.values()) == 7
   # says it twice
-  everything = state_room.treatments(
-    a_config(freeze=("^cmr_ed/",), frozen=True), params, statistics
-  )
+  everything = state_lib.treatments(a_config(freeze=("^cmr_ed/",), frozen=True), params, statistics)
   assert sum(t.frozen for t in everything.values()) == 5
 
 
 def test_something_must_be_left_to_train():
   with pytest.raises(UserError, match="leave no parameter to train"):
-    state_room.optimizer(a_config(freeze=("^(ecg|head|log)", "fc"), frozen=True), variables()[0])
+    state_lib.optimizer(a_config(freeze=("^(ecg|head|log)", "fc"), frozen=True), variables()[0])
 
 
 def test_layer_decay_needs_an_ecg_tower():
   params = {name: x for name, x in variables()[0].items() if name != "ecg"}
   with pytest.raises(UserError, match="no ECG tower"):
-    state_room.optimizer(a_config(layer_decay=0.5), params)
+    state_lib.optimizer(a_config(layer_decay=0.5), params)

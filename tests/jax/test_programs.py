@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import wfdb
+from common import ROOT, SHARES, SUBJECTS, tiny_config, tiny_flags
 from scipy import stats
 from sklearn.metrics import r2_score, roc_auc_score
 
-from common import ROOT, SHARES, SUBJECTS, tiny_config, tiny_flags
 from mmcl_jax import (
   compare,
   configuration,
@@ -454,7 +454,7 @@ def test_an_evaluation_of_another_run_is_refused(ptb_run, workdir, tmp_path):
 
 def test_a_cohort_without_any_label_is_refused_before_the_work(workdir, ptb, monkeypatch):
   monkeypatch.setattr(
-    setup.cohort_room, "load", lambda path: ptb._replace(info=ptb.info | {"diseases": []})
+    setup.cohort_lib, "load", lambda path: ptb._replace(info=ptb.info | {"diseases": []})
   )
   with pytest.raises(
     UserError, match="has no phenotypes and no diseases; evaluation fits on train"

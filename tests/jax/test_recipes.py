@@ -7,13 +7,13 @@ import types
 
 import jax
 import pytest
-
 from common import ROOT
 from recipes import configure, leaves
-from mmcl_jax import configuration, objectives as objective_room, train
+
+from mmcl_jax import configuration, objectives as objective_lib, train
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer, towers
-from mmcl_jax.training import state as state_room, steps as step_room
+from mmcl_jax.models import inputs, pretrainer, towers
+from mmcl_jax.training import state as state_lib, step as step_lib
 
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
 
@@ -33,11 +33,11 @@ def test_cardiacnets_encoder_keeps_what_its_class_token_was_trained_with():
       "cine_slice": [5, 32, 32],
       "lax": [5, 32, 32],
     }
-    example = step_room.example(c, shapes, 12, 2)
-    return c, jax.eval_shape(lambda: state_room.variables(model, example))
+    example = inputs.example(c, shapes, 12, 2)
+    return c, jax.eval_shape(lambda: state_lib.variables(model, example))
 
   align, there = variables("cardiacnets:test,stage=align")
-  treated = state_room.treatments(align, there["params"])
+  treated = state_lib.treatments(align, there["params"])
   frozen = {path for path, treatment in treated.items() if treatment.frozen}
   assert {path.split("/")[0] for path in frozen} == {"cmr_sax", "cmr_lax", "head_sax", "head_lax"}
   regex, _ = align.init_except
@@ -455,15 +455,15 @@ def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
   }
   pretrainer.check(c.model, shapes)
   model = pretrainer.build(c.model, c.data.samples, len(c.data.targets) or 12, 8)
-  example = step_room.example(c, shapes, len(c.data.targets) or 12, 2)
-  variables = jax.eval_shape(lambda: state_room.variables(model, example))
-  step_room.check_outputs(
+  example = inputs.example(c, shapes, len(c.data.targets) or 12, 2)
+  variables = jax.eval_shape(lambda: state_lib.variables(model, example))
+  step_lib.check_outputs(
     model,
-    objective_room.build(c.objectives),
+    objective_lib.build(c.objectives),
     example,
     types.SimpleNamespace(params=variables["params"], statistics=variables["batch_stats"]),
   )
-  state_room.treatments(c, variables["params"], variables["batch_stats"])
+  state_lib.treatments(c, variables["params"], variables["batch_stats"])
   auxiliary = BY_CLS if c.model.towers.get("ecg", {}).get("pool") == "cls" else AUXILIARY
   counts = {
     module: sum(

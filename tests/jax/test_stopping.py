@@ -9,17 +9,17 @@ import sys
 import jax
 import numpy as np
 import pytest
+from common import ROOT
+from hosts import launch, said, statuses
 from scipy.special import expit
 from sklearn.metrics import r2_score
 
-from common import ROOT
 from mmcl_jax import configuration, evaluate, evaluators, train
-from mmcl_jax.data import cohort as cohort_room
+from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import readouts
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.training import checkpoint, metrics, monitor, restore
-from hosts import launch, said, statuses
 
 NAN = float("nan")
 
@@ -305,7 +305,7 @@ def test_the_own_head_is_the_read_out_of_the_embedding_in_physical_units(
     for w in [jax.device_get(run.state.params[f"{kind}_ecg"])]
   }
   names = list(cohort.info["phenotypes"])
-  mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
+  mean, sd = cohort_lib.train_statistics(cohort, "phenotypes")
   for k, name in enumerate(("LVM", "LVEDV")):
     column = names.index(name)
     expected = said["regression"][:, k] * sd[column] + mean[column]

@@ -15,6 +15,7 @@ torch = pytest.importorskip(
 import torch_models as published
 from common import ROOT, tiny_flags
 from mistakes import error_of
+
 from mmcl_jax import cli, convert, embed, evaluate, train
 from mmcl_jax.data import pipeline, schema, synthetic
 from mmcl_jax.data.preprocess.ecg import normalise
@@ -145,7 +146,7 @@ def test_an_encoder_with_covariates_becomes_a_run_to_start_from(cohort, tmp_path
     [f"--input={tmp_path / 'film.pth'}", f"--out={tmp_path / 'w'}", "--ecg_profile=minimal"]
   )
   assert capsys.readouterr().out.strip().endswith(", for config.init_from")
-  with pytest.raises(UserError, match="covariates, whose names and scales .* does not tell"):
+  with pytest.raises(UserError, match="covariates, whose names and standardiser .* does not tell"):
     evaluate.evaluate(str(tmp_path / "w"), cohort_path=cohort.path)
 
 

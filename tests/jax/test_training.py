@@ -11,10 +11,10 @@ import types
 import jax
 import numpy as np
 import pytest
-
 from common import ROOT, tiny_config
+
 from mmcl_jax import configuration, train
-from mmcl_jax.data import builder, cohort as cohort_room
+from mmcl_jax.data import builder, cohort as cohort_lib
 from mmcl_jax.data.sources import synthetic as synthetic_source
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import checkpoint, cohorts, metrics, people, restore
@@ -237,7 +237,7 @@ def test_a_finished_run_resumes_to_itself(finished, cohort):
 def test_checkpoint_says_what_it_is(finished, cohort):
   assert checkpoint.steps(str(finished[0])) == [3, 6]
   manifest = checkpoint.manifest(str(finished[0]), 6)
-  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/3"
+  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/4"
   assert any(name.startswith("state/") for name in manifest["files"])
 
 
@@ -433,18 +433,18 @@ def test_an_objective_without_its_output_is_found_before_compiling(cohort, tmp_p
 def test_broken_cohorts_are_told_apart(cohort, tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(UserError, match="holds no cohort.json"):
-    cohort_room.load(str(tmp_path / "empty"))
+    cohort_lib.load(str(tmp_path / "empty"))
   other = tmp_path / "other"
   shutil.copytree(cohort.path, other)
   info = json.loads((other / "cohort.json").read_text())
   (other / "cohort.json").write_text(json.dumps(info | {"schema_version": 99}))
   with pytest.raises(UserError, match="schema version 99, this program reads 1"):
-    cohort_room.load(str(other))
+    cohort_lib.load(str(other))
   (other / "cohort.json").write_text(json.dumps(info))
   shard = next(pathlib.Path(other).rglob("*train.array_record*"))
   shard.unlink()
   with pytest.raises(UserError, match="prepare the cohort again"):
-    cohort_room.load(str(other))
+    cohort_lib.load(str(other))
 
 
 def test_bfloat16_and_a_learned_temperature_under_its_cap(finished, cohort, tmp_path):

@@ -13,10 +13,10 @@ import matplotlib
 import numpy as np
 import pytest
 from array_record.python import array_record_module
-
 from common import ROOT
+
 from mmcl_jax import cli, evaluate, inspect, prepare, train
-from mmcl_jax.data import cohort as cohort_room
+from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.errors import UserError
 from mmcl_jax.support import files, locks
 from mmcl_jax.training import checkpoint, cohorts, distributed, frozen, metrics
@@ -77,9 +77,9 @@ LINKS = {  # what is written to, and the program that writes there
   "evaluation": lambda out: evaluate.evaluate(str(out), step=1),
   "evaluation/7": lambda out: evaluate.evaluate(str(out), step=1),
   "evaluation/scored.jsonl": lambda out: evaluate.evaluate(str(out), step=1),
-  "c.cache": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
-  "c.cache/0": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
-  "features": lambda out: frozen.folder(cohort_room.Cohort(str(out / "c"), {}, {}), str(out)),
+  "c.cache": lambda out: frozen.folder(cohort_lib.Cohort(str(out / "c"), {}, {}), str(out)),
+  "c.cache/0": lambda out: frozen.folder(cohort_lib.Cohort(str(out / "c"), {}, {}), str(out)),
+  "features": lambda out: frozen.folder(cohort_lib.Cohort(str(out / "c"), {}, {}), str(out)),
   "c.partial": lambda out: prepare.main(
     ["synthetic", "--subjects=4", "--split=1,0,0", f"--out={out}/c"]
   ),
@@ -222,11 +222,11 @@ def test_other_records_under_the_same_description_are_refused(copied, change):
     lambda info: info["files"].update({str(file.relative_to(copied)): file.stat().st_size}),
   )
   with pytest.raises(UserError, match="val.*is not the file that was written with this cohort"):
-    cohort_room.load(str(copied))
+    cohort_lib.load(str(copied))
   edited(copied / "cohort.json", lambda info: info["checksums"].clear())
   if change == "a record is missing":
     with pytest.raises(UserError, match="another number of records in val"):
-      cohort_room.load(str(copied))
+      cohort_lib.load(str(copied))
 
 
 @pytest.mark.reported("hosts with unlike files under one path did not find out")
@@ -280,7 +280,7 @@ def test_a_cohort_is_read_whole_on_request(copied, capsys):
 def test_a_description_names_no_file_outside_its_cohort(copied, name):
   edited(copied / "cohort.json", lambda info: info["files"].update({name: 1}))
   with pytest.raises(UserError, match="files is missing or not in the form"):
-    cohort_room.load(str(copied))
+    cohort_lib.load(str(copied))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple
 from collections.abc import Callable
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 for folder in ("tests/helpers", "."):
@@ -167,10 +167,10 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 
 def same_cohort(folder, reference) -> list[str]:
-  from mmcl_jax.data import cohort as cohort_room
+  from mmcl_jax.data import cohort as cohort_lib
 
   found = same_names(folder, reference)
-  one, other = (cohort_room.load(str(root / "w")) for root in (folder, reference))
+  one, other = (cohort_lib.load(str(root / "w")) for root in (folder, reference))
   # Names of the files and not their sizes: protocol buffers give a record other bytes, and a file
   # another length, in another process.
   said = [
@@ -180,7 +180,7 @@ def same_cohort(folder, reference) -> list[str]:
   found += [
     f"cohort.json: {name}" for name in said[0] | said[1] if said[0].get(name) != said[1].get(name)
   ]
-  subjects = [cohort_room.subjects(which) for which in (one, other)]
+  subjects = [cohort_lib.subjects(which) for which in (one, other)]
   for split in one.splits:
     found += [f"subjects of {split}"] * (not np.array_equal(subjects[0][split], subjects[1][split]))
     found += [
@@ -341,6 +341,7 @@ def make_base(base: pathlib.Path, evaluated: bool = False) -> None:
   if (base / "made").exists():
     return
   import wfdb
+
   from mmcl_jax import evaluate, prepare, train
 
   cohort = prepare.prepare_synthetic(

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from common import python
 
 STEP = """
@@ -11,10 +10,12 @@ import json, re
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh
 import joint
-from mmcl_jax import objectives as objective_room
+from mmcl_jax.data import standardise
+from mmcl_jax.models import inputs
+from mmcl_jax import objectives as objective_lib
 from mmcl_jax.models import pretrainer, vit
 from mmcl_jax.models.towers import video_vit
-from mmcl_jax.training import parallel, state as state_room, steps
+from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
 vit.SIZES["test"] = video_vit.SIZES["test"] = dict(width=16, depth=2, heads=2, decoder=(16, 1, 2))  # two blocks: the second may be dropped
 B, L, T = 32, 12, 260
@@ -45,7 +46,7 @@ batch = dict(ecg=rng.integers(-99, 99, (B, L, T), np.int16), ecg_scale=np.full(B
              subject=np.stack([np.zeros(B), np.arange(B)], 1).astype(np.uint32), index=np.arange(70, 70 + B, dtype=np.uint32))
 batch["subject"][5], batch["mask"][11], batch["has_ecg"][2], batch["has_cmr"][17] = batch["subject"][2], 0, 0, 0
 batch["phenotypes"][3] = np.nan
-scales = steps.Scales(("a", "b", "c"), ("d", "e"), (0, 1, 2), (np.zeros(3), np.ones(3)), (np.zeros(2), np.ones(2)))
+standardiser = standardise.as_they_are(["a", "b", "c"], ("a", "b", "c"), ("d", "e"))
 zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 keep = optax.GradientTransformation(zeros, lambda gradient, kept, params: (zeros(gradient), gradient))  # changes nothing
 model = pretrainer.build(config.model, config.data.samples, 3)
@@ -55,12 +56,12 @@ for devices, parts in ((1, 1), (1, 4), (8, 4)):
   config.accumulation = parts
   if parts > 1:
     config.objectives.learning.ring = True  # the ring sees what the parts have collected
-  objectives = objective_room.build(config.objectives)
+  objectives = objective_lib.build(config.objectives)
   mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   with jax.set_mesh(mesh):
-    state, where = state_room.create(model, keep, steps.example(config, shapes, 3, B), 0, mesh, ())
+    state, where = state_lib.create(model, keep, inputs.example(config, shapes, 3, B), 0, mesh, ())
     rows = parallel.to_global(batch, mesh)
-    step = jax.jit(steps.make_train_step(model, objectives, keep, config, scales), out_shardings=(where, None))
+    step = jax.jit(step_lib.make_train_step(model, objectives, keep, config, standardiser), out_shardings=(where, None))
     compiled = step.lower(state, rows).compile()
     new, metrics = jax.device_get(compiled(state, rows))
   sizes = []

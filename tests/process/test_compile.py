@@ -11,18 +11,17 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from common import ROOT
 from jax.sharding import PartitionSpec as P
 
-from common import ROOT
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import inputs, pretrainer
 from mmcl_jax.tools import compile_step as program, hlo
-from mmcl_jax.training import state as state_room, steps
+from mmcl_jax.training import state as state_lib
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import joint
 import topologies
-
 
 HLO = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4,8]{1,0:T(8,128)})->f32[4,8]{1,0}}, num_partitions=8
@@ -314,10 +313,10 @@ def compile_in_a_process(*flags, timeout=600):
 
 def parameters():
   config = joint.get_config("test")
-  shapes, scales = program.cohort_of(config)
-  model = pretrainer.build(config.model, config.data.samples, len(scales.names))
+  shapes, standardiser = program.cohort_of(config)
+  model = pretrainer.build(config.model, config.data.samples, len(standardiser.targets))
   made = jax.eval_shape(
-    lambda: state_room.variables(model, steps.example(config, shapes, len(scales.names), 1))
+    lambda: state_lib.variables(model, inputs.example(config, shapes, len(standardiser.targets), 1))
   )
   return sum(x.size for x in jax.tree.leaves(made["params"])), made
 

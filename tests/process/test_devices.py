@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-
 from common import python, tiny_flags
 
 COMPARE = """
@@ -14,9 +13,10 @@ import json, re, sys
 import jax, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from common import tiny_step
-from mmcl_jax.training import parallel, state as state_room, steps
+from mmcl_jax.models import inputs
+from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
-config, cohort, scales, model, objectives, batch = tiny_step(sys.argv[1])
+config, cohort, standardiser, model, objectives, batch = tiny_step(sys.argv[1])
 batch["subject"][5] = batch["subject"][2]  # two visits of one person, on different devices
 batch["mask"][11] = 0
 tx = optax.sgd(1.0)  # new parameters are the old ones minus the gradient
@@ -25,10 +25,10 @@ for devices in (1, 8):
   mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices, 1), ("data", "model"),
               axis_types=(jax.sharding.AxisType.Auto,) * 2)
   with jax.set_mesh(mesh):
-    example = steps.example(config, cohort.info["shapes"], len(scales.names), 16)
-    state, where = state_room.create(model, tx, example, 0, mesh, ())
+    example = inputs.example(config, cohort.info["shapes"], len(standardiser.targets), 16)
+    state, where = state_lib.create(model, tx, example, 0, mesh, ())
     rows = parallel.to_global(batch, mesh)
-    step = jax.jit(steps.make_train_step(model, objectives, tx, config, scales), out_shardings=(where, None))
+    step = jax.jit(step_lib.make_train_step(model, objectives, tx, config, standardiser), out_shardings=(where, None))
     compiled = step.lower(state, rows).compile()
     new, metrics = compiled(state, rows)
     grads = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), state.params, new.params)

@@ -10,11 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-
 from common import ROOT
 from extending import SECTIONS, blocks, write
+
 from mmcl_jax import configuration, evaluate, objectives
-from mmcl_jax.data import cohort as cohort_room, schema, synthetic
+from mmcl_jax.data import cohort as cohort_lib, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.training import metrics, restore
 
@@ -138,7 +138,7 @@ def test_a_source(tmp_path):
   # of 30 people a salt drawn anew leaves val empty once in 24 runs
   (tmp_path / "cohort.private/salt").write_text("5" * 64)
   done = run("A source", tmp_path, "--processes=2")
-  cohort = cohort_room.load(str(tmp_path / "cohort"))
+  cohort = cohort_lib.load(str(tmp_path / "cohort"))
   found = {float(r["phenotypes"][0]): r for source in cohort.splits.values() for r in source}
   assert sorted(found) == [50 + i for i in range(30) if i != 4]
   wanted = preprocess_ecg.normalise(synthetic.subject(5, 7)["ecg"], "minimal")

@@ -24,12 +24,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-
 import raw_ukb
 import raw_ukb_faults
 from common import ROOT, tiny_flags
-from mmcl_jax.data import cohort as cohort_room
+from PIL import Image
+
+from mmcl_jax.data import cohort as cohort_lib
 
 FAULTS = [
   fault
@@ -271,7 +271,7 @@ def test_no_output_names_anybody(made):
 def test_no_record_names_anybody(made):
   """Records are compressed in their files."""
   records = 0
-  for source in cohort_room.load(str(made.folder / "cohort")).splits.values():
+  for source in cohort_lib.load(str(made.folder / "cohort")).splits.values():
     for i in range(len(source)):
       for name, value in source[i].items():
         array = np.asarray(value)

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import threadpoolctl
-
 import raw_ukb
 import raw_ukb_faults
+import threadpoolctl
 from common import ROOT
-from mmcl_jax.data import cohort as cohort_room, measure, schema, ukb_fields
+
+from mmcl_jax.data import cohort as cohort_lib, measure, schema, ukb_fields
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.readers.cine import Cine
 
@@ -65,7 +65,7 @@ class Made(NamedTuple):
   def records(self) -> dict[str, tuple[str, dict]]:
     """Name in reports -> (split, record)."""
     found = {}
-    for split, source in cohort_room.load(str(self.out)).splits.items():
+    for split, source in cohort_lib.load(str(self.out)).splits.items():
       for i in range(len(source)):
         high, low = (int(x) for x in source[i]["subject"][::-1])
         name = f"{high:08x}{low:08x}/{int(source[i]['visit'])}"
@@ -219,7 +219,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def check_tables(made: Made) -> None:
   """Phenotypes, covariates and diseases are those of the tables, for each participant and visit."""
-  info, records = cohort_room.load(str(made.out)).info, made.records()
+  info, records = cohort_lib.load(str(made.out)).info, made.records()
   assert list(info["phenotypes"]) == [field.name for field in ukb_fields.CARDIAC.values()]
   assert len(info["phenotypes"]) == len(raw_ukb.ALL_FIELDS)
   for visit in filter(kept, made.truth.visits):

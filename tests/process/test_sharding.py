@@ -6,9 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from common import python
 from jax.sharding import AbstractMesh, AxisType
 
-from common import python
 from mmcl_jax.errors import UserError
 from mmcl_jax.training import parallel
 
@@ -202,23 +202,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from common import tiny_step
 from mmcl_jax.models import vit
 from mmcl_jax.tools import hlo
-from mmcl_jax.training import checkpoint, parallel, state as state_room, steps
+from mmcl_jax.training import checkpoint, parallel, state as state_lib, step as step_lib
 
 parallel.FSDP_FROM = 1  # the arrays of a tiny model are split too
-config, cohort, scales, model, objectives, batch = tiny_step(sys.argv[1])
+config, cohort, standardiser, model, objectives, batch = tiny_step(sys.argv[1])
 tx = optax.sgd(1.0, momentum=0.9)  # linear in the gradient, where AdamW would blow up the rounding of one near 0
 CASES = {"one": (1, 1, ()), "fsdp": (8, 1, ((".*", "fsdp"),)), "zero1": (8, 1, (("^opt_state/", "fsdp"),)),
          "tensor": (2, 4, ((".*", "tensor"),)), "both": (4, 2, ((".*", "tensor+fsdp"), (".*", "fsdp")))}
 mesh_of = lambda data, model: Mesh(np.array(jax.devices()[:data * model]).reshape(data, model), ("data", "model"),
                                    axis_types=(AxisType.Auto,) * 2)
-example = steps.example(config, cohort.info["shapes"], len(scales.names), 16)
+example = inputs.example(config, cohort.info["shapes"], len(standardiser.targets), 16)
 states, results = {}, {}
 for name, (data, of_model, rules) in CASES.items():
   mesh = mesh_of(data, of_model)
   with jax.set_mesh(mesh):
-    state, where = state_room.create(model, tx, example, 0, mesh, rules)
+    state, where = state_lib.create(model, tx, example, 0, mesh, rules)
     rows = parallel.to_global(batch, mesh)
-    step = jax.jit(steps.make_train_step(model, objectives, tx, config, scales), out_shardings=(where, None))
+    step = jax.jit(step_lib.make_train_step(model, objectives, tx, config, standardiser), out_shardings=(where, None))
     step = step.lower(state, rows).compile()
     after, metrics = step(state, rows)
     leaves = jax.tree.leaves(after)

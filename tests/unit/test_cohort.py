@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mmcl_jax import prepare
-from mmcl_jax.data import builder, cohort as cohort_room, schema
+from mmcl_jax.data import builder, cohort as cohort_lib, schema
 from mmcl_jax.data.sources import Item, Plan, synthetic
 from mmcl_jax.errors import BadRecord, UserError
 from mmcl_jax.support import locks
@@ -127,7 +127,7 @@ def test_two_processes_and_an_interruption_change_nothing(built, tmp_path):
   with pytest.raises(KeyboardInterrupt):
     build(tmp_path / "c", plan(), run=stop_midway)
   with pytest.raises(UserError, match="no cohort"):
-    cohort_room.load(str(tmp_path / "c"))
+    cohort_lib.load(str(tmp_path / "c"))
   done = {f: f.stat().st_mtime_ns for f in (tmp_path / "c.partial").rglob("*.array_record")}
   assert len(done) == 2
   renamed = {}
@@ -355,14 +355,14 @@ def test_a_cohort_tells_who_is_in_it_and_what_they_have(built):
   ) == {0}
   for split, source in cohort.splits.items():
     np.testing.assert_array_equal(
-      cohort_room.subjects(cohort)[split], [r["subject"] for r in source]
+      cohort_lib.subjects(cohort)[split], [r["subject"] for r in source]
     )
 
 
 def test_training_statistics_are_those_of_the_training_split(built):
   cohort, outcome = built
   train = np.array(outcome.splits) == "train"
-  mean, sd = cohort_room.train_statistics(cohort, "phenotypes")
+  mean, sd = cohort_lib.train_statistics(cohort, "phenotypes")
   known = outcome.phenotypes[train, 0].astype(np.float64)
   assert (mean[0], sd[0]) == (
     np.float32(known.mean()),
@@ -371,7 +371,7 @@ def test_training_statistics_are_those_of_the_training_split(built):
   assert known.mean() != outcome.phenotypes[:, 0].mean()
   assert cohort.info["train_statistics"]["phenotypes"]["LVEF"] is None  # never measured
   assert np.isnan([mean[1], sd[1]]).all()
-  mean, sd = cohort_room.train_statistics(cohort, "covariates")
+  mean, sd = cohort_lib.train_statistics(cohort, "covariates")
   np.testing.assert_array_equal([mean, sd], np.float32([[known.mean()] * 4, [known.std()] * 4]))
 
 
@@ -399,7 +399,7 @@ def test_a_cohort_without_phenotypes_has_empty_statistics(built):
   bare = cohort._replace(
     info=cohort.info | {"phenotypes": {}, "train_statistics": {"phenotypes": {}}}
   )
-  assert [x.shape for x in cohort_room.train_statistics(bare, "phenotypes")] == [(0,), (0,)]
+  assert [x.shape for x in cohort_lib.train_statistics(bare, "phenotypes")] == [(0,), (0,)]
 
 
 def test_units_are_spelled_alike_in_all_cohorts(tmp_path):

@@ -13,7 +13,6 @@ from matplotlib.text import Text
 
 from mmcl_jax import cli, compare, embed, generate
 from mmcl_jax.errors import UserError, one_line
-from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators import (
   data,
   diseases,
@@ -25,6 +24,7 @@ from mmcl_jax.evaluators import (
   quality_page,
   report,
 )
+from mmcl_jax.evaluators.base import Result
 
 HOSTILE = (
   r"$\frac{",
@@ -206,7 +206,7 @@ def test_no_name_is_a_tag_of_a_page_a_formula_of_a_table_or_a_command_of_a_termi
 
 def test_no_name_is_markdown_in_a_model_card(evaluated):
   results = evaluated[0]
-  manifest = {"cohort": "f", "scales": {"covariates": list(HOSTILE)}}
+  manifest = {"cohort": "f", "standardiser": {"covariates": list(HOSTILE)}}
   text = "\n\n".join(
     [
       model_card.scores(results),

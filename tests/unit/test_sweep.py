@@ -8,9 +8,8 @@ import types
 
 import numpy as np
 import pytest
-from sklearn.metrics import r2_score, roc_auc_score
-
 from common import ROOT, tiny_config
+from sklearn.metrics import r2_score, roc_auc_score
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sweep
@@ -296,7 +295,7 @@ def test_groups_are_means_of_the_phenotypes_that_the_cohort_has():
   )
   grouped = [name for group in sweep.GROUPS.values() for name in group]
   # each in one group, none forgotten
-  assert sorted(grouped) == sorted(sweep.cohort_room.schema.PHENOTYPES)
+  assert sorted(grouped) == sorted(sweep.cohort_lib.schema.PHENOTYPES)
 
 
 def test_the_table_tells_what_is_not_there(study):
@@ -385,7 +384,7 @@ def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(
     mesh=parallel.make_mesh(data=-1, model=1),
     manifest={"cohort": cohort.fingerprint},
     state=None,
-    scales=types.SimpleNamespace(names=(), diseases=()),
+    standardiser=types.SimpleNamespace(names=(), diseases=()),
   )
   monkeypatch.setattr(setup.restore, "load_run", lambda *_: run)
   monkeypatch.setattr(evaluate.restore, "checksum", lambda *_: "")

@@ -6,10 +6,10 @@ import types
 
 import numpy as np
 import pytest
-
 from common import ROOT
+
 from mmcl_jax import prepare
-from mmcl_jax.data import cohort as cohort_room, schema
+from mmcl_jax.data import cohort as cohort_lib, schema
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.readers import wfdb
 from mmcl_jax.data.sources import acdc, ukb
@@ -131,7 +131,7 @@ def test_the_program_makes_a_cohort_that_names_nobody(raw, tmp_path, capsys):
       "--processes=1",
     ]
   )
-  cohort = cohort_room.load(str(tmp_path / "c"))
+  cohort = cohort_lib.load(str(tmp_path / "c"))
   assert cohort.info["counts"] == {"train": 1, "val": 0, "test": 0}
   printed = "".join(capsys.readouterr())
   files = [f for f in (tmp_path / "c").rglob("*") if f.is_file()]

@@ -1,0 +1,182 @@
+"""The jitted training step and the losses of a validation batch: batch in, state and metrics out."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from jax.sharding import PartitionSpec as P
+
+from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
+from mmcl_jax.errors import UserError
+from mmcl_jax.models import pretrainer
+from mmcl_jax.models.inputs import first_window, sample_keys, to_float
+from mmcl_jax.objectives import mean
+from mmcl_jax.training import accumulate, state as state_lib
+
+WORST = 4  # rows of a batch that a spike of the loss names
+
+
+def augment(batch, keys, config):
+  """Crops and augments every row with its own key, each device its own rows; a model without an ECG
+  tower leaves the ECG.
+
+  Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a
+  gather per row.
+  """
+  reads_ecg, samples, strengths = "ecg" in config.model.towers, config.data.samples, config.augment
+
+  def rows(ecg, cmr, keys):
+    ecg_keys, cmr_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    if reads_ecg:
+      ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **strengths.ecg))(
+        ecg_keys, ecg
+      )
+    # Every field by keys of its own: a rotation that two views share would tell which belong
+    # together.
+    return ecg, {
+      field: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **strengths.cmr))(
+        pretrainer.fold(cmr_keys, i), x
+      )
+      for i, (field, x) in enumerate(sorted(cmr.items()))
+    }
+
+  def augmented(keys):
+    return dict(
+      zip(
+        ("ecg", "cmr"),
+        jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(
+          batch["ecg"], batch["cmr"], keys
+        ),
+      )
+    )
+
+  if not strengths.twice:
+    return batch | augmented(keys)
+  return batch | augmented(keys) | {"again": augmented(pretrainer.fold(keys, 1))}
+
+
+def check_outputs(model, objectives, batch, state):
+  """Finds an objective that asks for an output the model does not make, before any compile."""
+
+  def forward(params, statistics, batch, keys):
+    return model.apply({"params": params, "batch_stats": statistics}, batch, keys, train=False)
+
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch["mask"].shape[0]))
+  outputs = jax.eval_shape(forward, state.params, state.statistics, batch, keys)
+  for objective in objectives:
+    try:
+      jax.eval_shape(objective.loss, outputs, batch)
+    except KeyError as error:
+      names = ", ".join(
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(outputs)
+      )
+      raise UserError(
+        f"config.objectives.{objective.name} asks for {error}, which this model or batch does not "
+        "make; "
+        f"outputs are {names}; batch has {', '.join(batch)}"
+      ) from None
+    except (TypeError, ValueError) as error:
+      raise UserError(f"config.objectives.{objective.name} cannot be computed: {error}") from None
+
+
+def total_loss(outputs, batch, objectives, step):
+  """Weighted sum of the objectives, and their metrics named objective/metric.
+
+  `worst` among them, uint32 [min(WORST, B), 2], are the subjects of the rows that add most to the
+  sum, not finite first.
+  """
+  total, metrics, rows = 0.0, {}, jnp.zeros(len(batch["mask"]))
+  for objective in objectives:
+    loss = objective.loss(outputs, batch)
+    value, weight = mean(loss), objective.weight(step)
+    total += weight * value
+    rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / jnp.maximum(
+      jnp.sum(loss.weight), 1
+    )
+    metrics |= {f"{objective.name}/loss": value, f"{objective.name}/weight": weight}
+    metrics |= {f"{objective.name}/{name}": x for name, x in loss.metrics.items()}
+  _, worst = jax.lax.top_k(
+    jax.lax.stop_gradient(jnp.where(jnp.isfinite(rows), rows, jnp.inf)), min(WORST, len(rows))
+  )
+  return total, metrics | {"worst": batch["subject"][worst]}
+
+
+def make_train_step(model, objectives, tx, config, standardiser):
+  """(state, batch) -> (state, metrics). The old state stays whole where the loss or a gradient is
+  not finite.
+
+  With config.accumulation above 1 the batch is computed in so many parts (training.accumulate).
+  """
+  schedule = state_lib.learning_rate(config)
+
+  def forward(params, statistics, batch):
+    """Compact rows -> (outputs, float rows), the batch statistics after them."""
+    keys = sample_keys(config.seed, batch["index"])
+    keys, model_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    batch = augment(to_float(batch, standardiser), keys, config)
+    params = state_lib.stop_frozen(params, state_lib.treatments(config, params))
+    variables = {"params": params, "batch_stats": statistics}
+    outputs, changed = model.apply(
+      variables, batch, model_keys, train=True, mutable=["batch_stats"]
+    )
+    return (outputs, batch), changed.get("batch_stats", {})
+
+  def train_step(state, batch):
+    def loss_of(outputs, batch):
+      return total_loss(outputs, batch, objectives, state.step)
+
+    def whole(params):
+      seen, statistics = forward(params, state.statistics, batch)
+      loss, metrics = loss_of(*seen)
+      return loss, (metrics, statistics)
+
+    if config.accumulation == 1:
+      value_and_grad = jax.value_and_grad(whole, has_aux=True)
+      (loss, (metrics, statistics)), grads = value_and_grad(state.params)
+    else:
+      in_parts = accumulate.value_and_grad(forward, loss_of, config.accumulation)
+      (loss, metrics), statistics, grads = in_parts(state.params, state.statistics, batch)
+    worst = jax.lax.with_sharding_constraint(metrics["worst"], P())  # every host names them
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    rate = schedule(state.step)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params = state_lib.cap_temperature(params, config.model.max_scale)
+    new = state_lib.TrainState(state.step + 1, params, statistics, opt_state)
+    state = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
+    return state, metrics | {
+      "worst": worst,
+      "loss": loss,
+      "gradient_norm": norm,
+      "learning_rate": rate,
+      "rows_left_out": jnp.sum(1.0 - batch["mask"]),
+      "finite": finite.astype(jnp.float32),
+    }
+
+  return train_step
+
+
+def make_loss_step(model, objectives, config, standardiser):
+  """(state, batch) -> clu metrics of every objective in evaluation mode, rows weighted by their
+  mask.
+
+  Objectives of two augmentations see two augmentations here too: of two equal views they would say
+  nothing.
+  """
+
+  def loss_step(state, batch):
+    keys = sample_keys(config.seed, batch["index"])
+    whole = to_float(batch, standardiser)
+    batch = first_window(whole, config.data.samples)
+    if config.augment.twice:
+      batch = augment(whole, keys, config)
+    outputs = model.apply(state.variables, batch, keys, train=False)
+    losses = {objective.name: objective.loss(outputs, batch) for objective in objectives}
+    return {
+      name: clu_metrics.Average.from_model_output(loss.values, mask=loss.weight)
+      for name, loss in losses.items()
+    }
+
+  return loss_step
