@@ -200,7 +200,7 @@ import json, math, os, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from common import tiny_step
-from mmcl_jax.models import vit
+from mmcl_jax.models import inputs, vit
 from mmcl_jax.tools import hlo
 from mmcl_jax.training import checkpoint, parallel, state as state_lib, step as step_lib
 
