@@ -4,8 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
-  echo "mmcl: $("$python" --version) found; Python 3.11, 3.12 or 3.13 is needed (set PYTHON=/path/to/python3.12)" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || {
+  echo "mmcl: $("$python" --version) found; Python 3.11 to 3.14 is needed (set PYTHON=/path/to/python3.12)" >&2; exit 2; }
 extras=${1:+[$1]}
 stamp=.venv/installed
 wanted=$("$python" --version; echo "$extras"; cat pyproject.toml launch/constraints.txt)
