@@ -21,7 +21,10 @@ PROGRAMS = {
   "generate": "hearts drawn from ECG recordings: images, labels and what they measure",
 }
 # verb -> its module, where that is not mmcl_jax.VERB
-ELSEWHERE = {"compile": "mmcl_jax.tools.compile_step"}
+ELSEWHERE = {
+  "compile": "mmcl_jax.tools.compile_step",
+  "generate": "mmcl_jax.projects.generation.generate",
+}
 ON_HOSTS = ("train", "evaluate", "embed")  # may run as one of several processes
 
 

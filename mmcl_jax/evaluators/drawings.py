@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
 
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.schema import LABELS, LEADS, PHASES, salted_id
@@ -118,7 +117,7 @@ def heart_montage(
   left, foot = 10, 8  # mm
   pixel = (WIDTH - left) / shape[1]
   whole = foot + pixel * shape[0] + HEAD
-  figure = _figure(title, whole)
+  figure = blank_figure(title, whole)
   axes = figure.add_axes([left / WIDTH, foot / whole, 1 - left / WIDTH, pixel * shape[0] / whole])
   image, inside = np.full(shape, np.nan), np.zeros(shape, np.uint8)
   for phase, name in enumerate(PHASES):
@@ -151,193 +150,12 @@ def heart_montage(
   axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
   axes.axis("off")
   if np.any(inside):
-    _contours(axes, inside)
-    _legend(figure, (left / WIDTH, 1 / whole))
+    draw_contours(axes, inside)
+    contour_legend(figure, (left / WIDTH, 1 / whole))
   else:
     figure.text(
       left / WIDTH, 3 / whole, "no contours: this record has no labels", fontsize=8, color=MID
     )
-  return figure
-
-
-def hearts(stacks: np.ndarray, labels: np.ndarray, title: str, mark: str) -> Figure:
-  """Generated hearts, one a row: every other slice from base to apex at ED, then at ES, with
-  contours; `mark` across each.
-
-  Args:
-    stacks, labels: uint8 [S, P, Z, H, W].
-  """
-  _, phases, slices, height, width = stacks.shape
-  chosen = range(0, slices, max(1, slices // 6))
-
-  def row(x, fill):
-    return np.concatenate(
-      [np.pad(x[p, z], 1, constant_values=fill) for p in range(phases) for z in chosen], axis=1
-    )
-
-  pixel = (WIDTH - 8) / row(stacks[0], 0).shape[1]
-  whole = HEAD + len(stacks) * pixel * (height + 2) + 10
-  figure = _figure(title, whole)
-  for i, (stack, label) in enumerate(zip(stacks, labels)):
-    tall = pixel * (height + 2)
-    axes = figure.add_axes(
-      [4 / WIDTH, 1 - (HEAD + (i + 1) * tall) / whole, 1 - 8 / WIDTH, tall / whole]
-    )
-    axes.imshow(
-      row(stack, 255), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto"
-    )
-    _contours(axes, row(label, 0))
-    axes.text(
-      0.5,
-      0.02,
-      mark,
-      transform=axes.transAxes,
-      ha="center",
-      va="bottom",
-      fontsize=8,
-      color="white",
-      alpha=0.9,
-      path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")],
-    )
-    axes.axis("off")
-  _legend(figure, (4 / WIDTH, 1 / whole))
-  _foot(figure, f"left half ED, right half ES, base to apex; {mark}", whole)
-  return figure
-
-
-def relevance(examples: list[dict], note: str = "") -> dict[str, Figure]:
-  """{name: Figure} of what localisation.explain found in some recordings."""
-  figures = {}
-  for i, found in enumerate(examples, 1):
-    title = f"recording {i} of those in test that have an ECG and a CMR"
-    figures[f"relevance_cmr_{i}"] = heart_relevance(found["towers"], title, note)
-    figures[f"relevance_ecg_{i}"] = ecg_relevance(found["ecg"], title, note)
-  return figures
-
-
-def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> Figure:
-  """Where the CMR of one person matters: two rows of planes a tower, with contours where there are
-  labels.
-
-  The first row hatches the most relevant tenth of the pixels by cosine, the second is the size of
-  the integrated gradients.
-
-  Args:
-    towers: {TOWER: {seen, labels, cosine, top, gradients [P, H, W]}}, as localisation.explain gives
-    them; seen in [0, 1].
-    title, note: printed above, and at the foot.
-    most: planes a tower that are drawn, evenly spread.
-  """
-  columns = max(min(most, len(tower["seen"])) for tower in towers.values())
-  left, foot, gap = 32, 14, 1.5  # mm
-  side = min((WIDTH - left) / columns, 56)
-  height = foot + 2 * len(towers) * side + HEAD
-  figure = _figure(title, height)
-
-  def panel(row, column, image, **options):
-    place = (left + column * side, height - HEAD - (row + 1) * side, side - gap, side - gap)
-    axes = figure.add_axes([x / (WIDTH, height)[i % 2] for i, x in enumerate(place)])
-    axes.imshow(image, interpolation="nearest", aspect="auto", **options)
-    axes.axis("off")
-    return axes
-
-  for row, (name, tower) in enumerate(towers.items()):
-    planes = np.unique(np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int))
-    near, size = tower["cosine"], np.abs(tower["gradients"])
-    full = np.percentile(size, 99.5) or 1.0
-    words = (
-      f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}",
-      f"{plain(name)}: integrated\ngradients, size",
-    )
-    for i, text in enumerate(words):
-      figure.text(
-        2 / WIDTH,
-        1 - (HEAD + (2 * row + i + 0.5) * side) / height,
-        text,
-        va="center",
-        fontsize=8,
-        color=INK,
-      )
-    for column, plane in enumerate(planes):
-      above = panel(2 * row, column, tower["seen"][plane], cmap="gray", vmin=0, vmax=1)
-      if tower["top"][plane].any():
-        hatched = above.contourf(
-          tower["top"][plane].astype(np.float32), levels=[0.5, 1.5], colors="none", hatches=["////"]
-        )
-        hatched.set(edgecolor="white", linewidth=0, gid="top")
-      below = panel(2 * row + 1, column, size[plane], cmap="Greys", vmin=0, vmax=full)
-      for axes in (above, below):
-        _contours(axes, tower["labels"][plane])
-  _legend(
-    figure,
-    (left / WIDTH, 6 / height),
-    {"most relevant tenth": Patch(fc="#666666", ec="white", hatch="////")},
-  )
-  _foot(figure, note, height)
-  return figure
-
-
-def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
-  """When the ECG of one person matters: under every lead three strips, the darker the more relevant
-  the patch.
-
-  Args:
-    ecg: {seen [L, T], cosine, attention, gradients [L, patches], rate_hz}, as localisation.explain
-    gives it.
-    title, note: printed above, and at the foot.
-  """
-  strips = {
-    "cosine": ecg["cosine"],
-    "attention": ecg["attention"],
-    "gradients": np.abs(ecg["gradients"]),
-  }
-  left, foot, trace, strip = 26, 8, 12, 2.2  # mm
-  row = trace + strip * len(strips) + 1.5
-  height = foot + row * len(LEADS) + HEAD
-  figure = _figure(title, height)
-  page = figure.add_axes([0, 0, 1, 1])
-  page.axis("off")
-  signal = ecg["seen"] - np.median(ecg["seen"], axis=1, keepdims=True)
-  gain = 0.5 * trace / max(np.percentile(np.abs(signal), 99.8), 1e-9)
-  right = WIDTH - 4
-  x = np.linspace(left, right, signal.shape[1])
-  for i, name in enumerate(LEADS):
-    top = height - HEAD - i * row
-    page.plot(
-      x,
-      top - trace / 2 + np.clip(gain * signal[i], -trace / 2, trace / 2),
-      color=INK,
-      lw=0.6,
-      gid=name,
-    )
-    page.text(2, top - trace / 2, name, fontsize=9, fontweight="bold", va="center", color=INK)
-    for j, (what, values) in enumerate(strips.items()):
-      low = top - trace - (j + 1) * strip
-      page.imshow(
-        values[i : i + 1],
-        extent=(left, right, low, low + 0.85 * strip),
-        cmap="Greys",
-        vmin=values.min(),
-        vmax=values.max(),
-        interpolation="nearest",
-        aspect="auto",
-        gid=f"{name} {what}",
-      )
-      page.add_patch(Rectangle((left, low), right - left, 0.85 * strip, fc="none", ec=MID, lw=0.3))
-      page.text(left - 1, low + strip / 2, what, fontsize=5.5, ha="right", va="center", color=MID)
-  ranges = "; ".join(
-    f"{what} {values.min():z.3g} to {values.max():z.3g}" for what, values in strips.items()
-  )
-  page.text(
-    left,
-    3,
-    f"{signal.shape[1] / ecg['rate_hz']:g} s; white to black: {ranges} (size)",
-    fontsize=7,
-    color=INK,
-  )
-  page.set(xlim=(0, WIDTH), ylim=(0, height))
-  page.set_zorder(-1)
-  _foot(figure, note, height)
   return figure
 
 
@@ -407,7 +225,7 @@ def _gain(ecg):
 def _paper(title, height):
   """A figure that is one sheet of millimetre paper, and its axes, in mm from the lower left
   corner."""
-  figure = _figure(title, height)
+  figure = blank_figure(title, height)
   paper = figure.add_axes([0, 0, 1, 1])
   paper.set(xlim=(0, WIDTH), ylim=(0, height), xticks=[], yticks=[])
   paper.axis("off")
@@ -421,22 +239,22 @@ def _paper(title, height):
   return figure, paper
 
 
-def _figure(title, height):
+def blank_figure(title, height):
   figure = Figure(figsize=(WIDTH / 25.4, height / 25.4), facecolor="white")
   FigureCanvasAgg(figure)
   figure.text(5 / WIDTH, 1 - 5 / height, plain(title), va="center", fontsize=9, color=INK)
   return figure
 
 
-def _foot(figure, note, height):
+def footnote(figure, note, height):
   if note:
     figure.text(
       1 - 4 / WIDTH, 3 / height, plain(note), ha="right", fontsize=7, style="italic", color=MID
     )
 
 
-def _legend(figure, corner, first=()):
-  """What the lines of `_contours` are, after the handles of `first`, {name: handle}."""
+def contour_legend(figure, corner, first=()):
+  """What the lines of `draw_contours` are, after the handles of `first`, {name: handle}."""
   handles = dict(first) | {
     name: Line2D([], [], color=color, ls=line, lw=1.6) for name, color, line in CONTOURS.values()
   }
@@ -457,7 +275,7 @@ def _legend(figure, corner, first=()):
   )
 
 
-def _contours(axes, labels):
+def draw_contours(axes, labels):
   """The borders of LABELS in an image [H, W]."""
   for structures, (_, color, line) in CONTOURS.items():
     mask = np.isin(labels, [LABELS[name] for name in structures])

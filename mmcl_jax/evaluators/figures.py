@@ -6,7 +6,6 @@ Figures are built directly, without pyplot: nothing global is left behind and no
 """
 
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
@@ -229,7 +228,7 @@ def r2_bars(results: dict, note: str = "") -> Figure:
     columnspacing=1.2,
     handletextpad=0.4,
   )
-  return _finish(figure, note)
+  return finish(figure, note)
 
 
 def reconstruction(
@@ -280,42 +279,7 @@ def reconstruction(
     frameon=False,
     fontsize=8,
   )
-  return _finish(figure, note)
-
-
-def hearts(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str = "") -> Figure:
-  """A row a subject: the middle slice at ED and ES of its real heart, the same by the tokenizer,
-  and hearts drawn from its ECG.
-
-  Args:
-    real, rebuilt: uint8 [N, P, Z, H, W].
-    draws: uint8 [N, S, P, Z, H, W].
-  """
-  middle = real.shape[2] // 2
-  columns = [("real", real), ("tokenizer", rebuilt)]
-  columns += [(f"GENERATED {i + 1}", draws[:, i]) for i in range(draws.shape[1])]
-  figure = Figure(figsize=(1.6 * len(columns) + 0.4, 0.85 * len(real) + 0.7), layout="constrained")
-  panels = figure.subplots(len(real), 2 * len(columns), squeeze=False)
-  for c, (title, stacks) in enumerate(columns):
-    for n, row in enumerate(panels):
-      for phase, panel in enumerate(row[2 * c : 2 * c + 2]):
-        panel.imshow(stacks[n, phase, middle], cmap="gray", vmin=0, vmax=255)
-        panel.set(xticks=[], yticks=[])
-        if n == 0:
-          panel.set_title(f"{title}\n{'ED' if phase == 0 else 'ES'}", fontsize=6.5)
-        if c > 1:
-          panel.text(
-            0.5,
-            0.02,
-            "generated, not measured",
-            transform=panel.transAxes,
-            ha="center",
-            va="bottom",
-            fontsize=3.6,
-            color="white",
-            path_effects=[patheffects.withStroke(linewidth=0.8, foreground="black")],
-          )
-  return _finish(figure, note)
+  return finish(figure, note)
 
 
 def training_curves(records: list, note: str = "") -> Figure:
@@ -383,7 +347,7 @@ def retrieval_ranks(ranks: dict, note: str = "") -> Figure:
   )
   axes.legend(fontsize=8, frameon=False, loc="upper left")
   _clean(axes, grid="both")
-  return _finish(figure, note)
+  return finish(figure, note)
 
 
 def low_data(curves: dict, note: str = "") -> Figure:
@@ -481,7 +445,7 @@ def forest(scores: dict, columns, rows, lines, xlabel: str, note: str = "") -> F
     frameon=False,
     fontsize=8,
   )
-  return _finish(figure, note)
+  return finish(figure, note)
 
 
 def plain(text) -> str:
@@ -503,7 +467,7 @@ def _grid(count, columns, size, note):
   panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
   for i, panel in enumerate(panels):
     _clean(panel) if i < count else panel.remove()
-  return _finish(figure, note), panels[:count]
+  return finish(figure, note), panels[:count]
 
 
 def _clean(axes, grid=None):
@@ -516,7 +480,7 @@ def _clean(axes, grid=None):
     axes.set_axisbelow(True)
 
 
-def _finish(figure, note):
+def finish(figure, note):
   FigureCanvasAgg(figure)
   if note:
     figure.supxlabel(plain(note), fontsize=7, style="italic", color=MID, x=0.99, ha="right")

@@ -33,9 +33,9 @@ BUILT_IN = {
   "vicreg": "mmcl_jax.objectives.noncontrastive:vicreg",
   "simsiam": "mmcl_jax.objectives.noncontrastive:simsiam",
   "cmr_mae": "mmcl_jax.objectives.mae:cmr_mae",
-  "kl_autoencoder": "mmcl_jax.objectives.generation:kl_autoencoder",
-  "segmentation": "mmcl_jax.objectives.generation:segmentation",
-  "flow_matching": "mmcl_jax.objectives.generation:flow_matching",
+  "kl_autoencoder": "mmcl_jax.projects.generation.objectives:kl_autoencoder",
+  "segmentation": "mmcl_jax.projects.generation.objectives:segmentation",
+  "flow_matching": "mmcl_jax.projects.generation.objectives:flow_matching",
 }
 
 

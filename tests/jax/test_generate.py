@@ -12,10 +12,10 @@ import wfdb
 
 from common import ROOT
 from mistakes import error_of
-from mmcl_jax import configuration, evaluate, generate, train
+from mmcl_jax import configuration, evaluate, train
 from mmcl_jax.data import measure, schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import generation
+from mmcl_jax.projects.generation import evaluator as generation, generate
 
 LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
 

@@ -16,8 +16,9 @@ from scipy.stats import norm
 from mmcl_jax import objectives
 from mmcl_jax.data import measure
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import generation, images, statistics
+from mmcl_jax.evaluators import statistics
 from mmcl_jax.models import generator, inference, inputs, mar, pretrainer, segmenter, tokenizer
+from mmcl_jax.projects.generation import evaluator as generation, images
 from mmcl_jax.training import cohorts, parallel, state as state_lib, step as step_lib
 
 KEYS = jax.random.split(jax.random.key(5), 3)

@@ -11,9 +11,10 @@ from common import tiny_config
 from ml_collections import ConfigDict
 
 from mmcl_jax.data import schema
-from mmcl_jax.evaluators import drawings, localisation, statistics
+from mmcl_jax.evaluators import statistics
 from mmcl_jax.models import inputs, pretrainer, towers, vit
 from mmcl_jax.models.towers import ecg_vit, video_vit
+from mmcl_jax.projects.localisation import drawings, evaluator as localisation
 from mmcl_jax.training import parallel, restore
 
 SPECS = {

@@ -25,7 +25,6 @@ from mmcl_jax import (
   embed,
   evaluate,
   export,
-  generate,
   prepare,
   train,
 )
@@ -33,6 +32,7 @@ from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.sources import synthetic as source
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import data, diseases, scored, setup, survival
+from mmcl_jax.projects.generation import generate
 from mmcl_jax.training import backend, metrics, people
 
 GOLDEN_RESULTS = pathlib.Path(__file__).with_name("golden_results.json")
@@ -477,7 +477,7 @@ def no_work(monkeypatch):
     "mmcl_jax.evaluators.context.Context.features",
     "mmcl_jax.export.lower",
     "mmcl_jax.training.restore.load_encoder",
-    "mmcl_jax.generate.load_generator",
+    "mmcl_jax.projects.generation.generate.load_generator",
     "mmcl_jax.compare.read",
     "mmcl_jax.prepare.find_source",
   ):

@@ -17,7 +17,7 @@ torch = pytest.importorskip(
 import torch_models as published
 from mmcl_jax import configuration
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import localisation
+from mmcl_jax.projects.localisation import evaluator as localisation
 from mmcl_jax.interop import modules, recognise, torch_weights
 from mmcl_jax.models import pretrainer
 from mmcl_jax.models.towers import st_mem

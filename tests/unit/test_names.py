@@ -11,12 +11,11 @@ import pytest
 from matplotlib import cbook
 from matplotlib.text import Text
 
-from mmcl_jax import cli, compare, embed, generate
+from mmcl_jax import cli, compare, embed
 from mmcl_jax.errors import UserError, one_line
 from mmcl_jax.evaluators import (
   data,
   diseases,
-  drawings,
   figures,
   low_data,
   model_card,
@@ -25,6 +24,8 @@ from mmcl_jax.evaluators import (
   report,
 )
 from mmcl_jax.evaluators.base import Result
+from mmcl_jax.projects.generation import generate
+from mmcl_jax.projects.localisation import drawings as localisation_drawings
 
 HOSTILE = (
   r"$\frac{",
@@ -166,7 +167,7 @@ def test_no_name_is_a_formula_in_a_figure(evaluated):
     "top": np.zeros((1, 8, 8), bool),
     "gradients": np.zeros((1, 8, 8)),
   }
-  drawn(drawings.heart_relevance(dict.fromkeys(HOSTILE[:3], tower), HOSTILE[1], note))
+  drawn(localisation_drawings.heart_relevance(dict.fromkeys(HOSTILE[:3], tower), HOSTILE[1], note))
 
 
 class Tags(html.parser.HTMLParser):

@@ -16,11 +16,12 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from mmcl_jax.data import pipeline, schema
-from mmcl_jax.evaluators import figures, images, statistics
+from mmcl_jax.evaluators import statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.phenotypes import entry
 from mmcl_jax.models import inference, inputs, pretrainer
+from mmcl_jax.projects.generation import drawings, images
 from mmcl_jax.training.over_split import over_split
 
 SUBJECTS = 200  # of test, the first with ECG and CMR
@@ -61,7 +62,7 @@ def generation(context: Context, draws: int = 1000, seed: int = 0) -> Result:
     return Result()
   with jax.set_mesh(run.mesh):
     results, shown = evaluate(run, cohort, features, draws=draws, seed=seed, split=context.split)
-  figure = figures.hearts(**shown, note=context.note)
+  figure = drawings.examples(**shown, note=context.note)
   figure.set_label("Generated, not measured: hearts drawn from an ECG, beside the real one")
   return Result({"generation": results}, tables(results), {"hearts": figure})
 

@@ -29,15 +29,15 @@ from mmcl_jax.data import readers, schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, check_writable, writing
-from mmcl_jax.evaluators import drawings, generation
 from mmcl_jax.evaluators.report import as_cell
 from mmcl_jax.models import inference, pretrainer
+from mmcl_jax.projects.generation import drawings, evaluator
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore
 
 MARK = "generated, not measured"  # in every picture and every header
-UNITS = [schema.PHENOTYPES[name] for name in generation.PHENOTYPES]
+UNITS = [schema.PHENOTYPES[name] for name in evaluator.PHENOTYPES]
 
 
 def main(argv):
@@ -116,7 +116,7 @@ def load_generator(workdir: str, step: int | None, guidance: float) -> restore.R
   if lacking := [
     name
     for name in ("tokenizer", "segmenter", "generator")
-    if name not in generation.parts(run.config.model)
+    if name not in evaluator.parts(run.config.model)
   ]:
     raise UserError(
       f"{workdir} has no {' and no '.join(lacking)}; expected a run of configs/ecg_to_cmr.py"
@@ -162,7 +162,7 @@ def write_hearts(run, recordings: dict[str, str], out: pathlib.Path, about: dict
   unknown = jnp.full((1, len(run.standardiser.covariates)), jnp.nan)
   noise_shape = about["samples"], *pretrainer.noise_shape(run.config.model, shape)
   generate = inference.make_generate(
-    run.model, run.config, shape, generation.STEPS, about["guidance"]
+    run.model, run.config, shape, evaluator.STEPS, about["guidance"]
   )
   segment = inference.make_segment(run.model)
 
@@ -213,11 +213,13 @@ def write_one(
 ) -> dict:
   """Writes the hearts of a recording, stacks and labels uint8 [S, P, Z, H, W], whole or not at all;
   their mean and SD by name."""
-  figure = drawings.hearts(stacks, labels, f"{len(stacks)} hearts drawn from one ECG", MARK.upper())
-  millilitres = np.asarray(
-    generation.volumes(labels, np.tile(np.float32(spacing), (len(labels), 1)))
+  figure = drawings.montage(
+    stacks, labels, f"{len(stacks)} hearts drawn from one ECG", MARK.upper()
   )
-  values = generation.measure(millilitres)
+  millilitres = np.asarray(
+    evaluator.volumes(labels, np.tile(np.float32(spacing), (len(labels), 1)))
+  )
+  values = evaluator.measure(millilitres)
   known = np.isfinite(values).sum(axis=0)
 
   def told(statistic, least):
@@ -225,7 +227,7 @@ def write_one(
       float(statistic(x[np.isfinite(x)])) if n >= least else None for x, n in zip(values.T, known)
     ]
 
-  columns = [f"{name}_{unit}" for name, unit in zip(generation.PHENOTYPES, UNITS)]
+  columns = [f"{name}_{unit}" for name, unit in zip(evaluator.PHENOTYPES, UNITS)]
   summary = dict(zip(columns, told(np.mean, 1))) | dict(
     zip([f"{c}_sd" for c in columns], told(lambda x: x.std(ddof=1), 2))
   )

@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from mmcl_jax.data import pipeline, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.evaluators import drawings, statistics
+from mmcl_jax.evaluators import statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.retrieval import TIE
 from mmcl_jax.models import inference, inputs, pretrainer, towers as tower_lib
 from mmcl_jax.objectives.contrastive import normalise
+from mmcl_jax.projects.localisation import drawings
 from mmcl_jax.training.over_split import over_split
 
 STRUCTURES = {"heart": ("LV", "MYO", "RV"), "LV": ("LV",), "MYO": ("MYO",)}

@@ -1,0 +1,95 @@
+"""Figures of generated hearts: of the report, and beside the files of `mmcl generate`."""
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.figure import Figure
+
+from mmcl_jax.evaluators import figures
+from mmcl_jax.evaluators.drawings import (
+  HEAD,
+  WIDTH,
+  blank_figure,
+  contour_legend,
+  draw_contours,
+  footnote,
+)
+
+
+def examples(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str = "") -> Figure:
+  """A row a subject: the middle slice at ED and ES of its real heart, the same by the tokenizer,
+  and hearts drawn from its ECG.
+
+  Args:
+    real, rebuilt: uint8 [N, P, Z, H, W].
+    draws: uint8 [N, S, P, Z, H, W].
+  """
+  middle = real.shape[2] // 2
+  columns = [("real", real), ("tokenizer", rebuilt)]
+  columns += [(f"GENERATED {i + 1}", draws[:, i]) for i in range(draws.shape[1])]
+  figure = Figure(figsize=(1.6 * len(columns) + 0.4, 0.85 * len(real) + 0.7), layout="constrained")
+  panels = figure.subplots(len(real), 2 * len(columns), squeeze=False)
+  for c, (title, stacks) in enumerate(columns):
+    for n, row in enumerate(panels):
+      for phase, panel in enumerate(row[2 * c : 2 * c + 2]):
+        panel.imshow(stacks[n, phase, middle], cmap="gray", vmin=0, vmax=255)
+        panel.set(xticks=[], yticks=[])
+        if n == 0:
+          panel.set_title(f"{title}\n{'ED' if phase == 0 else 'ES'}", fontsize=6.5)
+        if c > 1:
+          panel.text(
+            0.5,
+            0.02,
+            "generated, not measured",
+            transform=panel.transAxes,
+            ha="center",
+            va="bottom",
+            fontsize=3.6,
+            color="white",
+            path_effects=[patheffects.withStroke(linewidth=0.8, foreground="black")],
+          )
+  return figures.finish(figure, note)
+
+
+def montage(stacks: np.ndarray, labels: np.ndarray, title: str, mark: str) -> Figure:
+  """Generated hearts, one a row: every other slice from base to apex at ED, then at ES, with
+  contours; `mark` across each.
+
+  Args:
+    stacks, labels: uint8 [S, P, Z, H, W].
+  """
+  _, phases, slices, height, width = stacks.shape
+  chosen = range(0, slices, max(1, slices // 6))
+
+  def row(x, fill):
+    return np.concatenate(
+      [np.pad(x[p, z], 1, constant_values=fill) for p in range(phases) for z in chosen], axis=1
+    )
+
+  pixel = (WIDTH - 8) / row(stacks[0], 0).shape[1]
+  whole = HEAD + len(stacks) * pixel * (height + 2) + 10
+  figure = blank_figure(title, whole)
+  for i, (stack, label) in enumerate(zip(stacks, labels)):
+    tall = pixel * (height + 2)
+    axes = figure.add_axes(
+      [4 / WIDTH, 1 - (HEAD + (i + 1) * tall) / whole, 1 - 8 / WIDTH, tall / whole]
+    )
+    axes.imshow(
+      row(stack, 255), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto"
+    )
+    draw_contours(axes, row(label, 0))
+    axes.text(
+      0.5,
+      0.02,
+      mark,
+      transform=axes.transAxes,
+      ha="center",
+      va="bottom",
+      fontsize=8,
+      color="white",
+      alpha=0.9,
+      path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")],
+    )
+    axes.axis("off")
+  contour_legend(figure, (4 / WIDTH, 1 / whole))
+  footnote(figure, f"left half ED, right half ES, base to apex; {mark}", whole)
+  return figure
