@@ -30,31 +30,40 @@ def diseases(context: Context, draws: int = 1000, seed: int = 0) -> Result:
     draws, seed: of the bootstrap over test subjects.
   """
   results, predictions, _ = scored(context, draws, seed)
-  drawn = {}
+  drawings = {}
   if any("auroc" in scores for scores in results["embedding"].values()):
-    y = predictions["y_true"]
-    drawn["roc_curves"] = figures.roc_curves(y, predictions, results, context.note)
-    drawn["roc_curves"].set_label("ROC curves")
-    drawn["calibration"] = figures.calibration(results, context.note)
-    drawn["calibration"].set_label("Calibration: share of cases against predicted probability")
-  tables = [table(results, context.reads)] if any(results.values()) else []
-  named = {f"disease_{name}": x for name, x in predictions.items() if name != "subject"}
-  return Result({"diseases": results}, tables, drawn, named)
+    roc = figures.roc_curves(predictions["y_true"], predictions, results, context.note)
+    roc.set_label("ROC curves")
+    calibration = figures.calibration(results, context.note)
+    calibration.set_label("Calibration: share of cases against predicted probability")
+    drawings = {"roc_curves": roc, "calibration": calibration}
+  tables = []
+  if any(results.values()):
+    tables.append(table(results, context.reads))
+  arrays = {}
+  for name, x in predictions.items():
+    if name != "subject":
+      arrays[f"disease_{name}"] = x
+  return Result({"diseases": results}, tables, drawings, arrays)
 
 
 def scored(context: Context, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
   """`evaluate` on the features of `context`, once for all evaluators that ask for it."""
 
   def make():
-    _, said = readouts.of(context)
+    _, probabilities = readouts.of(context)
     names = context.cohort.info["diseases"]
-    return evaluate(context.all_features(), names, said, draws, seed)
+    return evaluate(context.all_features(), names, probabilities, draws, seed)
 
   return context.once(("diseases", draws, seed), make)
 
 
 def evaluate(
-  features: dict, names: list, others: dict | None = None, draws: int = 1000, seed: int = 0
+  features: dict,
+  names: list,
+  others: dict | None = None,
+  draws: int = 1000,
+  seed: int = 0,
 ) -> tuple[dict, dict, dict]:
   """Probes of every disease from the embedding and the baselines of `ridge.inputs`, scored on
   the test split.
@@ -76,36 +85,45 @@ def evaluate(
     predictions: probabilities on test: `subject`, `y_true` [N, C], and one [N, C] per model.
     probe: of the ECG embedding alone, as `fit_probe` returns it, with `names`.
   """
-  train, val, test = (features[split] for split in ("train", "val", "test"))
-  y = test["diseases"]
-  weights = statistics.bootstrap_weights(test["subject"], draws, seed)
-  said, probes = dict(others or {}), {}
+  others = others or {}
+  subject = features["test"]["subject"]
+  y_train, y_val, y = (features[split]["diseases"] for split in ("train", "val", "test"))
+  weights = statistics.bootstrap_weights(subject, draws, seed)
+  probes = {}
+  probabilities = dict(others)
   for model, x in inputs(features).items():
-    probe = fit_probe(x["train"], train["diseases"], x["val"], val["diseases"])
+    probe = fit_probe(x["train"], y_train, x["val"], y_val)
     probes[model] = probe
-    said[model] = {"val": predict(probe, x["val"]), "test": predict(probe, x["test"])}
+    probabilities[model] = {split: predict(probe, x[split]) for split in ("val", "test")}
+
   results = {}
-  for model in (*probes, *(others or ())):
+  for model in (*probes, *others):
     results[model] = {}
-    of_val, of_test = said[model]["val"], said[model]["test"]
+    val_probability = probabilities[model]["val"]
+    probability = probabilities[model]["test"]
     for c, name in enumerate(names):
-      threshold = statistics.best_threshold(val["diseases"][:, c], of_val[:, c])
-      found = {
+      threshold = statistics.best_threshold(y_val[:, c], val_probability[:, c])
+      scores = {
         "cases": int((y[:, c] == 1).sum()),
         "n": int(np.isfinite(y[:, c]).sum()),
-        "train_cases": int((train["diseases"][:, c] == 1).sum()),
+        "train_cases": int((y_train[:, c] == 1).sum()),
       }
-      found |= _scores(y[:, c], of_test[:, c], weights, threshold)
-      if model in probes and "auroc" in found:
-        found["C"] = float(probes[model]["C"][c])
-      results[model][name] = found
-  predicted = {model: x["test"] for model, x in said.items()}
-  predictions = {"subject": test["subject"], "y_true": y, **predicted}
-  return results, predictions, {"names": np.array(names), **probes["embedding"]}
+      scores |= disease_scores(y[:, c], probability[:, c], weights, threshold)
+      if model in probes and "auroc" in scores:
+        scores["C"] = float(probes[model]["C"][c])
+      results[model][name] = scores
+  predictions = {"subject": subject, "y_true": y}
+  for model, x in probabilities.items():
+    predictions[model] = x["test"]
+  probe = {"names": np.array(names), **probes["embedding"]}
+  return results, predictions, probe
 
 
 def fit_probe(
-  train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray
+  train_x: np.ndarray,
+  train_y: np.ndarray,
+  val_x: np.ndarray,
+  val_y: np.ndarray,
 ) -> dict:
   """L2 logistic regression of each disease on the rows that know it, features standardised on
   train.
@@ -122,26 +140,35 @@ def fit_probe(
     inverse strength); NaN intercept and C where train has only one class.
   """
   mean, scale = standardisation(train_x)
-  train_z, val_z = (train_x - mean) / scale, (val_x - mean) / scale
-  features, diseases = train_x.shape[1], train_y.shape[1]
-  coef, intercept = np.zeros((features, diseases)), np.full(diseases, np.nan)
+  train_z = (train_x - mean) / scale
+  val_z = (val_x - mean) / scale
+  features = train_x.shape[1]
+  diseases = train_y.shape[1]
+  coef = np.zeros((features, diseases))
+  intercept = np.full(diseases, np.nan)
   inverse_strength = np.full(diseases, np.nan)
-  for c, (y, y_val) in enumerate(zip(train_y.T, val_y.T)):
-    known, known_val = np.isfinite(y), np.isfinite(y_val)
-    if len(np.unique(y[known])) < 2:
+  for c in range(diseases):
+    y = train_y[:, c]
+    y_val = val_y[:, c]
+    labelled = np.isfinite(y)
+    labelled_val = np.isfinite(y_val)
+    if len(np.unique(y[labelled])) < 2:
       continue
-    least = np.inf
+    least_loss = np.inf
     # Each fit starts from the stronger one before it. newton-cg: 8 times as fast as lbfgs on 2,700
     # x 96, and converges.
     model = LogisticRegression(warm_start=True, max_iter=200, solver="newton-cg")
     for strength in INVERSE_STRENGTHS:
+      model.set_params(C=strength)
       with warnings.catch_warnings():
         # a fit stopped early is a little stronger, no worse
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.set_params(C=strength).fit(train_z[known], y[known])
-      loss = log_loss(y_val[known_val], model.decision_function(val_z)[known_val])
-      if loss < least:
-        least, inverse_strength[c] = loss, strength
+        model.fit(train_z[labelled], y[labelled])
+      log_odds = model.decision_function(val_z)
+      loss = log_loss(y_val[labelled_val], log_odds[labelled_val])
+      if loss < least_loss:
+        least_loss = loss
+        inverse_strength[c] = strength
         coef[:, c] = model.coef_[0] / scale
         intercept[c] = model.intercept_[0] - mean @ coef[:, c]
   return {"coef": coef, "intercept": intercept, "C": inverse_strength}
@@ -154,45 +181,69 @@ def predict(probe: dict, x: np.ndarray) -> np.ndarray:
 
 def log_loss(y: np.ndarray, log_odds: np.ndarray) -> float:
   """Sum over the rows of -log P(y); 0 on no rows."""
-  return np.logaddexp(0.0, np.where(y == 1, -log_odds, log_odds)).sum()
+  against = np.where(y == 1, -log_odds, log_odds)
+  return np.logaddexp(0.0, against).sum()
 
 
-def _scores(y, probability, weights, threshold):
-  """Scores of one disease and their intervals, or nothing where there is too little to tell."""
-  fewest = min((y == 1).sum(), (y == 0).sum())
-  if fewest < FEWEST_TEST_CASES or np.isnan(probability[np.isfinite(y)]).any():
+def disease_scores(
+  y: np.ndarray,
+  probability: np.ndarray,
+  weights: np.ndarray,
+  threshold: float,
+) -> dict:
+  """Scores of one disease and their intervals; {} where there are too few rows to score.
+
+  Args:
+    y, probability: [N] of test.
+    weights: [R, N] of the bootstrap.
+    threshold: from which on a case is called; NaN where validation has no cases or no controls.
+  """
+  cases = (y == 1).sum()
+  controls = (y == 0).sum()
+  not_predicted = np.isnan(probability) & np.isfinite(y)
+  if min(cases, controls) < FEWEST_TEST_CASES or not_predicted.any():
     return {}
-  scores = {"auroc": (statistics.auroc, probability), "auprc": (statistics.auprc, probability)}
-  if np.isfinite(threshold):  # no cases or no controls in validation: no threshold
-    scores["balanced_accuracy"] = (statistics.balanced_accuracy, probability >= threshold)
-  found = {}
-  for name, (score, said) in scores.items():
-    found[name] = float(score(y, said))
-    found[f"{name}_ci"] = statistics.interval(score(y, said, weights)).tolist()
-  said, seen, rows = statistics.reliability(y, probability)
-  found["threshold"] = float(threshold)
-  found["ece"] = statistics.ece(y, probability)
-  found["reliability"] = {"predicted": said.tolist(), "observed": seen.tolist(), "n": rows.tolist()}
-  return found
+  metrics = [
+    ("auroc", statistics.auroc, probability),
+    ("auprc", statistics.auprc, probability),
+  ]
+  if np.isfinite(threshold):
+    called = probability >= threshold
+    metrics.append(("balanced_accuracy", statistics.balanced_accuracy, called))
+  scores = {}
+  for name, metric, prediction in metrics:
+    draws = metric(y, prediction, weights)
+    scores[name] = float(metric(y, prediction))
+    scores[f"{name}_ci"] = statistics.interval(draws).tolist()
+  predicted, observed, rows = statistics.reliability(y, probability)
+  scores["threshold"] = float(threshold)
+  scores["ece"] = statistics.ece(y, probability)
+  scores["reliability"] = {
+    "predicted": predicted.tolist(),
+    "observed": observed.tolist(),
+    "n": rows.tolist(),
+  }
+  return scores
 
 
 def table(results: dict, encoder: str = "ECG") -> Table:
   """Of each disease: counts, AUROC of every model, and further scores of the first one."""
-  models = list(results)
-  first = results[models[0]]
+  first_model = next(iter(results))
   head = ["disease", "cases", "n"]
-  for model in models:
-    head.append(f"AUROC {readouts.TITLES.get(model, model.replace('_', ' '))}")
-  head += [f"{score} {models[0]}" for score in ("AUPRC", "balanced accuracy", "ECE")]
+  for model in results:
+    title = readouts.TITLES.get(model, model.replace("_", " "))
+    head.append(f"AUROC {title}")
+  for metric in ("AUPRC", "balanced accuracy", "ECE"):
+    head.append(f"{metric} {first_model}")
   rows = []
-  for name, counts in first.items():
-    row = [name, f"{counts['cases']:,}", f"{counts['n']:,}"]
-    for model in models:
-      scores = results[model][name]
+  for name, first in results[first_model].items():
+    row = [name, f"{first['cases']:,}", f"{first['n']:,}"]
+    for diseases in results.values():
+      scores = diseases[name]
       row.append(interval(scores.get("auroc"), scores.get("auroc_ci")))
-    for score in ("auprc", "balanced_accuracy"):
-      row.append(interval(counts.get(score), counts.get(f"{score}_ci")))
-    row.append(number(counts.get("ece")))
+    for metric in ("auprc", "balanced_accuracy"):
+      row.append(interval(first.get(metric), first.get(f"{metric}_ci")))
+    row.append(number(first.get("ece")))
     rows.append(row)
   # coverage: benchmarks/coverage.py, docs/results.md
   title = (

@@ -14,7 +14,11 @@ BLOCK_SCORES = 2**22  # scores held at a time
 
 
 def predict(
-  gallery: np.ndarray, labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, test: np.ndarray
+  gallery: np.ndarray,
+  labels: np.ndarray,
+  val: np.ndarray,
+  val_labels: np.ndarray,
+  test: np.ndarray,
 ) -> dict[str, np.ndarray]:
   """Mean label of the k people of the gallery of highest product with a query; of each label, k is
   chosen on validation.
@@ -29,34 +33,41 @@ def predict(
     predictions [N, K] of `val` and `test`, with the k of least squared error; ties (no label there)
       to the most neighbours.
   """
-  of_val, of_test = means(gallery, labels, val), means(gallery, labels, test)  # [G, N, K]
-  error = np.nansum((of_val - val_labels) ** 2, axis=1)  # [G, K]
+  val_means = means(gallery, labels, val)  # [G, N, K]
+  test_means = means(gallery, labels, test)
+  squares = (val_means - val_labels) ** 2
+  error = np.nansum(squares, axis=1)  # [G, K]
   best = len(error) - 1 - np.argmin(error[::-1], axis=0)
-  return {"val": chosen(of_val, best), "test": chosen(of_test, best)}
+  return {"val": with_depth(val_means, best), "test": with_depth(test_means, best)}
 
 
-def chosen(predictions: np.ndarray, best: np.ndarray) -> np.ndarray:
-  """Of predictions [G, N, K] those with each label's own number of neighbours, best [K]: [N, K]."""
-  return np.take_along_axis(predictions, best[None, None], axis=0)[0]
+def with_depth(predictions: np.ndarray, depth: np.ndarray) -> np.ndarray:
+  """Of predictions [G, N, K] those with each label's own number of neighbours, its place in
+  NEIGHBOURS: depth [K] -> [N, K]."""
+  return np.take_along_axis(predictions, depth[None, None], axis=0)[0]
 
 
 def means(gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
   """Mean label [G, N, K] of the nearest NEIGHBOURS, as many as the gallery has."""
-  known = np.isfinite(labels)
-  values = np.where(known, labels, 0.0).astype(np.float64)
-  everybody = values.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-  people, count_of_labels = labels.shape
-  most, depths = min(NEIGHBOURS[-1], people), np.minimum(NEIGHBOURS, people)
-  found = np.empty((len(depths), len(queries), count_of_labels))
-  block = max(1, BLOCK_SCORES // max(people, most * count_of_labels))
+  labelled = np.isfinite(labels)
+  values = np.where(labelled, labels, 0.0).astype(np.float64)
+  gallery_count = labelled.sum(axis=0)
+  gallery_mean = values.sum(axis=0) / np.maximum(gallery_count, 1)
+  people, label_count = labels.shape
+  depths = np.minimum(NEIGHBOURS, people)
+  deepest = depths[-1]
+  averages = np.empty((len(depths), len(queries), label_count))
+  block = max(1, BLOCK_SCORES // max(people, deepest * label_count))
   for start in range(0, len(queries), block):
     rows = slice(start, start + block)
     scores = queries[rows] @ gallery.T
     # ties by the order of the gallery
-    nearest = np.argsort(-scores, axis=1, kind="stable")[:, :most]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    nearest = order[:, :deepest]
     for g, depth in enumerate(depths):
-      near = nearest[:, :depth]
-      count, total = known[near].sum(axis=1), values[near].sum(axis=1)
+      neighbours = nearest[:, :depth]
+      count = labelled[neighbours].sum(axis=1)
+      total = values[neighbours].sum(axis=1)
       mean = total / np.maximum(count, 1)
-      found[g, rows] = np.where(count > 0, mean, everybody)
-  return found
+      averages[g, rows] = np.where(count > 0, mean, gallery_mean)
+  return averages
