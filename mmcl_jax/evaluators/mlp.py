@@ -41,38 +41,65 @@ def predict(
   Returns:
     float64 [N, K] of each; NaN for a label that train or validation does not know at all.
   """
-  mean, scale = standardisation(train)
-  x, x_val, x_test = (jnp.asarray((x - mean) / scale, jnp.float32) for x in (train, val, test))
+  label_count = labels.shape[1]
   usable = np.isfinite(labels).any(axis=0) & np.isfinite(val_labels).any(axis=0)
   if not usable.any():
-    nothing = np.full(labels.shape[1], np.nan)
-    return {"val": np.tile(nothing, (len(val), 1)), "test": np.tile(nothing, (len(test), 1))}
-  centre, spread = np.zeros(labels.shape[1]), np.ones(labels.shape[1])
+    return {
+      "val": np.full((len(val), label_count), np.nan),
+      "test": np.full((len(test), label_count), np.nan),
+    }
+  mean, scale = standardisation(train)
+  centre = np.zeros(label_count)
+  spread = np.ones(label_count)
   if not binary:
-    centre[usable] = np.nanmean(labels[:, usable], axis=0, dtype=np.float64)
-    deviation = np.nanstd(labels[:, usable], axis=0, dtype=np.float64)
-    spread[usable] = np.where(deviation > 0, deviation, 1.0)
-  y, y_val = (jnp.asarray((t - centre) / spread, jnp.float32) for t in (labels, val_labels))
+    centre[usable], spread[usable] = label_scale(labels[:, usable])
+  x = standardised(train, mean, scale)
+  x_val = standardised(val, mean, scale)
+  x_test = standardised(test, mean, scale)
+  y = standardised(labels, centre, spread)
+  y_val = standardised(val_labels, centre, spread)
 
-  best = fit(x, y, x_val, y_val, binary, seed)
+  params = fit(x, y, x_val, y_val, binary, seed)
 
-  def said(x):
-    parts = []
-    for part in np.array_split(x, -(-len(x) // ROWS)):
-      parts.append(np.asarray(forward(best, part), np.float64))
-    y = np.concatenate(parts)
-    return np.where(usable, expit(y) if binary else y * spread + centre, np.nan)
+  def predicted(x):
+    y = forward_in_blocks(params, x)
+    y = expit(y) if binary else y * spread + centre
+    return np.where(usable, y, np.nan)
 
-  return {"val": said(x_val), "test": said(x_test)}
+  return {"val": predicted(x_val), "test": predicted(x_test)}
+
+
+def label_scale(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation [K] of labels [N, K] without NaN; 1 for one that does not vary."""
+  mean = np.nanmean(labels, axis=0, dtype=np.float64)
+  deviation = np.nanstd(labels, axis=0, dtype=np.float64)
+  return mean, np.where(deviation > 0, deviation, 1.0)
+
+
+def standardised(x, mean, scale):
+  return jnp.asarray((x - mean) / scale, jnp.float32)
+
+
+def forward_in_blocks(params: dict, x) -> np.ndarray:
+  """`forward` of ROWS rows at a time, as float64 [N, K]."""
+  blocks = -(-len(x) // ROWS)
+  outputs = []
+  for rows in np.array_split(x, blocks):
+    output = forward(params, rows)
+    outputs.append(np.asarray(output, np.float64))
+  return np.concatenate(outputs)
 
 
 def fit(x, y, x_val, y_val, binary: bool, seed: int) -> dict:
   """Parameters of the epoch of least loss on validation, each label's own; stops when none has
   gained for PATIENCE epochs. Arguments as in `losses` and `predict`, standardised."""
-  labels = y.shape[1]
-  params = start(jax.random.key(seed), x.shape[1], labels)
+  label_count = y.shape[1]
+  seed_key = jax.random.key(seed)
+  params = initial_params(seed_key, x.shape[1], label_count)
   opt_state = optimizer().init(params)
-  best, least, waited = params, jnp.full(labels, jnp.inf), 0
+  best = params
+  least_loss = jnp.full(label_count, jnp.inf)
+  waited = 0
   for epoch in tqdm(
     range(EPOCHS),
     "MLP, at most",
@@ -81,32 +108,39 @@ def fit(x, y, x_val, y_val, binary: bool, seed: int) -> dict:
     leave=False,
     disable=jax.process_index() > 0,
   ):
-    key = jax.random.fold_in(jax.random.key(seed), epoch)
+    key = jax.random.fold_in(seed_key, epoch)
     params, opt_state, loss = run_epoch(params, opt_state, x, y, x_val, y_val, key, binary)
-    better = loss < least
-
-    def keep_better(old, new, better=better):
-      return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    best = jax.tree.map(keep_better, best, params)
-    least = jnp.where(better, loss, least)
+    better = loss < least_loss
+    best = of_better_labels(better, params, best)
+    least_loss = jnp.where(better, loss, least_loss)
     waited = 0 if better.any() else waited + 1
     if waited == PATIENCE:
       break
   return best
 
 
-def start(key, width: int, labels: int) -> dict:
+def of_better_labels(better, params: dict, best: dict) -> dict:
+  """The parameters of the labels that are `better` [K], and of the others those of `best`."""
+
+  def choose(new, old):
+    trailing = (1,) * (new.ndim - 1)
+    return jnp.where(better.reshape(-1, *trailing), new, old)
+
+  return jax.tree.map(choose, params, best)
+
+
+def initial_params(key, width: int, labels: int) -> dict:
   """Weights [K, I, O] and biases [K, O] of the three layers, Glorot-uniform and zero."""
   widths = (width, max(width // 2, 1), max(width // 4, 1), 1)
   glorot = jax.nn.initializers.glorot_uniform(batch_axis=0)
-  return {
-    f"fc{i}": {
-      "kernel": glorot(jax.random.fold_in(key, i), (labels, a, b)),
-      "bias": jnp.zeros((labels, b)),
+  params = {}
+  for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+    layer_key = jax.random.fold_in(key, i)
+    params[f"fc{i}"] = {
+      "kernel": glorot(layer_key, (labels, inputs, outputs)),
+      "bias": jnp.zeros((labels, outputs)),
     }
-    for i, (a, b) in enumerate(zip(widths, widths[1:]))
-  }
+  return params
 
 
 def optimizer():
@@ -116,21 +150,28 @@ def optimizer():
 @jax.jit
 def forward(params, x):
   """x [N, D] -> [N, K]."""
-  x = jnp.einsum("nd,kde->kne", x, params["fc0"]["kernel"]) + params["fc0"]["bias"][:, None]
+  layer = params["fc0"]
+  x = jnp.einsum("nd,kde->kne", x, layer["kernel"])
+  x = x + layer["bias"][:, None]
   for name in ("fc1", "fc2"):
-    x = (
-      jnp.einsum("knd,kde->kne", jax.nn.gelu(x, approximate=False), params[name]["kernel"])
-      + params[name]["bias"][:, None]
-    )
+    layer = params[name]
+    x = jax.nn.gelu(x, approximate=False)
+    x = jnp.einsum("knd,kde->kne", x, layer["kernel"])
+    x = x + layer["bias"][:, None]
   return x[..., 0].T
 
 
 def losses(params, x, y, binary):
   """Mean loss [K] over the rows that know a label; 0 where none does."""
-  said, known = forward(params, x), jnp.isfinite(y)
-  target = jnp.where(known, y, 0)
-  each = optax.sigmoid_binary_cross_entropy(said, target) if binary else jnp.square(said - target)
-  return (each * known).sum(axis=0) / jnp.maximum(known.sum(axis=0), 1)
+  output = forward(params, x)
+  labelled = jnp.isfinite(y)
+  target = jnp.where(labelled, y, 0)
+  if binary:
+    each = optax.sigmoid_binary_cross_entropy(output, target)
+  else:
+    each = jnp.square(output - target)
+  count = labelled.sum(axis=0)
+  return (each * labelled).sum(axis=0) / jnp.maximum(count, 1)
 
 
 @functools.partial(jax.jit, static_argnames="binary")
@@ -138,11 +179,16 @@ def run_epoch(params, opt_state, x, y, x_val, y_val, key, binary):
   """One pass over the rows in a random order (the rest of the last batch waits): parameters, and
   the loss [K] on validation."""
   batch = min(BATCH, len(x))
-  order = jax.random.permutation(key, len(x))[: len(x) // batch * batch].reshape(-1, batch)
+  steps = len(x) // batch
+  order = jax.random.permutation(key, len(x))
+  order = order[: steps * batch].reshape(steps, batch)
+
+  def total_loss(params, rows):
+    return losses(params, x[rows], y[rows], binary).sum()
 
   def step(carry, rows):
     params, opt_state = carry
-    grads = jax.grad(lambda params: losses(params, x[rows], y[rows], binary).sum())(params)
+    grads = jax.grad(total_loss)(params, rows)
     updates, opt_state = optimizer().update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), None
 

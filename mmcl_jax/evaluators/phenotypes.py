@@ -9,6 +9,7 @@ import io
 import re
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from mmcl_jax.evaluators import figures, readouts, statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
@@ -48,40 +49,45 @@ def phenotypes(context: Context, draws: int = 1000, seed: int = 0) -> Result:
     and `mmcl export` apply, as probes.npz; results.csv, one line per model and phenotype.
   """
   results, predictions, probe = scored(context, draws, seed)
-  drawn = {}
-  if results["phenotypes"]:
-    y, predicted = predictions["y_true"], predictions["embedding"]
-    shown = results | {"encoder": context.reads}
-    drawn["r2"] = figures.r2_bars(shown, context.note)
-    drawn["r2"].set_label("R2 of every phenotype, beside its baselines")
-    drawn["predicted_against_true"] = figures.predicted_against_true(
-      y, predicted, results["phenotypes"], context.note
-    )
-    drawn["predicted_against_true"].set_label("Predicted against measured")
-    drawn["bland_altman"] = figures.bland_altman(y, predicted, results["phenotypes"], context.note)
-    drawn["bland_altman"].set_label(
-      "Bland-Altman: difference against mean, with bias and 95 % limits of agreement"
-    )
   # for whoever reads the intervals of `mmcl embed` alone
   probe = probe | {"note": context.seen_people.get("note", "")}
   return Result(
     results,
     tables(results, context.reads),
-    drawn,
+    drawings(results, predictions, context),
     predictions,
     {"probes": probe},
     {"results.csv": as_csv(results)},
   )
 
 
+def drawings(results: dict, predictions: dict, context: Context) -> dict[str, Figure]:
+  """The figures by name; none of a cohort without phenotypes."""
+  scores = results["phenotypes"]
+  if not scores:
+    return {}
+  y = predictions["y_true"]
+  predicted = predictions["embedding"]
+  r2 = figures.r2_bars(results | {"encoder": context.reads}, context.note)
+  r2.set_label("R2 of every phenotype, beside its baselines")
+  scatter = figures.predicted_against_true(y, predicted, scores, context.note)
+  scatter.set_label("Predicted against measured")
+  agreement = figures.bland_altman(y, predicted, scores, context.note)
+  agreement.set_label(
+    "Bland-Altman: difference against mean, with bias and 95 % limits of agreement"
+  )
+  return {"r2": r2, "predicted_against_true": scatter, "bland_altman": agreement}
+
+
 def scored(context: Context, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
   """`evaluate` on the features of `context`, once for all evaluators that ask for it."""
 
   def make():
-    features, known = context.all_features(), context.cohort.info["phenotypes"]
-    measured, _ = readouts.of(context)
+    units = context.cohort.info["phenotypes"]
+    features = context.all_features()
+    predicted, _ = readouts.of(context)
     context.say(f"fitting probes, drawing {draws:,} bootstrap samples")
-    return evaluate(features, list(known), list(known.values()), measured, draws, seed)
+    return evaluate(features, list(units), list(units.values()), predicted, draws, seed)
 
   return context.once(("phenotypes", draws, seed), make)
 
@@ -99,84 +105,114 @@ def evaluate(
   Args:
     features: {split: {name: array}} of 'train', 'val', 'test'; see `ridge.inputs`.
     names, units: K each, of the columns of `phenotypes`.
-    others: {READOUT: predictions [N, K] of test, in units}, of read-outs that were fitted
-    elsewhere.
+    others: {READOUT: predictions [N, K] of test, in units}, of read-outs fitted elsewhere.
     draws, seed: of the bootstrap over test subjects.
 
   Returns:
     results: `phenotypes.NAME`, `baselines.MODEL.NAME`, `readouts.READOUT.NAME`,
       `groups.MODEL.GROUP` (mean R2 of the scored phenotypes of a group), `group_members.GROUP`,
       `differences.A_minus_B.NAME` and, where it is known, `ceiling.NAME` and
-        `share_of_ceiling.NAME`, as results.json has them; a score that cannot be told is NaN.
+      `share_of_ceiling.NAME`, as results.json has them; a score that cannot be computed is NaN.
     predictions: on test, in the units of the phenotypes: `subject`, `y_true` [N, K], and one [N, K]
       per model.
     probe: of the ECG embedding alone, as `ridge.fit_probe` returns it, with `names`, `units` and
       `half_width` [K], that of a 95 % prediction interval; `coverage95` of results is its share of
-        test rows.
+      test rows.
   """
-  train, val, test = (features[split] for split in ("train", "val", "test"))
-  y = test["phenotypes"].astype(np.float64)
-  weights = statistics.bootstrap_weights(test["subject"], draws, seed)
-  predicted, probes = {}, {}
-  for model, x in inputs(features).items():
-    probe = fit_probe(x["train"], train["phenotypes"], x["val"], val["phenotypes"])
-    # The strength was chosen on these rows too, which costs 0.003 of coverage with 39 of them,
-    # 0.001 with 411 (simulated): less than to fit, choose or calibrate on fewer rows. coverage95
-    # tells it on test.
-    probe["half_width"] = statistics.half_width(val["phenotypes"], predict(probe, x["val"]))
-    probes[model] = probe
-    predicted[model] = predict(probe, x["test"])
-  predicted |= others or {}
+  others = others or {}
+  subject = features["test"]["subject"]
+  y = features["test"]["phenotypes"].astype(np.float64)
+  weights = statistics.bootstrap_weights(subject, draws, seed)
+  probes, predicted = fit_probes(features)
+  predicted |= others
 
   enough = np.isfinite(y).sum(axis=0) >= FEWEST_TEST_ROWS
-  r2, drawn, scores = {}, {}, {}
+  r2, r2_draws = r2_of_models(y, predicted, weights, enough)
+  scores = {}
   for model, x in predicted.items():
-    r2[model] = np.where(enough, statistics.r2(y, x), np.nan)
-    drawn[model] = np.where(enough, statistics.r2(y, x, weights), np.nan)
-    scores[model] = _scores(y, x, r2[model], drawn[model], probes.get(model), names, units)
+    scores[model] = model_scores(y, x, r2[model], r2_draws[model], names, units)
+    if model in probes:
+      add_probe(scores[model], y, x, probes[model])
 
-  members = grouped([name for name, scored in zip(names, enough) if scored])
+  members = grouped([name for name, is_scored in zip(names, enough) if is_scored])
   results = {
     "phenotypes": scores.pop("embedding"),
-    "differences": differences(names, r2, drawn),
-    "groups": group_means(names, members, r2, drawn),
+    "differences": differences(names, r2, r2_draws),
+    "groups": group_means(names, members, r2, r2_draws),
     "group_members": members,
-    "readouts": {name: scores.pop(name) for name in others or ()},
+    "readouts": {name: scores.pop(name) for name in others},
   }
   if "ceiling" in scores:
-    results["ceiling"] = {name: score["r2"] for name, score in scores.pop("ceiling").items()}
+    ceiling = scores.pop("ceiling")
+    results["ceiling"] = {name: score["r2"] for name, score in ceiling.items()}
     results["share_of_ceiling"] = share_of_ceiling(
       y, predicted["embedding"], predicted["ceiling"], weights, names
     )
   results["baselines"] = scores
-  predictions = {"subject": test["subject"], "y_true": y, **predicted}
+  predictions = {"subject": subject, "y_true": y, **predicted}
   probe = {"names": np.array(names), "units": np.array(units), **probes["embedding"]}
   return results, predictions, probe
 
 
-def differences(names: list[str], r2: dict, drawn: dict) -> dict:
+def fit_probes(features: dict) -> tuple[dict, dict]:
+  """Of every input: its probe, with the half width of a prediction interval, and what it predicts
+  of test [N, K]."""
+  y_train = features["train"]["phenotypes"]
+  y_val = features["val"]["phenotypes"]
+  probes = {}
+  predicted = {}
+  for model, x in inputs(features).items():
+    probe = fit_probe(x["train"], y_train, x["val"], y_val)
+    # The strength was chosen on these rows too, which costs 0.003 of coverage with 39 of them,
+    # 0.001 with 411 (simulated): less than to fit, choose or calibrate on fewer rows. coverage95
+    # tells it on test.
+    probe["half_width"] = statistics.half_width(y_val, predict(probe, x["val"]))
+    probes[model] = probe
+    predicted[model] = predict(probe, x["test"])
+  return probes, predicted
+
+
+def r2_of_models(
+  y: np.ndarray,
+  predicted: dict,
+  weights: np.ndarray,
+  enough: np.ndarray,
+) -> tuple[dict, dict]:
+  """R2 {MODEL: [K]} and its draws {MODEL: [R, K]}; NaN of phenotypes that have not `enough` [K]
+  rows."""
+  r2 = {}
+  r2_draws = {}
+  for model, x in predicted.items():
+    r2[model] = np.where(enough, statistics.r2(y, x), np.nan)
+    r2_draws[model] = np.where(enough, statistics.r2(y, x, weights), np.nan)
+  return r2, r2_draws
+
+
+def differences(names: list[str], r2: dict, r2_draws: dict) -> dict:
   """{A_minus_B: {NAME: {value, ci}}} of DIFFERENCES, of R2 {MODEL: [K]} and its draws {MODEL: [R,
   K]}, paired."""
-  found = {}
+  entries = {}
   for a, b in DIFFERENCES:
     if a in r2 and b in r2:
-      value, draws = r2[a] - r2[b], drawn[a] - drawn[b]
-      entries = {name: entry(value[k], draws[:, k]) for k, name in enumerate(names)}
-      found[f"{a}_minus_{b}"] = entries
-  return found
+      value = r2[a] - r2[b]
+      draws = r2_draws[a] - r2_draws[b]
+      of_names = {name: entry(value[k], draws[:, k]) for k, name in enumerate(names)}
+      entries[f"{a}_minus_{b}"] = of_names
+  return entries
 
 
-def group_means(names: list[str], members: dict, r2: dict, drawn: dict) -> dict:
-  """{MODEL: {GROUP: {value, ci}}}, the mean R2 of the members of each group; r2 and drawn as in
+def group_means(names: list[str], members: dict, r2: dict, r2_draws: dict) -> dict:
+  """{MODEL: {GROUP: {value, ci}}}, the mean R2 of the members of each group; r2 and r2_draws as in
   `differences`."""
-  found = {}
+  means = {}
   for model in r2:
-    found[model] = {}
-    for group, inside in members.items():
-      columns = [names.index(name) for name in inside]
-      value, draws = r2[model][columns].mean(), drawn[model][:, columns].mean(axis=1)
-      found[model][group] = entry(value, draws)
-  return found
+    means[model] = {}
+    for group, group_names in members.items():
+      columns = [names.index(name) for name in group_names]
+      value = r2[model][columns].mean()
+      draws = r2_draws[model][:, columns].mean(axis=1)
+      means[model][group] = entry(value, draws)
+  return means
 
 
 def entry(value, draws) -> dict:
@@ -187,40 +223,49 @@ def entry(value, draws) -> dict:
 def grouped(names: list[str]) -> dict[str, list[str]]:
   """The phenotypes by GROUPS, those that belong to none under `other`; groups without any are left
   out."""
-  found = {group: [] for group in (*GROUPS, "other")}
+  members = {group: [] for group in (*GROUPS, "other")}
   for name in names:
-    belongs = [group for group, pattern in GROUPS.items() if re.match(pattern, name)]
-    for group in belongs or ["other"]:
-      found[group].append(name)
-  return {group: members for group, members in found.items() if members}
+    groups = [group for group, pattern in GROUPS.items() if re.match(pattern, name)]
+    for group in groups or ["other"]:
+      members[group].append(name)
+  return {group: group_names for group, group_names in members.items() if group_names}
 
 
 def share_of_ceiling(y, embedding, ceiling, weights, names) -> dict:
   """{NAME: {value, ci}}: R2 of the embedding over R2 of the ceiling, paired; NaN where the
   ceiling's interval holds 0."""
   share = statistics.r2(y, embedding) / statistics.r2(y, ceiling)
-  drawn = statistics.r2(y, ceiling, weights)
-  low, high = statistics.interval(statistics.r2(y, embedding, weights) / drawn)
-  told = statistics.interval(drawn)[0] > 0
-  share, low, high = (np.where(told, x, np.nan) for x in (share, low, high))
-  found = {}
+  ceiling_draws = statistics.r2(y, ceiling, weights)
+  embedding_draws = statistics.r2(y, embedding, weights)
+  low, high = statistics.interval(embedding_draws / ceiling_draws)
+  lowest_ceiling, _ = statistics.interval(ceiling_draws)
+  for x in (share, low, high):
+    x[~(lowest_ceiling > 0)] = np.nan
+  shares = {}
   for k, name in enumerate(names):
-    found[name] = {"value": float(share[k]), "ci": [float(low[k]), float(high[k])]}
-  return found
+    shares[name] = {"value": float(share[k]), "ci": [float(low[k]), float(high[k])]}
+  return shares
 
 
-def _scores(y, prediction, r2, drawn, probe, names, units):
-  """{NAME: its scores} of one model on test, R2 [K] and its draws [R, K] given; of a ridge also
-  strength and coverage."""
+def model_scores(
+  y: np.ndarray,
+  prediction: np.ndarray,
+  r2: np.ndarray,
+  r2_draws: np.ndarray,
+  names: list[str],
+  units: list[str],
+) -> dict:
+  """{NAME: its scores} of one model on test, R2 [K] and its draws [R, K] given."""
   count = np.isfinite(y).sum(axis=0)
-  enough = count >= FEWEST_TEST_ROWS
-  low, high = statistics.interval(drawn)
-  agreement = statistics.limits_of_agreement(y, prediction)
-  columns = [statistics.pearson(y, prediction), statistics.mae(y, prediction), *agreement]
-  correlation, error, bias, lower, upper = np.where(enough, columns, np.nan)
-  found = {}
+  low, high = statistics.interval(r2_draws)
+  correlation = statistics.pearson(y, prediction)
+  error = statistics.mae(y, prediction)
+  bias, lower, upper = statistics.limits_of_agreement(y, prediction)
+  for x in (correlation, error, bias, lower, upper):
+    x[count < FEWEST_TEST_ROWS] = np.nan
+  scores = {}
   for k, name in enumerate(names):
-    found[name] = {
+    scores[name] = {
       "r2": float(r2[k]),
       "r2_ci": [float(low[k]), float(high[k])],
       "pearson": float(correlation[k]),
@@ -230,48 +275,51 @@ def _scores(y, prediction, r2, drawn, probe, names, units):
       "n": int(count[k]),
       "units": units[k],
     }
-  if probe:
-    covered = statistics.coverage(y, prediction, probe["half_width"])
-    covered = np.where(enough, covered, np.nan)
-    for k, name in enumerate(names):
-      found[name]["coverage95"] = float(covered[k])
-      found[name]["strength"] = float(probe["strength"][k])
-      found[name]["strength_at_edge"] = bool(probe["at_edge"][k])
-  return found
+  return scores
+
+
+def add_probe(scores: dict, y: np.ndarray, prediction: np.ndarray, probe: dict) -> None:
+  """Adds to the scores of a ridge its strength, and the coverage of its prediction intervals."""
+  coverage = statistics.coverage(y, prediction, probe["half_width"])
+  for k, score in enumerate(scores.values()):
+    enough = score["n"] >= FEWEST_TEST_ROWS
+    score["coverage95"] = float(coverage[k]) if enough else np.nan
+    score["strength"] = float(probe["strength"][k])
+    score["strength_at_edge"] = bool(probe["at_edge"][k])
 
 
 def tables(results: dict, encoder: str = "ECG") -> list[Table]:
   """Those that there is something for: scores beside the baselines, groups, other read-outs."""
-  found = []
+  drawn = []
   if results.get("phenotypes"):
-    found.append(headline(results, encoder))
+    drawn.append(headline(results, encoder))
   if results.get("group_members"):
-    found.append(group_table(results))
+    drawn.append(group_table(results))
   if results.get("readouts") and results.get("phenotypes"):
-    found.append(readout_table(results, encoder))
-  return found
+    drawn.append(readout_table(results, encoder))
+  return drawn
 
 
 def headline(results: dict, encoder: str = "ECG") -> Table:
   """Of each phenotype: unit, R2 with its interval, baselines and ceiling where known."""
-  baselines = {}
-  for model in BASELINES:
-    if model in results.get("baselines", {}):
-      baselines[model] = results["baselines"][model]
+  scored_baselines = results.get("baselines", {})
+  baselines = [model for model in BASELINES if model in scored_baselines]
   ceiling = results.get("ceiling", {})
-  own = results.get("readouts", {}).get("own_head", {})
+  own_head = results.get("readouts", {}).get("own_head", {})
   head = ["phenotype", "unit", "R2 [95 % CI]"]
-  if own:
+  if own_head:
     head.append("own head")
-  head += [BASELINES[model] for model in baselines]
+  for model in baselines:
+    head.append(BASELINES[model])
   if ceiling:
     head.append("ceiling")
   rows = []
   for name, score in results.get("phenotypes", {}).items():
     row = [name, score["units"], interval(score["r2"], score["r2_ci"])]
-    if own:
-      row.append(interval(own[name]["r2"], own[name]["r2_ci"]))
-    row += [number(scores[name]["r2"]) for scores in baselines.values()]
+    if own_head:
+      row.append(interval(own_head[name]["r2"], own_head[name]["r2_ci"]))
+    for model in baselines:
+      row.append(number(scored_baselines[model][name]["r2"]))
     if ceiling:
       row.append(number(ceiling.get(name)))
     rows.append(row)
@@ -284,7 +332,9 @@ def group_table(results: dict) -> Table:
   if "ceiling" in results["groups"]:
     models.append("ceiling")
   titles = BASELINES | readouts.TITLES
-  head = ["group", "phenotypes", *(titles.get(model, model) for model in models)]
+  head = ["group", "phenotypes"]
+  for model in models:
+    head.append(titles.get(model, model))
   rows = []
   for group, members in results["group_members"].items():
     row = [group, str(len(members))]

@@ -27,6 +27,8 @@ MANY = 20  # values from which a mean is compared with the published one
 FAR_SD, FAR_CODE_SD = 10, 4
 CODES = [sign * code for code in (9, 99, 999, 9999, 99999, 88, 888, 8888) for sign in (1, -1)]
 DPI = 127  # 5 pixels a millimetre of ECG paper
+# nan, inf, or digits with sign, decimals and exponent, but not the digit of a lead V1 to V6
+NUMBER = r"\b(?:nan|inf)\b|(?:(?<!\w)[-+])?(?<!\bV(?=[1-6]\b))\d+(?:[.,]\d+)*(?:e[-+]?\d+)?"
 UNITS = {field.name: field.unit for field in ukb_fields.CARDIAC.values()}  # of what is published
 
 
@@ -40,43 +42,73 @@ def write(folder: str, cohort: Cohort, outcome: Outcome) -> list[str]:
     outcome: what became of the records that were planned.
   """
   summary = summarise(cohort, outcome)
-  _replace(Path(folder, "quality.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
+  text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+  replace(Path(folder, "quality.json"), text)
   page = quality_page.page(summary, histograms(cohort, outcome), contact_sheet(cohort))
-  _replace(Path(folder, "quality.html"), page)
+  replace(Path(folder, "quality.html"), page)
   return summary["suspicions"]
 
 
 def summarise(cohort: Cohort, outcome: Outcome) -> dict:
   """All numbers of the report, as JSON's own types; None for what is not known."""
-  info, groups, splits = cohort.info, sexes(cohort, outcome), np.array(outcome.splits)
+  info = cohort.info
+  groups = sexes(cohort, outcome)
+  row_split = np.array(outcome.splits)
+  splits = {split: row_split == split for split in info["counts"]}
   phenotypes = {}
+  suspicions = []
   for k, (name, unit) in enumerate(info["phenotypes"].items()):
     values = outcome.phenotypes[:, k].astype(np.float64)
-    whole, known = statistics(values), published(name, unit)
-    by_sex = {who: statistics(values[rows]) for who, rows in groups.items()}
-    phenotypes[name] = {
-      "unit": unit,
-      **whole,
-      "missing": len(values) - whole["n"],
-      **by_sex,
-      "splits": {
-        split: int(np.isfinite(values[splits == split]).sum()) for split in info["counts"]
-      },
-      "published": known,
-      "far_from_published": _far({"all": whole} | by_sex, known),
-      "codes": codes_of_missing(values),
-    }
+    entry = phenotype_summary(name, unit, values, groups, splits)
+    phenotypes[name] = entry
+    if entry["codes"]:
+      suspicions.append(suspicion(name, entry))
+  reasons = [(entry["id"], entry["reason"]) for entry in outcome.rejected]
+  flags = []
+  for entry in outcome.flags:
+    for flag in entry["flags"]:
+      flags.append((entry["id"], flag))
+  facts = {name: value for name, value in info.items() if type(value) in (str, int, float)}
   return {
     "note": SYNTHETIC_NOTE if info.get("synthetic") else "",
-    "cohort": {name: value for name, value in info.items() if type(value) in (str, int, float)},
+    "cohort": facts,
     "steps": dict(outcome.steps),
     "counts": dict(info["counts"]),
-    "reasons": grouped((entry["id"], entry["reason"]) for entry in outcome.rejected),
-    "flags": grouped((entry["id"], flag) for entry in outcome.flags for flag in entry["flags"]),
-    "suspicions": [suspicion(name, found) for name, found in phenotypes.items() if found["codes"]],
+    "reasons": grouped(reasons),
+    "flags": grouped(flags),
+    "suspicions": suspicions,
     "phenotypes": phenotypes,
     "rejected": outcome.rejected,
     "flagged": outcome.flags,
+  }
+
+
+def phenotype_summary(
+  name: str,
+  unit: str,
+  values: np.ndarray,
+  groups: dict[str, np.ndarray],
+  splits: dict[str, np.ndarray],
+) -> dict:
+  """What `values` [N] of a phenotype are like.
+
+  Args:
+    groups, splits: bool [N] of each group of people, and of each split.
+  """
+  overall = moments_and_quantiles(values)
+  by_sex = {who: moments_and_quantiles(values[rows]) for who, rows in groups.items()}
+  reference = published(name, unit)
+  measured = np.isfinite(values)
+  by_split = {split: int(measured[rows].sum()) for split, rows in splits.items()}
+  return {
+    "unit": unit,
+    **overall,
+    "missing": len(values) - overall["n"],
+    **by_sex,
+    "splits": by_split,
+    "published": reference,
+    "far_from_published": far_from_published({"all": overall} | by_sex, reference),
+    "codes": codes_of_missing(values),
   }
 
 
@@ -95,41 +127,53 @@ def grouped(texts: Iterable[tuple[str, str]]) -> list[dict]:
     entry = groups.setdefault(without_numbers(text), {"times": 0, "ids": {}})
     entry["times"] += 1
     entry["ids"][name] = None
-  found = [
-    {
-      "text": text,
-      "records": len(entry["ids"]),
-      "times": entry["times"],
-      "examples": list(entry["ids"])[:EXAMPLES],
-    }
-    for text, entry in groups.items()
-  ]
-  return sorted(found, key=lambda group: (-group["records"], group["text"]))
+  counted = []
+  for text, entry in groups.items():
+    ids = list(entry["ids"])
+    counted.append(
+      {
+        "text": text,
+        "records": len(ids),
+        "times": entry["times"],
+        "examples": ids[:EXAMPLES],
+      }
+    )
+
+  def most_records_first(group):
+    return -group["records"], group["text"]
+
+  return sorted(counted, key=most_records_first)
 
 
 def without_numbers(text: str) -> str:
   """`text` with # in place of every number but those in the names of leads; lists of numbers become
   one."""
-  text = re.sub(
-    r"\b(?:nan|inf)\b|(?:(?<!\w)[-+])?(?<!\bV(?=[1-6]\b))\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", "#", text
-  )
+  text = re.sub(NUMBER, "#", text)
   return re.sub(r"#(?:, #)+", "#, ...", text)
 
 
-def statistics(values: np.ndarray) -> dict:
+def moments_and_quantiles(values: np.ndarray) -> dict:
   """Moments and quantiles of the finite ones of `values` [N]; `outside_4_sd` is a share, by their
   own mean and SD."""
   values = values[np.isfinite(values)]
   n = len(values)
-  mean, sd = values.mean() if n else np.nan, values.std(ddof=1) if n > 1 else np.nan
+  mean = values.mean() if n else np.nan
+  sd = np.nan
+  outside = np.nan
+  if n > 1:
+    sd = values.std(ddof=1)
+    outside = np.mean(np.abs(values - mean) > 4 * sd)
+  quantiles = {}
+  for q in QUANTILES:
+    quantiles[f"{q:g}"] = finite_or_none(np.quantile(values, q)) if n else None
   return {
     "n": n,
-    "mean": _finite(mean),
-    "sd": _finite(sd),
-    "min": _finite(values.min(initial=np.inf)),
-    "max": _finite(values.max(initial=-np.inf)),
-    "quantiles": {f"{q:g}": _finite(np.quantile(values, q)) if n else None for q in QUANTILES},
-    "outside_4_sd": _finite(np.mean(np.abs(values - mean) > 4 * sd)) if n > 1 else None,
+    "mean": finite_or_none(mean),
+    "sd": finite_or_none(sd),
+    "min": finite_or_none(values.min(initial=np.inf)),
+    "max": finite_or_none(values.max(initial=-np.inf)),
+    "quantiles": quantiles,
+    "outside_4_sd": finite_or_none(outside),
   }
 
 
@@ -141,23 +185,30 @@ def codes_of_missing(values: np.ndarray) -> dict[str, int]:
   for usual CODES that occur at least twice, FAR_CODE_SD is enough. Nothing is dropped for it: a
   rare measurement may be true.
   """
-  found, times = np.unique(values[np.isfinite(values)].astype(np.float32), return_counts=True)
-  if not len(found):
+  values = values[np.isfinite(values)].astype(np.float32)
+  distinct, times = np.unique(values, return_counts=True)
+  if not len(distinct):
     return {}
-  middle = np.median(np.repeat(found, times))
-  sd = 1.4826 * np.median(np.repeat(np.abs(found - middle), times))
-  away = np.abs(found - middle) / sd if sd else np.zeros(len(found))
-  odd = (away > FAR_SD) | (np.isin(found, CODES) & (times > 1) & (away > FAR_CODE_SD))
-  return {f"{found[i]:g}": int(times[i]) for i in np.argsort(-times, kind="stable") if odd[i]}
+  median = np.median(np.repeat(distinct, times))
+  distance = np.abs(distinct - median)
+  sd = 1.4826 * np.median(np.repeat(distance, times))
+  away = distance / sd if sd else np.zeros(len(distinct))
+  repeated_code = np.isin(distinct, CODES) & (times > 1)
+  is_code = (away > FAR_SD) | (repeated_code & (away > FAR_CODE_SD))
+  codes = {}
+  for i in np.argsort(-times, kind="stable"):
+    if is_code[i]:
+      codes[f"{distinct[i]:g}"] = int(times[i])
+  return codes
 
 
-def suspicion(name: str, found: dict) -> str:
-  value, times = next(iter(found["codes"].items()))
+def suspicion(name: str, phenotype: dict) -> str:
+  codes = phenotype["codes"]
+  value, times = next(iter(codes.items()))
+  median = phenotype["quantiles"]["0.5"]
   return (
-    f"{name}: {sum(found['codes'].values())} of {found['n']} values lie far from all others "
-    "(median "
-    f"{found['quantiles']['0.5']:.4g} {found['unit']}), such as {value}, {times} times: are they "
-    "codes for a "
+    f"{name}: {sum(codes.values())} of {phenotype['n']} values lie far from all others (median "
+    f"{median:.4g} {phenotype['unit']}), such as {value}, {times} times: are they codes for a "
     "missing value? They were kept; empty these cells of the table to leave them out"
   )
 
@@ -168,27 +219,30 @@ def sexes(cohort: Cohort, outcome: Outcome) -> dict[str, np.ndarray]:
   if "sex" not in names:
     return {}
   sex = outcome.covariates[:, names.index("sex")]
-  return {"women": sex == 0, "men": sex == 1} if np.isfinite(sex).any() else {}
+  if not np.isfinite(sex).any():
+    return {}
+  return {"women": sex == 0, "men": sex == 1}
 
 
 def published(name: str, unit: str) -> dict[str, dict]:
   """Mean and SD of UK Biobank, of `all` and of healthy `women` and `men`, as far as they are
   published in that unit."""
-  found = {}
   if unit != UNITS.get(name):
-    return found
+    return {}
+  groups = {}
   if name in ukb_fields.POPULATION:
     mean, sd = ukb_fields.POPULATION[name]
-    found["all"] = {
+    groups["all"] = {
       "mean": mean,
-      "sd": _finite(sd),
+      "sd": finite_or_none(sd),
       "source": "UK Biobank imaging, Alvarez-Florez et al. 2026",
     }
-  if moments := (couplings.PHENOTYPES | couplings.DERIVED).get(name):
-    for who in ("women", "men"):
-      mean, sd = getattr(moments, who)
-      found[who] = {"mean": mean, "sd": sd, "source": moments.source}
-  return found
+  healthy = couplings.PHENOTYPES | couplings.DERIVED
+  if name in healthy:
+    moments = healthy[name]
+    for who, (mean, sd) in (("women", moments.women), ("men", moments.men)):
+      groups[who] = {"mean": mean, "sd": sd, "source": moments.source}
+  return groups
 
 
 def histograms(cohort: Cohort, outcome: Outcome) -> dict[str, bytes]:
@@ -196,14 +250,17 @@ def histograms(cohort: Cohort, outcome: Outcome) -> dict[str, bytes]:
   groups = sexes(cohort, outcome)
   if groups:
     groups["sex unknown"] = ~(groups["women"] | groups["men"])
-  found = {}
+  images = {}
   for k, (name, unit) in enumerate(cohort.info["phenotypes"].items()):
     values = outcome.phenotypes[:, k].astype(np.float64)
-    if np.isfinite(values).any():
-      parts = {who: values[rows] for who, rows in groups.items()} or {"all": values}
-      figure = quality_page.histogram(name, unit, parts, published(name, unit))
-      found[name] = quality_page.png(drawings.stacked([figure], 150), 32)
-  return found
+    if not np.isfinite(values).any():
+      continue
+    by_group = {who: values[rows] for who, rows in groups.items()}
+    if not by_group:
+      by_group["all"] = values
+    figure = quality_page.histogram(name, unit, by_group, published(name, unit))
+    images[name] = quality_page.png(drawings.stacked([figure], 150), 32)
+  return images
 
 
 def contact_sheet(cohort: Cohort) -> list[tuple[str, bytes]]:
@@ -212,35 +269,44 @@ def contact_sheet(cohort: Cohort) -> list[tuple[str, bytes]]:
   for split, index in sample(cohort.info["counts"], SHOWN):
     record = cohort.splits[split][index]
     figures = drawings.of_record(record, cohort.info, columns=12)
-    image = quality_page.png(drawings.stacked(figures, DPI), 128) if figures else b""
-    sheet.append((drawings.describe(record, cohort.info, split, index), image))
+    image = b""
+    if figures:
+      image = quality_page.png(drawings.stacked(figures, DPI), 128)
+    caption = drawings.describe(record, cohort.info, split, index)
+    sheet.append((caption, image))
   return sheet
 
 
 def sample(counts: dict[str, int], most: int) -> list[tuple[str, int]]:
   """(split, index) of at most `most` records drawn at random, in order; the same at every call."""
+  splits = list(counts)
   ends = np.cumsum(list(counts.values()))
-  chosen = np.sort(np.random.default_rng(0).permutation(ends[-1])[:most])
-  splits = np.searchsorted(ends, chosen, side="right")
-  return [(list(counts)[s], int(at - (ends[s - 1] if s else 0))) for s, at in zip(splits, chosen)]
+  order = np.random.default_rng(0).permutation(ends[-1])
+  places = []
+  for number in np.sort(order[:most]):
+    s = np.searchsorted(ends, number, side="right")
+    start = ends[s - 1] if s else 0
+    places.append((splits[s], int(number - start)))
+  return places
 
 
-def _far(found, known):
+def far_from_published(moments: dict[str, dict], reference: dict[str, dict]) -> list[str]:
   """Groups whose mean lies more than one published SD from the published mean."""
-  return [
-    who
-    for who, moments in found.items()
-    if who in known
-    and moments["n"] >= MANY
-    and known[who]["sd"] is not None
-    and abs(moments["mean"] - known[who]["mean"]) > known[who]["sd"]
-  ]
+  far = []
+  for who, group in moments.items():
+    if who not in reference or group["n"] < MANY:
+      continue
+    mean = reference[who]["mean"]
+    sd = reference[who]["sd"]
+    if sd is not None and abs(group["mean"] - mean) > sd:
+      far.append(who)
+  return far
 
 
-def _finite(value):
+def finite_or_none(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
-def _replace(path, text):
+def replace(path: Path, text: str) -> None:
   with files.atomic(path, encoding="utf-8") as file:
     file.write(text)

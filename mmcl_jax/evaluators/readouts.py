@@ -26,18 +26,18 @@ def of(context: Context) -> tuple[dict, dict]:
 
   def make():
     info = context.cohort.info
-    return predict(
-      context.all_features(),
-      context.run.standardiser,
-      list(info["phenotypes"]),
-      list(info["diseases"]),
-    )
+    phenotypes = list(info["phenotypes"])
+    diseases = list(info["diseases"])
+    return predict(context.all_features(), context.run.standardiser, phenotypes, diseases)
 
   return context.once("readouts", make)
 
 
 def predict(
-  features: dict, standardiser, names: list[str], diseases: list[str]
+  features: dict,
+  standardiser,
+  names: list[str],
+  diseases: list[str],
 ) -> tuple[dict, dict]:
   """Predictions of every read-out that there is.
 
@@ -51,44 +51,71 @@ def predict(
   Returns:
     {readout: [N, K] of test}, in units; {readout: {split: [N, C]}} of val and test, probabilities.
   """
+  of_phenotypes = of_kind("phenotypes", features, standardiser.targets, names)
+  of_diseases = of_kind("diseases", features, standardiser.diseases, diseases)
+  of_test = {readout: predicted["test"] for readout, predicted in of_phenotypes.items()}
+  return of_test, of_diseases
+
+
+def of_kind(
+  kind: str,
+  features: dict,
+  learned: tuple[str, ...],
+  wanted: list[str],
+) -> dict[str, dict]:
+  """{readout: {split: [N, K]}} of val and test, of the labels of a kind.
+
+  Args:
+    kind: "phenotypes" or "diseases".
+    features: as in `predict`.
+    learned: names of the columns of own_KIND.
+    wanted: names of the columns of KIND.
+  """
   train, val, test = (features[split] for split in ("train", "val", "test"))
-  x = {split: found["embedding"].astype(np.float64) for split, found in features.items()}
-  mean, scale = ridge.standardisation(x["train"])
-  near = [retrieval.unit((x[split] - mean) / scale) for split in ("train", "val", "test")]
-  found = {}
-  for kind, wanted, learned in (
-    ("phenotypes", names, standardiser.targets),
-    ("diseases", diseases, standardiser.diseases),
-  ):
-    y, y_val = train[kind], val[kind]
-    found[kind] = (
-      {"own_head": placed(features, f"own_{kind}", learned, wanted)}
-      if f"own_{kind}" in test
-      else {}
+  y, y_val = train[kind], val[kind]
+  x, x_val, x_test = (split["embedding"].astype(np.float64) for split in (train, val, test))
+  mean, scale = ridge.standardisation(x)
+  readouts = {}
+  if f"own_{kind}" in test:
+    readouts["own_head"] = matched_columns(features, f"own_{kind}", learned, wanted)
+  readouts["knn"] = neighbours.predict(
+    retrieval.unit((x - mean) / scale),
+    y,
+    retrieval.unit((x_val - mean) / scale),
+    y_val,
+    retrieval.unit((x_test - mean) / scale),
+  )
+  is_binary = kind == "diseases"
+  readouts["mlp"] = mlp.predict(x, y, x_val, y_val, x_test, binary=is_binary)
+  if not {"ecg_projection", "cmr_projection"} <= train.keys():
+    return readouts
+  has_cmr = train["has_cmr"] > 0
+  if has_cmr.any():
+    # as retrieval scores a pair: mean cosine over phases
+    gallery = retrieval.unit(train["cmr_projection"][has_cmr]).mean(axis=1)
+    readouts["cmr_neighbours"] = neighbours.predict(
+      gallery,
+      y[has_cmr],
+      retrieval.unit(val["ecg_projection"]),
+      y_val,
+      retrieval.unit(test["ecg_projection"]),
     )
-    found[kind] |= {
-      "knn": neighbours.predict(near[0], y, near[1], y_val, near[2]),
-      "mlp": mlp.predict(x["train"], y, x["val"], y_val, x["test"], binary=kind == "diseases"),
-    }
-    if {"ecg_projection", "cmr_projection"} <= train.keys() and (has := train["has_cmr"] > 0).any():
-      # as retrieval scores a pair: mean cosine over phases
-      gallery = retrieval.unit(train["cmr_projection"][has]).mean(axis=1)
-      found[kind]["cmr_neighbours"] = neighbours.predict(
-        gallery,
-        y[has],
-        retrieval.unit(val["ecg_projection"]),
-        y_val,
-        retrieval.unit(test["ecg_projection"]),
-      )
-  return {name: said["test"] for name, said in found["phenotypes"].items()}, found["diseases"]
+  return readouts
 
 
-def placed(features: dict, field: str, learned, wanted: list[str]) -> dict[str, np.ndarray]:
+def matched_columns(
+  features: dict,
+  field: str,
+  learned: tuple[str, ...],
+  wanted: list[str],
+) -> dict[str, np.ndarray]:
   """The columns `learned` of features[split][field] as those `wanted`, {split: [N, wanted]}; NaN
   for what was not learned."""
-  columns = [list(learned).index(name) if name in learned else -1 for name in wanted]
-  padded = {
-    split: np.pad(x[field].astype(np.float64), ((0, 0), (0, 1)), constant_values=np.nan)
-    for split, x in features.items()
-  }
-  return {split: x[:, columns] for split, x in padded.items()}
+  matched = {}
+  for split, arrays in features.items():
+    x = arrays[field]
+    matched[split] = np.full((len(x), len(wanted)), np.nan)
+    for k, name in enumerate(wanted):
+      if name in learned:
+        matched[split][:, k] = x[:, list(learned).index(name)]
+  return matched

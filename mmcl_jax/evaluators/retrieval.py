@@ -24,20 +24,26 @@ def retrieval(context: Context) -> Result:
   pairs = features["has_cmr"] > 0
   if not pairs.any():  # an ECG and a CMR, not only the one here, the other there
     return Result()
-  results, found = evaluate(
-    features["ecg_projection"][pairs], features["cmr_projection"][pairs], features["subject"][pairs]
+  results, ranks_of_pairs = evaluate(
+    features["ecg_projection"][pairs],
+    features["cmr_projection"][pairs],
+    features["subject"][pairs],
   )
-  figure = figures.retrieval_ranks(found, context.note)
+  figure = figures.retrieval_ranks(ranks_of_pairs, context.note)
   figure.set_label("Retrieval: share answered within the first k")
-  one = results["ecg_to_cmr"]
+  scores = results["ecg_to_cmr"]
   context.say(
-    f"retrieval of the CMR by its ECG: R@10 {one['r@10']:.3f} (chance {one['chance_r@10']:.3f}, "
-    f"{one['n_candidates']} candidates)"
+    f"retrieval of the CMR by its ECG: R@10 {scores['r@10']:.3f} (chance "
+    f"{scores['chance_r@10']:.3f}, {scores['n_candidates']} candidates)"
   )
   return Result({"retrieval": results}, [table(results, context.split)], {"retrieval": figure})
 
 
-def evaluate(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[dict, dict]:
+def evaluate(
+  ecg: np.ndarray,
+  cmr: np.ndarray,
+  subject: np.ndarray,
+) -> tuple[dict, dict]:
   """Retrieval over the whole split, in both directions.
 
   Args:
@@ -49,8 +55,11 @@ def evaluate(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> tuple[dic
     {'ecg_to_cmr': ..., 'cmr_to_ecg': ...}, each {r@1, r@5, r@10, median_rank, n_candidates,
     chance_r@10}; and the same directions, each with the ranks [N] behind it, of `ranks`.
   """
-  found = ranks(ecg, cmr, subject)
-  return {direction: summary(places, subject) for direction, places in found.items()}, found
+  of_directions = ranks(ecg, cmr, subject)
+  results = {}
+  for direction, of_rows in of_directions.items():
+    results[direction] = summary(of_rows, subject)
+  return results, of_directions
 
 
 def ranks(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
@@ -58,51 +67,72 @@ def ranks(ecg: np.ndarray, cmr: np.ndarray, subject: np.ndarray) -> dict:
   other subjects."""
   ecg = unit(ecg)
   cmr = unit(cmr).mean(axis=1)  # the mean of cosines is the product with the mean of unit vectors
-  person = np.unique(subject, axis=0, return_inverse=True)[1].ravel()
-  return {"ecg_to_cmr": _ranks(ecg, cmr, person), "cmr_to_ecg": _ranks(cmr, ecg, person)}
+  _, person = np.unique(subject, axis=0, return_inverse=True)
+  person = person.ravel()
+  return {
+    "ecg_to_cmr": ranks_of_queries(ecg, cmr, person),
+    "cmr_to_ecg": ranks_of_queries(cmr, ecg, person),
+  }
 
 
-def summary(found: np.ndarray, subject: np.ndarray) -> dict:
+def summary(of_rows: np.ndarray, subject: np.ndarray) -> dict:
   """Recall at each depth, and what shuffled answers would get, of ranks [N]."""
-  n = len(found)
+  n = len(of_rows)
+  recall = {}
+  for depth in DEPTHS:
+    recall[f"r@{depth}"] = float(np.mean(of_rows <= depth))
+  return {
+    **recall,
+    "median_rank": float(np.median(of_rows)),
+    "n_candidates": n,
+    "chance_r@10": chance(subject, 10),
+  }
+
+
+def chance(subject: np.ndarray, depth: int) -> float:
+  """Recall at a depth of answers in a random order."""
+  n = len(subject)
   _, person, rows = np.unique(subject, axis=0, return_inverse=True, return_counts=True)
   others = n - rows[person.ravel()]
-  # Chance: the first ten places, drawn without replacement, all go to other subjects with
-  # probability `missed`.
-  places = np.arange(min(10, n))
-  missed = np.prod(np.maximum(others[:, None] - places, 0) / (n - places), axis=1)
-  return {
-    **{f"r@{depth}": float(np.mean(found <= depth)) for depth in DEPTHS},
-    "median_rank": float(np.median(found)),
-    "n_candidates": n,
-    "chance_r@10": float(np.mean(1 - missed)),
-  }
+  # the first places, drawn without replacement, all go to other subjects with probability `missed`
+  places = np.arange(min(depth, n))
+  others_left = np.maximum(others[:, None] - places, 0)
+  missed = np.prod(others_left / (n - places), axis=1)
+  return float(np.mean(1 - missed))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
   """Vectors of length 1 along the last axis; a zero vector stays zero and so scores 0 against
   all."""
   x = np.asarray(x, np.float64)
-  return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  x = x / np.maximum(length, 1e-12)
+  return x.astype(np.float32)
 
 
-def _ranks(queries, gallery, person):
+def ranks_of_queries(queries, gallery, person):
   """Ranks [N] by blocks of queries. Not below counts as above, so ties (a collapsed encoder) and
   NaN never help."""
   block = max(1, BLOCK_SCORES // max(1, len(gallery)))
-  found = np.empty(len(queries), np.int64)
+  rank = np.empty(len(queries), np.int64)
   for start in range(0, len(queries), block):
     rows = slice(start, start + block)
     scores = queries[rows] @ gallery.T
     own = person[rows, None] == person
-    best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
-    found[rows] = 1 + (~own & ~(scores < best - TIE)).sum(axis=1)
-  return found
+    own_scores = np.where(own, scores, -np.inf)
+    best = own_scores.max(axis=1, keepdims=True)
+    below = scores < best - TIE
+    ahead = ~own & ~below
+    rank[rows] = 1 + ahead.sum(axis=1)
+  return rank
 
 
 def table(results: dict, split: str = "test") -> Table:
   """Recall, median rank and chance of both directions."""
   columns = list(next(iter(results.values())))
+  head = ["direction"]
+  for column in columns:
+    head.append(column.replace("_", " "))
   rows = []
   for direction, scores in results.items():
     row = [direction.replace("_", " ")]
@@ -110,5 +140,4 @@ def table(results: dict, split: str = "test") -> Table:
       value = scores[column]
       row.append(f"{value:,.3g}" if isinstance(value, float) else f"{value:,}")
     rows.append(row)
-  head = ["direction", *(column.replace("_", " ") for column in columns)]
   return Table(f"Retrieval over the {split} split", head, rows)

@@ -7,6 +7,7 @@ rows, D features, C diseases, R bootstrap draws.
 """
 
 import importlib.util
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -20,6 +21,14 @@ COMPONENTS = 64
 STRENGTHS = np.logspace(4, -1, 6)  # of the ridge penalty, strongest first
 FEWEST_EVENTS = 30  # in train and in test, below which nothing is fitted or scored
 MODELS = ("embedding", "random_encoder", "covariates", "with_covariates")
+
+
+class Group(NamedTuple):
+  """The people at risk of a disease."""
+
+  x: np.ndarray  # features [N, D]
+  years: np.ndarray  # to the event, or to the end of observation [N]
+  happened: np.ndarray  # bool [N]
 
 
 def survival(context: Context, draws: int = 1000, seed: int = 0) -> Result:
@@ -39,9 +48,14 @@ def survival(context: Context, draws: int = 1000, seed: int = 0) -> Result:
     return Result()
   names = context.cohort.info["diseases"]
   results, predictions = evaluate(context.all_features(), names, draws, seed)
-  tables = [table(results, context.reads)] if any(results.values()) else []
-  named = {f"survival_{name}": x for name, x in predictions.items() if name != "subject"}
-  return Result({"survival": results}, tables, predictions=named)
+  tables = []
+  if any(results.values()):
+    tables.append(table(results, context.reads))
+  arrays = {}
+  for name, x in predictions.items():
+    if name != "subject":
+      arrays[f"survival_{name}"] = x
+  return Result({"survival": results}, tables, predictions=arrays)
 
 
 def installed() -> bool:
@@ -59,9 +73,11 @@ def times(features: dict) -> tuple[np.ndarray, np.ndarray]:
   end = features["followed_years"].astype(np.float64)[:, None]
   happened = (first > 0) & (first <= end)
   years = np.where(happened, first, end)
-  # NaN and 1 without a date: when is not known
-  without = ~(first <= 0) & ((features["diseases"] == 0) | np.isfinite(first))
-  return np.where(without & (years > 0), years, np.nan), happened
+  had_it_before = first <= 0
+  # a disease without a date, and one that is not known: when is not known
+  has_time = (features["diseases"] == 0) | np.isfinite(first)
+  at_risk = ~had_it_before & has_time & (years > 0)
+  return np.where(at_risk, years, np.nan), happened
 
 
 def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> tuple[dict, dict]:
@@ -78,88 +94,100 @@ def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> t
     predictions: `subject`, `years`, `happened` and log-hazard ratios [N, C] per model, NaN where
       nothing was fitted.
   """
-  when = {split: times(x) for split, x in features.items()}
-  weights = statistics.bootstrap_weights(features["test"]["subject"], draws, seed)
-  years, happened = when["test"]
-  results, predicted = {}, {}
+  subject = features["test"]["subject"]
+  outcomes = {split: times(arrays) for split, arrays in features.items()}
+  years, happened = outcomes["test"]
+  weights = statistics.bootstrap_weights(subject, draws, seed)
+  results = {}
+  predictions = {"subject": subject, "years": years, "happened": happened}
   for model, x in inputs(features).items():
     if model not in MODELS:
       continue
     x = components(x)
-    predicted[model], results[model] = np.full(years.shape, np.nan), {}
+    results[model] = {}
+    predictions[model] = np.full(years.shape, np.nan)
     for c, name in enumerate(names):
-      parts = {split: at_risk(x[split], *when[split], c) for split in when}
-      events = {split: int(part[2].sum()) for split, part in parts.items()}
-      of = np.isfinite(years[:, c])
-      found = {
-        "events": events["test"],
-        "n": int(of.sum()),
-        "train_events": events["train"],
-        "median_years": float(np.median(years[of, c])) if of.any() else np.nan,
-      }
-      if min(events["train"], events["test"]) >= FEWEST_EVENTS:
-        risk, found["strength"] = fit(parts["train"], parts["val"], x["test"])
-        predicted[model][:, c] = risk
-        outcome = years[of, c], happened[of, c], risk[of]
-        drawn = statistics.c_index(*outcome, weights[:, of])
-        found["c_index"] = float(statistics.c_index(*outcome, None))
-        found["c_index_ci"] = statistics.interval(drawn).tolist()
-      results[model][name] = found
-  predictions = {"subject": features["test"]["subject"], "years": years, "happened": happened}
-  return results, predictions | predicted
+      train = at_risk(x["train"], *outcomes["train"], c)
+      val = at_risk(x["val"], *outcomes["val"], c)
+      test = at_risk(x["test"], *outcomes["test"], c)
+      scores = counts(train, test)
+      if min(scores["train_events"], scores["events"]) >= FEWEST_EVENTS:
+        risk, scores["strength"] = fit(train, val, x["test"])
+        predictions[model][:, c] = risk
+        rows = np.isfinite(years[:, c])
+        outcome = (test.years, test.happened, risk[rows])
+        draws_of_c = statistics.c_index(*outcome, weights[:, rows])
+        scores["c_index"] = float(statistics.c_index(*outcome))
+        scores["c_index_ci"] = statistics.interval(draws_of_c).tolist()
+      results[model][name] = scores
+  return results, predictions
 
 
-def at_risk(x: np.ndarray, years: np.ndarray, happened: np.ndarray, c: int) -> tuple:
-  """Features, years and events of those at risk of disease `c`, of all rows' [N, D], [N, C], [N,
-  C]."""
-  known = np.isfinite(years[:, c])
-  return x[known], years[known, c], happened[known, c]
+def counts(train: Group, test: Group) -> dict:
+  """Events in train and test, people in test, and their median years under observation."""
+  n = len(test.years)
+  return {
+    "events": int(test.happened.sum()),
+    "n": n,
+    "train_events": int(train.happened.sum()),
+    "median_years": float(np.median(test.years)) if n else np.nan,
+  }
+
+
+def at_risk(x: np.ndarray, years: np.ndarray, happened: np.ndarray, c: int) -> Group:
+  """Those at risk of disease `c`, of all rows' [N, D], [N, C], [N, C]."""
+  rows = np.isfinite(years[:, c])
+  return Group(x[rows], years[rows, c], happened[rows, c])
 
 
 def components(x: dict) -> dict:
   """Standardised features, or the first COMPONENTS principal components where there are more; of
   train's fit."""
   mean, scale = standardisation(x["train"])
-  z = {split: (a - mean) / scale for split, a in x.items()}
-  if z["train"].shape[1] <= COMPONENTS:
+  z = {split: (features - mean) / scale for split, features in x.items()}
+  rows, width = z["train"].shape
+  if width <= COMPONENTS:
     return z
-  pca = PCA(min(COMPONENTS, len(z["train"])), svd_solver="covariance_eigh").fit(z["train"])
-  return {split: pca.transform(a) for split, a in z.items()}
+  pca = PCA(min(COMPONENTS, rows), svd_solver="covariance_eigh")
+  pca.fit(z["train"])
+  return {split: pca.transform(features) for split, features in z.items()}
 
 
-def fit(train: tuple, val: tuple, test: np.ndarray) -> tuple[np.ndarray, float]:
+def fit(train: Group, val: Group, test: np.ndarray) -> tuple[np.ndarray, float]:
   """Log-hazard ratios of `test` [N, D], and the strength: of best C-index on validation, ties to
-  the strongest.
-
-  Args:
-    train, val: (features [N, D], years [N], happened [N]).
-  """
+  the strongest."""
   from sksurv.linear_model import CoxPHSurvivalAnalysis
   from sksurv.util import Surv
 
-  best = (-np.inf, None, None)
+  outcome = Surv.from_arrays(train.happened, train.years)
+  best_score = -np.inf
   for strength in STRENGTHS:
-    model = CoxPHSurvivalAnalysis(alpha=strength, ties="efron").fit(
-      train[0], Surv.from_arrays(train[2], train[1])
-    )
+    model = CoxPHSurvivalAnalysis(alpha=strength, ties="efron")
+    model.fit(train.x, outcome)
     score = -1.0
-    if len(val[1]):
-      found = statistics.c_index(val[1], val[2], model.predict(val[0]))
-      score = np.nan_to_num(found, nan=-1.0)
-    if score > best[0]:
-      best = (score, model, strength)
-  return best[1].predict(test), float(best[2])
+    if len(val.years):
+      c_index = statistics.c_index(val.years, val.happened, model.predict(val.x))
+      score = np.nan_to_num(c_index, nan=-1.0)
+    if score > best_score:
+      best_score = score
+      best_model = model
+      best_strength = strength
+  return best_model.predict(test), float(best_strength)
 
 
 def table(results: dict, encoder: str = "ECG") -> Table:
   """Of each disease: counts, and the C-index of every model."""
   head = ["disease", "events", "n", "median years"]
-  head += [f"C-index {model.replace('_', ' ')}" for model in results]
+  for model in results:
+    title = model.replace("_", " ")
+    head.append(f"C-index {title}")
   rows = []
-  for name, counts in next(iter(results.values())).items():
-    row = [name, f"{counts['events']:,}", f"{counts['n']:,}", number(counts["median_years"])]
-    for scores in results.values():
-      row.append(interval(scores[name].get("c_index"), scores[name].get("c_index_ci")))
+  first_model = next(iter(results))
+  for name, first in results[first_model].items():
+    row = [name, f"{first['events']:,}", f"{first['n']:,}", number(first["median_years"])]
+    for diseases in results.values():
+      scores = diseases[name]
+      row.append(interval(scores.get("c_index"), scores.get("c_index_ci")))
     rows.append(row)
   title = f"Incident disease from the {encoder} (few events: counted, not scored)"
   return Table(title, head, rows)

@@ -343,7 +343,7 @@ def test_the_own_head_s_columns_are_found_by_name():
   """A cohort in another order, without one phenotype that was learned, and with one that was
   not."""
   x = np.arange(6.0).reshape(3, 2)
-  found = readouts.placed(
+  found = readouts.matched_columns(
     {"val": {"own_phenotypes": x[:1]}, "test": {"own_phenotypes": x}},
     "own_phenotypes",
     ("gone", "LVM"),

@@ -85,7 +85,7 @@ def test_without_a_validation_label_the_most_neighbours_speak():
 def test_the_mlp_is_two_gelu_layers_of_half_and_a_quarter_of_the_width():
   import jax
 
-  params = jax.device_get(mlp.start(jax.random.key(0), 576, 2))
+  params = jax.device_get(mlp.initial_params(jax.random.key(0), 576, 2))
   assert [params[f"fc{i}"]["kernel"].shape for i in range(3)] == [
     (2, 576, 288),
     (2, 288, 144),

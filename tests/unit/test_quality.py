@@ -150,7 +150,7 @@ def test_statistics_are_those_of_numpy():
   values = rng.normal(100, 10, 500)
   values[:3], values[3:40] = (200, -50, 141), np.nan
   known = pd.Series(values).dropna()
-  found = quality.statistics(values)
+  found = quality.moments_and_quantiles(values)
   assert (found["n"], found["min"], found["max"]) == (463, -50, 200)
   assert found["mean"] == pytest.approx(known.mean()) and found["sd"] == pytest.approx(known.std())
   assert found["quantiles"] == pytest.approx(
@@ -158,14 +158,14 @@ def test_statistics_are_those_of_numpy():
   )
   share = ((known - known.mean()).abs() > 4 * known.std()).mean()
   assert share == 2 / 463 and found["outside_4_sd"] == pytest.approx(share)  # 141 is within
-  none = quality.statistics(np.full(3, np.nan))
+  none = quality.moments_and_quantiles(np.full(3, np.nan))
   assert (
     none["n"] == 0
     and none["mean"] is none["sd"] is none["outside_4_sd"] is none["quantiles"]["0.5"] is None
   )
   assert (
-    quality.statistics(np.array([5.0]))["mean"] == 5
-    and quality.statistics(np.array([5.0]))["sd"] is None
+    quality.moments_and_quantiles(np.array([5.0]))["mean"] == 5
+    and quality.moments_and_quantiles(np.array([5.0]))["sd"] is None
   )
 
 
