@@ -165,7 +165,7 @@ def measures(kind: str, units: dict[str, str], records) -> list[str]:
   values = np.stack([record[kind] for record in records]).astype(np.float64)
   rows = []
   for (name, unit), column in zip(units.items(), values.T):
-    moments = quality.statistics(column)
+    moments = quality.moments_and_quantiles(column)
     row = [name, unit, f"{moments['n']:,}", number(moments["mean"]), number(moments["sd"])]
     row += [number(moments["quantiles"][q]) for q in ("0.5", "0.05", "0.95")]
     rows.append(row)
