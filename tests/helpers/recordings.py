@@ -43,6 +43,19 @@ def record(folder, leads, name="rec", rate=500, unit="mV", fmt="16", gain=1000, 
   return folder / f"{name}.hea"
 
 
+def write_wfdb(folder, name, ecg_mv, rate=500, leads=LEADS):
+  """Writes ecg_mv [L, T] as a WFDB record of int16."""
+  physionet.wrsamp(
+    name,
+    fs=rate,
+    units=["mV"] * len(leads),
+    sig_name=list(leads),
+    p_signal=ecg_mv.T.astype(np.float64),
+    fmt=["16"] * len(leads),
+    write_dir=str(folder),
+  )
+
+
 def rewrite(header, old, new, count=-1):
   text = header.read_bytes()
   assert old in text

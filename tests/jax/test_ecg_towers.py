@@ -2,7 +2,6 @@
 them."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,9 @@ import optax
 import pytest
 from scipy.special import erf
 
-from mmcl_jax import evaluate, export, train
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
 from mmcl_jax.models.towers import s4, xresnet1d
-from mmcl_jax.training import restore
 
 TOWERS = {"xresnet1d": xresnet1d.XResNet1d("test"), "s4": s4.S4("test")}
 
@@ -293,30 +290,3 @@ def test_mistakes_are_one_line(entry, says):
   with pytest.raises(UserError) as error:
     pretrainer.build(c, 500)
   assert says in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_every_program_works_with_it(name, cohort, tmp_path, capsys):
-  workdir = str(tmp_path / "w")
-  flags = [
-    f"--config=joint:test,arm=contrastive,encoder={name},steps=2",
-    f"--workdir={workdir}",
-    f"--config.data.cohort={cohort.path}",
-    "--config.every.save=2",
-    "--config.every.evaluate=2",
-  ]
-  train.main(flags)
-  encoder = restore.load_encoder(workdir)
-  record = cohort.splits["test"][0]
-  ecg = record["ecg"] * record["ecg_scale"]
-  width = encoder.embed(np.float32(ecg)[None]).shape[1]
-  assert width == {"xresnet1d": 32, "s4": 8}[name]
-  evaluate.main([f"--workdir={workdir}"])
-  told = capsys.readouterr().out
-  assert "no relevance maps of the ECG" in told
-  results = json.loads((tmp_path / "w/evaluation/2/results.json").read_text())
-  assert results["localisation"]["cosine"] and "completeness" not in results["localisation"]
-  export.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}"])
-  about = json.loads((tmp_path / "out/export.json").read_text())
-  assert about["outputs"]["embedding"]["shape"][1] == width
-  assert f"`{name}`" in (tmp_path / "out/MODEL_CARD.md").read_text()

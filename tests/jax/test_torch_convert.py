@@ -13,7 +13,7 @@ torch = pytest.importorskip(
 )
 
 import torch_models as published
-from common import ROOT, tiny_flags
+from common import ROOT, only_evaluators, tiny_flags
 from mistakes import error_of
 
 from mmcl_jax import cli, convert, embed, evaluate, train
@@ -74,7 +74,8 @@ def test_embeddings_are_those_of_torch(converted, autoencoder, tmp_path):
     np.testing.assert_allclose(row, expected, atol=0.01 * np.abs(expected).max())
 
 
-def test_a_converted_run_is_evaluated(converted, cohort):
+def test_a_converted_run_is_evaluated(converted, cohort, monkeypatch):
+  only_evaluators(monkeypatch, "phenotypes")
   results = evaluate.evaluate(str(converted), cohort_path=cohort.path)
   assert results["step"] == 0 and results["counts"]["test"] == cohort.info["counts"]["test"]
   saved = np.load(converted / "evaluation/0/predictions.npz")

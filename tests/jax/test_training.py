@@ -11,7 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from common import ROOT, tiny_config
+from common import ROOT, ecg_config, tiny_config
 
 from mmcl_jax import configuration, train
 from mmcl_jax.data import builder, cohort as cohort_lib
@@ -408,7 +408,7 @@ def test_a_non_finite_step_stops_with_the_last_good_checkpoint(
   )
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "outside", raising=False)
-  c = tiny_config(cohort.path)
+  c = ecg_config(cohort.path)
   c.objectives = dict(mine=dict(fn=f"outside:{objective}", weight=1.0, at=4 * c.batch))
   with pytest.raises(
     UserError, match=f"step 5: .*{name}.* not finite.*last good checkpoint is .*/3"

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from common import ROOT
+from common import ROOT, only_evaluators
 from hosts import launch, said, statuses
 from scipy.special import expit
 from sklearn.metrics import r2_score
@@ -279,7 +279,9 @@ def test_hosts_whose_losses_differ_end_together_by_the_word_of_the_first(stopped
 @pytest.fixture(scope="module")
 def evaluated(stopped):
   """results.json and predictions.npz by the command line, of the best step."""
-  evaluate.main([f"--workdir={stopped[0]}"])
+  with pytest.MonkeyPatch.context() as patch:
+    only_evaluators(patch, "phenotypes", "diseases")
+    evaluate.main([f"--workdir={stopped[0]}"])
   folder = stopped[0] / "evaluation/8"
   return (
     json.loads((folder / "results.json").read_text()),

@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from common import tiny_config
+from common import ecg_config, tiny_config
 from hypothesis import given, settings, strategies as st
 from objective_cases import CASES, case
 from test_objectives_degenerate import value_and_grad
@@ -99,7 +99,7 @@ def test_the_order_of_the_data_does_not_change_and_every_host_makes_the_same_of_
 def test_training_stops_at_a_bad_row_or_leaves_out_as_many_as_it_may(
   cohort, damaged, tmp_path, capsys
 ):
-  config = tiny_config(damaged.path)
+  config = ecg_config(damaged.path)
   config.steps, config.every.save = 5, 1  # 40 rows of 37 records: at least once
   with pytest.raises(
     UserError,
@@ -137,7 +137,7 @@ def test_training_stops_at_a_bad_row_or_leaves_out_as_many_as_it_may(
 def test_a_damaged_record_of_test_stops_an_evaluation_with_its_name(cohort, tmp_path):
   """Scores of fewer people than said would be worse than none."""
   bad = damage(cohort, tmp_path / "c", split="test", record=2)
-  config = tiny_config(cohort.path)
+  config = ecg_config(cohort.path)
   config.steps = config.every.save = 1
   train.train(config, str(tmp_path / "w"))
   with pytest.raises(UserError, match="record 2 of test in .* cannot be read"):
@@ -237,7 +237,7 @@ def explosive(tmp_path, monkeypatch):
 def test_steps_that_are_not_finite_are_skipped_up_to_the_limit_and_name_their_subjects(
   cohort, tmp_path, explosive, capsys
 ):
-  config = tiny_config(cohort.path)
+  config = ecg_config(cohort.path)
   # rows of steps 2, 3 and 5
   config.objectives = dict(mine=dict(fn="breaking:breaks", weight=1.0, at=(9, 17, 34)))
   config.every.save, config.every.evaluate, config.bad_steps = 1, 100, 1
