@@ -6,6 +6,8 @@ of n voxels is the n voxels of smallest gauge, so that hard labels have the targ
 voxel on any grid. The LV cavity is a prolate ellipsoid cut by the base plane; the wall is a shell
 of even thickness; the RV is a larger ellipsoid on the septal side, less the LV. Papillary muscles
 count to the cavity (Petersen 2017, JCMR 19:18): only the image shows them.
+
+Letters of shapes are those of mmcl_jax.data.schema; an axis of 3 structures is (LV, wall, RV).
 """
 
 from typing import NamedTuple
@@ -16,6 +18,11 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import expit
 
 from mmcl_jax.data import schema
+
+_LV = schema.LABELS["LV"]
+_MYO = schema.LABELS["MYO"]
+_RV = schema.LABELS["RV"]
+_STRUCTURES = (_LV, _MYO, _RV)  # in the order of every axis of 3
 
 
 class Grid(NamedTuple):
@@ -35,6 +42,7 @@ LENGTH_TO_DIAMETER = 1.7  # of the LV cavity at ED
 # the base plane cuts the ellipsoid this share of its half-length above the centre
 _CUT = 0.30
 _FILL = 2 / 3 + _CUT - _CUT**3 / 3  # volume of the cut ellipsoid / (pi radius^2 half-length)
+_HALF_LENGTH_TO_RADIUS = 2 * LENGTH_TO_DIAMETER / (1 + _CUT)
 
 # Share of the stroke volume ejected over one beat: systole, fast filling, diastasis, atrial kick.
 _EJECTION = {  # share of the beat -> share ejected
@@ -65,6 +73,12 @@ _BLOOD = 205.0
 _MYOCARDIUM = 85.0
 _NOISE = 6.0
 
+_BLUR_MM = 1.6  # partial volume
+_PAPILLARY_RAD = (2.0, 4.2)  # anterolateral and posteromedial, from the septum
+_PAPILLARY_PLACE = 0.66  # of the cavity's radius
+_PAPILLARY_MM = 3.8  # their radius
+_PAPILLARY_LEVELS = (0.3, 0.75)  # between base (0) and apex (1)
+
 
 class Pose(NamedTuple):
   """One heart's place and shape in the grid, the same at every phase."""
@@ -79,6 +93,15 @@ class Pose(NamedTuple):
   rv: tuple[float, float]
   # waves of `rho` around the axis: count, amplitude, phase
   bend: tuple[tuple[int, float, float], ...]
+
+
+class _EndPhases(NamedTuple):
+  """A heart at ED and ES."""
+
+  pose: Pose
+  fields: np.ndarray  # gauges [3, P, Z, H, W]
+  counts: np.ndarray  # voxels [P, 3]
+  labels: np.ndarray  # uint8 [P, Z, H, W]
 
 
 def heart(
@@ -98,23 +121,16 @@ def heart(
     cine_slice: uint8 [FRAMES, H, W], the mid-ventricular slice; frame 0 = ED.
   """
   pose, fields, _, labels = _end_phases(phenotypes, rng, grid)
-  middle = _middle_slice(labels)
-  areas = np.stack([_areas(phase[middle]) for phase in labels])
-  cine_fields = _between(fields[:, :, middle])
-  cine_labels = []
-  for frame, voxels in enumerate(_counts_of_frames(areas)):
-    cine_labels.append(label(cine_fields[:, frame], np.True_, voxels))
-  cine_labels = np.stack(cine_labels)
-
   tissue = sample_tissue(pose, rng)
   stack = image(labels, fields, tissue, rng, grid)
-  cine = image(
-    cine_labels[:, None],
-    cine_fields[:, :, None],
-    tissue[:, middle : middle + 1],
-    rng,
-    grid,
-  )
+
+  middle = _middle_slice(labels)
+  beat = _between(fields[:, :, [middle]])  # [3, F, 1, H, W]
+  areas = _areas(labels[:, [middle]])
+  everywhere = np.ones(FRAMES, bool)
+  beat_labels = _label_frames(beat, everywhere, _counts_of_frames(areas))
+  cine = image(beat_labels, beat, tissue[:, [middle]], rng, grid)
+
   scale = 255 / stack.max()
   return _grey(stack, scale), labels, _grey(cine[:, 0], scale)
 
@@ -129,23 +145,24 @@ def cine_stack(
     labels: uint8 [FRAMES, Z, H, W]; frames 0 and 9 are `labels`. Volumes go between them as EJECTED
       says.
   """
-  pose, fields, counts, ends = _end_phases(phenotypes, rng, grid)
+  pose, fields, counts, end_labels = _end_phases(phenotypes, rng, grid)
   tissue = sample_tissue(pose, rng)
-  stack = image(ends, fields, tissue, rng, grid)
+  stack = image(end_labels, fields, tissue, rng, grid)
   scale = 255 / stack.max()
-  labels = np.empty((FRAMES, *ends.shape[1:]), np.uint8)
-  images = np.empty_like(labels)
-  voxels = _counts_of_frames(counts)
-  for i, ejected in enumerate(EJECTED.astype(np.float32)):
-    between = (1 - ejected) * fields[:, 0] + ejected * fields[:, 1]
+  ed, es = fields[:, 0], fields[:, 1]
+  images, labels = [], []
+  shares = EJECTED.astype(np.float32)
+  for ejected, voxels in zip(shares, _counts_of_frames(counts)):  # one after the other: memory
+    gauge = _mixed(ed, es, ejected)
     below_base = pose.depth > ejected * pose.descent
-    labels[i] = label(between, below_base, voxels[i])
+    frame_labels = label(gauge, below_base, voxels)
     if ejected in (0, 1):
       frame = stack[int(ejected)]
     else:
-      (frame,) = image(labels[i : i + 1], between[:, None], tissue, rng, grid)
-    images[i] = _grey(frame, scale)
-  return images, labels
+      (frame,) = image(frame_labels[None], gauge[:, None], tissue, rng, grid)
+    labels.append(frame_labels)
+    images.append(_grey(frame, scale))
+  return np.stack(images), np.stack(labels)
 
 
 def long_axis(
@@ -172,22 +189,16 @@ def long_axis(
   surfaces = _surfaces(stack_fields, stack_labels)
   pose = sample_plane(pose, plane_rng, grid)
   fields = _end_gauges(pose, _volumes(phenotypes))  # [3, P, 1, H, W]
-  areas = np.zeros((2, 3))
-  for phase, descent in enumerate((0.0, pose.descent)):
-    free = pose.depth > descent
-    for k in range(3):
-      inside = free & (fields[k, phase] <= surfaces[k, phase])
-      areas[phase, k] = inside.sum()
-      free &= ~inside
+  areas = _areas_within(surfaces, fields, pose)
+
   beat = _between(fields)  # [3, F, 1, H, W]
   descents = EJECTED.astype(np.float32) * pose.descent
-  labels = []
-  for frame, voxels in enumerate(_counts_of_frames(areas)):
-    labels.append(label(beat[:, frame], pose.depth > descents[frame], voxels))
-  labels = np.stack(labels)
+  below_base = pose.depth > descents[:, None, None, None]
+  labels = _label_frames(beat, below_base, _counts_of_frames(areas))
   tissue = sample_tissue(pose, plane_rng)
-  images = image(labels, beat, tissue, plane_rng, grid)[:, 0]
-  return _grey(images, 255 / images.max()), labels[:, 0]
+  images = image(labels, beat, tissue, plane_rng, grid)
+  scale = 255 / images.max()
+  return _grey(images[:, 0], scale), labels[:, 0]
 
 
 def _grey(images, scale):
@@ -207,17 +218,16 @@ def _volumes(phenotypes):
 
 
 def _end_phases(phenotypes, rng, grid):
-  """(pose, gauges [3, P, Z, H, W], voxels of each structure [P, 3], labels [P, Z, H, W]) at ED and
-  ES."""
   volumes = _volumes(phenotypes)
-  pose = sample_pose(volumes[0, 0], rng, grid)
+  lvedv = volumes[0, 0]
+  pose = sample_pose(lvedv, rng, grid)
   fields = _end_gauges(pose, volumes)
   counts = np.round(volumes / grid.millilitres).astype(int)
   labels = []
   for phase, descent in enumerate((0.0, pose.descent)):
     below_base = pose.depth > descent
     labels.append(label(fields[:, phase], below_base, counts[phase]))
-  return pose, fields, counts, np.stack(labels)
+  return _EndPhases(pose, fields, counts, np.stack(labels))
 
 
 def _end_gauges(pose, volumes):
@@ -227,78 +237,103 @@ def _end_gauges(pose, volumes):
   return np.stack([ed, es], axis=1)
 
 
+def _mixed(ed, es, ejected):
+  return (1 - ejected) * ed + ejected * es
+
+
 def _between(fields):
   """Gauges [3, F, ...] at every frame, of those at ED and ES [3, P, ...]."""
+  frames_first = EJECTED.astype(np.float32)
   axes = tuple(range(1, fields.ndim - 1))
-  ejected = np.expand_dims(EJECTED.astype(np.float32), axes)
-  ed, es = fields[:, :1], fields[:, 1:]
-  return (1 - ejected) * ed + ejected * es
+  ejected = np.expand_dims(frames_first, axes)
+  ed, es = np.split(fields, 2, axis=1)
+  return _mixed(ed, es, ejected)
 
 
 def _counts_of_frames(ends):
   """Voxels int [F, 3] at every frame, of those at ED and ES [2, 3]."""
   ed, es = ends
   ejected = EJECTED[:, None]
-  return np.round(ed + ejected * (es - ed)).astype(int)
+  counts = ed + ejected * (es - ed)
+  return np.round(counts).astype(int)
 
 
 def _middle_slice(labels):
   """The middle of the slices that show the LV at both phases."""
-  with_lv = (labels == schema.LABELS["LV"]).any(axis=(2, 3))
-  slices = np.flatnonzero(with_lv.all(axis=0))
+  lv = labels == _LV
+  shows_lv = lv.any(axis=(2, 3))  # [P, Z]
+  at_both = shows_lv.all(axis=0)
+  slices = np.flatnonzero(at_both)
   return slices[len(slices) // 2]
 
 
 def _areas(labels):
-  """Pixels [3] of LV, wall and RV."""
-  return np.array([np.sum(labels == value) for value in (1, 2, 3)])
+  """Voxels int [P, 3] of labels [P, Z, H, W]."""
+  areas = []
+  for structure in _STRUCTURES:
+    inside = labels == structure
+    areas.append(inside.sum(axis=(1, 2, 3)))
+  return np.stack(areas, axis=1)
 
 
 def _surfaces(fields, labels):
   """[3, P]: the largest gauge inside each structure at each phase."""
   surfaces = np.empty((3, 2))
-  for k, field in enumerate(fields):
+  for k, structure in enumerate(_STRUCTURES):
     for phase in (0, 1):
-      inside = labels[phase] == k + 1
-      surfaces[k, phase] = field[phase][inside].max()
+      inside = labels[phase] == structure
+      gauge = fields[k, phase]
+      surfaces[k, phase] = gauge[inside].max()
   return surfaces
+
+
+def _areas_within(surfaces, fields, pose):
+  """Pixels [P, 3] within surfaces [3, P] of gauges [3, P, ...]; each belongs to the first structure
+  that has it."""
+  areas = np.zeros((2, 3))
+  for phase, descent in enumerate((0.0, pose.descent)):
+    free = pose.depth > descent
+    for k in range(3):
+      within = fields[k, phase] <= surfaces[k, phase]
+      inside = free & within
+      areas[phase, k] = inside.sum()
+      free &= ~within
+  return areas
 
 
 def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   """A heart of this LVEDV (ml) about the centre of the grid: shifted, turned, tilted and bent a
   little."""
-  ratio = 2 * LENGTH_TO_DIAMETER / (1 + _CUT)  # half-length to radius
   volume = 1000 * lvedv  # mm3
-  radius = (volume / (np.pi * ratio * _FILL)) ** (1 / 3)
-  length = (1 + _CUT) * ratio * radius
-  z = np.arange(grid.slices, dtype=np.float32) * grid.spacing[0]
-  z = z[:, None, None]
+  radius_cubed = volume / (np.pi * _HALF_LENGTH_TO_RADIUS * _FILL)
+  radius = radius_cubed ** (1 / 3)
+  length = (1 + _CUT) * _HALF_LENGTH_TO_RADIUS * radius
+  slices = np.arange(grid.slices, dtype=np.float32)
+  z = (slices * grid.spacing[0])[:, None, None]
   # mm above the base; the wall needs room below the apex
-  top = (z.max() - length) / 2 - 5 + 3 * rng.standard_normal()
+  above = (z.max() - length) / 2
+  top = above - 5 + 3 * rng.standard_normal()
   depth = z - max(top, 0.0)
   # the stack is not quite perpendicular
   from_middle = depth - length / 2
-  tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * from_middle
+  y_tilt, x_tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * from_middle
   # mm; the RV needs room beside the LV
-  shift = 4 * rng.standard_normal(2) + (0, 0.45 * radius)
+  y_shift, x_shift = 4 * rng.standard_normal(2) + (0, 0.45 * radius)
   y, x = _positions(grid)
-  y = y - shift[0] - tilt[0]
-  x = x - shift[1] - tilt[1]
+  y = y - y_shift - y_tilt
+  x = x - x_shift - x_tilt
   # the RV lies left of the LV and above: to the front
   turn = np.radians(20 + 10 * rng.standard_normal())
-  cosine = np.cos(turn)
-  sine = np.sin(turn)
-  septal = -cosine * x - sine * y
-  across = sine * x - cosine * y
+  septal, across = _turned(y, x, turn)
   septal = septal.astype(np.float32)
   across = across.astype(np.float32)
   bend = []
   for count, sd in ((2, 0.03), (3, 0.02)):
     amplitude = sd * rng.standard_normal()
-    phase = np.float32(rng.uniform(0, 2 * np.pi))
-    bend.append((count, amplitude, phase))
-  wide = 0.88 * np.exp(0.05 * rng.standard_normal())
-  high = 1.42 * np.exp(0.05 * rng.standard_normal())
+    phase = rng.uniform(0, 2 * np.pi)
+    bend.append((count, amplitude, np.float32(phase)))
+  wide = _lognormal(0.88, 0.05, rng)
+  high = _lognormal(1.42, 0.05, rng)
   return Pose(
     rho=_rho(septal, across, bend),
     septal=septal,
@@ -317,15 +352,11 @@ def sample_plane(pose: Pose, rng: np.random.Generator, grid: Grid) -> Pose:
   y, x = _positions(grid)
   # mm, as in the stack
   room = 0.45 * pose.length / (2 * LENGTH_TO_DIAMETER)
-  shift = 4 * rng.standard_normal(2) + (0, room)
+  y_shift, x_shift = 4 * rng.standard_normal(2) + (0, room)
   turn = np.radians(10 * rng.standard_normal())
-  cosine = np.cos(turn)
-  sine = np.sin(turn)
-  y = y - shift[0]
-  x = x - shift[1]
-  septal = -cosine * x - sine * y
+  septal, up = _turned(y - y_shift, x - x_shift, turn)
   septal = septal.astype(np.float32)[None]
-  depth = cosine * y - sine * x + pose.length / 2 - 10
+  depth = pose.length / 2 - up - 10
   across = np.zeros_like(septal)
   return pose._replace(
     rho=_rho(septal, across, pose.bend),
@@ -333,6 +364,10 @@ def sample_plane(pose: Pose, rng: np.random.Generator, grid: Grid) -> Pose:
     across=across,
     depth=depth.astype(np.float32)[None],
   )
+
+
+def _lognormal(median, sd, rng):
+  return median * np.exp(sd * rng.standard_normal())
 
 
 def _positions(grid):
@@ -345,12 +380,22 @@ def _positions(grid):
   return y[:, None], x[None]
 
 
+def _turned(y, x, turn):
+  """Places in an image, mm to the left and upwards, as it looks when turned by an angle in rad."""
+  cosine = np.cos(turn)
+  sine = np.sin(turn)
+  left = -cosine * x - sine * y
+  up = sine * x - cosine * y
+  return left, up
+
+
 def _rho(septal, across, bend):
   """mm from the long axis, bent."""
   angle = np.arctan2(across, septal)
   waves = 0
   for count, amplitude, phase in bend:
-    waves = waves + amplitude * np.cos(count * angle + phase)
+    wave = np.cos(count * angle + phase)
+    waves = waves + amplitude * wave
   bent = (1 + waves).astype(np.float32)
   return np.hypot(septal, across) * bent
 
@@ -363,20 +408,27 @@ def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
     volumes: [3] of LV, wall and RV in ml.
     descent: mm that the base plane has moved; the apex of the cavity stays where it is.
   """
-  half = (pose.length - descent) / (1 + _CUT)
+  half = (pose.length - descent) / (1 + _CUT)  # of the length of the uncut cavity
   inside_wall = 1000 * np.cumsum(volumes[:2])  # mm3: within the endocardium, the epicardium
   areas = inside_wall / (np.pi * half * _FILL)
   endo, epi = np.sqrt(areas)  # radii in mm
   centre = descent + _CUT * half
+
+  # shares of the semi-axes
+  radial = pose.rho / endo
   along = (pose.depth - centre) / half
-  out = pose.rho / endo
-  lv = np.sqrt(out**2 + along**2)
-  steepness = np.sqrt((out / endo) ** 2 + (along / half) ** 2)
+  lv = np.sqrt(radial**2 + along**2)
+  radial_slope = radial / endo
+  along_slope = along / half
+  steepness = np.sqrt(radial_slope**2 + along_slope**2)
   slope = steepness / np.maximum(lv, 1e-3)  # 1/mm
   wall = (lv - 1) / np.maximum(slope, 1e-3)
-  septal = (pose.septal - 0.85 * epi) / (epi * pose.rv[0])
-  across = pose.across / (epi * pose.rv[1])
-  below = (pose.depth - descent - 0.15 * half) / (0.95 * half)
+
+  rv_wide, rv_high = pose.rv
+  septal = (pose.septal - 0.85 * epi) / (epi * rv_wide)
+  across = pose.across / (epi * rv_high)
+  rv_centre = 0.15 * half
+  below = (pose.depth - descent - rv_centre) / (0.95 * half)
   rv = np.sqrt(septal**2 + across**2 + below**2)
   return np.stack([lv, wall, rv]).astype(np.float32)
 
@@ -384,13 +436,24 @@ def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
 def label(fields: np.ndarray, allowed: np.ndarray, counts: np.ndarray) -> np.ndarray:
   """Labels uint8 [...]: LV, MYO and RV in turn take the counts [3] allowed free voxels of smallest
   gauge [3, ...]."""
-  labels = np.zeros(fields.shape[1:], np.uint8)
-  for name, field, count in zip(("LV", "MYO", "RV"), fields, counts):
+  _, *shape = fields.shape
+  labels = np.zeros(shape, np.uint8)
+  for structure, field, count in zip(_STRUCTURES, fields, counts):
     free = (labels == 0) & allowed
-    gauge = np.where(free, field, np.inf).ravel()
-    smallest = np.argpartition(gauge, count)[:count]
-    labels.ravel()[smallest] = schema.LABELS[name]
+    gauge = np.where(free, field, np.inf)
+    order = np.argpartition(gauge.ravel(), count)
+    smallest = order[:count]
+    labels.ravel()[smallest] = structure
   return labels
+
+
+def _label_frames(fields, allowed, counts):
+  """Labels uint8 [F, ...], as `label` gives each frame, of gauges [3, F, ...]."""
+  labels = []
+  for frame, frame_allowed in enumerate(allowed):
+    frame_fields = fields[:, frame]
+    labels.append(label(frame_fields, frame_allowed, counts[frame]))
+  return np.stack(labels)
 
 
 def sample_tissue(pose: Pose, rng: np.random.Generator) -> np.ndarray:
@@ -399,18 +462,26 @@ def sample_tissue(pose: Pose, rng: np.random.Generator) -> np.ndarray:
   cavity."""
   left = pose.septal
   front = 0.35 * pose.septal + 0.94 * pose.across
-  level = np.broadcast_to(pose.depth / pose.length, left.shape)
-  below_diaphragm = -pose.across + 0.4 * left - 0.004 * left**2 - 44 + 12 * level
+  level = pose.depth / pose.length
+  level = np.broadcast_to(level, left.shape)
+
+  # mm below the dome of the diaphragm, which falls towards the apex
+  dome = -pose.across + 0.4 * left - 0.004 * left**2
+  below_diaphragm = dome - 44 + 12 * level
   liver = expit(0.5 * below_diaphragm)
+  signal = _LUNG + (_LIVER - _LUNG) * liver
+
   # mm outside the curved inner surface of the chest
-  outward = front + 0.005 * (left - 25) ** 2 - 60
+  curve = 0.005 * (left - 25) ** 2
+  outward = front + curve - 60
   phase = rng.uniform(0, 6)
   ribs = np.sin(left / 11 + phase)
   chest = expit(0.5 * (outward + 1.5 * ribs))
-  layers = 0.5 + 0.5 * np.sin(outward / 4.5)
-  chest_signal = _MUSCLE + (_FAT - _MUSCLE) * layers
-  signal = _LUNG + (_LIVER - _LUNG) * liver
+  waves = np.sin(outward / 4.5)
+  fat = 0.5 + 0.5 * waves  # in layers with muscle
+  chest_signal = _MUSCLE + (_FAT - _MUSCLE) * fat
   signal += (chest_signal - signal) * chest
+
   to_left, to_front = rng.normal(0, 0.0012, 2)
   falloff = to_left * left + to_front * pose.across + 0.002 * front
   coil = np.exp(falloff)
@@ -428,30 +499,51 @@ def image(
   """Magnitude images, float32 [P, Z, H, W], of labels [P, Z, H, W] with their gauges [3, P, Z, H,
   W]."""
   background, coil, septal, across, level = tissue
-  lv_gauge, _, rv_gauge = fields
-  lv = labels == schema.LABELS["LV"]
-  wall = labels == schema.LABELS["MYO"]
-  rv = labels == schema.LABELS["RV"]
-  surface = np.max(rv_gauge, axis=(1, 2, 3), keepdims=True, where=rv, initial=0)
-  # pericardial fat, RV free wall and, above the base plane, atria and outflow tract
-  signal = np.where(rv_gauge < 1.16 * surface, _FAT * 0.8, background)
-  signal = np.where(rv_gauge < 1.08 * surface, _MYOCARDIUM, signal)
-  above_base = (rv_gauge < 0.8 * surface) | (lv_gauge < 0.85)
-  signal = np.where(above_base, _BLOOD * 0.95, signal)
-  signal = np.where(wall, _MYOCARDIUM, signal)
-  signal = np.where(lv | rv, _BLOOD, signal)
-
+  signal = _with_heart(background, labels, fields)
+  papillary = _papillary_muscles(labels == _LV, septal, across, level, grid)
+  signal = np.where(papillary, _MYOCARDIUM, signal)
   _, height, width = grid.spacing
-  area = lv.sum(axis=(2, 3), keepdims=True) * height * width
-  radius = np.sqrt(area / np.pi)
-  muscular = lv & (level > 0.3) & (level < 0.75)
-  for angle in (2.0, 4.2):  # anterolateral and posteromedial papillary muscle, rad from the septum
-    beside = septal - 0.66 * radius * np.cos(angle)
-    in_front = across - 0.66 * radius * np.sin(angle)
-    papillary = muscular & (np.hypot(beside, in_front) < 3.8)
-    signal = np.where(papillary, _MYOCARDIUM, signal)
   for axis, mm in ((2, height), (3, width)):
-    signal = gaussian_filter1d(signal.astype(np.float32), 1.6 / mm, axis)  # partial volume
+    signal = signal.astype(np.float32)
+    signal = gaussian_filter1d(signal, _BLUR_MM / mm, axis)
   noise = rng.standard_normal((2, *labels.shape), np.float32)
   real, imaginary = np.float32(_NOISE) * noise
   return np.hypot(signal * coil + real, imaginary)  # Rician
+
+
+def _with_heart(background, labels, fields):
+  """Signal [P, Z, H, W] of the labelled heart and what is next to it, before its background."""
+  lv_gauge, _, rv_gauge = fields
+  rv = labels == _RV
+  rv_surface = np.max(
+    rv_gauge,
+    axis=(1, 2, 3),
+    keepdims=True,
+    where=rv,
+    initial=0,
+  )
+  pericardial_fat = rv_gauge < 1.16 * rv_surface
+  rv_wall = rv_gauge < 1.08 * rv_surface
+  # above the base plane: atria and outflow tract
+  chambers = (rv_gauge < 0.8 * rv_surface) | (lv_gauge < 0.85)
+  signal = np.where(pericardial_fat, _FAT * 0.8, background)
+  signal = np.where(rv_wall, _MYOCARDIUM, signal)
+  signal = np.where(chambers, _BLOOD * 0.95, signal)
+  signal = np.where(labels == _MYO, _MYOCARDIUM, signal)
+  return np.where((labels == _LV) | rv, _BLOOD, signal)
+
+
+def _papillary_muscles(lv, septal, across, level, grid):
+  """Where in the cavity, bool [P, Z, H, W], they are."""
+  _, height, width = grid.spacing
+  pixels = lv.sum(axis=(2, 3), keepdims=True)
+  area = pixels * height * width
+  radius = np.sqrt(area / np.pi)
+  from_axis = _PAPILLARY_PLACE * radius
+  highest, lowest = _PAPILLARY_LEVELS
+  near = np.zeros(lv.shape, bool)
+  for angle in _PAPILLARY_RAD:
+    beside = septal - from_axis * np.cos(angle)
+    in_front = across - from_axis * np.sin(angle)
+    near |= np.hypot(beside, in_front) < _PAPILLARY_MM
+  return lv & (level > highest) & (level < lowest) & near

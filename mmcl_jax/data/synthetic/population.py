@@ -10,6 +10,7 @@ variance 1 - B R_pp B^T, so that a large sample has the table's correlations.
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
@@ -17,35 +18,49 @@ from scipy.special import ndtr, ndtri
 
 from mmcl_jax.data.synthetic import couplings
 
+_SEX_VARIANCE = couplings.MEN * (1 - couplings.MEN)  # of 1 for men, 0 for women
+
 MOMENTS = couplings.COVARIATES | couplings.PHENOTYPES | couplings.ECG_PARAMETERS
 SCORES = tuple(MOMENTS)  # the order of standard scores
-_C, _P = len(couplings.COVARIATES), len(couplings.PHENOTYPES)
+_COVARIATES = tuple(couplings.COVARIATES)
 _PHENOTYPES = tuple(couplings.PHENOTYPES)
+_C = len(_COVARIATES)
+_P = len(_PHENOTYPES)
 
 # QRS duration of the template at width 1 in ms: QRS alone, from first to last 5 % of the peak
 # vector magnitude.
 TEMPLATE_QRS_MS = 72.2
 
-# One subject's normals: sex, scores, liabilities, then nuisance (fibrillation, rotation x3, torso,
-# wander, mains, EMG).
-_NORMALS = 1 + len(SCORES) + len(couplings.DISEASES) + 8
+# One subject's normals, in this order.
+_NORMALS = {
+  "sex": 1,
+  "scores": len(SCORES),
+  "liabilities": len(couplings.DISEASES),
+  "nuisance": 8,  # fibrillation, rotation x 3, torso, wander, mains, EMG
+}
 
 
 def between_sexes(first: str, second: str) -> float:
   """Covariance of two quantities that the difference of their sex means causes."""
-  variance = couplings.MEN * (1 - couplings.MEN)  # of a variable that is 1 for men, 0 for women
+  covariance = _SEX_VARIANCE
   for name in (first, second):
-    (women, _), (men, _) = MOMENTS[name][:2]
-    variance = variance * (men - women)
-  return variance
+    moments = MOMENTS[name]
+    women_mean, _ = moments.women
+    men_mean, _ = moments.men
+    covariance = covariance * (men_mean - women_mean)
+  return covariance
 
 
 def within_sexes(first: str, second: str) -> float:
   """Covariance of two quantities within sex if their scores were perfectly correlated."""
-  (_, women), (_, men) = MOMENTS[first][:2]
-  (_, other_women), (_, other_men) = MOMENTS[second][:2]
-  of_men = couplings.MEN * men * other_men
-  of_women = (1 - couplings.MEN) * women * other_women
+  of_men = couplings.MEN
+  of_women = 1 - couplings.MEN
+  for name in (first, second):
+    moments = MOMENTS[name]
+    _, women_sd = moments.women
+    _, men_sd = moments.men
+    of_men = of_men * men_sd
+    of_women = of_women * women_sd
   return of_men + of_women
 
 
@@ -54,18 +69,21 @@ def within_sex_correlation(row: couplings.Correlation) -> float:
   explains."""
   if row.scope == "within":
     return row.r
-  first, second = row[:2]
+  names = row.first, row.second
   variances = []
-  for name in (first, second):
-    variances.append(between_sexes(name, name) + within_sexes(name, name))
+  for name in names:
+    variance = between_sexes(name, name) + within_sexes(name, name)
+    variances.append(variance)
   covariance = row.r * np.sqrt(np.prod(variances))
-  return (covariance - between_sexes(first, second)) / within_sexes(first, second)
+  explained = between_sexes(*names)
+  return (covariance - explained) / within_sexes(*names)
 
 
 def log_sd(moments: tuple[float, float]) -> float:
   """SD of the logarithm of a lognormal of this mean and SD."""
   mean, sd = moments
-  return np.sqrt(np.log1p((sd / mean) ** 2))
+  variation = sd / mean
+  return np.sqrt(np.log1p(variation**2))
 
 
 def demographic_loadings() -> np.ndarray:
@@ -77,10 +95,12 @@ def demographic_loadings() -> np.ndarray:
     if row.scope != "within":
       between = between_sexes(name, name)
       within = within_sexes(name, name)
-      share = (row.share * (between + within) - between) / within
+      explained = row.share * (between + within)
+      share = (explained - between) / within
     direction = np.array(row.direction)
     length = np.linalg.norm(direction)
-    rows.append(np.sqrt(share) * direction / length)
+    loading = np.sqrt(share) * direction / length
+    rows.append(loading)
   return np.stack(rows)
 
 
@@ -90,8 +110,9 @@ def phenotype_correlations() -> np.ndarray:
   for row in couplings.PHENOTYPE_CORRELATIONS:
     i = _PHENOTYPES.index(row.first)
     j = _PHENOTYPES.index(row.second)
-    correlations[i, j] = within_sex_correlation(row)
-    correlations[j, i] = correlations[i, j]
+    r = within_sex_correlation(row)
+    correlations[i, j] = r
+    correlations[j, i] = r
   return correlations
 
 
@@ -105,11 +126,14 @@ def ecg_correlations() -> dict[str, dict[str, float]]:
   for row in couplings.ECG_CORRELATIONS:
     table[row.first][row.second] = within_sex_correlation(row)
   row = couplings.SOKOLOW_LYON
-  women, men = MOMENTS[row.first][:2]
-  gain = np.mean([log_sd(women) ** 2, log_sd(men) ** 2])
+  moments = MOMENTS[row.first]
+  of_women = log_sd(moments.women) ** 2
+  of_men = log_sd(moments.men) ** 2
+  gain = np.mean([of_women, of_men])
   nuisance = couplings.TORSO_GAIN**2 + couplings.SOKOLOW_LYON_ROTATION**2
   reliability = gain / (gain + nuisance)
-  table[row.first][row.second] = within_sex_correlation(row) / np.sqrt(reliability)
+  recorded = within_sex_correlation(row)
+  table[row.first][row.second] = recorded / np.sqrt(reliability)
   return table
 
 
@@ -124,47 +148,58 @@ def loadings() -> np.ndarray:
   rows = slice(_C, _C + _P)  # of the phenotypes
   full[rows, :_C] = demographic
   full[rows, rows] = np.linalg.cholesky(residual)
-  for i, targets in enumerate(ecg_correlations().values(), _C + _P):
+  for parameter, targets in ecg_correlations().items():
     chosen = [_PHENOTYPES.index(name) for name in targets]
     r_pp = phenotypes[np.ix_(chosen, chosen)]
     r_ep = np.array(list(targets.values()))
     weights = np.linalg.solve(r_pp, r_ep)
-    full[i] = weights @ full[rows][chosen]
-    full[i, i] = np.sqrt(1 - weights @ r_pp @ weights)
+    explained = weights @ r_pp @ weights
+    phenotype_rows = full[rows]
+    i = SCORES.index(parameter)
+    full[i] = weights @ phenotype_rows[chosen]
+    full[i, i] = np.sqrt(1 - explained)
   return full
 
 
+class Liabilities(NamedTuple):
+  """Of the diseases, each of unit variance: C diseases, S scores."""
+
+  weights: np.ndarray  # [C, S] of scores
+  sex: np.ndarray  # [C], weights of sex
+  rest: np.ndarray  # [C], SD of what neither explains
+  thresholds: np.ndarray  # [C]
+
+
 @functools.cache
-def liabilities() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Weights [C, S] of scores, weights [C] of sex, SD [C] of the rest and thresholds [C] of the
-  disease liabilities."""
-  diseases = list(couplings.DISEASES.values())
-  weights = np.zeros((len(diseases), len(SCORES)))
-  sex = np.zeros(len(diseases))
-  for row, disease in enumerate(diseases):
-    sex[row] = disease.weights.get("sex", 0.0)
-    for column, name in enumerate(SCORES):
-      weights[row, column] = disease.weights.get(name, 0.0)
-  explained = np.sum((weights @ loadings()) ** 2, axis=1)
+def liabilities() -> Liabilities:
+  """The disease liabilities; who is above the threshold has the disease."""
+  weights, sex, thresholds = [], [], []
+  for disease in couplings.DISEASES.values():
+    weights.append([disease.weights.get(name, 0.0) for name in SCORES])
+    of_sex = disease.weights.get("sex", 0.0)
+    sex.append(of_sex)
+    threshold = brentq(_excess, -8, 8, (of_sex, disease.prevalence))
+    thresholds.append(threshold)
+  weights = np.array(weights)
+  sex = np.array(sex)
+  of_noise = weights @ loadings()
+  explained = np.sum(of_noise**2, axis=1)
   rest = np.sqrt(1 - sex**2 - explained)
-
-  def excess(threshold, sex_weight, prevalence):
-    shares = 1 - couplings.MEN, couplings.MEN
-    means = sex_weight * _sex_score(np.array([0.0, 1.0]))
-    sd = np.sqrt(1 - sex_weight**2)
-    beyond = ndtr((means - threshold) / sd)
-    return np.dot(shares, beyond) - prevalence
-
-  thresholds = np.zeros(len(diseases))
-  for row, disease in enumerate(diseases):
-    given = sex[row], disease.prevalence
-    thresholds[row] = brentq(excess, -8, 8, given)
-  return weights, sex, rest, thresholds
+  return Liabilities(weights, sex, rest, np.array(thresholds))
 
 
-def _sex_score(male: np.ndarray) -> np.ndarray:
-  sd = np.sqrt(couplings.MEN * (1 - couplings.MEN))
-  return (male - couplings.MEN) / sd
+def _excess(threshold, sex_weight, prevalence):
+  """Share of both sexes with a liability above the threshold, beyond the prevalence."""
+  shares = 1 - couplings.MEN, couplings.MEN
+  women_and_men = np.array([0.0, 1.0])
+  means = sex_weight * _sex_score(women_and_men)
+  sd = np.sqrt(1 - sex_weight**2)
+  above = ndtr((means - threshold) / sd)
+  return np.dot(shares, above) - prevalence
+
+
+def _sex_score(male):
+  return (male - couplings.MEN) / np.sqrt(_SEX_VARIANCE)
 
 
 def generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -188,43 +223,71 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
   rows = []
   for index in indices:
     rng = generator(seed, int(index), 0)
-    rows.append(rng.standard_normal(_NORMALS))
-  normals = np.stack(rows)
-  parts = np.cumsum([1, len(SCORES), len(couplings.DISEASES)])
-  first, noise, disease_noise, nuisance = np.split(normals, parts, axis=1)
-  male = (first[:, 0] < ndtri(couplings.MEN)).astype(float)
+    normals = rng.standard_normal(sum(_NORMALS.values()))
+    rows.append(normals)
+  *ends, _ = np.cumsum(list(_NORMALS.values()))
+  of_sex, noise, of_diseases, nuisance = np.split(np.stack(rows), ends, axis=1)
+  of_sex = of_sex[:, 0]
+  male = (of_sex < ndtri(couplings.MEN)).astype(float)
   scores = noise @ loadings().T
   out = {"sex": male}
-  for i, name in enumerate(SCORES):
-    out[name] = _from_score(MOMENTS[name], scores[:, i], male)
-  height_m = out["height"] / 100
-  out["weight"] = out.pop("bmi") * height_m**2
-  out["qrs_width"] = out.pop("qrs_duration") / TEMPLATE_QRS_MS
-  for side in ("LV", "RV"):
-    edv = out[f"{side}EDV"]
-    sv = edv * out[f"{side}EF"] / 100
-    out[f"{side}SV"] = sv
-    out[f"{side}ESV"] = edv - sv
-  out["LVCO"] = out["LVSV"] * out["heart_rate"] / 1000
-
-  weights, sex, rest, thresholds = liabilities()
-  liability = scores @ weights.T
-  liability = liability + _sex_score(male)[:, None] * sex + disease_noise * rest
-  affected = (liability > thresholds).astype(float)
-  for i, name in enumerate(couplings.DISEASES):
-    out[name] = affected[:, i]
-
-  during_the_ecg = nuisance[:, 0] < ndtri(couplings.FIBRILLATING)
-  out["fibrillating"] = (out["AF"] == 1) & during_the_ecg
-  out["rotation"] = np.radians(couplings.ROTATION_DEG) * nuisance[:, 1:4]
-  out["torso_gain"] = np.exp(couplings.TORSO_GAIN * nuisance[:, 4])
-  for i, name in enumerate(("wander", "mains", "emg"), 5):
-    median, spread = getattr(couplings, name.upper())
-    out[name] = median * np.exp(spread * nuisance[:, i])
+  for name, score in zip(SCORES, scores.T):
+    out[name] = _from_score(MOMENTS[name], score, male)
+  _derive(out)
+  out |= _diseases(scores, male, of_diseases)
+  out |= _nuisance(nuisance, out["AF"] == 1)
   return out
 
 
-def _from_score(moments: couplings.Moments, score: np.ndarray, male: np.ndarray) -> np.ndarray:
+def _derive(out):
+  """Adds what follows from what was drawn by identity, in place of what only serves that."""
+  height_m = out["height"] / 100
+  bmi = out.pop("bmi")
+  out["weight"] = bmi * height_m**2
+  duration_ms = out.pop("qrs_duration")
+  out["qrs_width"] = duration_ms / TEMPLATE_QRS_MS
+  for side in ("LV", "RV"):
+    edv = out[f"{side}EDV"]
+    ef = out[f"{side}EF"]
+    sv = edv * ef / 100
+    out[f"{side}SV"] = sv
+    out[f"{side}ESV"] = edv - sv
+  lvsv = out["LVSV"]
+  out["LVCO"] = lvsv * out["heart_rate"] / 1000
+
+
+def _diseases(scores, male, noise):
+  """{disease: float [N], 0 or 1} of scores [N, S] and normals [N, C]."""
+  weights, sex, rest, thresholds = liabilities()
+  of_scores = scores @ weights.T
+  of_sex = _sex_score(male)[:, None] * sex
+  liability = of_scores + of_sex + noise * rest
+  affected = (liability > thresholds).astype(float)
+  return dict(zip(couplings.DISEASES, affected.T))
+
+
+def _nuisance(normals, has_af):
+  """What a recording shows beside the heart, of normals [N, 8]."""
+  fibrillation, x, y, z, torso, *amplitudes = normals.T
+  during_the_ecg = fibrillation < ndtri(couplings.FIBRILLATING)
+  turns = np.stack([x, y, z], axis=1)
+  nuisance = {
+    "fibrillating": has_af & during_the_ecg,
+    "rotation": np.radians(couplings.ROTATION_DEG) * turns,
+    "torso_gain": np.exp(couplings.TORSO_GAIN * torso),
+  }
+  of_amplitudes = {
+    "wander": couplings.WANDER,
+    "mains": couplings.MAINS,
+    "emg": couplings.EMG,
+  }
+  for normal, (name, (median, spread)) in zip(amplitudes, of_amplitudes.items()):
+    nuisance[name] = median * np.exp(spread * normal)
+  return nuisance
+
+
+def _from_score(moments, score, male):
+  """Quantities [N] of a standard score within sex [N]."""
   women = _quantity(moments.women, moments.family, score)
   men = _quantity(moments.men, moments.family, score)
   return np.where(male == 1, men, women)
