@@ -62,39 +62,52 @@ def judge(ecg_mv: np.ndarray, rate_hz: float) -> tuple[str, ...]:
     remarks.append(f"sampled at {rate_hz:g} Hz: nothing above {rate_hz / 2:g} Hz")
   remarks += _flat(window, rate_hz)
   _check_voltage(window)
-  return (*remarks, *_limb_leads(window), *_clipped(window, rate_hz))
+  remarks += _limb_leads(window)
+  remarks += _clipped(window, rate_hz)
+  return tuple(remarks)
 
 
 def content(ecg: np.ndarray, rate_hz: float) -> slice:
   """Where ecg [L, T] lies between padding: ends with all leads constant for more than PADDING_S."""
+  total = ecg.shape[1]
   changes = ecg[:, 1:] != ecg[:, :-1]
   moves = np.flatnonzero(changes.any(axis=0))
-  if not len(moves) or moves[-1] - moves[0] < rate_hz:  # less than a second: flat, not padded
-    return slice(0, ecg.shape[1])
-  start, stop = moves[0] + 1, moves[-1] + 1
+  if not len(moves):
+    return slice(0, total)
+  first, last = moves[[0, -1]]
+  if last - first < rate_hz:  # less than a second: flat, not padded
+    return slice(0, total)
+  start = first + 1
+  stop = last + 1
   longest = PADDING_S * rate_hz
   if start <= longest:
     start = 0
-  if ecg.shape[1] - stop <= longest:
-    stop = ecg.shape[1]
+  if total - stop <= longest:
+    stop = total
   return slice(start, stop)
 
 
 def _flat(ecg, rate_hz):
   """Remarks on leads that are flat for a second or more; BadRecord where one is for too long."""
   flat = _flat_tenths(ecg, rate_hz)
-  whole_s = ecg.shape[1] / rate_hz
-  longest = np.array([_runs(lead).max(initial=0) for lead in flat])
-  share = longest / flat.shape[1]
-  too_long = [name for name, x in zip(LEADS, share) if x > MAX_FLAT]
+  tenths = flat.shape[1]
+  duration_s = ecg.shape[1] / rate_hz
+  longest = 0.0  # share of the duration
+  too_long = []
+  for name, lead in zip(LEADS, flat):
+    share = _runs(lead).max(initial=0) / tenths
+    longest = max(longest, share)
+    if share > MAX_FLAT:
+      too_long.append(name)
   if too_long:
     raise BadRecord(
       f"flat lead {', '.join(too_long)}: moves less than {FLAT_MV} mV for "
-      f"{share.max() * whole_s:.1f} of the first {whole_s:.1f} s; expected at most "
-      f"{MAX_FLAT * whole_s:.1f} s on end"
+      f"{longest * duration_s:.1f} of the first {duration_s:.1f} s; "
+      f"expected at most {MAX_FLAT * duration_s:.1f} s on end"
     )
+  flat_s = flat.mean(axis=1) * duration_s
   remarks = []
-  for name, seconds in zip(LEADS, flat.mean(axis=1) * whole_s):
+  for name, seconds in zip(LEADS, flat_s):
     if seconds:
       remarks.append(f"{name} flat for {seconds:.1f} s")
   return remarks
@@ -104,12 +117,15 @@ def _flat_tenths(ecg, rate_hz):
   """bool [12, tenths of a second]: whether they lie in any second in which a lead is flat."""
   step = max(1, round(rate_hz / 100))
   sampled = ecg[:, ::step]
-  second = min(round(rate_hz / step), sampled.shape[1])
+  second = round(rate_hz / step)
+  second = min(second, sampled.shape[1])
+  tenth = max(1, second // 10)
   seconds = sliding_window_view(sampled, second, axis=1)
-  seconds = seconds[:, :: max(1, second // 10)]  # one every 0.1 s
+  seconds = seconds[:, ::tenth]
   low, high = np.percentile(seconds, SPIKES, axis=-1)
   still = high - low < FLAT_MV
-  still = np.pad(still, ((0, 0), (9, 9)))
+  beyond = 9
+  still = np.pad(still, ((0, 0), (beyond, beyond)))
   seconds_of_tenth = sliding_window_view(still, 10, axis=1)
   return seconds_of_tenth.any(axis=-1)
 
@@ -117,44 +133,57 @@ def _flat_tenths(ecg, rate_hz):
 def _check_voltage(ecg):
   median = np.median(ecg, axis=1, keepdims=True)
   peaks = np.abs(ecg - median).max(axis=1)
-  if peaks.max() > ABSURD_MV:
-    raise BadRecord(
-      f"lead {LEADS[peaks.argmax()]} reaches {peaks.max():.4g} mV: are its gain and unit right?"
-    )
+  highest = peaks.max()
+  if highest > ABSURD_MV:
+    lead = LEADS[peaks.argmax()]
+    raise BadRecord(f"lead {lead} reaches {highest:.4g} mV: are its gain and unit right?")
 
 
 def _limb_leads(ecg):
   """A remark where limb leads are not what I and II give; BadRecord where they cannot be."""
   leads = dict(zip(LEADS, ecg))
-  error, wrong = 0.0, {}
+  largest = 0.0  # mV
+  impossible = {}  # lead -> share of samples
   for name, (i, ii) in DERIVABLE.items():
     three = np.stack([leads[name], leads["I"], leads["II"]])
-    apart = np.array([1, -i, -ii]) @ three
-    error = max(error, np.abs(apart).max())
-    apart = np.abs(apart - np.median(apart))  # a constant voltage is an electrode's, or a filter's
-    if np.mean(apart > IMPOSSIBLE_MV) > MAX_IMPOSSIBLE:
-      steps = [np.median(np.diff(np.unique(lead))) for lead in three]
-      rounding = np.abs([1, i, ii]) @ steps / 2
+    error = np.array([1, -i, -ii]) @ three
+    largest = max(largest, np.abs(error).max())
+    # a constant voltage is an electrode's, or a filter's
+    error = np.abs(error - np.median(error))
+    share = np.mean(error > IMPOSSIBLE_MV)
+    if share > MAX_IMPOSSIBLE:
+      tolerance = IMPOSSIBLE_MV + np.abs([1, i, ii]) @ _steps(three) / 2
       clipped = _at_limits(three).any(axis=0)
-      impossible = (apart > IMPOSSIBLE_MV + rounding) & ~clipped
-      if np.mean(impossible) > MAX_IMPOSSIBLE:
-        wrong[name] = np.mean(impossible)
-  if wrong:
+      share = np.mean((error > tolerance) & ~clipped)
+    if share > MAX_IMPOSSIBLE:
+      impossible[name] = share
+  if impossible:
     raise BadRecord(
-      f"lead {', '.join(wrong)} cannot belong to I and II: up to {error:.3f} mV from "
-      f"what they give, more than {IMPOSSIBLE_MV} mV in {max(wrong.values()):.0%} of "
-      "samples; are the leads named in their order, each with its own gain?"
+      f"lead {', '.join(impossible)} cannot belong to I and II: "
+      f"up to {largest:.3f} mV from what they give, "
+      f"more than {IMPOSSIBLE_MV} mV in {max(impossible.values()):.0%} of samples; "
+      "are the leads named in their order, each with its own gain?"
     )
-  if error > LIMB_TOLERANCE_MV:
-    return [f"limb leads disagree with I and II by up to {error:.3f} mV"]
+  if largest > LIMB_TOLERANCE_MV:
+    return [f"limb leads disagree with I and II by up to {largest:.3f} mV"]
   return []
+
+
+def _steps(ecg):
+  """mV of each lead [L, T] between its neighbouring values: what it was rounded to."""
+  steps = []
+  for lead in ecg:
+    between = np.diff(np.unique(lead))
+    steps.append(np.median(between))
+  return steps
 
 
 def _at_limits(ecg):
   """bool as ecg [L, T]: within 2 % of a lead's range of its extremes, where it may be clipped."""
   low = ecg.min(axis=1, keepdims=True)
   high = ecg.max(axis=1, keepdims=True)
-  from_middle = np.abs(ecg - (low + high) / 2)
+  middle = (low + high) / 2
+  from_middle = np.abs(ecg - middle)
   return from_middle > 0.48 * (high - low)
 
 
@@ -169,7 +198,8 @@ def _clipped(ecg, rate_hz):
       shares[name] = share
   if not shares:
     return []
-  return [f"{', '.join(shares)} clipped in up to {max(shares.values()):.0%} of samples"]
+  largest = max(shares.values())
+  return [f"{', '.join(shares)} clipped in up to {largest:.0%} of samples"]
 
 
 def _share_at(limit, lead, rate_hz):

@@ -10,7 +10,11 @@ _MYO = schema.LABELS["MYO"]
 _RV = schema.LABELS["RV"]
 
 
-def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> dict[str, float]:
+def phenotypes(
+  labels: np.ndarray,
+  spacing: np.ndarray,
+  heart_rate: float,
+) -> dict[str, float]:
   """All of schema.PHENOTYPES, in its order and units; NaN where the labels do not allow a
   measurement.
 
@@ -35,11 +39,16 @@ def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> di
   lvsv = lvedv - lvesv
   rvsv = rvedv - rvesv
 
-  closed = closed_rings(labels)
-  endo, epi = _radii(labels, float(spacing[1]) * float(spacing[2]))
-  thickness = (epi - endo)[0, closed[0]]
-  middle = _middle_third(np.flatnonzero(closed.all(axis=0)))
-  mid_wall_ed, mid_wall_es = (endo + epi)[:, middle] / 2
+  _, height, width = map(float, spacing)
+  endo, epi = _radii(labels, height * width)
+  closed = closed_rings(labels)  # [P, Z]
+  closed_at_ed, _ = closed
+  thickness_at_ed, _ = epi - endo
+  thickness = thickness_at_ed[closed_at_ed]
+  closed_at_both = np.flatnonzero(closed.all(axis=0))
+  middle = _middle_third(closed_at_both)
+  mid_wall = (endo + epi) / 2
+  mid_wall_ed, mid_wall_es = mid_wall[:, middle]
   shortening = 100 * (mid_wall_es / mid_wall_ed - 1)
   values = {
     "LVEDV": lvedv,
@@ -52,18 +61,26 @@ def phenotypes(labels: np.ndarray, spacing: np.ndarray, heart_rate: float) -> di
     "RVESV": rvesv,
     "RVSV": rvsv,
     "RVEF": 100 * rvsv / rvedv,
-    "WT": float(np.mean(thickness)) if thickness.size else np.nan,
-    "Ecc": float(np.mean(shortening)) if shortening.size else np.nan,
+    "WT": _mean(thickness),
+    "Ecc": _mean(shortening),
   }
   return {name: values[name] for name in schema.PHENOTYPES}
+
+
+def _mean(values):
+  """NaN of none, without a warning."""
+  if not values.size:
+    return np.nan
+  return float(np.mean(values))
 
 
 def _radii(labels, pixel_mm2):
   """(endocardial, epicardial) radii of circles of the areas in each slice, float64 [P, Z] in mm."""
   cavity = np.sum(labels == _LV, axis=(2, 3))
   wall = np.sum(labels == _MYO, axis=(2, 3))
+  within_epi = cavity + wall
   endo = np.sqrt(cavity * pixel_mm2 / np.pi)
-  epi = np.sqrt((cavity + wall) * pixel_mm2 / np.pi)
+  epi = np.sqrt(within_epi * pixel_mm2 / np.pi)
   return endo, epi
 
 
@@ -72,8 +89,10 @@ def volumes(labels: np.ndarray, spacing) -> np.ndarray:
   `spacing` (mm)."""
   counts = []
   for label in (_LV, _MYO, _RV):
-    counts.append(np.count_nonzero(labels == label, axis=(1, 2, 3)))
-  voxel_ml = float(np.prod(spacing, dtype=np.float64)) / 1000
+    inside = labels == label
+    counts.append(np.count_nonzero(inside, axis=(1, 2, 3)))
+  voxel_mm3 = np.prod(spacing, dtype=np.float64)
+  voxel_ml = float(voxel_mm3) / 1000
   return np.stack(counts, axis=1) * voxel_ml
 
 
@@ -104,7 +123,8 @@ def borders(labels: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
   """
   inside = labels == label
   beyond = len(schema.LABELS)  # a label that there is not
-  margins = [(0, 0)] * (labels.ndim - 2) + [(1, 1), (1, 1)]
+  margins = np.zeros((labels.ndim, 2), int)
+  margins[-2:] = 1  # pixels round each slice
   padded = np.pad(labels, margins, constant_values=beyond)
   neighbours = (
     padded[..., 2:, 1:-1],
@@ -115,10 +135,11 @@ def borders(labels: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
   on_myocardium = 0
   elsewhere = 0
   for neighbour in neighbours:
-    myocardium = inside & (neighbour == _MYO)
-    other = inside & (neighbour != _MYO) & (neighbour != label)
-    on_myocardium = on_myocardium + np.count_nonzero(myocardium, axis=(-2, -1))
-    elsewhere = elsewhere + np.count_nonzero(other, axis=(-2, -1))
+    to_myocardium = inside & (neighbour == _MYO)
+    leaving = inside & (neighbour != label)
+    to_other = leaving & ~to_myocardium
+    on_myocardium = on_myocardium + np.count_nonzero(to_myocardium, axis=(-2, -1))
+    elsewhere = elsewhere + np.count_nonzero(to_other, axis=(-2, -1))
   return on_myocardium, elsewhere
 
 

@@ -63,7 +63,8 @@ class _Axis(NamedTuple):
   def inside(self):
     """bool [size]: which of them lie on the image."""
     centres = self.centres
-    return (centres >= -0.5) & (centres < self.length - 0.5)
+    last_edge = self.length - 0.5
+    return (centres >= -0.5) & (centres < last_edge)
 
 
 def to_record(
@@ -96,30 +97,36 @@ def to_record(
   rate = _heart_rate(cine, heart_rate, flags)
   phenotypes = measure.phenotypes(heart.labels, spacing, rate)
 
-  z, rows, columns = _crop(heart, spacing, shape, flags)
-  plane = rows, columns
-  slices = heart.images.shape[1]
-  kept = slice(max(z.start, 0), min(z.start + z.size, slices))
-  before = kept.start - z.start
-  after = z.start + z.size - kept.stop
-  padding = ((0, 0), (before, after), (0, 0), (0, 0))
-
+  z, *plane = _crop(heart, spacing, shape, flags)
+  kept, padding = _kept_slices(z)
   ends = heart.images[[heart.ed, heart.es], kept]
   stack = _resampled(ends, plane)
   window = _window(stack, plane)
   labels = _nearest(heart.labels[:, kept], plane)
+  new_spacing = spacing[0], shape.pixel_mm, shape.pixel_mm
   fields = {
     "ed_es_volumes": np.pad(_grey(stack, window), padding),
     "labels": np.pad(labels, padding),
-    "spacing": np.float32((spacing[0], shape.pixel_mm, shape.pixel_mm)),
+    "spacing": np.float32(new_spacing),
   }
   if shape.frames:
-    if len(heart.images) < MIN_FRAMES:
-      flags.append(f"cine slice interpolated from {len(heart.images)} frames")
+    frames = len(heart.images)
+    if frames < MIN_FRAMES:
+      flags.append(f"cine slice interpolated from {frames} frames")
     middle = _middle_slice(heart.labels, kept)
     beat = _resampled(heart.images[:, middle], plane)
     fields |= _cine_fields(beat, heart.ed, heart.es, shape.frames, window)
   return fields, phenotypes, tuple(flags)
+
+
+def _kept_slices(z):
+  """(slice of the source's slices that the crop holds, padding of [P, Z, H, W] to its size)."""
+  stop = z.start + z.size
+  kept = slice(max(z.start, 0), min(stop, z.length))
+  before = kept.start - z.start
+  after = stop - kept.stop
+  none = 0, 0
+  return kept, (none, (before, after), none, none)
 
 
 class _Heart(NamedTuple):
@@ -149,11 +156,11 @@ def _heart_of_images(cine, flags):
   moving = motion.find_heart(cine)
   ed, es = _phases_of_images(cine, moving, flags)
   images = cine.images
-  slices = images.shape[1]
   flags.append("no segmentation: no phenotypes, heart located by its motion")
   if _turned(cine.base_first, flags):
     images = images[:, ::-1]
-  labels = np.zeros((2, *images.shape[1:]), np.uint8)
+  _, slices, height, width = images.shape
+  labels = np.zeros((2, slices, height, width), np.uint8)
   first = np.array([0, *moving.first])
   last = np.array([slices - 1, *moving.last])
   return _Heart(images, labels, ed, es, first, last)
@@ -161,10 +168,12 @@ def _heart_of_images(cine, flags):
 
 def _cine_fields(beat, ed, es, frames, window):
   """`cine_slice` and `three_frames` of one slice's beat [F, H, W]."""
-  times = ed + np.arange(frames) * len(beat) / frames
+  recorded = len(beat)
+  times = ed + np.arange(frames) * recorded / frames
+  to_es = (es - ed) % recorded
   # A frame that was recorded, the earlier of two; their mean only where there is none between.
-  steps = (es - ed) % len(beat)
-  three_times = ed + np.array((0, steps // 2 or 0.5, steps))
+  half_way = to_es // 2 or 0.5
+  three_times = ed + np.array([0, half_way, to_es])
   return {
     "cine_slice": _grey(_at(beat, times), window),
     "three_frames": _grey(_at(beat, three_times), window),
@@ -183,24 +192,29 @@ def _window(stack, plane):
   """Intensities between PERCENTILES of the stack's become 0 to 255."""
   rows, columns = plane
   inside = np.outer(rows.inside, columns.inside)
-  darkest, brightest = np.percentile(stack[..., inside], PERCENTILES)
+  on_image = stack[..., inside]
+  darkest, brightest = np.percentile(on_image, PERCENTILES)
   if not brightest > darkest:
     raise BadRecord(f"constant about the heart ({darkest:g}); expected an image")
-  return _Window(darkest, 255 / (brightest - darkest), inside)
+  scale = 255 / (brightest - darkest)
+  return _Window(darkest, scale, inside)
 
 
 def _grey(images, window):
   """uint8 of float images [..., H, W]; 0 beyond the image."""
-  scaled = np.clip((images - window.darkest) * window.scale, 0, 255)
+  scaled = (images - window.darkest) * window.scale
+  scaled = np.clip(scaled, 0, 255)
   return np.rint(scaled * window.inside).astype(np.uint8)
 
 
 def _middle_slice(labels, kept):
   """The middle of the slices with LV at both phases; without labels that of the slices `kept`."""
-  with_lv = (labels == _LV).any(axis=(2, 3))  # [P, Z]
-  with_lv = np.flatnonzero(with_lv.all(axis=0))
-  if len(with_lv):
-    return with_lv[len(with_lv) // 2]
+  lv = labels == _LV
+  shows_lv = lv.any(axis=(2, 3))  # [P, Z]
+  at_both = shows_lv.all(axis=0)
+  slices = np.flatnonzero(at_both)
+  if len(slices):
+    return slices[len(slices) // 2]
   return (kept.start + kept.stop) // 2
 
 
@@ -210,25 +224,33 @@ def _check(cine):
   frames, slices, height, width = cine.images.shape
   if slices < MIN_SLICES:
     raise BadRecord(f"{slices} slices; expected at least {MIN_SLICES}")
-  if frames < MIN_FRAMES and (cine.ed is None or cine.es is None):
+  phases_named = cine.ed is not None and cine.es is not None
+  if frames < MIN_FRAMES and not phases_named:
     raise BadRecord(f"{frames} frames, ED and ES not named; expected at least {MIN_FRAMES}")
-  height_mm = height * cine.spacing[1]
-  width_mm = width * cine.spacing[2]
+  _, pixel_height, pixel_width = cine.spacing
+  height_mm = height * pixel_height
+  width_mm = width * pixel_width
   if min(height_mm, width_mm) < MIN_VIEW_MM:
     raise BadRecord(
       f"images of {height_mm:.0f} x {width_mm:.0f} mm; expected at least {MIN_VIEW_MM:.0f} each way"
     )
-  if cine.es is not None and cine.es == (cine.ed or 0):
-    raise BadRecord(f"ED and ES are both frame {cine.es}")
-  darkest = cine.images.min(axis=(2, 3))
-  brightest = cine.images.max(axis=(2, 3))
+  ed = cine.ed or 0
+  if cine.es == ed:
+    raise BadRecord(f"ED and ES are both frame {ed}")
+  _check_intensities(cine.images)
+
+
+def _check_intensities(images):
+  darkest = images.min(axis=(2, 3))
+  brightest = images.max(axis=(2, 3))
   low = float(darkest.min())
   high = float(brightest.max())
   if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
     raise BadRecord(
       f"intensities from {low:g} to {high:g}; expected finite ones within {MAX_INTENSITY:g}"
     )
-  for frame, z in np.argwhere(darkest == brightest)[:1]:
+  constant = darkest == brightest
+  for frame, z in np.argwhere(constant):
     value = darkest[frame, z]
     content = f"constant ({value:g})" if value else "all zeros"
     raise BadRecord(f"slice {z} of frame {frame} is {content}; expected an image")
@@ -239,30 +261,20 @@ def _phases_of_labels(cine, flags):
   of the frames."""
   frames = len(cine.images)
   labelled = list(cine.labelled)
+  volumes = measure.volumes(cine.labels[labelled], cine.spacing)
   lv = np.full(frames, np.nan)
-  lv[labelled] = measure.volumes(cine.labels[labelled], cine.spacing)[:, 0]
+  lv[labelled] = volumes[:, 0]
   ed = cine.ed or 0  # a cine triggered by the R wave starts at ED
-  may_be_es = (lv > 0) & (np.arange(frames) != ed)
-  others = np.where(may_be_es, lv, np.inf)
+  not_ed = np.arange(frames) != ed
+  others = np.where((lv > 0) & not_ed, lv, np.inf)
   if cine.es is None and np.isinf(others).all():
     raise BadRecord(f"no frame but ED (frame {ed}) is segmented; expected ED and ES")
   least = int(np.argmin(others))
-  largest = int(np.nanargmax(lv))
   es = least if cine.es is None else cine.es
-  for name, frame in (("ED", ed), ("ES", es)):
-    if np.isnan(lv[frame]):
-      raise BadRecord(
-        f"{name} (frame {frame}) is not segmented; {len(labelled)} of {frames} frames are"
-      )
-    if lv[frame] == 0:
-      raise BadRecord(f"no LV label at {name} (frame {frame})")
-  if not lv[es] < lv[ed]:
-    raise BadRecord(
-      f"the LV has {lv[es]:.1f} ml at ES (frame {es}), "
-      f"not less than {lv[ed]:.1f} ml at ED (frame {ed})"
-    )
+  _check_volumes(lv, ed, es, len(labelled))
   if empty := int(np.sum(lv == 0)):
     flags.append(f"{empty} segmented frames have no LV label")
+  largest = int(np.nanargmax(lv))
   if largest != ed:
     flags.append(f"the largest LV volume is at frame {largest}, ED is taken at frame {ed}")
   apart = abs(es - least)
@@ -272,6 +284,24 @@ def _phases_of_labels(cine, flags):
     flags.append(f"ES is the least LV of {len(labelled)} segmented frames, there are {frames}")
   _remark_on_timing(cine, ed, es, flags)
   return ed, es
+
+
+def _check_volumes(lv, ed, es, labelled):
+  """BadRecord where LV volumes [F] in ml, NaN where a frame is not segmented, do not fall from ED
+  to ES."""
+  for name, frame in (("ED", ed), ("ES", es)):
+    if np.isnan(lv[frame]):
+      raise BadRecord(
+        f"{name} (frame {frame}) is not segmented; {labelled} of {len(lv)} frames are"
+      )
+    if lv[frame] == 0:
+      raise BadRecord(f"no LV label at {name} (frame {frame})")
+  edv = lv[ed]
+  esv = lv[es]
+  if not esv < edv:
+    raise BadRecord(
+      f"the LV has {esv:.1f} ml at ES (frame {es}), not less than {edv:.1f} ml at ED (frame {ed})"
+    )
 
 
 def _phases_of_images(cine, heart, flags):
@@ -289,7 +319,8 @@ def _phases_of_images(cine, heart, flags):
 def _remark_on_timing(cine, ed, es, flags):
   frames = len(cine.images)
   share = (es - ed) % frames / frames
-  if cine.es is None and not SYSTOLE[0] <= share <= SYSTOLE[1]:
+  earliest, latest = SYSTOLE
+  if cine.es is None and not earliest <= share <= latest:
     flags.append(f"ES at {share:.2f} of the beat")
 
 
@@ -304,18 +335,20 @@ def _check_label_map(labels, convention, flags):
   lv = _share_on_myocardium(labels, _LV)
   rv = _share_on_myocardium(labels, _RV)
   if lv < MIN_ENCLOSED or rv >= lv:
+    read_as = convention or "LV 1, MYO 2, RV 3"
     raise BadRecord(
-      f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, {rv:.0%} of the "
-      f"RV's (read as {convention or 'LV 1, MYO 2, RV 3'}); expected most of the LV's and less of "
-      "the RV's"
+      f"the label map looks wrong: {lv:.0%} of the LV's border lies on myocardium, "
+      f"{rv:.0%} of the RV's (read as {read_as}); "
+      "expected most of the LV's and less of the RV's"
     )
 
 
 def _share_on_myocardium(labels, structure):
   """Share of a structure's in-plane border; 0 where it has none."""
   on_myocardium, elsewhere = measure.borders(labels, structure)
-  on, off = np.sum(on_myocardium), np.sum(elsewhere)
-  return on / max(on + off, 1)
+  on = np.sum(on_myocardium)
+  border = on + np.sum(elsewhere)
+  return on / max(border, 1)
 
 
 def _base_is_last(labels, base_first, flags):
@@ -323,8 +356,11 @@ def _base_is_last(labels, base_first, flags):
   before it."""
   areas = np.count_nonzero(labels, axis=(1, 2))
   slices = np.flatnonzero(areas)
-  growth = float((slices - slices.mean()) @ areas[slices])
-  return growth > 0 or growth == 0 and _turned(base_first, flags)
+  from_middle = slices - slices.mean()
+  growth = float(from_middle @ areas[slices])
+  if growth == 0:
+    return _turned(base_first, flags)
+  return growth > 0
 
 
 def _turned(base_first, flags):
@@ -337,7 +373,8 @@ def _turned(base_first, flags):
 def _extent(labels, flags):
   """(first, last) int [3], indices along Z, H, W of those parts of labels [Z, H, W] that are the
   heart."""
-  parts, _ = ndimage.label(labels, np.ones((3, 3, 3)))
+  touching = np.ones((3, 3, 3))  # by a corner, too
+  parts, _ = ndimage.label(labels, touching)
   sizes = np.bincount(parts.ravel())
   sizes[0] = 0
   heart = sizes >= STRAY * sizes.max()
@@ -353,11 +390,12 @@ def _crop(heart, spacing, shape, flags):
   output = (spacing[0], shape.pixel_mm, shape.pixel_mm)
   sizes = (shape.slices, shape.size, shape.size)
   margins = (0, MARGIN_MM, MARGIN_MM)
+  _, *lengths = heart.images.shape
   axes = []
   for axis, name in enumerate("ZHW"):
-    low, high = heart.first[axis], heart.last[axis]
-    length = heart.images.shape[1 + axis]
+    length = lengths[axis]
     size = sizes[axis]
+    extent = heart.last[axis] + 1 - heart.first[axis]
     # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go
     # either way.
     ratio = 1.0
@@ -367,15 +405,16 @@ def _crop(heart, spacing, shape, flags):
     spare = on_image - size
     start = spare // 2
     if spare > 0:
-      centred = round((low + high + 1) / 2 / ratio - size / 2)
+      centre = (heart.first[axis] + heart.last[axis] + 1) / 2 / ratio
+      centred = round(centre - size / 2)
       start = min(max(centred, 0), spare)
     axes.append(_Axis(start, size, ratio, length))
-    need_mm = (high + 1 - low) * spacing[axis] + 2 * margins[axis]
+    need_mm = extent * spacing[axis] + 2 * margins[axis]
     kept_mm = size * output[axis]
     if spare > 0 and need_mm > kept_mm:
       flags.append(
-        f"the heart is cut by the crop: it needs {need_mm:.0f} mm along {name}, {kept_mm:.0f} are "
-        "kept"
+        f"the heart is cut by the crop: it needs {need_mm:.0f} mm along {name}, "
+        f"{kept_mm:.0f} are kept"
       )
   return axes
 
@@ -385,7 +424,8 @@ def _resampled(images, plane):
   their width."""
   rows, columns = map(_weights, plane)
   # In one order of memory: the sums of a product are rounded in the order that the layout suggests.
-  return rows @ images.astype(np.float32, order="C") @ columns.T
+  images = images.astype(np.float32, order="C")
+  return rows @ images @ columns.T
 
 
 def _weights(axis):
@@ -393,10 +433,12 @@ def _weights(axis):
   image."""
   pixels = np.arange(axis.length)
   distance = np.abs(pixels - axis.centres[:, None])
-  weights = np.maximum(0, 1 - distance / max(axis.ratio, 1))
+  width = max(axis.ratio, 1)
+  weights = np.maximum(0, 1 - distance / width)
   weights = weights * axis.inside[:, None]
   total = weights.sum(axis=1, keepdims=True)
-  return (weights / np.maximum(total, 1e-9)).astype(np.float32)
+  weights = weights / np.maximum(total, 1e-9)
+  return weights.astype(np.float32)
 
 
 def _nearest(labels, plane):
@@ -404,8 +446,9 @@ def _nearest(labels, plane):
   the image."""
   rows, columns = plane
   inside = np.outer(rows.inside, columns.inside)
-  nearest = labels[..., _nearest_pixels(rows)[:, None], _nearest_pixels(columns)]
-  return nearest * inside
+  y = _nearest_pixels(rows)
+  x = _nearest_pixels(columns)
+  return labels[..., y[:, None], x] * inside
 
 
 def _nearest_pixels(axis):
@@ -427,11 +470,14 @@ def _at(images, at):
 
 def _heart_rate(cine, heart_rate, flags):
   """bpm, or NaN where it is neither given nor known from the length of the beat."""
-  if np.isnan(heart_rate) and len(cine.images) >= MIN_FRAMES and cine.frame_s > 0:
-    heart_rate = 60 / (cine.frame_s * len(cine.images))
+  frames = len(cine.images)
+  if np.isnan(heart_rate) and frames >= MIN_FRAMES and cine.frame_s > 0:
+    heart_rate = 60 / (cine.frame_s * frames)
   if np.isnan(heart_rate):
     flags.append("heart rate unknown")
-  elif not HEART_RATES[0] <= heart_rate <= HEART_RATES[1]:
+    return heart_rate
+  lowest, highest = HEART_RATES
+  if not lowest <= heart_rate <= highest:
     flags.append(f"heart rate of {heart_rate:.4g} bpm not believed")
     return float("nan")
   return heart_rate

@@ -45,8 +45,9 @@ def to_standard(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
   """
   check_rate(rate_hz)
   seconds = ECG_SAMPLES / ECG_RATE_HZ
+  duration = ecg_mv.shape[1] / rate_hz
   if ecg_mv.shape[1] < seconds * rate_hz - 1:
-    raise BadRecord(f"{ecg_mv.shape[1] / rate_hz:.2f} s long; expected at least {seconds:g} s")
+    raise BadRecord(f"{duration:.2f} s long; expected at least {seconds:g} s")
   ratio = (ECG_RATE_HZ / Fraction(float(rate_hz))).limit_denominator(1000)
   # 1 s more than needed, for the filter
   enough = int((seconds + 1) * rate_hz)
@@ -62,7 +63,8 @@ def to_standard(ecg_mv: np.ndarray, rate_hz: float) -> np.ndarray:
 def normalise(ecg_mv: np.ndarray, profile: str) -> np.ndarray:
   """float32 [12, 5000] in mV at 500 Hz -> float32 [12, samples(profile)] by the profile of that
   name."""
-  return _profile(profile).apply(np.asarray(ecg_mv, np.float64)).astype(np.float32)
+  normalised = _profile(profile).apply(np.asarray(ecg_mv, np.float64))
+  return normalised.astype(np.float32)
 
 
 def rate_hz(profile: str) -> int:
@@ -118,7 +120,8 @@ def _mmcl(ecg):
   ecg = np.nan_to_num(ecg)
   limit = 4 * ecg.std()  # of the whole recording, about 0
   ecg = np.clip(ecg, -limit, limit)
-  ecg = ecg - np.stack([als_baseline(lead) for lead in ecg])
+  baseline = np.stack([als_baseline(lead) for lead in ecg])
+  ecg = ecg - baseline
   return np.concatenate([_z_score(ecg[group], 1e-12) for group in LEAD_GROUPS])
 
 
@@ -127,21 +130,22 @@ def _dual_phase(ecg):
   published.
 
   Its notch stands at 60 Hz whatever the mains are, and scipy's own short ends bend the first and
-  last second of a
-  recording: `dual_phase_mirrored` mends both.
+  last second of a recording: `dual_phase_mirrored` mends both.
   """
   ecg = filtered(ecg, 4, 0.5, "highpass", edge_s=None)
-  ecg = signal.filtfilt(*signal.iirnotch(60, Q=40, fs=ECG_RATE_HZ), ecg)
-  return _z_score(signal.savgol_filter(ecg, window_length=15, polyorder=3), 1e-8, ddof=1)  # 1e-5 uV
+  notch = signal.iirnotch(60, Q=40, fs=ECG_RATE_HZ)
+  ecg = signal.filtfilt(*notch, ecg)
+  ecg = signal.savgol_filter(ecg, window_length=15, polyorder=3)
+  return _z_score(ecg, 1e-8, ddof=1)  # 1e-5 uV
 
 
 def _dual_phase_mirrored(ecg):
   """`dual_phase` with mirrored ends, and its notch at the recording's own mains."""
   notch = signal.iirnotch(mains_hz(ecg), Q=40, fs=ECG_RATE_HZ)
-  ecg = signal.filtfilt(
-    *notch, filtered(ecg, 4, 0.5, "highpass"), padtype="even", padlen=EDGE_S * ECG_RATE_HZ
-  )
-  return _z_score(signal.savgol_filter(ecg, window_length=15, polyorder=3), 1e-5)
+  ecg = filtered(ecg, 4, 0.5, "highpass")
+  ecg = signal.filtfilt(*notch, ecg, padtype="even", padlen=EDGE_S * ECG_RATE_HZ)
+  ecg = signal.savgol_filter(ecg, window_length=15, polyorder=3)
+  return _z_score(ecg, 1e-5)
 
 
 def _cardionets(ecg):
@@ -154,7 +158,8 @@ def _cardionets(ecg):
   """
   ecg = signal.resample(ecg, ecg.shape[1] // 2, axis=1)
   ecg = filtered(ecg, 5, 0.67, "highpass", 250, edge_s=None)
-  return _z_score(filtered(ecg, 5, 40, "lowpass", 250, edge_s=None), 1e-12)
+  ecg = filtered(ecg, 5, 40, "lowpass", 250, edge_s=None)
+  return _z_score(ecg, 1e-12)
 
 
 def _cardionets_mirrored(ecg):
@@ -163,7 +168,8 @@ def _cardionets_mirrored(ecg):
   ecg = signal.resample_poly(ecg, 1, 2, axis=1, padtype="edge")
   # a filter of higher order rings for longer
   ecg = filtered(ecg, 5, 0.67, "highpass", 250, edge_s=4)
-  return _z_score(filtered(ecg, 5, 40, "lowpass", 250), 1e-12)
+  ecg = filtered(ecg, 5, 40, "lowpass", 250)
+  return _z_score(ecg, 1e-12)
 
 
 class Profile(NamedTuple):

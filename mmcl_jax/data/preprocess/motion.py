@@ -39,25 +39,42 @@ def find_heart(cine: Cine) -> Motion:
   """
   frames, slices = cine.images.shape[:2]
   _, *in_plane_mm = cine.spacing
-  step = max(1, int(STEP_MM / max(in_plane_mm)))
+  step = int(STEP_MM / max(in_plane_mm))
+  step = max(1, step)
   quarter = slices // 4
-  pixels = cine.images[:, quarter : slices - quarter, ::step, ::step]
-  angle = 2 * np.pi * np.arange(frames) / frames
-  waves = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
-  real, imaginary = np.tensordot(waves, pixels.astype(np.float32), 1)
-  strength = np.hypot(real, imaginary) / frames
+  middle_half = slice(quarter, slices - quarter)
+  pixels = cine.images[:, middle_half, ::step, ::step]
+  strength = _first_harmonic(pixels)
   blur = [BLUR_MM / (step * mm) for mm in in_plane_mm]
   motion = ndimage.gaussian_filter(strength.sum(axis=0), blur)
   motion -= np.median(motion)  # what noise alone gives
   peak = np.unravel_index(motion.argmax(), motion.shape)
+  strongest = motion[peak]
   brightest = float(pixels.max())
   darkest = float(pixels.min())
   intensities = brightest - darkest
-  if not motion[peak] > STILL * intensities:
+  if not strongest > STILL * intensities:
     raise BadRecord("nothing moves over the beat; expected a cine")
-  regions, _ = ndimage.label(motion > SHARE * motion[peak])
+  regions, _ = ndimage.label(motion > SHARE * strongest)
   heart = np.argwhere(regions == regions[peak]) * step
-  return Motion(heart.min(axis=0), heart.max(axis=0), pixels, strength, step)
+  return Motion(
+    first=heart.min(axis=0),
+    last=heart.max(axis=0),
+    pixels=pixels,
+    strength=strength,
+    step=step,
+  )
+
+
+def _first_harmonic(pixels):
+  """Its amplitude over the frames, float32 [...] of pixels [F, ...]."""
+  frames = len(pixels)
+  angle = 2 * np.pi * np.arange(frames) / frames
+  waves = np.stack([np.cos(angle), np.sin(angle)])
+  waves = waves.astype(np.float32)
+  pixels = pixels.astype(np.float32)
+  real, imaginary = np.tensordot(waves, pixels, 1)
+  return np.hypot(real, imaginary) / frames
 
 
 def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) -> int:
@@ -68,15 +85,17 @@ def end_systole(motion: Motion, spacing: tuple[float, float, float], ed: int) ->
   walls sweep over decide, not vessels or fat.
   """
   frames, _, height, width = motion.pixels.shape
+  _, pixel_height, pixel_width = spacing
   centre_y, centre_x = (motion.first + motion.last) / 2
   y = np.arange(height) * motion.step - centre_y
   x = np.arange(width) * motion.step - centre_x
-  y_mm = y * spacing[1]
-  x_mm = x * spacing[2]
+  y_mm = y * pixel_height
+  x_mm = x * pixel_width
   distance_mm = np.hypot(y_mm[:, None], x_mm)
   near = distance_mm < POOL_RADIUS_MM
   pool = np.zeros(frames)
-  for images, strength in zip(motion.pixels.swapaxes(0, 1), motion.strength):
+  slices = motion.pixels.swapaxes(0, 1)
+  for images, strength in zip(slices, motion.strength):
     values = images[:, near].astype(np.float32)
     blood = values > _otsu(values)
     pool += blood @ strength[near]
@@ -92,8 +111,10 @@ def _otsu(values):
   centres = (edges[1:] + edges[:-1]) / 2
   below = np.cumsum(counts)
   total = counts.sum()
-  moment = np.cumsum(counts * (centres - centres[0]))
+  from_lowest = centres - centres[0]
+  moment = np.cumsum(counts * from_lowest)
   difference = moment[-1] * below - moment * total
   above = total - below
-  between = difference**2 / np.maximum(below * above, 1)
+  pairs = np.maximum(below * above, 1)
+  between = difference**2 / pairs
   return centres[np.argmax(between[:-1])]
