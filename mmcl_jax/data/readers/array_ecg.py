@@ -161,14 +161,14 @@ def _columns(names, count, leads):
     return needed_leads(names)
   declared = needed_leads(leads)
   if len(leads) == count:
-    agree = all(declared.get(lead) == place for lead, place in in_header.items())
+    same = all(declared.get(lead) == place for lead, place in in_header.items())
   elif in_header:  # beside columns of other names
-    agree = list(in_header) == list(declared)
+    same = list(in_header) == list(declared)
   else:
     raise BadRecord(
       f"its declared leads are {len(leads)} and its columns {count}; expected one name a column"
     )
-  if not agree:
+  if not same:
     raise BadRecord(
       f"its header row and its declared leads differ ({listed(names)} against {listed(leads)}); "
       "expected the same order, or no leads in the .json"

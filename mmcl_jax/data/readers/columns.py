@@ -266,10 +266,13 @@ def _header_line(path):
   """(the first line of a table, the encoding of the whole)."""
   with open(path, "rb") as file, gzip.GzipFile(fileobj=file) as unpacked:
     line = (unpacked if tell(head(path)) is GZIP else file).readline(MAX_HEADER_BYTES)
-  if (found := tell(line)) is UTF_16:
+  kind = tell(line)
+  if kind is UTF_16:
     return line.decode("utf-16", "ignore"), "utf-16"  # what is ignored is half of the line's end
-  if found or len(line) == MAX_HEADER_BYTES:
-    raise ValueError(found.name if found else "its first line is not that of a table")
+  if kind:
+    raise ValueError(kind.name)
+  if len(line) == MAX_HEADER_BYTES:
+    raise ValueError("its first line is not that of a table")
   return line.decode("utf-8-sig"), "utf-8"
 
 

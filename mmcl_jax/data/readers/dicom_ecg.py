@@ -20,16 +20,15 @@ from mmcl_jax.data.ecg_quality import content
 from mmcl_jax.data.readers.files import bad_record, read_bytes
 from mmcl_jax.data.readers.kinds import DICOM
 from mmcl_jax.data.readers.recording import (
-  DERIVABLE,
   MAX_SAMPLES,
   Recording,
+  absent_leads,
   assemble,
   lead_names,
   length_flags,
   mv_per,
   listed,
 )
-from mmcl_jax.data.schema import LEADS
 from mmcl_jax.errors import BadRecord
 
 KIND = "a DICOM ECG (.dcm)"
@@ -51,10 +50,17 @@ REQUIRED = (
   "WaveformSampleInterpretation",
   "WaveformData",
 )
+CODE = re.compile(r"(?:5\.6\.3-9-|2:)(\d+)")  # SCPECG, MDC
+MEANING = re.compile(r"(?:lead\s+)?(\w+)\s*(?:[(,].*)?", re.I)
 LEAD_OF_CODE = {
   1: "I",
   2: "II",
-  **{2 + n: f"V{n}" for n in range(1, 7)},
+  3: "V1",
+  4: "V2",
+  5: "V3",
+  6: "V4",
+  7: "V5",
+  8: "V6",
   61: "III",
   62: "aVR",
   63: "aVL",
@@ -87,15 +93,17 @@ def read(path) -> Recording:
 def _choose(groups):
   """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be
   derived."""
-  candidates, names = [], []
+  candidates = []
+  names = []
   for number, group in enumerate(groups):
     if absent := [name for name in REQUIRED if name not in group]:
       raise BadRecord(f"its multiplex group {number + 1} lacks {', '.join(absent)}")
     channels = group.get("ChannelDefinitionSequence") or []
     leads = lead_names(map(_lead, channels))
     names += [_source(channel).get("CodeMeaning") for channel in channels]
-    median = "MEDIAN" in str(group.get("MultiplexGroupLabel", "")).upper()
-    if not median and set(LEADS) <= set(leads) | set(DERIVABLE):
+    label = str(group.get("MultiplexGroupLabel", ""))
+    median = "MEDIAN" in label.upper()
+    if not median and not absent_leads(leads):
       seconds = group.NumberOfWaveformSamples / float(group.SamplingFrequency)
       candidates.append((seconds, len(leads), number, leads))
   if not candidates:
@@ -111,50 +119,58 @@ def _lead(channel):
   """Name of a channel's lead by its code, or by its meaning such as "Lead I (Einthoven)"; None
   where unknown."""
   source = _source(channel)
-  code = re.fullmatch(r"(?:5\.6\.3-9-|2:)(\d+)", str(source.get("CodeValue", "")))  # SCPECG, MDC
-  coded = LEAD_OF_CODE.get(int(code[1])) if code else None
-  meaning = re.fullmatch(
-    r"(?:lead\s+)?(\w+)\s*(?:[(,].*)?", str(source.get("CodeMeaning", "")).strip(), re.I
-  )
-  named = next(iter(lead_names([meaning[1]])), None) if meaning else None
+  coded = None
+  if code := CODE.fullmatch(str(source.get("CodeValue", ""))):
+    coded = LEAD_OF_CODE.get(int(code[1]))
+  named = None
+  if meaning := MEANING.fullmatch(str(source.get("CodeMeaning", "")).strip()):
+    named = next(iter(lead_names([meaning[1]])), None)
   if coded and named and coded != named:
     raise BadRecord(f"a channel is coded as lead {coded} and named {named}")
   return coded or named
 
 
 def _source(channel):
-  return (channel.get("ChannelSourceSequence") or [{}])[0]
+  return _first(channel, "ChannelSourceSequence")
+
+
+def _first(element, name):
+  """The first item of a sequence; empty where there is none."""
+  return (element.get(name) or [{}])[0]
 
 
 def _read_group(dataset, number, leads):
   """The Recording of a multiplex group, whose sizes are compared with its data before pydicom takes
   memory for it."""
   group = dataset.WaveformSequence[number]
-  length, channels = group.NumberOfWaveformSamples, group.NumberOfWaveformChannels
+  definitions = group.ChannelDefinitionSequence
+  length = group.NumberOfWaveformSamples
+  channels = group.NumberOfWaveformChannels
   rate_hz = float(group.SamplingFrequency)
-  dtype = SAMPLE_TYPES.get((group.WaveformBitsAllocated, group.WaveformSampleInterpretation))
-  if dtype is None:
+  sample_type = group.WaveformBitsAllocated, group.WaveformSampleInterpretation
+  if sample_type not in SAMPLE_TYPES:
     raise BadRecord("its samples are not signed or unsigned integers of 8, 16 or 32 bits")
-  if not (rate_hz > 0 and length > 0 and channels == len(group.ChannelDefinitionSequence)):
+  dtype = np.dtype(SAMPLE_TYPES[sample_type])
+  if not (rate_hz > 0 and length > 0 and channels == len(definitions)):
     raise BadRecord(
       f"it announces {length} samples at {rate_hz:g} Hz of {channels} channels and defines "
-      f"{len(group.ChannelDefinitionSequence)}"
+      f"{len(definitions)}"
     )
-  size, need = len(group.WaveformData or b""), length * channels * np.dtype(dtype).itemsize
+  size = len(group.WaveformData or b"")
+  need = length * channels * dtype.itemsize
   if size < need:
     raise BadRecord(f"its samples have {size} bytes; {length} of {channels} channels take {need}")
-  # [T, channels], in units of the sensitivity
-  raw = multiplex_array(dataset, number, as_raw=True)[:MAX_SAMPLES]
+  raw = multiplex_array(dataset, number, as_raw=True)  # [T, channels], of the sensitivity
+  raw = raw[:MAX_SAMPLES]
   values = raw[:, list(leads.values())].astype(np.float64)
   inside = values[content(values.T, rate_hz)]  # what lies outside is cut off as in every format
   if padding := group.get("WaveformPaddingValue"):
-    kind = np.dtype(dtype)  # writers give fewer or more bytes than one sample has
-    padding = int.from_bytes(padding[: kind.itemsize], "little", signed=kind.kind == "i")
+    # writers give fewer or more bytes than one sample has
+    padding = int.from_bytes(padding[: dtype.itemsize], "little", signed=dtype.kind == "i")
     inside[_missing(inside, padding, rate_hz)] = np.nan
   signals = {}
   for (lead, channel), samples in zip(leads.items(), values.T):
-    definition = group.ChannelDefinitionSequence[channel]
-    signals[lead] = _millivolts(definition, samples, lead, rate_hz)
+    signals[lead] = _millivolts(definitions[channel], samples, lead, rate_hz)
   return assemble(signals, rate_hz, length_flags(length, rate_hz))
 
 
@@ -165,21 +181,30 @@ def _missing(values, padding, rate_hz):
   share, at a lead's ends, and where it lies farther from the lead's other values than they from
   each other.
   """
-  held, shortest = values == padding, max(1, round(MIN_PADDING_S * rate_hz))
+  held = values == padding
+  shortest = max(1, round(MIN_PADDING_S * rate_hz))
   low = np.where(held, np.inf, values).min(axis=0)
   high = np.where(held, -np.inf, values).max(axis=0)
-  counts = np.maximum(low - padding, padding - high) > high - low
-  counts = counts | ndimage.binary_opening(held.all(axis=1), np.ones(shortest))[:, None]
-  for order in (slice(None), slice(None, None, -1)):
-    run = np.logical_and.accumulate(held[order])[order]
-    counts |= run & (run.sum(axis=0) >= shortest)
-  return held & counts
+  distance = np.maximum(low - padding, padding - high)
+  far = distance > high - low
+  shared = ndimage.binary_opening(held.all(axis=1), np.ones(shortest))
+  at_start = _long_run_at_start(held, shortest)
+  at_end = _long_run_at_start(held[::-1], shortest)[::-1]
+  return held & (far | shared[:, None] | at_start | at_end)
+
+
+def _long_run_at_start(held, shortest):
+  """bool [T, L]: where all of a lead is held from its first sample on, if for `shortest` at
+  least."""
+  run = np.logical_and.accumulate(held)
+  return run & (run.sum(axis=0) >= shortest)
 
 
 def _millivolts(channel, values, lead, rate_hz):
   """`values` [T] of a channel in mV."""
-  unit = (channel.get("ChannelSensitivityUnitsSequence") or [{}])[0].get("CodeValue")
-  if unit is None or not (sensitivity := float(channel.get("ChannelSensitivity") or 0)):
+  unit = _first(channel, "ChannelSensitivityUnitsSequence").get("CodeValue")
+  sensitivity = float(channel.get("ChannelSensitivity") or 0)
+  if unit is None or not sensitivity:
     raise BadRecord(f"lead {lead} has no sensitivity with a unit: its voltage is not calibrated")
   skew = abs(_optional(channel, "ChannelSampleSkew"))  # samples
   time_skew = abs(_optional(channel, "ChannelTimeSkew")) * rate_hz
@@ -187,10 +212,13 @@ def _millivolts(channel, values, lead, rate_hz):
     raise BadRecord(f"lead {lead} is shifted in time by a sample or more")
   correction = _optional(channel, "ChannelSensitivityCorrectionFactor", 1.0)
   baseline = _optional(channel, "ChannelBaseline")
-  return (values * sensitivity * correction + baseline) * mv_per(unit, lead)
+  corrected = values * sensitivity * correction + baseline
+  return corrected * mv_per(unit, lead)
 
 
 def _optional(channel, name, default=0.0):
   """The number of an element that may be absent or empty."""
   value = channel.get(name)
-  return default if value is None or value == "" else float(value)
+  if value is None or value == "":
+    return default
+  return float(value)

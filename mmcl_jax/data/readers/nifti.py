@@ -60,14 +60,21 @@ def read(path) -> Volume:
       f"intensities from {low:g} to {high:g}; expected finite ones of at most {MAX_INTENSITY}"
     )
   space, time = header.get_xyzt_units()
-  zooms = [float(zoom) for zoom in header.get_zooms()]
-  x, y, z = [zoom * MM[space] for zoom in zooms[:3]]
-  frame_s = math.nan
-  if len(zooms) > 3:
-    step = zooms[3] * SECONDS.get(time, math.nan)
-    if FRAME_S[0] <= step <= FRAME_S[1]:
-      frame_s = step
-  return Volume(_plain(voxels), (z, y, x), frame_s, _base_first(header))
+  x, y, z, *step = map(float, header.get_zooms())
+  mm = MM[space]
+  spacing = z * mm, y * mm, x * mm
+  frame_s = _frame_s(step, time)
+  return Volume(_plain(voxels), spacing, frame_s, _base_first(header))
+
+
+def _frame_s(step, unit):
+  """Seconds between frames of a header's step, [] or [number]; NaN where it means something
+  else."""
+  if not step:
+    return math.nan
+  seconds = step[0] * SECONDS.get(unit, math.nan)
+  shortest, longest = FRAME_S
+  return seconds if shortest <= seconds <= longest else math.nan
 
 
 def read_frame(path) -> Volume:
@@ -80,7 +87,8 @@ def read_frame(path) -> Volume:
 def two_frames(ed: Volume, es: Volume) -> Volume:
   """ED and ES from files of their own as frames 0 and 1; BadRecord where their grids differ."""
   same_shape = ed.voxels.shape == es.voxels.shape
-  if not same_shape or not np.allclose(ed.spacing, es.spacing, rtol=1e-3):
+  same_spacing = np.allclose(ed.spacing, es.spacing, rtol=1e-3)
+  if not same_shape or not same_spacing:
     raise BadRecord("ED and ES differ in shape or spacing")
   voxels = np.concatenate([ed.voxels, es.voxels])
   return Volume(_plain(voxels), ed.spacing, math.nan, ed.base_first)
@@ -93,13 +101,16 @@ def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
   Raises BadRecord.
   """
   voxels, _ = _load(path)
-  table = np.zeros(max(numbers.values()) + 1, np.uint8)
+  largest = max(numbers.values())
+  table = np.zeros(largest + 1, np.uint8)
   for name, number in numbers.items():
     table[number] = LABELS[name]
-  rounded = np.rint(voxels) if voxels.dtype.kind == "f" else voxels
+  rounded = voxels
+  if voxels.dtype.kind == "f":
+    rounded = np.rint(voxels)
   low, high = rounded.min(), rounded.max()
-  if not (low >= 0 and high < len(table)):
-    raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {len(table) - 1}")
+  if not (low >= 0 and high <= largest):
+    raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {largest}")
   if np.abs(rounded - voxels).max() > WHOLE:
     raise BadRecord("labels are not whole numbers")
   return table[rounded.astype(np.uint8)]
@@ -130,7 +141,8 @@ def _plain(voxels):
   """`voxels` in the smallest of the types of Cine.images that holds them."""
   if voxels.dtype in (np.int16, np.uint16):
     return voxels
-  return voxels.astype(np.int16 if voxels.dtype.itemsize == 1 else np.float32)
+  single_bytes = voxels.dtype.itemsize == 1
+  return voxels.astype(np.int16 if single_bytes else np.float32)
 
 
 def _load(path):
@@ -144,20 +156,7 @@ def _load(path):
       file.seek(0)
       stream = gzip.GzipFile(fileobj=file) if zipped else file
       header = _read_header(stream)
-      dtype = header.get_data_dtype()
-      size = header["sizeof_hdr"].item()
-      skip = header.get_data_offset() - size
-      need = skip + math.prod(header.get_data_shape()) * dtype.itemsize
-      try:
-        # no more, whatever the stream expands to; gzip compares its checksum at the end
-        body = stream.read(need + 1)
-      except EOFError as error:
-        raise BadRecord("the gzip stream ends early") from error
-    if len(body) != need:
-      share = "more than" if len(body) > need else f"{size + len(body)} of"
-      raise BadRecord(f"the file holds {share} the {size + need} bytes that its header announces")
-    shape = (*header.get_data_shape(), 1)[:4]
-    voxels = np.frombuffer(body, dtype, offset=skip).reshape(shape, order="F")
+      voxels = _read_voxels(stream, header)
     slope, intercept = header.get_slope_inter()
     if slope is not None:
       voxels = apply_read_scaling(voxels, slope, intercept)
@@ -165,15 +164,38 @@ def _load(path):
     return voxels.T.astype(native, copy=False), header
 
 
+def _read_voxels(stream, header):
+  """[X, Y, Z, T] as stored, of a stream that stands behind its header."""
+  size = header["sizeof_hdr"].item()
+  skip = header.get_data_offset() - size
+  dtype = header.get_data_dtype()
+  shape = header.get_data_shape()
+  need = skip + math.prod(shape) * dtype.itemsize
+  try:
+    # no more, whatever the stream expands to; gzip compares its checksum at the end
+    body = stream.read(need + 1)
+  except EOFError as error:
+    raise BadRecord("the gzip stream ends early") from error
+  if len(body) != need:
+    share = "more than" if len(body) > need else f"{size + len(body)} of"
+    raise BadRecord(f"the file holds {share} the {size + need} bytes that its header announces")
+  voxels = np.frombuffer(body, dtype, offset=skip)
+  four_axes = (*shape, 1)[:4]
+  return voxels.reshape(four_axes, order="F")
+
+
 def _read_header(stream):
   """The nibabel header that a file begins with, if all that it claims is within bounds."""
   block = stream.read(min(HEADERS))
-  size = 540 if block[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else 348  # in either byte order
+  size = 348
+  if block.startswith((b"\x1c\x02\0\0", b"\0\0\x02\x1c")):  # 540 in either byte order
+    size = 540
   block += stream.read(size - min(HEADERS))
   if len(block) < size:
     raise BadRecord(f"the file holds {len(block)} bytes; a NIfTI header has {size}")
   header = HEADERS[size](block, check=False)
-  if header["sizeof_hdr"] != size or header["magic"].item()[:3] not in MAGIC:
+  magic = header["magic"].item()
+  if header["sizeof_hdr"] != size or magic[:3] not in MAGIC:
     raise BadRecord("not a NIfTI-1 or NIfTI-2 file with its voxels in the same file")
   zooms = header["pixdim"][1:4]
   header["pixdim"][1:4] = np.abs(zooms)  # some writers put an axis's direction here
@@ -186,24 +208,26 @@ def _read_header(stream):
     raise BadRecord(
       f"voxels of type {header.get_value_label('datatype')}; expected integers or real numbers"
     )
-  if not all(0 < zoom < math.inf for zoom in header.get_zooms()[:3]):
-    raise BadRecord("the header's spacing is not positive")
+  for zoom in header.get_zooms()[:3]:
+    if not 0 < zoom < math.inf:
+      raise BadRecord("the header's spacing is not positive")
   space, _ = header.get_xyzt_units()
   if space not in MM:
     raise BadRecord("the header's unit of space is unknown")
-  if not 0 <= header.get_data_offset() - size <= MAX_EXTENSION_BYTES:
-    raise BadRecord(f"voxels are said to start at byte {header.get_data_offset()}")
+  start = header.get_data_offset()
+  if not 0 <= start - size <= MAX_EXTENSION_BYTES:
+    raise BadRecord(f"voxels are said to start at byte {start}")
   return header
 
 
 def _check_shape(shape):
   within = all(1 <= n <= most for n, most in zip(shape, MAX_SHAPE))
   if len(shape) not in (3, 4) or not within:
+    announced = " x ".join(map(str, shape))
+    largest = " x ".join(map(str, MAX_SHAPE))
     raise BadRecord(
-      f"the header announces {' x '.join(map(str, shape))} voxels; expected 3 or 4 axes of at most "
-      f"{' x '.join(map(str, MAX_SHAPE))}"
+      f"the header announces {announced} voxels; expected 3 or 4 axes of at most {largest}"
     )
-  if math.prod(shape) > MAX_VOXELS:
-    raise BadRecord(
-      f"the header announces {math.prod(shape)} voxels; expected at most {MAX_VOXELS}"
-    )
+  voxels = math.prod(shape)
+  if voxels > MAX_VOXELS:
+    raise BadRecord(f"the header announces {voxels} voxels; expected at most {MAX_VOXELS}")

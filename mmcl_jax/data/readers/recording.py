@@ -38,7 +38,8 @@ def lead_names(names) -> dict[str, int]:
   """
   places = {}
   for place, name in enumerate(names):
-    spelled = SPELLING.fullmatch((name or "").strip().lower())
+    plain = (name or "").strip().lower()
+    spelled = SPELLING.fullmatch(plain)
     lead = LEAD_OF_NAME.get(spelled[1]) if spelled else None
     if lead in places:
       raise BadRecord(f"lead {lead} occurs twice")
@@ -66,7 +67,8 @@ def listed(names) -> str:
   """Names that a file gives its signals, short enough for a reason: they may be anything."""
   shown = []
   for name in names[:12]:
-    plain = re.sub(r"[^\w.+ -]", "?", str(name or "unnamed"))
+    text = str(name or "unnamed")
+    plain = re.sub(r"[^\w.+ -]", "?", text)
     shown.append(plain[:20].strip())
   if len(names) > 12:
     shown.append("...")
@@ -76,16 +78,21 @@ def listed(names) -> str:
 def mv_per(unit: str, lead: str) -> float:
   """mV in one nV, uV, mV or V, in any case, with either sign for micro; BadRecord that names `lead`
   for other units."""
-  spelled = str(unit).strip().lower().replace("µ", "u").replace("μ", "u")
+  unit = str(unit)
+  spelled = unit.strip().lower()
+  for micro in "µμ":
+    spelled = spelled.replace(micro, "u")
   if spelled not in MV_PER_UNIT:
-    raise BadRecord(f"lead {lead} is in {str(unit)[:8]!r}; expected one of nV, uV, mV, V")
+    raise BadRecord(f"lead {lead} is in {unit[:8]!r}; expected one of nV, uV, mV, V")
   return MV_PER_UNIT[spelled]
 
 
 def length_flags(samples: int, rate_hz: float) -> list[str]:
   """A remark where a recording is longer than the cohort's, of which the first part is taken."""
   seconds = samples / rate_hz
-  return [f"{seconds:.1f} s long"] if seconds >= WINDOW_S + 0.1 else []
+  if seconds < WINDOW_S + 0.1:
+    return []
+  return [f"{seconds:.1f} s long"]
 
 
 def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recording:
@@ -108,16 +115,7 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
   check_rate(rate_hz)
   flags = list(flags)
   given = np.stack(list(leads.values()))
-  if given.shape[1] < 2:
-    raise BadRecord(f"{given.shape[1]} samples a lead; expected at least {WINDOW_S:g} s of them")
-  kept = given[:, content(given, rate_hz)]
-  if padding_s := (given.shape[1] - kept.shape[1]) / rate_hz:
-    if kept.shape[1] < WINDOW_S * rate_hz - 1:
-      raise BadRecord(
-        f"{kept.shape[1] / rate_hz:.2f} s long without {padding_s:.2f} s of constant "
-        f"padding at its ends; expected at least {WINDOW_S:g} s"
-      )
-    flags.append(f"{padding_s:.1f} s of constant padding cut off")
+  kept = _without_padding(given, rate_hz, flags)
   complete = {}
   for name, samples in zip(leads, kept):
     complete[name] = _without_gaps(name, samples, rate_hz, flags)
@@ -131,14 +129,34 @@ def assemble(leads: dict[str, np.ndarray], rate_hz: float, flags=()) -> Recordin
   return Recording(ecg_mv.astype(np.float32), float(rate_hz), tuple(flags))
 
 
+def _without_padding(leads, rate_hz, flags):
+  """What lies between constant ends of leads [L, T], of which `flags` tells."""
+  samples = leads.shape[1]
+  if samples < 2:
+    raise BadRecord(f"{samples} samples a lead; expected at least {WINDOW_S:g} s of them")
+  kept = leads[:, content(leads, rate_hz)]
+  left = kept.shape[1]
+  padding_s = (samples - left) / rate_hz
+  if not padding_s:
+    return kept
+  if left < WINDOW_S * rate_hz - 1:
+    raise BadRecord(
+      f"{left / rate_hz:.2f} s long without {padding_s:.2f} s of constant "
+      f"padding at its ends; expected at least {WINDOW_S:g} s"
+    )
+  flags.append(f"{padding_s:.1f} s of constant padding cut off")
+  return kept
+
+
 def _without_gaps(name, lead, rate_hz, flags):
   """`lead` with its missing samples interpolated; few in its first 10 s, of which `flags` tells."""
   measured = np.isfinite(lead)
   used = in_use(measured, rate_hz)
   gaps = np.sum(~used)
-  if gaps > MAX_MISSING * len(used):
+  total = len(used)
+  if gaps > MAX_MISSING * total:
     raise BadRecord(
-      f"lead {name} lacks {gaps} of {len(used)} samples in its first {WINDOW_S:g} s; "
+      f"lead {name} lacks {gaps} of {total} samples in its first {WINDOW_S:g} s; "
       f"at most {MAX_MISSING:.0%} can be interpolated"
     )
   if gaps:

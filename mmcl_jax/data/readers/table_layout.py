@@ -41,15 +41,18 @@ class Layout(NamedTuple):
 
   @property
   def wanted(self) -> list[str]:
-    return [
-      name
-      for group in (self.person, *self.visits.values(), *self.lists.values())
-      for name in group.values()
-    ]
+    names = list(self.person.values())
+    for columns_of in (self.visits, self.lists):
+      for group in columns_of.values():
+        names += group.values()
+    return names
 
   @property
   def columns(self) -> list[str]:
-    return [self.id, *([self.visit] if self.visit else []), *self.wanted]
+    names = [self.id]
+    if self.visit:
+      names.append(self.visit)
+    return names + self.wanted
 
 
 def read(path, visits) -> Layout:
@@ -58,9 +61,9 @@ def read(path, visits) -> Layout:
   names = columns.header(path)
   ids = [name for name in names if _plain(name) in IDS]
   if len(ids) != 1:
+    number = "several columns" if ids else "no column"
     raise UserError(
-      f"{path} has {'several columns' if ids else 'no column'} of participants: {_styles(names)}; "
-      f"expected one of {', '.join(IDS)}"
+      f"{path} has {number} of participants: {_styles(names)}; expected one of {', '.join(IDS)}"
     )
   general = _plain(ids[0]) == "participant"
   visit = None
@@ -101,7 +104,9 @@ def _ukb(layout, name, visits):
   if column.field in PERSON and column.instance == 0:
     return layout.person, PERSON[column.field]
   slot = PHENOTYPES.get(column.field) or VISIT.get(column.field)
-  if slot and column.instance in (ukb.IMAGING_VISITS if visits is None else visits):
+  if visits is None:
+    visits = ukb.IMAGING_VISITS
+  if slot and column.instance in visits:
     return layout.visits.setdefault(column.instance, {}), slot
   return None, None
 
@@ -144,7 +149,9 @@ def factor(slot: str, column: str) -> float:
   """What the cells of a column are multiplied by to be in the unit of its slot."""
   if column.count(":") != 2:
     return 1.0
-  return units.factor(column.split(":")[2], slot.split(":")[2])
+  _, _, own = column.split(":")
+  _, _, expected = slot.split(":")
+  return units.factor(own, expected)
 
 
 def _plain(name):
@@ -154,9 +161,9 @@ def _plain(name):
 def _styles(names):
   """What kinds of columns there are, not their names: those of a file without a header are a
   participant's cells."""
-  styles = Counter(column.style if (column := ukb.column(name)) else "other" for name in names)
-  return (
-    f"{len(names)} columns ("
-    + ", ".join(f"{times} like {style}" for style, times in styles.items())
-    + ")"
-  )
+  styles = Counter()
+  for name in names:
+    column = ukb.column(name)
+    styles[column.style if column else "other"] += 1
+  counts = ", ".join(f"{times} like {style}" for style, times in styles.items())
+  return f"{len(names)} columns ({counts})"

@@ -1,6 +1,7 @@
 """Rows of several tables become rows of numbers, and lists of diagnoses, of each participant."""
 
 import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -15,9 +16,21 @@ from mmcl_jax.data.readers import columns
 from mmcl_jax.data.readers.table_layout import Layout, factor
 
 # codes and, by the same index, dates
-DATED = ((ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES), (ukb.DEATH_CAUSE, ukb.DEATH_DATE))
+DATED = (
+  (ukb.DIAGNOSES, ukb.DIAGNOSIS_DATES),
+  (ukb.DEATH_CAUSE, ukb.DEATH_DATE),
+)
 _SEX = {"female": "0", "male": "1", "f": "0", "m": "1"}
-_YES_NO = {"true": "1", "false": "0", "yes": "1", "no": "0", "t": "1", "f": "0", "y": "1", "n": "0"}
+_YES_NO = {
+  "true": "1",
+  "false": "0",
+  "yes": "1",
+  "no": "0",
+  "t": "1",
+  "f": "0",
+  "y": "1",
+  "n": "0",
+}
 _MONTHS = {
   "january": "1",
   "february": "2",
@@ -57,27 +70,42 @@ class Rows:
 
   def merge(self, keys, new):
     """Takes `new` [n, slots], rows of `keys`; returns their indices [n]."""
-    at = np.array([self.index.setdefault(key, len(self.index)) for key in keys], int)
-    lacking = len(self.index) - len(self.values)
-    if lacking > 0:
-      more = self.empty(max(lacking, len(self.values) // 2))
-      self.values = np.concatenate([self.values, more])
-    turns = pd.Series(at).groupby(at).cumcount().to_numpy()
+    places = []
+    for key in keys:
+      place = self.index.setdefault(key, len(self.index))
+      places.append(place)
+    places = np.array(places, int)
+    self._make_room()
+    turns = pd.Series(places).groupby(places).cumcount().to_numpy()
     for turn in np.unique(turns):  # a key that occurs twice is merged with itself
       chosen = np.flatnonzero(turns == turn)
-      before, now = self.values[at[chosen]], new[chosen]
-      both = ~np.isnan(before) & ~np.isnan(now)
+      rows = places[chosen]
+      before = self.values[rows]
+      now = new[chosen]
+      gaps = np.isnan(before)
+      both = ~gaps & ~np.isnan(now)
       differ = (both & (before != now)).any(1)
       self.clashes |= {keys[i] for i in chosen[differ]}
-      self.values[at[chosen]] = np.where(np.isnan(before), now, before)
-    return at
+      self.values[rows] = np.where(gaps, now, before)
+    return places
+
+  def _make_room(self):
+    """Rows for all keys, by half as many again at least: a file brings some at a time."""
+    present = len(self.values)
+    lacking = len(self.index) - present
+    if lacking > 0:
+      more = self.empty(max(lacking, present // 2))
+      self.values = np.concatenate([self.values, more])
 
   def empty(self, count):
-    return np.full((count, len(self.slots)), np.nan, np.float32)
+    shape = count, len(self.slots)
+    return np.full(shape, np.nan, np.float32)
 
   def __getitem__(self, slot):
     """A view of one slot of all rows."""
-    return self.values[: len(self.index), self.slots[slot]]
+    rows = len(self.index)
+    column = self.slots[slot]
+    return self.values[:rows, column]
 
 
 class Gathered(NamedTuple):
@@ -100,24 +128,23 @@ def gather(
   visits,
 ) -> None:
   """Takes in some rows of a file: `batch`, of the participants `ids`. Adds to `so_far`."""
-  arrays = {field: _arrays(batch, names) for field, names in layout.lists.items()}
+  arrays = {}
+  for field, names in layout.lists.items():
+    arrays[field] = _arrays(batch, names)
   dates = {}
   for field in (ukb.DIAGNOSIS_DATES, ukb.DEATH_DATE):
     dates[field] = {}
     for i, text in arrays.get(field, {}).items():
       dates[field][i] = _days(so_far, field, text)
-  at = _gather_people(so_far, layout, ids, batch, dates[ukb.DEATH_DATE].values())
+  deaths = dates[ukb.DEATH_DATE].values()
+  people = _gather_people(so_far, layout, ids, batch, deaths)
   for visit, slots in layout.visits.items():
     _gather_visit(so_far, layout, ids, batch, visit, slots, visits)
   if ukb.DIAGNOSES in layout.lists:
-    so_far.diagnosed.update(at.tolist())
+    so_far.diagnosed.update(people.tolist())
   for what, when in DATED:
-    for i, text in arrays.get(what, {}).items():
-      date = dates[when].get(i, np.full(len(text), _NEVER))
-      filled = np.flatnonzero(text != "")
-      codes = _diagnoses(so_far, what, text[filled])
-      filled, codes = filled[codes != ""], codes[codes != ""]
-      so_far.diagnoses.append((at[filled].astype(np.int32), codes, date[filled]))
+    for i, cells in arrays.get(what, {}).items():
+      _gather_diagnoses(so_far, people, what, cells, dates[when].get(i))
 
 
 def _gather_people(so_far, layout, ids, batch, deaths):
@@ -125,10 +152,12 @@ def _gather_people(so_far, layout, ids, batch, deaths):
   people = so_far.people
   new = people.empty(len(ids))
   for slot, name in layout.person.items():
-    new[:, people.slots[slot]] = _column(so_far, slot, name, batch)
+    place = people.slots[slot]
+    new[:, place] = _column(so_far, slot, name, batch)
   place = people.slots["death"]
   for death in deaths:
-    new[:, place] = np.fmin(new[:, place], _as_number(death))
+    earliest = np.fmin(new[:, place], _as_number(death))
+    new[:, place] = earliest
   return people.merge(ids, new)
 
 
@@ -137,43 +166,63 @@ def _gather_visit(so_far, layout, ids, batch, visit, slots, visits):
   rows = so_far.rows
   new = rows.empty(len(ids))
   for slot, name in slots.items():
-    new[:, rows.slots[slot]] = factor(slot, name) * _column(so_far, slot, name, batch)
+    place = rows.slots[slot]
+    values = _column(so_far, slot, name, batch)
+    new[:, place] = factor(slot, name) * values
   number = np.full(len(ids), 0.0 if visit is None else visit)
   if layout.visit:
     number = _visit_numbers(so_far, layout.visit, batch)
     if visits is not None:
-      number[~np.isin(number, list(visits))] = np.nan
+      wanted = np.isin(number, list(visits))
+      number[~wanted] = np.nan
   something = ~np.isnan(new).all(1)
-  chosen = np.flatnonzero(something & ~np.isnan(number))
-  keys = [(ids[i], int(number[i])) for i in chosen]
+  of_visit = ~np.isnan(number)
+  chosen = np.flatnonzero(something & of_visit)
+  keys = []
+  for i in chosen:
+    keys.append((ids[i], int(number[i])))
   rows.merge(keys, new[chosen])
 
 
+def _gather_diagnoses(so_far, people, field, cells, dates):
+  """Takes in one code of each of some people, by their indices; `dates` None: there are none."""
+  if dates is None:
+    dates = np.full(len(cells), _NEVER)
+  filled = np.flatnonzero(cells != "")
+  codes = _diagnoses(so_far, field, cells[filled])
+  understood = codes != ""
+  filled = filled[understood]
+  who = people[filled].astype(np.int32)
+  so_far.diagnoses.append((who, codes[understood], dates[filled]))
+
+
 def _column(so_far, slot, name, batch):
-  """float64 [n] of a column, watched for what is lost of it."""
-  kept = so_far.kept.setdefault(f"the column {name!r}", columns.Kept(EXPECTED[_kind(slot)]))
   read = functools.partial(_cells, slot, problems=so_far.problems)
-  return columns.watched(kept, so_far.problems, batch.column(name), read)
+  expected = EXPECTED[_kind(slot)]
+  return _watched(so_far, f"the column {name!r}", expected, batch.column(name), read)
 
 
 def _visit_numbers(so_far, name, batch):
-  expected = "a small whole number, 0 where there is one visit"
-  kept = so_far.kept.setdefault(f"the column {name!r}", columns.Kept(expected))
   read = functools.partial(_visits, problems=so_far.problems)
-  return columns.watched(kept, so_far.problems, batch.column(name), read)
+  expected = "a small whole number, 0 where there is one visit"
+  return _watched(so_far, f"the column {name!r}", expected, batch.column(name), read)
 
 
 def _days(so_far, field, text):
-  kept = so_far.kept.setdefault(f"field {field}", columns.Kept(EXPECTED["date"]))
   read = functools.partial(columns.days, name=str(field), problems=so_far.problems)
-  return columns.watched(kept, so_far.problems, text, read)
+  return _watched(so_far, f"field {field}", EXPECTED["date"], text, read)
 
 
 def _diagnoses(so_far, field, text):
-  expected = "ICD-10 codes such as I48.0 or I480"
-  kept = so_far.kept.setdefault(f"field {field}", columns.Kept(expected))
   read = functools.partial(_codes, field=field, problems=so_far.problems)
-  return columns.watched(kept, so_far.problems, text, read)
+  expected = "ICD-10 codes such as I48.0 or I480"
+  return _watched(so_far, f"field {field}", expected, text, read)
+
+
+def _watched(so_far, where, expected, cells, read):
+  """What `read` makes of cells [n], watched for what is lost of them."""
+  kept = so_far.kept.setdefault(where, columns.Kept(expected))
+  return columns.watched(kept, so_far.problems, cells, read)
 
 
 def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
@@ -186,9 +235,10 @@ def latest(layout: Layout, batch: pa.RecordBatch) -> np.datetime64:
       while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = column.flatten()
       for text in columns.texts(column.unique()):
-        cells.update(_listed(text) if index is None else [text])
-  # what is no date is counted by `gather`
-  days = columns.days(np.array(list(cells), object), "", Counter())
+        listed = _listed(text) if index is None else [text]
+        cells.update(listed)
+  cells = np.array(list(cells), object)
+  days = columns.days(cells, "", Counter())  # what is no date is counted by `gather`
   return np.fmax.reduce(days, initial=_NEVER)
 
 
@@ -196,12 +246,15 @@ def _cells(slot, column, problems):
   """One column as float64 [n]; NaN where missing, and where it cannot be, which is counted."""
   kind = _kind(slot)
   if kind == "date":
-    return _as_number(columns.days(columns.texts(column), "date of visit", problems))
-  values = columns.numbers(column, name_of(slot), problems, _WORDS.get(kind))
+    dates = columns.days(columns.texts(column), "date of visit", problems)
+    return _as_number(dates)
+  name = name_of(slot)
+  values = columns.numbers(column, name, problems, _WORDS.get(kind))
   if kind != "phenotype":
     values[values < 0] = np.nan  # -1 "do not know", -3 "prefer not to answer"
   if kind in ("sex", "disease"):
-    drop(values, ~np.isin(values, (0, 1)), f"{name_of(slot)}: neither 0 nor 1", problems)
+    yes_or_no = np.isin(values, (0, 1))
+    drop(values, ~yes_or_no, f"{name}: neither 0 nor 1", problems)
   return values
 
 
@@ -216,17 +269,24 @@ def _visits(column, problems):
 
 def _codes(cells, field, problems):
   codes = np.array([_code(cell) for cell in cells], "U4")
-  columns.count(problems, f"{field}: not an ICD-10 code", np.sum(codes == ""))
+  not_understood = codes == ""
+  columns.count(problems, f"{field}: not an ICD-10 code", not_understood.sum())
   return codes
 
 
 def _kind(slot):
   """phenotype, disease, or the slot itself where it is one of a kind and not just a number."""
-  return slot.split(":")[0] if ":" in slot or slot in EXPECTED else "number"
+  kind, colon, _ = slot.partition(":")
+  if colon or slot in EXPECTED:
+    return kind
+  return "number"
 
 
 def name_of(slot):
-  return slot.split(":")[1] if ":" in slot else slot
+  if ":" not in slot:
+    return slot
+  _, name, *_ = slot.split(":")
+  return name
 
 
 def drop(values, where, why, problems):
@@ -246,8 +306,7 @@ def _arrays(batch, names):
       arrays[index] = text
       continue
     lists = [_listed(cell) for cell in text]
-    for i in range(max(map(len, lists), default=0)):
-      cells = [cells[i] if i < len(cells) else "" for cells in lists]
+    for i, cells in enumerate(itertools.zip_longest(*lists, fillvalue="")):
       arrays[i] = np.array(cells, object)
   return arrays
 
@@ -255,8 +314,10 @@ def _arrays(batch, names):
 def _listed(cell):
   if not cell.startswith("["):
     return cell.split("|")
+  if '"' not in cell:
+    cell = cell.replace("'", '"')
   try:
-    cells = json.loads(cell if '"' in cell else cell.replace("'", '"'))
+    cells = json.loads(cell)
   except (ValueError, RecursionError):
     return [cell]  # no code: will be counted as such
   if not isinstance(cells, list):
@@ -279,7 +340,8 @@ def _code(text):
 
 def _as_number(dates):
   """datetime64[D] -> days since 1970 as float, NaN for NaT."""
-  return np.where(np.isnat(dates), np.nan, dates.astype(np.int64))
+  days = dates.astype(np.int64)
+  return np.where(np.isnat(dates), np.nan, days)
 
 
 def as_dates(numbers):

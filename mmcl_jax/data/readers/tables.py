@@ -33,7 +33,11 @@ from mmcl_jax.data.readers.table_rows import (
 )
 from mmcl_jax.errors import UserError
 
-COVARIATE_LIMITS = {"age": ("years", 0, 120), "height": ("cm", 50, 250), "weight": ("kg", 10, 400)}
+COVARIATE_LIMITS = {
+  "age": ("years", 0, 120),
+  "height": ("cm", 50, 250),
+  "weight": ("kg", 10, 400),
+}
 DAYS_A_YEAR = 365.25
 ID = re.compile(r"[A-Za-z0-9_-]+")
 DISAGREE = "two rows of one participant disagree"
@@ -123,19 +127,16 @@ def load(
       it is lost as a whole: nearly all that stands in it is not understood or cannot be.
   """
   end = _date(censored)
-  layouts = {str(path): table_layout.read(str(path), visits) for path in files}
+  layouts = {}
+  for path in map(str, files):
+    layouts[path] = table_layout.read(path, visits)
   _check_dates_are_beside(layouts)
   slots = set()
   for layout in layouts.values():
     for cells in layout.visits.values():
       slots.update(cells)
   phenotypes = _phenotype_slots(slots)
-  units = {}
-  for slot in phenotypes:
-    _, name, unit = slot.split(":")
-    units[name] = unit
-  if len(units) < len(phenotypes):
-    raise UserError("the tables give one phenotype in two units; expected each name with one unit")
+  units = _units(phenotypes)
   given = sorted(slot for slot in slots if slot.startswith("disease:"))
   so_far = Gathered(
     people=Rows([*table_layout.PERSON.values(), "death"]),
@@ -203,9 +204,21 @@ def _phenotype_slots(slots):
   return present
 
 
+def _units(phenotypes):
+  """{name: unit} of slots."""
+  units = {}
+  for slot in phenotypes:
+    _, name, unit = slot.split(":")
+    units[name] = unit
+  if len(units) < len(phenotypes):
+    raise UserError("the tables give one phenotype in two units; expected each name with one unit")
+  return units
+
+
 def _gather_batch(so_far, layout, batch, keep, visits):
   """Takes in the rows of a batch whose participants are in `keep`; None: of everybody."""
-  ids = [canonical(text) for text in columns.texts(batch.column(layout.id))]
+  texts = columns.texts(batch.column(layout.id))
+  ids = [canonical(text) for text in texts]
   columns.count(so_far.problems, "rows without a participant", ids.count(""))
   chosen = []
   for i, name in enumerate(ids):
@@ -226,7 +239,9 @@ def _date(text):
 
 
 def _table(so_far, phenotypes, given, end, dated):
-  people, rows, problems = so_far.people, so_far.rows, so_far.problems
+  people = so_far.people
+  rows = so_far.rows
+  problems = so_far.problems
   _check_coding(people, rows, given, problems)
   _derive_age(people, rows, problems)
   _drop_implausible(rows, phenotypes, problems)
@@ -234,6 +249,7 @@ def _table(so_far, phenotypes, given, end, dated):
   rejected = dict.fromkeys(sorted(clashes), DISAGREE)
   values = rows.values[: len(rows.index)]
   first_disease = len(phenotypes)
+  last_disease = first_disease + len(given)
   persons = np.arange(len(people.index) + 1)
   who, codes, code_dates, deaths = _until(end, so_far.diagnoses, as_dates(people["death"]))
   return Table(
@@ -243,7 +259,7 @@ def _table(so_far, phenotypes, given, end, dated):
     body=_body(rows),
     dates=as_dates(rows["date"]),
     given=given,
-    given_values=values[:, first_disease : first_disease + len(given)],
+    given_values=values[:, first_disease:last_disease],
     people={name: i for name, i in people.index.items() if name not in rejected},
     sex=people["sex"],
     deaths=deaths,
@@ -266,10 +282,11 @@ def _derive_age(people, rows, problems):
   born = (year - 1970) + (month - 0.5) / 12  # years since 1970
   derived = rows["date"] / DAYS_A_YEAR - born
   derived[~np.isnan(rows["age"])] = np.nan
+  filled_in = ~np.isnan(derived)
   columns.count(
     problems,
     "age: missing, taken from month of birth and date of visit",
-    np.sum(~np.isnan(derived)),
+    filled_in.sum(),
   )
   rows["age"][:] = np.fmax(rows["age"], derived)
 
@@ -281,7 +298,8 @@ def _check_coding(people, rows, given, problems):
   for name in given:
     coded[name] = rows[f"disease:{name}"]
   for name, values in coded.items():
-    dropped = problems[f"{name}: neither 0 nor 1"] + problems[f"{name}: not a number"]
+    dropped = problems[f"{name}: neither 0 nor 1"]
+    dropped += problems[f"{name}: not a number"]
     zeros = np.sum(values == 0)
     if dropped >= columns.FEWEST_LOST and dropped > zeros:
       expected = table_rows.EXPECTED["sex" if name == "sex" else "disease"]
@@ -312,19 +330,22 @@ def _drop_outside(values, name, unit, low, high, problems):
   outside = (values < low) | (values > high)
   finite = np.isfinite(values).sum()
   if columns.lost(outside.sum(), finite):
+    median = np.nanmedian(values)
     raise UserError(
-      f"{outside.sum()} of the {finite} values of {name} in the tables lie outside {low} to {high} "
-      f"{unit}; their median is {np.nanmedian(values):.3g}: are they in another unit, or of "
-      "another column?"
+      f"{outside.sum()} of the {finite} values of {name} in the tables "
+      f"lie outside {low} to {high} {unit}; their median is {median:.3g}: "
+      "are they in another unit, or of another column?"
     )
   drop(values, outside, f"{name}: outside {low} to {high} {unit}", problems)
 
 
 def _drop_below(pair, larger, smaller, problems):
-  below = pair[0] < pair[1]
-  if columns.lost(np.sum(below), np.isfinite(pair[0] + pair[1]).sum()):
+  above, beneath = pair
+  below = above < beneath
+  have_both = np.isfinite(above + beneath)
+  if columns.lost(below.sum(), have_both.sum()):
     raise UserError(
-      f"{larger} lies below {smaller} in {np.sum(below)} rows of the tables, nearly all that have "
+      f"{larger} lies below {smaller} in {below.sum()} rows of the tables, nearly all that have "
       "both; are the two columns exchanged?"
     )
   for values in pair:  # which of the two is wrong is not known
@@ -335,18 +356,25 @@ def _body(rows):
   """float32 [R, 3]: age, height, weight."""
   body = [rows["age"]]
   for name in ("height", "weight"):
+    measured_before = rows[name]
     at_the_scanner = rows[f"{name} at the scanner"]
-    body.append(np.where(np.isnan(rows[name]), at_the_scanner, rows[name]))
+    missing = np.isnan(measured_before)
+    body.append(np.where(missing, at_the_scanner, measured_before))
   return np.stack(body, axis=1)
 
 
 def _until(end, diagnoses, deaths):
   """(person, code, date of each diagnosis by person and date, deaths); nothing after the end of
   follow-up."""
-  none = (np.empty(0, np.int32), np.empty(0, "U4"), np.empty(0, "datetime64[D]"))
+  none = (
+    np.empty(0, np.int32),
+    np.empty(0, "U4"),
+    np.empty(0, "datetime64[D]"),
+  )
   who, codes, dates = map(np.concatenate, zip(none, *diagnoses))
   order = np.lexsort((dates, who))  # NaT comes last
-  order = order[~(dates[order] > end)]
+  after_end = dates[order] > end
+  order = order[~after_end]
   deaths = np.where(deaths > end, np.datetime64("NaT", "D"), deaths)
   return who[order], codes[order], dates[order], deaths
 
@@ -379,7 +407,11 @@ def events(table: Table, participant: str) -> list[tuple[str, datetime.date | No
 
 
 def diseases(
-  table: Table, participant: str, visit: int, codes: ukb.Codes, mode: str = "any"
+  table: Table,
+  participant: str,
+  visit: int,
+  codes: ukb.Codes,
+  mode: str = "any",
 ) -> np.ndarray:
   """float32 [C]: has the participant each disease of `codes`? 0, 1, or NaN = unknown.
 
@@ -399,9 +431,11 @@ def diseases(
       "lack; add them or take any"
     )
   name = canonical(participant)
-  person, row = table.people.get(name), table.rows.get((name, visit))
+  person = table.people.get(name)
+  row = table.rows.get((name, visit))
   visited = None if row is None else table.dates[row].item()
-  without = 0.0 if person is not None and table.diagnosed[person] else np.nan
+  has_diagnoses = person is not None and table.diagnosed[person]
+  without = 0.0 if has_diagnoses else np.nan
   followed = followed_years(table, participant, visit)
   if mode == "incident" and visited is not None and np.isnan(followed):
     without = np.nan  # nobody looked after the visit
@@ -409,11 +443,13 @@ def diseases(
   values = []
   for disease, ranges in codes.items():
     if disease not in table.given:
-      values.append(_state(_dates_of(happened, ranges), visited, mode, without))
+      dates = _dates_of(happened, ranges)
+      value = _state(dates, visited, mode, without)
     elif row is None:
-      values.append(np.nan)
+      value = np.nan
     else:
-      values.append(table.given_values[row, table.given.index(disease)])
+      value = table.given_values[row, table.given.index(disease)]
+    values.append(value)
   return np.array(values, np.float32)
 
 
@@ -432,9 +468,12 @@ def _state(dates, visited, mode, without):
     return without
   if mode == "any":
     return 1.0
-  if visited is not None and any(date is not None and date <= visited for date in dates):
+  if visited is None:
+    return np.nan
+  known = [date for date in dates if date is not None]
+  if known and min(known) <= visited:
     return 1.0 if mode == "prevalent" else np.nan
-  if visited is None or None in dates:
+  if len(known) < len(dates):
     return np.nan
   return 0.0 if mode == "prevalent" else 1.0
 
@@ -465,10 +504,12 @@ def followed_years(table: Table, participant: str, visit: int) -> float:
   """Years from the visit to death or the end of follow-up, whichever is first; NaN = not known, or
   before the visit."""
   name = canonical(participant)
-  if (name, visit) not in table.rows:
+  row = table.rows.get((name, visit))
+  if row is None:
     return float("nan")
-  end = np.fmin(table.deaths[table.people[name]], table.censored)
-  days = (end - table.dates[table.rows[name, visit]]) / np.timedelta64(1, "D")
+  death = table.deaths[table.people[name]]
+  end = np.fmin(death, table.censored)
+  days = (end - table.dates[row]) / np.timedelta64(1, "D")
   years = float(days / DAYS_A_YEAR)
   return years if years >= 0 else float("nan")
 

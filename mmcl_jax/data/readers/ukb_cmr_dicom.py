@@ -63,7 +63,11 @@ TAGS = [
   "TriggerTime",
 ]
 DESCRIPTIONS = "series discription", "series description"  # columns of the manifest
-BYTE_ORDER = {ImplicitVRLittleEndian: "<", ExplicitVRLittleEndian: "<", ExplicitVRBigEndian: ">"}
+BYTE_ORDER = {
+  ImplicitVRLittleEndian: "<",
+  ExplicitVRLittleEndian: "<",
+  ExplicitVRBigEndian: ">",
+}
 
 MAX_MEMBERS = 4096  # a study has about 550
 MAX_DIRECTORY_BYTES = 2**20  # of the zip: 250 bytes a member
@@ -87,7 +91,7 @@ class _Image(NamedTuple):
   position: np.ndarray | None  # mm [3], centre of the first pixel
   axes: np.ndarray | None  # [6], unit vectors along a row and along a column
   # (tag, mm) that tells the slice distance where positions do not; () = none
-  distance: tuple
+  distance: tuple[()] | tuple[str, float]
   uid: str
   series: float
   time: str
@@ -161,8 +165,7 @@ def _members(archive):
   if len(entries) > MAX_MEMBERS:
     raise BadRecord(f"the zip has {len(entries)} members; expected at most {MAX_MEMBERS}")
   for entry in entries:
-    path = PurePosixPath(entry.orig_filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.search("^[A-Za-z]:|\0", entry.orig_filename):
+    if _leads_out(entry.orig_filename):
       raise BadRecord("a member of the zip has a name that leads out of its folder")
     if stat.S_ISLNK(entry.external_attr >> 16):
       raise BadRecord("a member of the zip is a symbolic link")
@@ -178,6 +181,13 @@ def _members(archive):
   if len(members) != len(entries):
     raise BadRecord("two members of the zip have the same name")
   return members
+
+
+def _leads_out(name):
+  path = PurePosixPath(name.replace("\\", "/"))
+  if path.is_absolute() or ".." in path.parts:
+    return True
+  return re.search("^[A-Za-z]:|\0", name) is not None  # a drive of Windows; the end of a C string
 
 
 def _content(archive, entry, where):
@@ -219,12 +229,12 @@ def _listed(text):
       row = next(csv.reader([line]))
     except csv.Error as error:
       raise BadRecord(f"line {number} of the manifest is no CSV") from error
-    most = len(header) if date is None else len(header) + 1
-    if not len(header) <= len(row) <= most:
-      raise BadRecord(
-        f"line {number} of the manifest has {len(row)} fields; expected {len(header)}"
-      )
-    listed[field(row, "filename")] = field(row, descriptions[0])
+    fewest = len(header)
+    most = fewest if date is None else fewest + 1
+    if not fewest <= len(row) <= most:
+      raise BadRecord(f"line {number} of the manifest has {len(row)} fields; expected {fewest}")
+    file_name = field(row, "filename")
+    listed[file_name] = field(row, descriptions[0])
   return listed
 
 
@@ -233,12 +243,13 @@ def _wanted(listed):
   numbered = {}
   for name, series in listed.items():
     if match := SLICE.fullmatch(series):
-      numbered.setdefault(int(match[1]), []).append(name)
+      number = int(match[1])
+      numbered.setdefault(number, []).append(name)
   if numbered:
-    if missing := set(range(1, max(numbered) + 1)) - numbered.keys():
+    last = max(numbered)
+    if missing := set(range(1, last + 1)) - numbered.keys():
       raise BadRecord(
-        f"series b{min(missing)} is missing: there are {len(numbered)} slices up to "
-        f"b{max(numbered)}"
+        f"series b{min(missing)} is missing: there are {len(numbered)} slices up to b{last}"
       )
     if 0 in numbered:
       raise BadRecord("a series b0; expected the slices b1 to bN")
@@ -264,8 +275,9 @@ def _image(name, data, where):
       )
     distance = ()
     for tag in ("SliceThickness", "SpacingBetweenSlices"):  # the second goes before the first
-      if _number(tags, tag) > 0:
-        distance = tag, _number(tags, tag)
+      mm = _number(tags, tag)
+      if mm > 0:
+        distance = tag, mm
     return _Image(
       name,
       _pixels(tags, BYTE_ORDER[syntax], where),
@@ -285,9 +297,10 @@ def _image(name, data, where):
 
 def _number(tags, tag):
   value = tags.get(tag)
-  if value is None or value == "" or not math.isfinite(float(value)):
+  if value is None or value == "":
     return math.nan
-  return float(value)
+  number = float(value)
+  return number if math.isfinite(number) else math.nan
 
 
 def _vector(tags, tag, length):
@@ -300,19 +313,24 @@ def _vector(tags, tag, length):
 
 def _pixels(tags, order, where):
   """[H, W], as stored, native byte order; no copy."""
-  bits, signed = tags.BitsAllocated, tags.PixelRepresentation
-  single = tags.get("SamplesPerPixel", 1) == tags.get("NumberOfFrames", 1) == 1
+  bits = tags.BitsAllocated
+  signed = tags.PixelRepresentation
+  samples = tags.get("SamplesPerPixel", 1)
+  frames = tags.get("NumberOfFrames", 1)
+  single = samples == frames == 1
   if bits not in (8, 16) or signed not in (0, 1) or not single:
     raise BadRecord(f"{where} is not one grey image of 8 or 16 bits a pixel")
   rows, columns = tags.Rows, tags.Columns
   need = rows * columns * bits // 8
-  if not 0 < need <= len(tags.PixelData) <= need + need % 2:
-    raise BadRecord(
-      f"{where} holds {len(tags.PixelData)} bytes of pixels; {rows} x {columns} take {need}"
-    )
+  even = need + need % 2
+  present = len(tags.PixelData)
+  if not 0 < need <= present <= even:
+    raise BadRecord(f"{where} holds {present} bytes of pixels; {rows} x {columns} take {need}")
   kind = "ui"[signed]
-  pixels = np.frombuffer(tags.PixelData, f"{order}{kind}{bits // 8}", rows * columns)
-  return pixels.reshape(rows, columns).astype(f"{kind}2", copy=False)
+  dtype = f"{order}{kind}{bits // 8}"
+  pixels = np.frombuffer(tags.PixelData, dtype, rows * columns)
+  pixels = pixels.reshape(rows, columns)
+  return pixels.astype(f"{kind}2", copy=False)
 
 
 # From images to slices and frames
@@ -331,19 +349,16 @@ def _cine(series, segmentation):
   source = _source_frames(clocks, count, flags)
   spacing = _spacing(slices, flags)
 
-  first = next(iter(slices.values()))[0].pixels
-  for images in slices.values():
-    for image in images:
-      if image.pixels.shape != first.shape or image.pixels.dtype != first.dtype:
-        raise BadRecord("the images differ in size or type")
-  cine = np.empty((count, len(slices), *first.shape), first.dtype)
-  for z, (name, images) in enumerate(slices.items()):
-    for frame, which in enumerate(source[name]):
-      cine[frame, z] = images[which].pixels
-  labels = None if segmentation is None else nifti.read_labels(segmentation, ukbb_cardiac.NUMBERS)
-  # its frames are the files in order, gaps closed
-  if labels is not None and labels.shape == cine.shape:
-    labels = np.stack([labels[which, z] for z, which in enumerate(source.values())], axis=1)
+  cine = _joined(slices, source, count)
+  labels = None
+  if segmentation is not None:
+    labels = nifti.read_labels(segmentation, ukbb_cardiac.NUMBERS)
+    # its frames are the files in order, gaps closed; another shape is refused below
+    if labels.shape == cine.shape:
+      by_slice = []
+      for z, which in enumerate(source.values()):
+        by_slice.append(labels[which, z])
+      labels = np.stack(by_slice, axis=1)
 
   return assemble(
     cine,
@@ -356,12 +371,27 @@ def _cine(series, segmentation):
   )
 
 
+def _joined(slices, source, count):
+  """[F, Z, H, W] of {name: images of a slice}; `source` as of `_source_frames`."""
+  images = [image for each in slices.values() for image in each]
+  first = images[0].pixels
+  for image in images:
+    same_size = image.pixels.shape == first.shape
+    if not same_size or image.pixels.dtype != first.dtype:
+      raise BadRecord("the images differ in size or type")
+  cine = np.empty((count, len(slices), *first.shape), first.dtype)
+  for z, (name, images) in enumerate(slices.items()):
+    for frame, which in enumerate(source[name]):
+      cine[frame, z] = images[which].pixels
+  return cine
+
+
 def _split(images, segmentation):
   """{name: images} of one series of all slices, by their position along the normal.
 
   They run in the order of file names, in which the converter cuts the series into slices.
   """
-  if any(image.position is None or image.axes is None for image in images):
+  if not _placed(images):
     raise BadRecord("one series of all slices, and images in it without position or orientation")
   normal = np.cross(*np.split(images[0].axes, 2))
 
@@ -372,9 +402,12 @@ def _split(images, segmentation):
     return min(image.name for image in images)
 
   slices = []
+  start = 0.0  # of the last slice, along the normal
   for image in sorted(images, key=along):
-    if not slices or along(image) - along(slices[-1][0]) > SAME_SLICE_MM:
+    place = along(image)
+    if not slices or place - start > SAME_SLICE_MM:
       slices.append([])
+      start = place
     slices[-1].append(image)
   by_name = sorted(slices, key=first_name)
   if by_name[0] is slices[-1]:
@@ -413,12 +446,13 @@ def _one_acquisition(name, images, count, segmentation, flags):
   in_time = sorted(acquisitions.values(), key=_acquired)
   complete = [images for images in in_time if len(images) >= count - MAX_MISSING]
   images = (complete or in_time)[-1]
-  if len(in_time) > 1:
-    flags.append(f"{name} was acquired {len(in_time)} times, the last complete one is taken")
-    if segmentation is not None and images[0].uid != max(acquisitions):  # the converter's choice
+  times = len(in_time)
+  if times > 1:
+    flags.append(f"{name} was acquired {times} times, the last complete one is taken")
+    converted = max(acquisitions)  # the converter's choice
+    if segmentation is not None and images[0].uid != converted:
       raise BadRecord(
-        f"{name} was acquired {len(in_time)} times, and the segmentation belongs to another than "
-        "the last"
+        f"{name} was acquired {times} times, and the segmentation belongs to another than the last"
       )
   if not count - MAX_MISSING <= len(images) <= count:
     raise BadRecord(
@@ -437,7 +471,8 @@ def _in_time(name, images, flags):
   InstanceNumber)."""
   for tag in ("trigger_ms", "instance"):
     clock = np.array([getattr(image, tag) for image in images])
-    if np.isfinite(clock).all() and len(np.unique(clock)) == len(clock):
+    distinct = len(np.unique(clock)) == len(clock)
+    if distinct and np.isfinite(clock).all():
       if tag == "instance":
         flags.append(f"{name} has no distinct trigger times, its frames go by InstanceNumber")
       order = np.argsort(clock)
@@ -450,26 +485,29 @@ def _source_frames(clocks, count, flags):
   before."""
   steps, starts = {}, {}
   for name, clock in clocks.items():
-    steps[name] = np.median(np.diff(clock)) if len(clock) > 1 else 1
-    starts[name] = clock[0] / steps[name]
+    step = np.median(np.diff(clock)) if len(clock) > 1 else 1
+    steps[name] = step
+    starts[name] = clock[0] / step
   usual_start = np.median(list(starts.values()))
   source, missing = {}, []
   for name, clock in clocks.items():
-    if len(clock) == count:
+    lacking = count - len(clock)
+    if not lacking:
       source[name] = np.arange(count)
       continue
-    at = np.rint((clock - clock[0]) / steps[name])
-    room = count - 1 - at[-1]
-    if room < 0 or not np.diff(at).all():
+    # the frame of each image: by the time from the first one
+    frames = np.rint((clock - clock[0]) / steps[name])
+    spare = count - 1 - frames[-1]
+    if spare < 0 or not np.diff(frames).all():
       raise BadRecord(
-        f"{name} lacks {count - len(clock)} of {count} frames, and its trigger times do not tell "
-        "which"
+        f"{name} lacks {lacking} of {count} frames, and its trigger times do not tell which"
       )
     # later than the others: no first
-    at += np.clip(np.rint(starts[name] - usual_start), 0, room)
-    latest = np.searchsorted(at, np.arange(count), side="right") - 1
+    late = np.rint(starts[name] - usual_start)
+    frames += np.clip(late, 0, spare)
+    latest = np.searchsorted(frames, np.arange(count), side="right") - 1
     source[name] = np.maximum(latest, 0)
-    missing.append(f"{name} ({count - len(clock)})")
+    missing.append(f"{name} ({lacking})")
   if missing:
     flags.append(f"missing frames filled by the one before: {', '.join(missing)}")
   return source
@@ -481,7 +519,8 @@ def _frame_s(slices, count):
   for images in slices.values():
     beats += [image.beat_ms / count for image in images]
     if len(images) > 1:
-      steps.append(np.median(np.diff([image.trigger_ms for image in images])))
+      between = np.diff([image.trigger_ms for image in images])
+      steps.append(np.median(between))
   for times in steps, beats:
     positive = [ms for ms in times if ms > 0]
     if positive:
@@ -492,9 +531,15 @@ def _frame_s(slices, count):
 def _base_first(slices):
   """As in Cine; None where positions are missing."""
   positions = [images[0].position for images in slices.values()]
-  if positions[0] is None or positions[-1] is None:
+  first, last = positions[0], positions[-1]
+  if first is None or last is None:
     return None
-  return base_first(positions[-1] - positions[0])
+  return base_first(last - first)
+
+
+def _placed(images):
+  """Whether all images say where they lie."""
+  return all(image.position is not None and image.axes is not None for image in images)
 
 
 def _spacing(slices, flags):
@@ -504,25 +549,37 @@ def _spacing(slices, flags):
   for image in images:
     if image.pixel_mm is None or not np.allclose(image.pixel_mm, pixel_mm, rtol=1e-3):
       raise BadRecord("PixelSpacing is missing or differs between images")
-  unplaced = any(image.position is None or image.axes is None for image in images)
-  if len(slices) == 1 or unplaced:
+  if len(slices) == 1 or not _placed(images):
     if not images[0].distance:
       raise BadRecord("no slice positions, no SpacingBetweenSlices, no SliceThickness")
     tag, mm = images[0].distance
     flags.append(f"slice distance taken from {tag}")
     return mm, *pixel_mm
+  normal = _normal(slices, images)
+  return _slice_distance(slices, normal, flags), *pixel_mm
 
-  row, column = np.split(images[0].axes, 2)
+
+def _normal(slices, images):
+  """The unit vector [3] that all slices are perpendicular to."""
+  axes = images[0].axes
+  row, column = np.split(axes, 2)
   products = row @ row, column @ column, row @ column
   if not np.allclose(products, (1, 1, 0), atol=TILT):
     raise BadRecord("ImageOrientationPatient is no pair of perpendicular unit vectors")
-  if any(np.abs(image.axes - images[0].axes).max() > TILT for image in images):
-    raise BadRecord("the slices are not parallel")
+  for image in images:
+    if np.abs(image.axes - axes).max() > TILT:
+      raise BadRecord("the slices are not parallel")
   for name, each in slices.items():
-    if np.ptp([image.position for image in each], axis=0).max() > SAME_SLICE_MM:
+    extent = np.ptp([image.position for image in each], axis=0)
+    if extent.max() > SAME_SLICE_MM:
       raise BadRecord(f"{name} holds images of several positions")
-  normal = np.cross(row, column)
-  steps = np.diff([each[0].position for each in slices.values()], axis=0)
+  return np.cross(row, column)
+
+
+def _slice_distance(slices, normal, flags):
+  """mm; remarked where it varies, or where slices are shifted in their plane."""
+  positions = [images[0].position for images in slices.values()]
+  steps = np.diff(positions, axis=0)
   along = steps @ normal
   mm = np.median(along)
   distances = np.abs(along)
@@ -534,8 +591,8 @@ def _spacing(slices, flags):
     raise BadRecord(f"{apart}, not in one direction or not evenly")
   if unevenness > UNEVEN_FLAG:
     flags.append(apart)
-  shifts = np.linalg.norm(steps - np.outer(along, normal), axis=1)
-  shift = shifts.max()
+  in_plane = steps - np.outer(along, normal)
+  shift = np.linalg.norm(in_plane, axis=1).max()
   if shift > SHIFT_FLAG_MM:
     flags.append(f"slices are shifted in their plane by up to {shift:.1f} mm from one to the next")
-  return abs(mm), *pixel_mm
+  return abs(mm)

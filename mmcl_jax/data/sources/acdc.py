@@ -28,16 +28,19 @@ def plan(options, identify) -> Plan:
   for start in options.input:
     folders += reader.find(start)
   for folder in folders:
-    patients.setdefault(tables.canonical(folder.resolve().name), folder)
+    name = tables.canonical(folder.resolve().name)
+    patients.setdefault(name, folder)
   if not patients:
+    given = " ".join(map(str, options.input))
     raise UserError(
-      f"--input {' '.join(map(str, options.input))}: no patient's folder, with Info.cfg; expected "
+      f"--input {given}: no patient's folder, with Info.cfg; expected "
       "ACDC's database/training or database/testing"
     )
   shape = getattr(options, "shape", cmr.Shape())
   still = []  # folders without a cine
   for folder in patients.values():
-    if not (folder / f"{folder.resolve().name}_4d.nii.gz").is_file():
+    cine = folder / f"{folder.resolve().name}_4d.nii.gz"
+    if not cine.is_file():
       still.append(folder)
   steps = {"folders of patients": len(folders), "patients": len(patients)}
   if still and shape.frames:

@@ -15,7 +15,8 @@ import numpy as np
 from mmcl_jax.data import schema
 from mmcl_jax.data.readers.tables import COVARIATE_LIMITS
 
-STATEMENTS = tomllib.loads((Path(__file__).parents[1] / "statements.toml").read_text())
+_FILE = Path(__file__).parents[1] / "statements.toml"
+STATEMENTS = tomllib.loads(_FILE.read_text())
 # %; a statement of PTB-XL with a smaller likelihood ("cannot be excluded") decides nothing
 LIKELY = 50
 MAX_CELL = 5000  # characters of a cell that is parsed: those of the real tables have some hundred
@@ -52,8 +53,9 @@ def snomed(stated: set[str], record: str) -> dict[str, float]:
   """{disease: 1, 0 or NaN} of the SNOMED CT codes of a CinC challenge's record of that name."""
   states = _stated(stated, set(), STATEMENTS["snomed"])
   for disease, state in states.items():
-    patterns = STATEMENTS["snomed"][disease]["silent_in"]
-    if state == 0 and any(re.fullmatch(pattern, record) for pattern in patterns):
+    silent_in = STATEMENTS["snomed"][disease]["silent_in"]
+    silent = any(re.fullmatch(pattern, record) for pattern in silent_in)
+    if state == 0 and silent:
       states[disease] = np.nan
   return states
 
@@ -67,7 +69,10 @@ def icd(hospital: list[str], either: list[str], codes) -> dict[str, float]:
     either: of the stay or of the emergency department.
     codes: as of ukb_fields.disease_codes.
   """
-  given = [code.replace(".", "").upper() for code in hospital + either]
+  given = []
+  for code in hospital + either:
+    plain = code.replace(".", "")
+    given.append(plain.upper())
   absent = 0.0 if hospital else np.nan
   states = {}
   for disease, ranges in codes.items():
@@ -83,14 +88,19 @@ def literal(text: str, kind: type) -> dict | list | None:
   Nothing is run."""
   if not text:
     return kind()
+  if len(text) > MAX_CELL:
+    return None
   try:
-    value = ast.literal_eval(text) if len(text) <= MAX_CELL else None
+    value = ast.literal_eval(text)
   except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     return None
-  if not isinstance(value, kind) or not all(isinstance(x, str) for x in value):
+  if not isinstance(value, kind):
     return None
-  if kind is dict and not all(isinstance(x, (int, float)) for x in value.values()):
-    return None
+  for name in value:
+    if not isinstance(name, str):
+      return None
+    if kind is dict and not isinstance(value[name], (int, float)):
+      return None
   return value
 
 
@@ -108,7 +118,8 @@ def _stated(certain, doubtful, vocabulary):
   if not certain and not doubtful:
     return states
   for disease, codes in vocabulary.items():
-    present, unclear = set(codes["present"]), set(codes["unclear"])
+    present = set(codes["present"])
+    unclear = set(codes["unclear"])
     if certain & present:
       states[disease] = 1.0
     elif certain & unclear or doubtful & (present | unclear):

@@ -26,8 +26,11 @@ from mmcl_jax.data.readers.files import walk
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError
 
-_SPLIT = f"({'|'.join(schema.SPLITS)})"
-NAME = re.compile(rf"(ecgs|images)_{_SPLIT}_.+\.pt|labels_{_SPLIT}_(.+)_all\.pt")
+_SPLIT = "|".join(schema.SPLITS)
+NAMES = (  # kind and split of the names of files
+  re.compile(rf"(?P<kind>ecgs|images)_(?P<split>{_SPLIT})_.+\.pt"),
+  re.compile(rf"labels_(?P<split>{_SPLIT})_(?P<kind>.+)_all\.pt"),
+)
 TAKES = ("input",)
 PROFILE = "mmcl"  # of mmcl_jax.data.preprocess.ecg: what "noBase_gn" in the files' names stands for
 # mapped: an open file takes little memory, whatever its size
@@ -49,28 +52,24 @@ def plan(options, identify) -> Plan:
   files, unused = _files(options.input)
   parts = {}  # split -> kind -> tensors, by position
   for split, paths in files.items():
-    parts[split] = {kind: _open(path) for kind, path in paths.items()}
-    _check_lengths(split, parts[split], paths)
-  lengths, shapes = Counter(), Counter()
-  for part in parts.values():
-    lengths.update(_shape(ecg)[-1:] for ecg in part["ecgs"])
-    shapes.update(_shape(image) for image in part.get("images", ()))
-  samples = schema.ECG_SAMPLES
-  if len(lengths) == 1 and max(lengths):
-    (samples,) = max(lengths)
-  shape = shapes.most_common(1)[0][0] if shapes else None
+    part = {kind: _open(path) for kind, path in paths.items()}
+    _check_lengths(split, part, paths)
+    parts[split] = part
+  samples, shape = _shapes(parts.values())
   diseases, phenotypes = _labels(parts, files)
 
   items = []
   for split, part in parts.items():
-    images = str(files[split]["images"]) if "images" in part else None
-    paths = str(files[split]["ecgs"]), images
+    paths = str(files[split]["ecgs"]), None
+    if "images" in part:
+      paths = str(files[split]["ecgs"]), str(files[split]["images"])
     count = len(part["ecgs"])
     values = _columns(phenotypes, split, count)
     states = _columns(diseases, split, count)
     for index in range(count):
       key = Key(paths, split, index, values[index], states[index])
-      items.append(Item(identify(f"{split}/{index}"), 0, key))
+      subject = identify(f"{split}/{index}")
+      items.append(Item(subject, 0, key))
   info = {
     "source": "files of oetu/MMCL-ECG-CMR",
     "splits_given": True,
@@ -80,19 +79,40 @@ def plan(options, identify) -> Plan:
     "diseases": list(diseases),
     "covariates": schema.COVARIATES,
   }
+  images = [part["images"] for part in parts.values() if "images" in part]
   steps = {
     "recordings": len(items),
-    "with an image": sum(item.key.paths[1] is not None for item in items),
+    "with an image": sum(map(len, images)),
     ".pt files of other names, not used": unused,
   }
-  return Plan(items, functools.partial(read, samples, shape), info, steps, split=split_of)
+  reads = functools.partial(read, samples, shape)
+  return Plan(items, reads, info, steps, split=split_of)
+
+
+def _shapes(parts):
+  """(samples of the ECGs, the commonest shape of the images or None)."""
+  lengths = Counter()
+  shapes = Counter()
+  for part in parts:
+    for ecg in part["ecgs"]:
+      lengths[_shape(ecg)[-1:]] += 1
+    for image in part.get("images", ()):
+      shapes[_shape(image)] += 1
+  samples = schema.ECG_SAMPLES
+  if len(lengths) == 1 and max(lengths):
+    (samples,) = max(lengths)
+  if not shapes:
+    return samples, None
+  [(shape, _)] = shapes.most_common(1)
+  return samples, shape
 
 
 def _check_lengths(split, part, paths):
-  if len({len(tensors) for tensors in part.values()}) > 1:
-    lengths = [f"{len(tensors)} in {paths[kind].name}" for kind, tensors in part.items()]
+  lengths = {paths[kind].name: len(tensors) for kind, tensors in part.items()}
+  if len(set(lengths.values())) > 1:
+    listed = [f"{length} in {name}" for name, length in lengths.items()]
     raise UserError(
-      f"the files of {split} are not of one length: {', '.join(lengths)}; they are joined by "
+      f"the files of {split} are not of one length: {', '.join(listed)}; they are joined by "
       "position, so give those that were made together"
     )
 
@@ -110,12 +130,15 @@ def split_of(item: Item) -> str:
 
 
 def read(
-  samples: int, shape: tuple[int, ...] | None, item: Item
+  samples: int,
+  shape: tuple[int, ...] | None,
+  item: Item,
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
   """(record, flags) of one position; its ECG must have `samples` samples, its image the shape
   `shape`."""
   key, flags = item.key, ()
-  tensor = load(key.paths[0])[key.index]
+  ecgs, images = key.paths
+  tensor = load(ecgs)[key.index]
   expected = len(schema.LEADS), samples
   if _shape(tensor) != expected:
     raise BadRecord(f"an ECG of shape {_shape(tensor)}; expected {expected}")
@@ -124,7 +147,7 @@ def read(
     raise BadRecord("an ECG with values that are not finite, or all the same")
   record = {
     "has_ecg": np.True_,
-    "has_cmr": np.bool_(key.paths[1]),
+    "has_cmr": np.bool_(images),
     "ecg": ecg,
     "phenotypes": key.phenotypes,
     "diseases": key.diseases,
@@ -132,8 +155,9 @@ def read(
   }
   if shape:
     image = np.zeros(shape, np.uint8)
-    if key.paths[1]:
-      image, flags = to_uint8(load(key.paths[1])[key.index], shape)
+    if images:
+      tensor = load(images)[key.index]
+      image, flags = to_uint8(tensor, shape)
     record["three_frames"] = image
   return record, flags
 
@@ -152,38 +176,42 @@ def to_uint8(image, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]
   if not np.isfinite([low, high]).all():
     raise BadRecord("an image with values that are not finite")
   if low >= 0 and high <= 1:
-    return np.round(image * 255).astype(np.uint8), ()
+    grey = np.round(image * 255)
+    return grey.astype(np.uint8), ()
   if low == high:
     raise BadRecord("an image whose values are all the same")
-  scaled = (image - low) / (high - low) * 255
-  return np.round(scaled).astype(np.uint8), ("image scaled from its minimum to its maximum",)
+  share = (image - low) / (high - low)
+  grey = np.round(share * 255)
+  return grey.astype(np.uint8), ("image scaled from its minimum to its maximum",)
 
 
 def _files(inputs):
   """({split: {"ecgs", "images" or a target: path}}, number of .pt files with other names)."""
-  paths = sorted(path for path in map(Path, walk(inputs)) if path.suffix == ".pt")
+  paths = [path for path in map(Path, walk(inputs)) if path.suffix == ".pt"]
   files, unused = {}, 0
-  for path in paths:
-    match = NAME.fullmatch(path.name)
+  for path in sorted(paths):
+    matches = [pattern.fullmatch(path.name) for pattern in NAMES]
+    match = matches[0] or matches[1]
     if not match:
       unused += 1
       continue
-    kind, split, label_split, target = match.groups()
-    if not kind:
-      kind, split = target, label_split
-    if files.setdefault(split, {}).setdefault(kind, path) != path:
+    kind, split = match["kind"], match["split"]
+    other = files.setdefault(split, {}).setdefault(kind, path)
+    if other != path:
       raise UserError(
-        f"{files[split][kind].name} and {path.name} are both {kind} of {split}; expected one: give "
+        f"{other.name} and {path.name} are both {kind} of {split}; expected one: give "
         "the files that belong together in --input"
       )
-  without = [split for split, paths in files.items() if "ecgs" not in paths]
+  without = [split for split, paths_of in files.items() if "ecgs" not in paths_of]
   if without or not files:
+    given = " ".join(map(str, inputs))
+    splits = "/".join(without or schema.SPLITS)
     raise UserError(
-      f"--input={' '.join(map(str, inputs))}: {len(paths)} .pt files, {unused} of other names, and "
-      f"no ecgs_{'/'.join(without or schema.SPLITS)}_*.pt; expected them beside images_* and "
-      "labels_*"
+      f"--input={given}: {len(paths)} .pt files, {unused} of other names, and "
+      f"no ecgs_{splits}_*.pt; expected them beside images_* and labels_*"
     )
-  return {split: files[split] for split in schema.SPLITS if split in files}, unused
+  in_order = {split: files[split] for split in schema.SPLITS if split in files}
+  return in_order, unused
 
 
 def _open(path):
@@ -202,7 +230,9 @@ def _open(path):
 
 def _shape(tensor):
   """Without leading axes of length 1; () for what is no tensor."""
-  shape = np.shape(tensor) if isinstance(tensor, np.ndarray) else ()
+  if not isinstance(tensor, np.ndarray):
+    return ()
+  shape = tensor.shape
   while len(shape) > 2 and shape[0] == 1:
     is_image = len(shape) == 3 and shape[1] != len(schema.LEADS)
     if is_image:
@@ -219,15 +249,17 @@ def _labels(parts, files):
     for target in part.keys() - {"ecgs", "images"}:
       values = _numbers(part[target], files[split][target])
       several = values.shape[1] != 1
-      for k in range(values.shape[1]):
+      for k, column in enumerate(values.T):
         name = f"{target}_{k}" if several else target
-        columns.setdefault(name, {})[split] = values[:, k]
+        columns.setdefault(name, {})[split] = column
   diseases, phenotypes = {}, {}
   for name, by_split in sorted(columns.items()):
     for split in parts.keys() - by_split.keys():
-      by_split[split] = np.full(len(parts[split]["ecgs"]), np.nan)
-    values = np.concatenate([*by_split.values()])
-    if np.isin(values[~np.isnan(values)], (0, 1)).all():
+      count = len(parts[split]["ecgs"])
+      by_split[split] = np.full(count, np.nan)
+    values = np.concatenate(list(by_split.values()))
+    stated = values[~np.isnan(values)]
+    if np.isin(stated, (0, 1)).all():
       diseases[name] = by_split
     else:
       phenotypes[name] = by_split
