@@ -16,7 +16,8 @@ PROGRAMS = {
   "evaluate": "phenotypes, diseases, retrieval and localisation from a saved checkpoint",
   "compare": "evaluated runs side by side, on the same test subjects",
   "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",
-  "export": "the ECG encoder as one StableHLO file that runs without this package, and its model card",
+  "export": "the ECG encoder as one StableHLO file that runs without this package, "
+  "and its model card",
   "embed": "embeddings and predicted phenotypes of new ECG recordings",
   "generate": "hearts drawn from ECG recordings: images, labels and what they measure",
 }

@@ -38,27 +38,34 @@ STOPPING = ("every.evaluate", "evaluators.losses.every")
 OPEN = ("init_from", "objectives", "evaluators")
 
 
-def parse_arg(arg: str | None, **known) -> ConfigDict:
+def parse_arg(arg: str | None, **names) -> ConfigDict:
   """Reads the argument of `get_config`, such as `demo` or `size=base,batch=1024`.
 
   A bare word sets `size`.
 
   Args:
     arg: what follows the colon in `--config=joint:ARG`; None or "": every name has its default.
-    **known: name -> default, whose type a value must have, or name -> choices, a mapping or tuple
+    **names: name -> default, whose type a value must have, or name -> choices, a mapping or tuple
       of texts, of which the first is the default.
 
   Raises:
     UserError: for an unknown name, a value of another type or one that is no choice; the message
       lists what is known.
   """
-  choices = {name: tuple(one) for name, one in known.items() if isinstance(one, (Mapping, tuple))}
-  config = ConfigDict(known | {name: values[0] for name, values in choices.items()})
-  for part in filter(None, (arg or "").split(",")):
-    name, _, value = part.rpartition("=")
+  choices = {}
+  values = {}
+  for name, default in names.items():
+    values[name] = default
+    if isinstance(default, (Mapping, tuple)):
+      choices[name] = tuple(default)
+      values[name] = choices[name][0]
+  config = ConfigDict(values)
+  settings = (arg or "").split(",")
+  for setting in filter(None, settings):
+    name, _, value = setting.rpartition("=")
     name = name or "size"
-    if name not in known:
-      raise UserError(f"the config's argument sets {name!r}; it takes {', '.join(known)}")
+    if name not in names:
+      raise UserError(f"the config's argument sets {name!r}; it takes {', '.join(names)}")
     if name in choices and value not in choices[name]:
       raise UserError(
         f"the config's argument sets {name}={value!r}; expected one of {', '.join(choices[name])}"
@@ -97,7 +104,9 @@ def recipe(name: str, arg: str | None = None) -> ConfigDict:
   except Exception as error:  # of any kind: the file is the user's
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
-    where = f"{path}, line {lines[-1]}" if lines else path
+    where = path
+    if lines:
+      where = f"{path}, line {lines[-1]}"
     raise UserError(f"{where}: {type(error).__name__}: {error}") from None
   if not isinstance(config, ConfigDict):
     raise UserError(f"{path}: get_config returns {type(config).__name__}; expected a ConfigDict")
@@ -124,6 +133,7 @@ def recipe_path(name: str) -> pathlib.Path:
   return recipes[name]
 
 
+# Longer than a function should be, on purpose: a table of all keys, to be read from top to bottom.
 def defaults(batch: int, steps: int) -> ConfigDict:
   """Every key that a recipe has (configs/), at a neutral value; a recipe states what it is about.
 
@@ -175,8 +185,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.augment.twice = False
 
   c.model = ConfigDict()
-  # name -> dict(fn, view, parameters of fn), of a CMR tower also planes, width and frozen; the tower
-  # of the ECG is called ecg: see models/towers
+  # name -> dict(fn, view, parameters of fn), of a CMR tower also planes, width and frozen; the
+  # tower of the ECG is called ecg: see models/towers
   c.model.towers = {}
   # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
   c.model.tokenizer = {}
@@ -278,10 +288,13 @@ def from_flags(
   paths: dict[str, str],
   words: dict[str, str] | None = None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
-  """Reads `--config=RECIPE[:ARG]`, `--config.x.y=value` and required flags: `paths` and `words`
-  (name
-  -> help)."""
-  values, required = flags.FlagValues(), paths | (words or {})
+  """Reads `--config=RECIPE[:ARG]`, `--config.x.y=value` and required flags.
+
+  Args:
+    paths, words: name -> help of the flags that are paths, and of others.
+  """
+  values = flags.FlagValues()
+  required = paths | (words or {})
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -292,16 +305,15 @@ def from_flags(
   )
   values["config"].parser = Recipe()
   for name, text in required.items():
-    flags.DEFINE(
-      Path() if name in paths else flags.ArgumentParser(), name, None, text, flag_values=values
-    )
+    parser = Path() if name in paths else flags.ArgumentParser()
+    flags.DEFINE(parser, name, None, text, flag_values=values)
   if "--help" in argv or "-h" in argv:
     print(
       f"{usage}\n\nflags:\n  --config=NAME[:ARGUMENT]  recipe, such as joint:demo, or "
-      "FILE.py[:ARGUMENT]; "
-      "--config.x.y=VALUE overrides one of its values"
+      "FILE.py[:ARGUMENT]; --config.x.y=VALUE overrides one of its values"
     )
-    print("\n".join(f"  --{name}=...  {text}" for name, text in required.items()))
+    for name, text in required.items():
+      print(f"  --{name}=...  {text}")
     raise SystemExit(0)
   try:
     rest = values([program, *argv])[1:]
@@ -320,10 +332,10 @@ def from_flags(
   ) as error:
     raise UserError(f"{error} (see {program} --help)") from None
   missing = [name for name in ("config", *required) if getattr(values, name) is None]
-  if missing or rest:
-    raise UserError(
-      f"{'missing --' + ', --'.join(missing) if missing else f'unexpected {rest}'}; {usage}"
-    )
+  if missing:
+    raise UserError(f"missing --{', --'.join(missing)}; {usage}")
+  if rest:
+    raise UserError(f"unexpected {rest}; {usage}")
   read_paths(config)
   return config, values
 
@@ -333,14 +345,16 @@ def read_paths(config: ConfigDict) -> None:
   config.data.cohort = config.data.cohort and local(config.data.cohort)
   for module, workdir in config.init_from.items():
     config.init_from[module] = workdir and local(workdir)
-  if isinstance(config.data.mix, tuple):  # of pairs, as whoever opens the cohorts sees to
+  if isinstance(config.data.mix, tuple):
+    config.data.mix = tuple(_with_local_path(entry) for entry in config.data.mix)
 
-    def has_path(one):
-      return isinstance(one, (tuple, list)) and one and isinstance(one[0], str)
 
-    config.data.mix = tuple(
-      (local(one[0]), *one[1:]) if has_path(one) else one for one in config.data.mix
-    )
+def _with_local_path(entry):
+  """A pair (path, share) of data.mix; what is none is for whoever opens the cohorts to refuse."""
+  if isinstance(entry, (tuple, list)) and entry and isinstance(entry[0], str):
+    path, *rest = entry
+    return local(path), *rest
+  return entry
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -357,44 +371,57 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
   kept = load(workdir)
   differing = differences(kept, config)
   if not begun:  # where it starts from still counts
-    before, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
-    differing += [
-      f"{key} was {before[key]!r}, now {now[key]!r}"
-      for key in sorted(before.keys() & now.keys())
-      if key.startswith("init_from.")
-      and before[key]
-      and now[key]
-      and os.path.realpath(str(before[key])) != os.path.realpath(str(now[key]))
-    ]
-  if differing:
-    more_steps = (
-      f"; {longer(config, workdir)}"
-      if any(text.startswith("steps was") for text in differing)
-      else ""
-    )
-    raise UserError(
-      f"{workdir} belongs to another config: {'; '.join(differing[:4])}"
-      f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''}; take another --workdir, "
-      "or change only "
-      f"{', '.join(name + '.*' for name in FREE)}{more_steps}"
-    )
+    differing += _other_beginnings(kept, config)
+  if not differing:
+    return
+  shown = "; ".join(differing[:4])
+  if len(differing) > 4:
+    shown += f" and {len(differing) - 4} more"
+  free = ", ".join(f"{name}.*" for name in FREE)
+  more_steps = ""
+  if any(text.startswith("steps was") for text in differing):
+    more_steps = f"; {longer(config, workdir)}"
+  raise UserError(
+    f"{workdir} belongs to another config: {shown}; take another --workdir, "
+    f"or change only {free}{more_steps}"
+  )
+
+
+def _values(config):
+  """{path: value} as JSON has them."""
+  return flatten(json.loads(config.to_json()))
+
+
+def _other_beginnings(kept, config):
+  """The earlier stages (init_from) that differ, in words as of `differences`."""
+  before = _values(kept)
+  now = _values(config)
+  differing = []
+  for key in sorted(before.keys() & now.keys()):
+    if not key.startswith("init_from."):
+      continue
+    earlier, later = before[key], now[key]
+    if not earlier or not later:
+      continue
+    if os.path.realpath(str(earlier)) != os.path.realpath(str(later)):
+      differing.append(f"{key} was {earlier!r}, now {later!r}")
+  return differing
 
 
 def longer(config: ConfigDict, workdir: str) -> str:
   """How to train beyond config.steps, which sets the learning rate's schedule and so cannot change
   within a run."""
-  towers = [
-    module
-    for module in config.init_from
-    if module.removeprefix("cmr_") in config.model.towers or config.model.get(module)
-  ]
-  if not towers:  # of a recipe whose parts no later stage takes over
+  modules = []
+  for module in config.init_from:
+    tower = module.removeprefix("cmr_")
+    if tower in config.model.towers or config.model.get(module):
+      modules.append(module)
+  if not modules:  # of a recipe whose parts no later stage takes over
     return "to train longer: another --workdir with more --config.steps, from the start"
-  flags = " ".join(f"--config.init_from.{module}={workdir}" for module in towers)
+  flags = " ".join(f"--config.init_from.{module}={workdir}" for module in modules)
   return (
     f"to train longer: another --workdir with {flags} and a --config.steps of its own; heads and "
-    "optimiser begin "
-    "anew"
+    "optimiser begin anew"
   )
 
 
@@ -404,31 +431,37 @@ def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
   Paths are free: a cohort is known by the fingerprint that a checkpoint holds, and an earlier stage
   (init_from) is read at the first step alone.
   """
-  kept, now = (flatten(json.loads(one.to_json())) for one in (kept, config))
-  return [
-    f"{key} was {kept.get(key)!r}, now {now.get(key)!r}"
-    for key in sorted(kept.keys() | now.keys())
-    if not same(key, kept.get(key), now.get(key))
-    and (key.split(".")[0] not in FREE or (key in STOPPING and kept.get("stop_after")))
-  ]
+  before = _values(kept)
+  now = _values(config)
+  stops_early = before.get("stop_after")
+  differing = []
+  for key in sorted(before.keys() | now.keys()):
+    earlier, later = before.get(key), now.get(key)
+    if same(key, earlier, later):
+      continue
+    group, *_ = key.split(".")
+    if group not in FREE or (key in STOPPING and stops_early):
+      differing.append(f"{key} was {earlier!r}, now {later!r}")
+  return differing
 
 
-def same(key: str, one: Any, other: Any) -> bool:
+def same(key: str, before: Any, now: Any) -> bool:
   """Are two values of a config the same but for paths?"""
   if key == "data.cohort" or key.startswith("init_from."):
-    return bool(one) == bool(other)
-  if key == "data.mix" and one and other:
+    return bool(before) == bool(now)
+  if key == "data.mix" and before and now:
+    return _shares(before) == _shares(now)
+  return before == now
 
-    def shares(mix):
-      return [pair[1:] for pair in mix]
 
-    return shares(one) == shares(other)
-  return one == other
+def _shares(mix):
+  return [pair[1:] for pair in mix]
 
 
 def as_text(config: ConfigDict) -> str:
   """What config.json holds."""
-  return json.dumps(json.loads(config.to_json()), indent=1) + "\n"
+  values = json.loads(config.to_json())
+  return json.dumps(values, indent=1) + "\n"
 
 
 def save(config: ConfigDict, workdir: str) -> None:
@@ -464,11 +497,12 @@ def lacking(config: ConfigDict, expected: ConfigDict, prefix: str = "") -> list[
   (OPEN) is not looked at."""
   names = []
   for name, value in expected.items():
+    path = f"{prefix}{name}"
     if name not in config:
-      names.append(f"{prefix}{name}")
-    elif isinstance(value, ConfigDict) and f"{prefix}{name}" not in OPEN:
+      names.append(path)
+    elif isinstance(value, ConfigDict) and path not in OPEN:
       if isinstance(config[name], ConfigDict):
-        names += lacking(config[name], value, f"{prefix}{name}.")
+        names += lacking(config[name], value, f"{path}.")
       else:
-        names.append(f"{prefix}{name}")
+        names.append(path)
   return names

@@ -70,7 +70,8 @@ def main(argv):
   if args.source == "synthetic":
     plan = plan_of(args)
   else:
-    identities = Identities(args.private or f"{args.out.rstrip('/')}.private", args.out)
+    private = args.private or f"{args.out.rstrip('/')}.private"
+    identities = Identities(private, args.out)
     plan = plan_of(args, identities.identify)
     plan = plan._replace(info=plan.info | {"salt_tag": identities.tag})
     identities.save()
@@ -91,12 +92,12 @@ def main(argv):
       report=report,
       run=run,
     )
-  print(f"{cohort.path}: {', '.join(f'{n} {split}' for split, n in cohort.info['counts'].items())}")
-  if args.source == "synthetic" and min(cohort.info["counts"].values()):
-    print(
-      "ceiling, R2 on test of ridge on the generator's own ECG parameters: "
-      + "  ".join(f"{name} {r2:.2f}" for name, r2 in ceiling(cohort).items())
-    )
+  counts = cohort.info["counts"]
+  listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+  print(f"{cohort.path}: {listed}")
+  if args.source == "synthetic" and min(counts.values()):
+    scores = "  ".join(f"{name} {r2:.2f}" for name, r2 in ceiling(cohort).items())
+    print(f"ceiling, R2 on test of ridge on the generator's own ECG parameters: {scores}")
 
 
 def report(folder, cohort, outcome):
@@ -108,7 +109,7 @@ def report(folder, cohort, outcome):
   )
 
 
-def parse(argv):  # long and flat: one flag after another
+def parse(argv):
   sources = [f"  {name:16s}{what}" for name, (_, what) in SOURCES.items()]
   sources.append("  my_module:plan  a source of your own (docs/extending.md)")
   parser = argparse.ArgumentParser(
@@ -118,6 +119,26 @@ def parse(argv):  # long and flat: one flag after another
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog="\n".join(["sources:", *sources]),
   )
+  add_inputs(parser)
+  add_outcomes(parser)
+  add_output(parser)
+  add_shape(parser)
+  add_synthetic(parser)
+  add_work(parser)
+  parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
+  args = parser.parse_intermixed_args(argv)
+  args.input += args.more
+  args.given = set()
+  for name, value in vars(args).items():
+    if value != parser.get_default(name) and value != []:
+      args.given.add(name)
+  args.own_readers = readers.parse_own(args.reader)
+  args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
+  check(args)
+  return args
+
+
+def add_inputs(parser):
   parser.add_argument("source", metavar="SOURCE", help="one of the sources below")
   parser.add_argument(
     "--input",
@@ -150,6 +171,9 @@ def parse(argv):  # long and flat: one flag after another
     metavar="FILE",
     help="ids of participants who have withdrawn, one a line",
   )
+
+
+def add_outcomes(parser):
   parser.add_argument(
     "--diseases",
     default="any",
@@ -167,7 +191,16 @@ def parse(argv):  # long and flat: one flag after another
     metavar="FILE",
     help="lists of ICD-10 codes in place of mmcl_jax/data/diseases.toml",
   )
-  parser.add_argument("--out", type=local, required=True, metavar="DIR", help="folder to make")
+
+
+def add_output(parser):
+  parser.add_argument(
+    "--out",
+    type=local,
+    required=True,
+    metavar="DIR",
+    help="folder to make",
+  )
   parser.add_argument(
     "--private",
     type=local,
@@ -183,13 +216,17 @@ def parse(argv):  # long and flat: one flag after another
   parser.add_argument(
     "--profile",
     default="minimal",
-    help="normalisation of the ECG: "
-    + ", ".join(preprocess_ecg.PROFILES)
-    + " (default %(default)s)",
+    help=f"normalisation of the ECG: {', '.join(preprocess_ecg.PROFILES)} (default %(default)s)",
   )
+
+
+def add_shape(parser):
   shape = preprocess_cmr.Shape()
   parser.add_argument(
-    "--slices", type=int, default=shape.slices, help="short-axis slices kept (default %(default)s)"
+    "--slices",
+    type=int,
+    default=shape.slices,
+    help="short-axis slices kept (default %(default)s)",
   )
   parser.add_argument(
     "--size",
@@ -209,32 +246,46 @@ def parse(argv):  # long and flat: one flag after another
     default=shape.frames,
     help="frames of the cine slice; 0: none (default %(default)s)",
   )
-  parser.add_argument("--subjects", type=int, default=0, help="synthetic: number of subjects")
+
+
+def add_synthetic(parser):
   parser.add_argument(
-    "--seed", type=int, default=0, help="synthetic: cohorts of different seeds share no subject"
+    "--subjects",
+    type=int,
+    default=0,
+    help="synthetic: number of subjects",
   )
-  parser.add_argument("--lax", action="store_true", help="synthetic: the long-axis view too")
   parser.add_argument(
-    "--processes", type=int, default=os.cpu_count(), help="worker processes (default %(default)s)"
+    "--seed",
+    type=int,
+    default=0,
+    help="synthetic: cohorts of different seeds share no subject",
+  )
+  parser.add_argument(
+    "--lax",
+    action="store_true",
+    help="synthetic: the long-axis view too",
+  )
+
+
+def add_work(parser):
+  parser.add_argument(
+    "--processes",
+    type=int,
+    default=os.cpu_count(),
+    help="worker processes (default %(default)s)",
   )
   parser.add_argument(
     "--beam",
     metavar="OPTIONS",
     help="run on Apache Beam with these pipeline options (docs/beam.md)",
   )
-  parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
-  args = parser.parse_intermixed_args(argv)
-  args.input += args.more
-  args.given = {
-    name for name, value in vars(args).items() if value != parser.get_default(name) and value != []
-  }
-  args.own_readers = readers.parse_own(args.reader)
-  args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
-  if (
-    min(args.slices, args.size, args.processes) < 1
-    or args.frames < 0
-    or not 0 < args.pixel_mm < 100
-  ):
+
+
+def check(args):
+  """UserError for a number or a profile that there cannot be."""
+  positive = min(args.slices, args.size, args.processes) >= 1
+  if not positive or args.frames < 0 or not 0 < args.pixel_mm < 100:
     raise UserError(
       f"--slices={args.slices} --size={args.size} --pixel-mm={args.pixel_mm} "
       f"--frames={args.frames} --processes={args.processes}; expected positive numbers (frames may "
@@ -244,13 +295,13 @@ def parse(argv):  # long and flat: one flag after another
     raise UserError(
       f"--profile is {args.profile!r}; expected one of {', '.join(preprocess_ecg.PROFILES)}"
     )
-  return args
 
 
 def find_source(args):
   """The `plan` function of a source's name or of my_module:plan; a flag that the source has no use
   for is a mistake."""
-  plan = registry.resolve(args.source, {name: fn for name, (fn, _) in SOURCES.items()}, "SOURCE")
+  built_in = {name: fn for name, (fn, _) in SOURCES.items()}
+  plan = registry.resolve(args.source, built_in, "SOURCE")
   takes = getattr(inspect.getmodule(plan), "TAKES", args.given)
   if useless := args.given - set(takes) - EVERY_SOURCE:
     raise UserError(
@@ -285,7 +336,8 @@ class Identities:
   def __init__(self, folder: str, out: str):
     self.folder = pathlib.Path(folder)
     self.hashes = {}  # participant -> hash, of this run
-    if pathlib.Path(out).resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
+    place = self.folder.resolve()
+    if pathlib.Path(out).resolve() in (place, *place.parents):
       raise UserError(
         f"--private={folder} lies in --out={out}; expected another place, for a cohort may be "
         "given away"
@@ -313,25 +365,28 @@ class Identities:
     return self.hashes[participant]
 
   def save(self):
-    """Writes the salt, if it is new, and adds to participants.csv whom this run has met."""
-    file, rows = self.folder / "participants.csv", {}
+    """Writes the salt, if it is new, and adds the participants of this run to participants.csv."""
+    file = self.folder / "participants.csv"
+    salt = self.folder / "salt"
+    rows = {}
     try:
       self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-      if not (self.folder / "salt").exists():
-        write_private(self.folder / "salt", self.salt.hex() + "\n")
+      if not salt.exists():
+        write_private(salt, self.salt.hex() + "\n")
         print(
           f"made a new salt: keep {self.folder} to yourself, and give it as --private when this "
           "cohort grows"
         )
       if file.exists():
         with open(file, newline="") as f:
-          rows = dict(list(csv.reader(f))[1:])
+          present = list(csv.reader(f))
+        rows = dict(present[1:])
       for participant, subject in self.hashes.items():
         rows[schema.hash_name(subject)] = participant
       text = io.StringIO()
-      csv.writer(text, lineterminator="\n").writerows(
-        [("hash", "participant"), *sorted(rows.items())]
-      )
+      table = csv.writer(text, lineterminator="\n")
+      table.writerow(["hash", "participant"])
+      table.writerows(sorted(rows.items()))
       write_private(file, text.getvalue())
     except OSError as error:
       raise UserError(f"cannot write to --private={self.folder}: {error.strerror}") from None
@@ -352,7 +407,12 @@ def write_private(file: pathlib.Path, text: str):
 
 
 def prepare_synthetic(
-  out: str, subjects: int, seed: int, shares, profile: str, processes: int
+  out: str,
+  subjects: int,
+  seed: int,
+  shares,
+  profile: str,
+  processes: int,
 ) -> Cohort:
   """Writes a synthetic cohort to the folder `out`."""
   plan = synthetic.plan(types.SimpleNamespace(subjects=subjects, seed=seed))
@@ -364,16 +424,13 @@ def prepare_synthetic(
 def ceiling(cohort: Cohort) -> dict[str, float]:
   """What the ECG can tell at most, linearly: test R2 of ridge on the generator's noise-free ECG
   parameters."""
-  columns = {
-    split: [source[i] for i in range(len(source))] for split, source in cohort.splits.items()
-  }
-  x, y = (
-    {
-      split: np.stack([record[name] for record in records]).astype(np.float64)
-      for split, records in columns.items()
-    }
-    for name in ("ecg_parameters", "phenotypes")
-  )
+  x, y = {}, {}
+  for split, source in cohort.splits.items():
+    records = [source[i] for i in range(len(source))]
+    parameters = np.stack([record["ecg_parameters"] for record in records])
+    phenotypes = np.stack([record["phenotypes"] for record in records])
+    x[split] = parameters.astype(np.float64)
+    y[split] = phenotypes.astype(np.float64)
   probe = ridge.fit_probe(x["train"], y["train"], x["val"], y["val"])
   scores = statistics.r2(y["test"], ridge.predict(probe, x["test"]))
   return dict(zip(cohort.info["phenotypes"], map(float, scores)))

@@ -15,7 +15,9 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.models import towers
 
 # Training computes in float32: what is below 1, above 0 or finite must still be so there.
-LARGEST, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+_FLOAT32 = np.finfo(np.float32)
+LARGEST = float(_FLOAT32.max)
+TINY = float(_FLOAT32.tiny)
 BELOW_1 = float(np.nextafter(np.float32(1), 0))
 
 
@@ -29,8 +31,10 @@ class Range(NamedTuple):
   also: int | None = None
 
   def holds(self, value: Any) -> bool:
-    number = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
-    return number and (self.low <= value <= self.high or value == self.also)
+    kinds = int if self.whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+      return False
+    return self.low <= value <= self.high or value == self.also
 
 
 COUNT = Range("a whole number of at least 1", 1, 2**31 - 1, whole=True)
@@ -109,13 +113,20 @@ def check(config) -> None:
 def of(path: str, config) -> Range | None:
   """The range of the number at `path` in `config`; None: it has none."""
   table = OF_CONFIG
-  if (found := re.fullmatch(r"objectives\.(\w+)\.(\w+)", path)) and found[2] != "weight":
-    built_in = config.objectives[found[1]].get("fn") in objectives.BUILT_IN
-    table, path = OF_OBJECTIVES if built_in else (), found[2]
-  elif found := re.fullmatch(r"model\.towers\.(\w+)\.(.+)", path):
-    built_in = config.model.towers[found[1]].get("fn") in towers.BUILT_IN
-    table, path = OF_TOWERS if built_in else (), found[2]
-  return next((expected for regex, expected in table if re.fullmatch(regex, path)), None)
+  of_objective = re.fullmatch(r"objectives\.(?P<name>\w+)\.(?P<parameter>\w+)", path)
+  of_tower = re.fullmatch(r"model\.towers\.(?P<name>\w+)\.(?P<parameter>.+)", path)
+  if of_objective and of_objective["parameter"] != "weight":
+    entry = config.objectives[of_objective["name"]]
+    table = OF_OBJECTIVES if entry.get("fn") in objectives.BUILT_IN else ()
+    path = of_objective["parameter"]
+  elif of_tower:
+    entry = config.model.towers[of_tower["name"]]
+    table = OF_TOWERS if entry.get("fn") in towers.BUILT_IN else ()
+    path = of_tower["parameter"]
+  for regex, expected in table:
+    if re.fullmatch(regex, path):
+      return expected
+  return None
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

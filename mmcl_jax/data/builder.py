@@ -554,7 +554,7 @@ def finish(
     sizes[str(file.relative_to(partial))] = file.stat().st_size
   for file in (*shards, partial / "subjects.npz"):
     name = str(file.relative_to(partial))
-    checksums[name] = [cohort_lib.ends(file), cohort_lib.whole(file)]
+    checksums[name] = [cohort_lib.ends(file), cohort_lib.checksum(file)]
   cohort = {
     "schema_version": schema.SCHEMA_VERSION,
     **info,

@@ -87,11 +87,9 @@ class Records:
   that names it."""
 
   def __init__(self, files: list[str], described: tfds.features.FeaturesDict, name: str):
-    self.source, self.described, self.name = (
-      array_record_data_source.ArrayRecordDataSource(files),
-      described,
-      name,
-    )
+    self.source = array_record_data_source.ArrayRecordDataSource(files)
+    self.described = described
+    self.name = name
 
   def __len__(self):
     return len(self.source)
@@ -107,13 +105,11 @@ class Records:
       if is_environment(error) or re.search(r"\b(open|p?read|stat|mmap)\(\) failed", text):
         raise UserError(
           f"record {i} of {self.name} cannot be read now ({text}); the same command goes on when "
-          "the disk is there "
-          "again"
+          "the disk is there again"
         ) from None
       raise DamagedRecord(
         f"record {i} of {self.name} cannot be read ({text}); copy the cohort's files again or "
-        "prepare it "
-        "again"
+        "prepare it again"
       ) from None
 
 
@@ -153,16 +149,16 @@ def load(path: str) -> Cohort:
   if wrong := malformed(info):
     raise UserError(
       f"{file}: {', '.join(wrong)} is missing or not in the form that `mmcl prepare` writes; copy "
-      "the file again or "
-      "prepare the cohort again"
+      "the file again or prepare the cohort again"
     )
-  content = look(folder, info)
+  content = check_ends(folder, info)
   described = features(read_layout(folder, info))
+  splits = {}
   try:
-    splits = {
-      split: Records(files, described, f"{split} in {path}") if files else []
-      for split, files in shards(folder, info).items()
-    }
+    for split, files in shards(folder, info).items():
+      splits[split] = []
+      if files:
+        splits[split] = Records(files, described, f"{split} in {path}")
   except Exception as error:  # ArrayRecord raises whatever the broken file leads to
     raise UserError(
       f"the records under {path} cannot be opened ({type(error).__name__}: {str(error)[:200]}); "
@@ -171,8 +167,7 @@ def load(path: str) -> Cohort:
   if wrong := [split for split in schema.SPLITS if len(splits[split]) != info["counts"][split]]:
     raise UserError(
       f"{path} has another number of records in {', '.join(wrong)} than cohort.json says; copy its "
-      "files again or "
-      "prepare the cohort again"
+      "files again or prepare the cohort again"
     )
   return Cohort(str(path), info, splits, content)
 
@@ -182,26 +177,27 @@ def features(layout: dict[str, tuple[str, list[int]]]) -> tfds.features.Features
 
   `encoding="bytes"` is 10 to 20 times faster to write than none.
   """
-  return tfds.features.FeaturesDict(
-    {
-      name: tfds.features.Tensor(
-        shape=shape, dtype=np.dtype(dtype), encoding="bytes" if np.prod(shape) else "none"
-      )
-      for name, (dtype, shape) in layout.items()
-    }
-  )
+  tensors = {}
+  for name, (dtype, shape) in layout.items():
+    tensors[name] = tfds.features.Tensor(
+      shape=shape,
+      dtype=np.dtype(dtype),
+      encoding="bytes" if np.prod(shape) else "none",
+    )
+  return tfds.features.FeaturesDict(tensors)
 
 
 def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
   """{field: (dtype, shape)} from features.json; a UserError for anything but tensors, and no class
   is looked up."""
-  file = folder / next(iter(info["files"])).rpartition("/")[0] / "features.json"
+  shard = folder / next(iter(info["files"]))
+  file = shard.parent / "features.json"
   layout, wrong = {}, []
   try:
-    whole = json.loads(file.read_text())
-    if whole["pythonClassName"] != f"{FEATURES}.features_dict.FeaturesDict":
-      wrong.append(whole["pythonClassName"])
-    for name, entry in whole["featuresDict"]["features"].items():
+    described = json.loads(file.read_text())
+    if described["pythonClassName"] != f"{FEATURES}.features_dict.FeaturesDict":
+      wrong.append(described["pythonClassName"])
+    for name, entry in described["featuresDict"]["features"].items():
       if entry["pythonClassName"] != f"{FEATURES}.tensor_feature.Tensor":
         wrong.append(entry["pythonClassName"])
       tensor = entry["tensor"]
@@ -216,12 +212,13 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
   if wrong:
     raise UserError(
       f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is "
-      "not "
-      "loaded; expected tensors: copy it again, and use no cohort from a source that you do not "
+      "not loaded; expected tensors: copy it again, and use no cohort from a source that you do not "
       "trust"
     )
-  known = all(isinstance(dtype, str) and dtype in DTYPES for dtype, _ in layout.values())
-  if not known or {name: shape for name, (_, shape) in layout.items()} != info["shapes"]:
+  shapes = {name: shape for name, (_, shape) in layout.items()}
+  dtypes = [dtype for dtype, _ in layout.values()]
+  storable = all(isinstance(dtype, str) and dtype in DTYPES for dtype in dtypes)
+  if not storable or shapes != info["shapes"]:
     raise UserError(
       f"{file} and cohort.json list different fields; copy them again or prepare the cohort again"
     )
@@ -230,42 +227,41 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
 
 def shards(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, list[str]]:
   """The files of each split, in order."""
-  found = {split: [] for split in schema.SPLITS}
+  files = {split: [] for split in schema.SPLITS}
   for name in sorted(info["files"]):
-    found[SHARD.fullmatch(name)[1]].append(str(folder / name))
-  return found
+    split = SHARD.fullmatch(name)[1]
+    files[split].append(str(folder / name))
+  return files
 
 
-def look(folder: pathlib.Path, info: dict[str, Any]) -> str:
+def check_ends(folder: pathlib.Path, info: dict[str, Any]) -> str:
   """The digest of what is there (Cohort.content); a UserError where a file's length or ends are not
   as written."""
   written = info["checksums"]
 
   def of(name: str) -> str:
-    file, size = folder / name, info["files"].get(name)
+    file = folder / name
+    expected = info["files"].get(name)
+    size = None
     try:
-      found = file.stat().st_size
-      if file.is_file() and size in (None, found):
+      size = file.stat().st_size
+      if file.is_file() and expected in (None, size):
         return ends(file)
     except OSError:
-      found = None
-    says = "" if size is None else f"; cohort.json says {size} bytes"
-    raise UserError(
-      f"{file} {'is missing' if found is None else f'has {found} bytes'}{says}: copy the file "
-      "again or "
-      "prepare the cohort again"
-    )
+      size = None
+    problem = "is missing" if size is None else f"has {size} bytes"
+    says = "" if expected is None else f"; cohort.json says {expected} bytes"
+    raise UserError(f"{file} {problem}{says}: copy the file again or prepare the cohort again")
 
   names = sorted({*info["files"], *written})
   with futures.ThreadPoolExecutor(16) as threads:  # on a network file system each takes a while
-    found = dict(zip(names, threads.map(of, names)))
-  if wrong := [name for name in written if written[name][0] != found[name]]:
+    present = dict(zip(names, threads.map(of, names)))
+  if wrong := [name for name in written if written[name][0] != present[name]]:
     raise UserError(
       f"{folder / wrong[0]} is not the file that was written with this cohort: its beginning or "
-      "end "
-      "differs from what cohort.json says; copy it again or prepare the cohort again"
+      "end differs from what cohort.json says; copy it again or prepare the cohort again"
     )
-  return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+  return hashlib.sha256(json.dumps(present).encode()).hexdigest()
 
 
 def ends(file: pathlib.Path) -> str:
@@ -278,7 +274,7 @@ def ends(file: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def whole(file: pathlib.Path) -> str:
+def checksum(file: pathlib.Path) -> str:
   with open(file, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -287,11 +283,10 @@ def check(cohort: Cohort) -> int:
   """Compares every file with its checksum and returns their number; a UserError names the first
   that differs."""
   for name, (_, written) in cohort.info["checksums"].items():
-    if whole(pathlib.Path(cohort.path, name)) != written:
+    if checksum(pathlib.Path(cohort.path, name)) != written:
       raise UserError(
         f"{cohort.path}/{name} is not the file that was written with this cohort: its checksum "
-        "differs; "
-        "copy it again or prepare the cohort again"
+        "differs; copy it again or prepare the cohort again"
       )
   return len(cohort.info["checksums"])
 
@@ -318,8 +313,9 @@ def malformed(info) -> list[str]:
     if info["shapes"].get(name) != [len(info[name])]:
       wrong.append(name)
   for kind, moments in info["train_statistics"].items():
-    pairs = [pair for pair in moments.values() if pair is not None]
-    if kind in info and set(moments) != set(info[kind]) or any(len(pair) != 2 for pair in pairs):
+    lengths = [len(pair) for pair in moments.values() if pair is not None]
+    other_names = kind in info and set(moments) != set(info[kind])
+    if other_names or any(length != 2 for length in lengths):
       wrong.append(f"train_statistics of {kind}")
   if not {"phenotypes", "covariates"} <= set(info["train_statistics"]):
     wrong.append("train_statistics")
@@ -335,17 +331,20 @@ def subjects(cohort: Cohort) -> dict[str, np.ndarray]:
     )
   try:
     content = arrays(path)
-    found = {split: np.asarray(content[split], np.uint32).reshape(-1, 2) for split in schema.SPLITS}
+    hashes = {}
+    for split in schema.SPLITS:
+      hashes[split] = np.asarray(content[split], np.uint32).reshape(-1, 2)
   except Exception as error:  # see `arrays`
     raise UserError(
       f"{path} is not readable ({error}); copy it again, or prepare the cohort again"
     ) from None
-  if wrong := [split for split, rows in found.items() if len(rows) != cohort.info["counts"][split]]:
+  counts = cohort.info["counts"]
+  if wrong := [split for split, rows in hashes.items() if len(rows) != counts[split]]:
     raise UserError(
       f"{path} does not list the subjects of {', '.join(wrong)}; copy it again, or prepare the "
       "cohort again"
     )
-  return found
+  return hashes
 
 
 def train_statistics(cohort: Cohort, field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -355,10 +354,8 @@ def train_statistics(cohort: Cohort, field: str) -> tuple[np.ndarray, np.ndarray
     mean, sd: float32 [K], in the cohort's order and units; NaN where fewer than two values are
       known or all are equal.
   """
-  found = cohort.info["train_statistics"][field]
-  mean, sd = (
-    np.array([found[name] or (np.nan, np.nan) for name in cohort.info[field]], np.float32)
-    .reshape(-1, 2)
-    .T
-  )
+  moments = cohort.info["train_statistics"][field]
+  unknown = np.nan, np.nan
+  pairs = [moments[name] or unknown for name in cohort.info[field]]
+  mean, sd = np.array(pairs, np.float32).reshape(-1, 2).T
   return mean, sd

@@ -118,9 +118,9 @@ class Rows:
     return self.source[int(self.rows[i])]
 
 
-class Tolerant:
-  """Records of a split for training: one that is unusable (`fault`, or not readable) is zeros with
-  mask 0, told on stderr.
+class SkipBadRecords:
+  """Records of a split for training: one that is unusable (`why_unusable`, or not readable) is
+  zeros with mask 0, named on stderr.
 
   Every host makes the same row of it and the row keeps its place, so the order of the data does not
   change; the step counts it and the loop decides (config.bad_rows).
@@ -128,7 +128,10 @@ class Tolerant:
 
   def __init__(self, source, name: str, reads: tuple[str, ...]):
     """`reads`: what is looked at of a record, "ecg" and stored CMR fields."""
-    self.source, self.name, self.reads, self.told = source, name, reads, set()
+    self.source = source
+    self.name = name
+    self.reads = reads
+    self.reported = set()  # indices
     self.zeros = None
 
   def __len__(self):
@@ -137,13 +140,14 @@ class Tolerant:
   def __getitem__(self, i):
     try:
       record = self.source[i]
-      if not (why := fault(record, self.reads)):
+      why = why_unusable(record, self.reads)
+      if not why:
         return record
       reason = f"record {i} of {self.name}: {why}"
     except DamagedRecord as error:
       reason = str(error)
-    if i not in self.told:
-      self.told.add(i)
+    if i not in self.reported:
+      self.reported.add(i)
       print(f"mmcl: left out: {reason}", file=sys.stderr, flush=True)
     return self.blank() | {"mask": np.uint8(0)}
 
@@ -161,7 +165,7 @@ class Tolerant:
     return self.zeros
 
 
-def fault(record: dict[str, np.ndarray], reads: tuple[str, ...]) -> str | None:
+def why_unusable(record: dict[str, np.ndarray], reads: tuple[str, ...]) -> str | None:
   """Why a record must not be learned from by who `reads` so much of it, or None."""
   if record["has_ecg"] and "ecg" in reads:
     if not 0 < record["ecg_scale"] < np.inf:
@@ -318,15 +322,16 @@ def check_shared_memory(workers: int, buffer: int, size: int) -> None:
   """Raises a UserError if /dev/shm is too small for the batches of `size` bytes that reading
   processes keep there."""
   try:
-    found = os.statvfs("/dev/shm")
+    volume = os.statvfs("/dev/shm")
   except OSError:  # a system without
     return
-  needed, free = workers * (buffer + 1) * size, found.f_bavail * found.f_frsize
+  needed = workers * (buffer + 1) * size
+  free = volume.f_bavail * volume.f_frsize
   if needed > free:
     raise UserError(
       f"config.loader.workers is {workers}, and {workers} x {buffer + 1} batches of "
-      f"{size / 2**20:.1f} "
-      f"MiB do not fit into the {free / 2**20:.0f} MiB that are free in /dev/shm; {MORE_SHARED}"
+      f"{size / 2**20:.1f} MiB do not fit into the {free / 2**20:.0f} MiB that are free in "
+      f"/dev/shm; {MORE_SHARED}"
     )
 
 

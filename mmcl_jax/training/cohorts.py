@@ -229,7 +229,7 @@ def tolerant(cohort: cohort_lib.Cohort, config) -> cohort_lib.Cohort:
   splits = {}
   for split, source in cohort.splits.items():
     if len(source):
-      source = pipeline.Tolerant(source, f"{split} in {cohort.path}", tuple(reads))
+      source = pipeline.SkipBadRecords(source, f"{split} in {cohort.path}", tuple(reads))
     splits[split] = source
   return cohort._replace(splits=splits)
 

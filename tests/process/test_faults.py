@@ -175,13 +175,15 @@ GOOD = dict(
   ],
 )
 def test_what_is_no_record_to_learn_from(change, words):
-  found = pipeline.fault(GOOD | change, ("ecg", "ed_es_volumes"))
+  found = pipeline.why_unusable(GOOD | change, ("ecg", "ed_es_volumes"))
   assert found is None if words is None else words in found
 
 
 def test_what_is_not_read_is_not_looked_at_and_a_lost_disk_is_no_bad_record():
   flat = GOOD | {"ecg": np.ones((2, 12), np.int16)}
-  assert pipeline.fault(flat, ("ed_es_volumes",)) is None and pipeline.fault(flat, ("ecg",))
+  assert pipeline.why_unusable(flat, ("ed_es_volumes",)) is None and pipeline.why_unusable(
+    flat, ("ecg",)
+  )
 
   class Source:
     def __len__(self):
@@ -201,7 +203,7 @@ def test_what_is_not_read_is_not_looked_at_and_a_lost_disk_is_no_bad_record():
     records[1]
   assert not isinstance(lost.value, DamagedRecord)
   with pytest.raises(UserError, match="cannot be read now"):
-    pipeline.Tolerant(records, "train in c", ("ecg",))[1]
+    pipeline.SkipBadRecords(records, "train in c", ("ecg",))[1]
 
 
 def test_a_split_of_which_nothing_can_be_read_is_an_error():
@@ -212,7 +214,7 @@ def test_a_split_of_which_nothing_can_be_read_is_an_error():
     "Broken", (), {"__len__": lambda self: 3, "__getitem__": lambda self, i: refuse(i)}
   )()
   with pytest.raises(UserError, match="none of the first .* records of train in c can be read"):
-    pipeline.Tolerant(broken, "train in c", ("ecg",))[0]
+    pipeline.SkipBadRecords(broken, "train in c", ("ecg",))[0]
 
 
 # -- Numbers --
