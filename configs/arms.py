@@ -4,7 +4,8 @@ all else being equal.
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
     mmcl train --config=configs/cmr_phenotype.py:demo,view=cine_slice --workdir=demo/cine \
       --config.data.cohort=demo/cohort
-    mmcl train --config=configs/arms.py:demo,arm=cine_slice --workdir=demo/arm_cine --config.data.cohort=demo/cohort \
+    mmcl train --config=configs/arms.py:demo,arm=cine_slice --workdir=demo/arm_cine \
+      --config.data.cohort=demo/cohort \
       --config.init_from.ecg=demo/mae --config.init_from.cmr_cine=demo/cine
     mmcl evaluate --workdir=demo/arm_cine
 
@@ -72,10 +73,12 @@ SIZES = {
     learning_rate=1e-5,
   ),
 }
-# tower -> view, slices; 0: the frames of a cine
-TOWERS = dict(
-  slice=("ed_slice", 1), cine=("cine_slice", 0), ed=("ed_volume", 6), es=("es_volume", 6)
-)
+TOWERS = {  # tower -> view, slices; 0: the frames of a cine
+  "slice": ("ed_slice", 1),
+  "cine": ("cine_slice", 0),
+  "ed": ("ed_volume", 6),
+  "es": ("es_volume", 6),
+}
 ARMS = {
   "dual_phase": ("ed", "es"),
   "ecg_only": (),
@@ -94,38 +97,25 @@ def get_config(arg=None):
   c.data.ecg_profile = size["profile"]
   c.data.samples = size["samples"]
   c.optimizer.update(
-    learning_rate=size["learning_rate"],
-    warmup=max(c.steps // 5, 1),
-    b1=0.9,
-    b2=0.95,
-    weight_decay=1e-5,
+    learning_rate=size["learning_rate"], warmup=max(c.steps // 5, 1), weight_decay=1e-5
   )
-
-  if not towers:  # goes on as ecg_mae.py does, decoder and all
-    # patch: samples of one lead
-    c.model.towers.ecg = dict(
-      fn="ecg_vit",
-      view="ecg",
-      size=size["ecg"],
-      patch=100,
-      mask_ratio=size["mask_ratio"],
-      siamese=size["siamese"] > 0,
-    )
+  # patch: samples of one lead
+  c.model.towers.ecg = dict(fn="ecg_vit", view="ecg", size=size["ecg"], patch=100)
+  if towers:
+    learn_from_cmr(c, arg, size, towers)
+  else:  # goes on as ecg_mae.py does, decoder and all
+    c.model.towers.ecg.update(mask_ratio=size["mask_ratio"], siamese=size["siamese"] > 0)
     c.objectives.reconstruction = dict(fn="mae", weight=1.0, region="all", ncc_weight=0.1)
     if size["siamese"]:
       c.objectives.siamese = dict(fn="simsiam", weight=size["siamese"])
-    return c
+  return c
 
+
+def learn_from_cmr(c, arg, size, towers):
   # left behind there: the autoencoder's; fresh here: the head
   c.init_except = ("^ecg/(decoder|norm|siamese.*|head)/",)
-  c.model.towers.ecg = dict(
-    fn="ecg_vit",
-    view="ecg",
-    size=size["ecg"],
-    patch=100,
-    head=size["head"],
-    drop_path=0.0 if arg.size == "demo" else 0.1,  # the demo's scores: without
-  )
+  drop_path = 0.0 if arg.size == "demo" else 0.1  # the demo's scores: without
+  c.model.towers.ecg.update(head=size["head"], drop_path=drop_path)
   for name in towers:
     view, slices = TOWERS[name]
     c.model.towers[name] = dict(
@@ -136,9 +126,8 @@ def get_config(arg=None):
       width=size["width"],
       frozen=True,  # all but the Linear `fc`
     )
-  c.model.projection.update(
-    hidden=size["hidden"], ecg_hidden=432 if arg.size == "medium" else 0, width=128, norm=True
-  )
+  ecg_hidden = 432 if arg.size == "medium" else 0
+  c.model.projection.update(hidden=size["hidden"], ecg_hidden=ecg_hidden, width=128, norm=True)
   if arg.arm == "dual_phase":
     c.objectives.dual_phase = dict(
       fn="dual_phase", weight=1.0, w_ed=1.0, w_es=1.0, w_edes=1.0, temperature=0.07
@@ -147,4 +136,3 @@ def get_config(arg=None):
     c.objectives.contrastive = dict(
       fn="clip", weight=1.0, a="ecg", b=towers[0], b_to_a=0.5, temperature=0.07
     )
-  return c

@@ -2,9 +2,12 @@ r"""CardioNets: an ECG encoder tied to a frozen video autoencoder of the cine; h
 strong negatives.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
-    mmcl train --config=configs/cardionets.py:demo,stage=cmr --workdir=demo/cio_cmr --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cardionets.py:demo,stage=ecg --workdir=demo/cio_ecg --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cardionets.py:demo,stage=align --workdir=demo/cio --config.data.cohort=demo/cohort \
+    mmcl train --config=configs/cardionets.py:demo,stage=cmr --workdir=demo/cio_cmr \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cardionets.py:demo,stage=ecg --workdir=demo/cio_ecg \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cardionets.py:demo,stage=align --workdir=demo/cio \
+      --config.data.cohort=demo/cohort \
       --config.init_from.ecg=demo/cio_ecg --config.init_from.cmr_cine=demo/cio_cmr
     mmcl evaluate --workdir=demo/cio
 

@@ -1,8 +1,9 @@
-"""The heart in a few numbers: a KL autoencoder of the short-axis stacks at ED and ES, whose latents
-ecg_to_cmr.py learns to draw.
+r"""The heart in a few numbers: a KL autoencoder of the short-axis stacks at ED and ES, whose
+latents ecg_to_cmr.py learns to draw.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
-    mmcl train --config=configs/cmr_autoencoder.py:demo --workdir=demo/autoencoder --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_autoencoder.py:demo --workdir=demo/autoencoder \
+      --config.data.cohort=demo/cohort
 
 Expected time: `:demo` 11 minutes on 2 CPU cores (100 of its 2,000 steps were timed: 3.1 a second),
 22 beside other work. Expected score: R2 of what rebuilt test hearts measure, by the segmenter:
@@ -16,19 +17,38 @@ What differs: docs/recipes.md.
 
 from mmcl_jax.configuration import defaults, parse_arg
 
-# patch: slices, pixels, pixels; channels: numbers a token
 SIZES = {
   "demo": dict(
-    tokenizer="demo", patch=(4, 8, 8), channels=8, batch=16, steps=2000, learning_rate=1e-3
+    tokenizer="demo",
+    patch=(4, 8, 8),  # slices, pixels, pixels
+    channels=8,  # numbers a token
+    batch=16,
+    steps=2000,
+    learning_rate=1e-3,
   ),
   "test": dict(
-    tokenizer="test", patch=(6, 16, 16), channels=4, batch=8, steps=6, learning_rate=1e-3
+    tokenizer="test",
+    patch=(6, 16, 16),
+    channels=4,
+    batch=8,
+    steps=6,
+    learning_rate=1e-3,
   ),
   "small": dict(
-    tokenizer="small", patch=(2, 8, 8), channels=16, batch=64, steps=40_000, learning_rate=3e-4
+    tokenizer="small",
+    patch=(2, 8, 8),
+    channels=16,
+    batch=64,
+    steps=40_000,
+    learning_rate=3e-4,
   ),
   "base": dict(
-    tokenizer="base", patch=(2, 8, 8), channels=16, batch=256, steps=80_000, learning_rate=1e-4
+    tokenizer="base",
+    patch=(2, 8, 8),
+    channels=16,
+    batch=256,
+    steps=80_000,
+    learning_rate=1e-4,
   ),
 }
 

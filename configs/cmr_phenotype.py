@@ -1,9 +1,11 @@
-"""Supervised CMR encoders: the teachers of dual_phase.py and arms.py, one a view, trained to
+r"""Supervised CMR encoders: the teachers of dual_phase.py and arms.py, one a view, trained to
 measure what they see.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
-    mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es \
+      --config.data.cohort=demo/cohort
     mmcl evaluate --workdir=demo/ed
 
 `view` is ed_volume, es_volume, ed_slice or cine_slice. `targets` is 3 (LVEDV, LVM, RVEDV), 5

@@ -1,8 +1,9 @@
-"""LV, myocardium and RV of any short-axis stack: a small U-Net, by which generated hearts are
+r"""LV, myocardium and RV of any short-axis stack: a small U-Net, by which generated hearts are
 measured (ecg_to_cmr.py).
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
-    mmcl train --config=configs/cmr_segmenter.py:demo --workdir=demo/segmenter --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_segmenter.py:demo --workdir=demo/segmenter \
+      --config.data.cohort=demo/cohort
 
 Expected time: `:demo` 5 minutes on 2 CPU cores (100 of its 400 steps were timed: 1.9 a second), 11
 beside other work. Expected score: Dice on test hearts LV 0.99, myocardium 0.95, RV 0.98; R2 of what
@@ -16,9 +17,24 @@ Source: U-Net, Ronneberger et al. 2015. What differs: docs/recipes.md.
 from mmcl_jax.configuration import defaults, parse_arg
 
 SIZES = {
-  "demo": dict(segmenter="demo", batch=8, steps=400, learning_rate=3e-3),
-  "test": dict(segmenter="test", batch=8, steps=6, learning_rate=1e-2),
-  "base": dict(segmenter="base", batch=32, steps=10_000, learning_rate=1e-3),
+  "demo": dict(
+    segmenter="demo",
+    batch=8,
+    steps=400,
+    learning_rate=3e-3,
+  ),
+  "test": dict(
+    segmenter="test",
+    batch=8,
+    steps=6,
+    learning_rate=1e-2,
+  ),
+  "base": dict(
+    segmenter="base",
+    batch=32,
+    steps=10_000,
+    learning_rate=1e-3,
+  ),
 }
 
 

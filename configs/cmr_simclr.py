@@ -1,7 +1,8 @@
-"""SimCLR on CMR: MMCL's image encoder before it meets an ECG. A ResNet over three frames, NT-Xent.
+r"""SimCLR on CMR: MMCL's image encoder before it meets an ECG. A ResNet over three frames, NT-Xent.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
-    mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr \
+      --config.data.cohort=demo/cohort
     mmcl evaluate --workdir=demo/simclr
 
 Expected time: `:demo` 2 minutes on 2 CPU cores.

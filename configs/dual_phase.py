@@ -2,10 +2,14 @@ r"""Dual-phase contrastive learning: an ECG encoder tied to frozen CMR encoders 
 end-systole.
 
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es --config.data.cohort=demo/cohort
-    mmcl train --config=configs/dual_phase.py:demo --workdir=demo/dual --config.data.cohort=demo/cohort \
-      --config.init_from.ecg=demo/mae --config.init_from.cmr_ed=demo/ed --config.init_from.cmr_es=demo/es
+    mmcl train --config=configs/cmr_phenotype.py:demo --workdir=demo/ed \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_phenotype.py:demo,view=es_volume --workdir=demo/es \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/dual_phase.py:demo --workdir=demo/dual \
+      --config.data.cohort=demo/cohort \
+      --config.init_from.ecg=demo/mae --config.init_from.cmr_ed=demo/ed \
+      --config.init_from.cmr_es=demo/es
     mmcl evaluate --workdir=demo/dual
 
 Expected time: the last stage of `:demo` 4 minutes on 2 CPU cores; frozen encoders run once.

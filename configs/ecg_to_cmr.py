@@ -3,9 +3,12 @@ trained ECG encoder.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
     mmcl train --config=configs/joint.py:demo --workdir=demo/joint --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_autoencoder.py:demo --workdir=demo/autoencoder --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_segmenter.py:demo --workdir=demo/segmenter --config.data.cohort=demo/cohort
-    mmcl train --config=configs/ecg_to_cmr.py:demo --workdir=demo/generator --config.data.cohort=demo/cohort \
+    mmcl train --config=configs/cmr_autoencoder.py:demo --workdir=demo/autoencoder \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_segmenter.py:demo --workdir=demo/segmenter \
+      --config.data.cohort=demo/cohort
+    mmcl train --config=configs/ecg_to_cmr.py:demo --workdir=demo/generator \
+      --config.data.cohort=demo/cohort \
         --config.init_from.ecg=demo/joint --config.init_from.tokenizer=demo/autoencoder \
         --config.init_from.segmenter=demo/segmenter
 

@@ -2,7 +2,8 @@ r"""MMCL: an ECG encoder and a ResNet over three frames of the CMR, each pre-tra
 tied to each other.
 
     mmcl train --config=configs/ecg_mae.py:demo --workdir=demo/mae --config.data.cohort=demo/cohort
-    mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr --config.data.cohort=demo/cohort
+    mmcl train --config=configs/cmr_simclr.py:demo --workdir=demo/simclr \
+      --config.data.cohort=demo/cohort
     mmcl train --config=configs/mmcl.py:demo --workdir=demo/mmcl --config.data.cohort=demo/cohort \
       --config.init_from.ecg=demo/mae --config.init_from.cmr_image=demo/simclr
     mmcl evaluate --workdir=demo/mmcl

@@ -2,7 +2,8 @@ r"""Phenotypes from the ECG by supervision: the fair baseline of every pre-train
 fine-tuning after one.
 
     mmcl prepare synthetic --subjects=1600 --out=demo/cohort
-    mmcl train --config=configs/supervised.py:demo --workdir=demo/supervised --config.data.cohort=demo/cohort
+    mmcl train --config=configs/supervised.py:demo --workdir=demo/supervised \
+      --config.data.cohort=demo/cohort
     mmcl train --config=configs/supervised.py:demo,start=pretrained --workdir=demo/tuned \
       --config.data.cohort=demo/cohort --config.init_from.ecg=demo/mmcl
     mmcl evaluate --workdir=demo/supervised
