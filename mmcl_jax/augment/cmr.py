@@ -29,7 +29,9 @@ def affine(
   zoom = 1 + scale * zoom
   H, W = cmr.shape[-2:]
   middle_y, middle_x = (H - 1) / 2, (W - 1) / 2
-  y, x = jnp.meshgrid(jnp.arange(H) - middle_y, jnp.arange(W) - middle_x, indexing="ij")
+  rows = jnp.arange(H) - middle_y
+  columns = jnp.arange(W) - middle_x
+  y, x = jnp.meshgrid(rows, columns, indexing="ij")
   turned_y = jnp.cos(angle) * y - jnp.sin(angle) * x
   turned_x = jnp.sin(angle) * y + jnp.cos(angle) * x
   source = [

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 def crop(key, ecg, samples: int):
   """A random window of `samples` samples; random only in time, the same for all leads."""
-  start = jax.random.randint(key, (), 0, ecg.shape[1] - samples + 1)
+  latest = ecg.shape[1] - samples
+  start = jax.random.randint(key, (), 0, latest + 1)
   return jax.lax.dynamic_slice_in_dim(ecg, start, samples, axis=1)
 
 
@@ -18,20 +19,25 @@ def phase_noise(key, ecg, strength: float, probability: float):
   leads."""
   gate, key = jax.random.split(key)
   spectrum = jnp.fft.rfft(ecg, axis=1)
-  phase = strength * jax.random.uniform(key, (spectrum.shape[1],), maxval=2 * jnp.pi)
+  frequencies = spectrum.shape[1]
+  phase = strength * jax.random.uniform(key, (frequencies,), maxval=2 * jnp.pi)
   phase = phase.at[0].set(0.0)  # the mean keeps its sign
-  noisy = jnp.fft.irfft(spectrum * jnp.exp(1j * phase), n=ecg.shape[1], axis=1)
-  return jnp.where(jax.random.bernoulli(gate, probability), noisy, ecg)
+  shifted = spectrum * jnp.exp(1j * phase)
+  noisy = jnp.fft.irfft(shifted, n=ecg.shape[1], axis=1)
+  chosen = jax.random.bernoulli(gate, probability)
+  return jnp.where(chosen, noisy, ecg)
 
 
 def reverse(key, ecg, probability: float):
   """Time flip of the whole recording (CardiacNets, Ding et al. 2024: probability 0.33)."""
-  return jnp.where(jax.random.bernoulli(key, probability), ecg[:, ::-1], ecg)
+  chosen = jax.random.bernoulli(key, probability)
+  return jnp.where(chosen, ecg[:, ::-1], ecg)
 
 
 def invert(key, ecg, probability: float):
   """Sign flip, all leads together (CardiacNets: probability 0.33)."""
-  return jnp.where(jax.random.bernoulli(key, probability), -ecg, ecg)
+  chosen = jax.random.bernoulli(key, probability)
+  return jnp.where(chosen, -ecg, ecg)
 
 
 def gain_noise(key, ecg, sigma: float):
@@ -77,7 +83,8 @@ def augment(
   if sign_flip:
     ecg = invert(keys[5], ecg, sign_flip)
   if phase_noise_strength:
-    ecg = phase_noise(keys[1], ecg, phase_noise_strength, 1.0 if phase_noise_always else 0.5)
+    probability = 1.0 if phase_noise_always else 0.5
+    ecg = phase_noise(keys[1], ecg, phase_noise_strength, probability)
   if gain_noise_sigma:
     ecg = gain_noise(keys[6], ecg, gain_noise_sigma)
   if jitter_sigma:

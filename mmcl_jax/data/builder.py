@@ -28,8 +28,17 @@ import threadpoolctl
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from mmcl_jax.data import cohort as cohort_lib, ecg_quality, schema, units
-from mmcl_jax.data.cohort import LABELS, NAME, VERSION, Cohort, features, load
+from mmcl_jax.data import ecg_quality, schema, units
+from mmcl_jax.data.cohort import (
+  LABELS,
+  NAME,
+  VERSION,
+  Cohort,
+  checksum,
+  ends,
+  features,
+  load,
+)
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError, check_writable, is_environment
@@ -88,12 +97,14 @@ def encode(record: dict[str, np.ndarray], profile: str | None) -> dict[str, np.n
     ecg = preprocess_ecg.normalise(ecg, profile)
   if not record["has_ecg"]:
     ecg = np.zeros_like(ecg)
-  scale = np.float32(max(np.abs(ecg).max(), 1e-6) / 32767)
-  stored = {name: np.asarray(x) for name, x in record.items()}
-  stored["ecg"] = np.round(ecg / scale).astype(np.int16)
-  stored["ecg_scale"] = np.asarray(scale)
-  stored["has_ecg"] = np.uint8(record["has_ecg"])
-  stored["has_cmr"] = np.uint8(record["has_cmr"])
+  largest = max(np.abs(ecg).max(), 1e-6)
+  scale = np.float32(largest / 32767)
+  stored = record | {
+    "ecg": np.round(ecg / scale).astype(np.int16),
+    "has_ecg": np.uint8(record["has_ecg"]),
+    "has_cmr": np.uint8(record["has_cmr"]),
+  }
+  stored["ecg_scale"] = scale
   return {name: np.asarray(x) for name, x in stored.items()}
 
 
@@ -125,37 +136,49 @@ def build(
     UserError: nothing could be read, a split is empty, or `out` is taken.
   """
   check_out(out)
-  target, partial = pathlib.Path(out), pathlib.Path(f"{out.rstrip('/')}.partial")
+  target = pathlib.Path(out)
+  partial = pathlib.Path(f"{out.rstrip('/')}.partial")
   profile = plan.info.get("ecg_profile", profile)
-  spelled = {name: units.spelled(unit) for name, unit in plan.info["phenotypes"].items()}
-  info = {**plan.info, "phenotypes": spelled, "ecg_profile": profile, "split": list(shares)}
+  phenotypes = plan.info["phenotypes"]
+  info = plan.info | {
+    "phenotypes": {name: units.spelled(unit) for name, unit in phenotypes.items()},
+    "ecg_profile": profile,
+    "split": list(shares),
+  }
   splits = split_items(plan, shares)
   info["plan"] = digest_of(plan, info, splits)
   if (target / "cohort.json").is_file():
-    if (made := load(out)).info["plan"] != info["plan"]:
-      raise UserError(
-        f"{out} holds a cohort of other inputs or settings; choose another --out or remove it"
-      )
-    clear(target)
-    print(
-      f"{out} is there, of the same paths and settings: nothing was read again; remove it to make "
-      "it anew"
-    )
-    return made
+    return made_before(out, info["plan"])
   files.no_links(partial)
   partial.mkdir(parents=True, exist_ok=True)
   with locks.held(partial / "lock", f"another process is preparing {out}", "--out"):
     same_plan(partial, info["plan"])
+    shards = partial / "shards"
     # else killed right before its name was given
-    if (partial / "shards").is_dir() or not (partial / "cohort.json").is_file():
+    if shards.is_dir() or not (partial / "cohort.json").is_file():
       write_all(partial, plan, splits, profile, info, processes, report, run or run_locally)
-      os.replace(partial / "shards", partial / "shards.done")
+      os.replace(shards, partial / "shards.done")
     shutil.rmtree(partial / "shards.done", ignore_errors=True)
     if target.exists():
       target.rmdir()
     files.publish(partial, target)
   clear(target)
   return load(out)
+
+
+def made_before(out: str, plan: str) -> Cohort:
+  """The cohort that is there; a UserError where it is of another plan, by its digest."""
+  cohort = load(out)
+  if cohort.info["plan"] != plan:
+    raise UserError(
+      f"{out} holds a cohort of other inputs or settings; choose another --out or remove it"
+    )
+  clear(pathlib.Path(out))
+  print(
+    f"{out} is there, of the same paths and settings: nothing was read again; remove it to make "
+    "it anew"
+  )
+  return cohort
 
 
 def clear(target: pathlib.Path) -> None:
@@ -192,21 +215,26 @@ def write_all(
   run(functools.partial(write_shard, job), shards, processes)
   notes = []
   for shard in shards:
-    notes.append((shard, json.loads((folder / f"{shard.name}.json").read_text())))
+    note = folder / f"{shard.name}.json"
+    notes.append((shard, json.loads(note.read_text())))
   labels = {}
   for split in schema.SPLITS:
-    labels[split] = collect_labels(job, [shard for shard in shards if shard.split == split])
+    of_split = [shard for shard in shards if shard.split == split]
+    labels[split] = collect_labels(job, of_split)
   finish(partial, job, notes, labels, info)
   if report:
-    report(str(partial), load(str(partial)), collect(plan, notes, labels))
+    cohort = load(str(partial))
+    report(str(partial), cohort, collect(plan, notes, labels))
 
 
 def shards_of(split: str, items: list[Item]) -> list[Shard]:
   fewest, most = RECORDS_A_SHARD
-  size = min(max(len(items) // SHARDS_A_SPLIT, fewest), most)
+  size = len(items) // SHARDS_A_SPLIT
+  size = min(max(size, fewest), most)
   shards = []
   for start in range(0, len(items), size):
-    shards.append(Shard(split, len(shards), items[start : start + size]))
+    of_shard = items[start : start + size]
+    shards.append(Shard(split, len(shards), of_shard))
   return shards
 
 
@@ -214,14 +242,16 @@ def check_out(out: str) -> None:
   """Raises a UserError where a cohort cannot get the name `out` in the end."""
   target = pathlib.Path(out)
   check_writable(f"{out.rstrip('/')}.partial")
-  if target.is_symlink() or os.path.ismount(target) or target.resolve() == pathlib.Path.cwd():
+  is_current = target.resolve() == pathlib.Path.cwd()
+  if target.is_symlink() or os.path.ismount(target) or is_current:
     raise UserError(
       f"--out={out} is a link, a mount or the current folder; expected the name of a new folder"
     )
   if not target.exists():
     return
-  in_use = target.is_dir() and any(target.iterdir())
-  if not target.is_dir() or (in_use and not (target / "cohort.json").is_file()):
+  is_cohort = (target / "cohort.json").is_file()
+  is_empty = target.is_dir() and not any(target.iterdir())
+  if not is_cohort and not is_empty:
     raise UserError(
       f"{out} is not empty; expected a new folder for the cohort: choose another --out or remove it"
     )
@@ -238,9 +268,10 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
     subject, _, _ = name.partition("/")
     if name in planned:
       raise UserError(f"record {name} is planned twice; expected one record a subject and visit")
-    if split_of_subject.setdefault(subject, split) != split:
+    other = split_of_subject.setdefault(subject, split)
+    if other != split:
       raise UserError(
-        f"subject {subject} would be in {split_of_subject[subject]} and in {split}; expected all "
+        f"subject {subject} would be in {other} and in {split}; expected all "
         "visits of a person in one split"
       )
     planned.add(name)
@@ -250,11 +281,11 @@ def split_items(plan: Plan, shares) -> dict[str, list[Item]]:
     if share and not splits[split] and not plan.split:
       empty.append(split)
   if empty or not plan.items:
+    names = ", ".join(empty or schema.SPLITS)
     steps = [f"{len(plan.items)} records in all"]
     steps += [f"{count} {step}" for step, count in plan.steps.items()]
     raise UserError(
-      f"split {', '.join(empty or schema.SPLITS)} would hold no subject ({'; '.join(steps)}): give "
-      "more data or change --split"
+      f"split {names} would hold no subject ({'; '.join(steps)}): give more data or change --split"
     )
   return splits
 
@@ -287,15 +318,20 @@ def same_plan(partial: pathlib.Path, digest: str) -> None:
 def first_layout(job: Job, splits: dict[str, list[Item]]) -> dict[str, tuple[str, list[int]]]:
   """Fields, types and shapes of the records, read off the first one that can be read."""
   reasons = []
-  for item in itertools.islice(itertools.chain(*splits.values()), FIRST_TRIES):
+  items = itertools.chain(*splits.values())
+  for item in itertools.islice(items, FIRST_TRIES):
     try:
       stored, _ = read_item(job, item)
-      return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
+      return layout_of(stored)
     except BadRecord as error:
       reasons.append(f"{item.salted_id}: {error}")
   raise UserError(
     f"none of the first {len(reasons)} records can be read; {'; '.join(reasons[:3])}: check --input"
   )
+
+
+def layout_of(stored: dict[str, np.ndarray]) -> dict[str, tuple[str, list[int]]]:
+  return {name: (x.dtype.name, list(x.shape)) for name, x in stored.items()}
 
 
 def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -305,19 +341,17 @@ def read_item(job: Job, item: Item) -> tuple[dict[str, np.ndarray], list[str]]:
     record, flags = job.read(item)
     check(record, job)
     flags = [*flags, *more_remarks(record, flags, job)]
-    stored = encode(
-      {"subject": item.subject, "visit": np.uint16(item.visit), **record}, job.profile
-    )
+    identity = {"subject": item.subject, "visit": np.uint16(item.visit)}
+    stored = encode(identity | record, job.profile)
   except BadRecord as error:
     raise BadRecord(scrub(str(error), item)) from None
   except UserError:
     raise
   except Exception as error:
     if is_environment(error):  # a disk or a network that fails is no reason to leave a person out
+      reason = getattr(error, "strerror", "") or type(error).__name__
       raise UserError(
-        f"reading record {item.salted_id} failed "
-        f"({getattr(error, 'strerror', '') or type(error).__name__}); the same command goes on "
-        "from here"
+        f"reading record {item.salted_id} failed ({reason}); the same command goes on from here"
       ) from None
     # A reader's own mistake: one record must not cost a long run.
     raise BadRecord(scrub(f"unexpected {type(error).__name__}: {error}", item)) from None
@@ -328,20 +362,20 @@ def check(record: dict[str, np.ndarray], job: Job) -> None:
   """A source's record against what its plan and the schema say: UserError where every one would be
   wrong."""
   ecg = np.asarray(record["ecg"])
-  if job.profile and ecg.shape != (len(schema.LEADS), schema.ECG_SAMPLES):
+  expected = [len(schema.LEADS), schema.ECG_SAMPLES]
+  if job.profile and list(ecg.shape) != expected:
     raise UserError(
-      f"the source gives ECG of shape {list(ecg.shape)}; expected "
-      f"{[len(schema.LEADS), schema.ECG_SAMPLES]}: 10 s at {schema.ECG_RATE_HZ} Hz "
-      "(mmcl_jax.data.preprocess.ecg.to_standard)"
+      f"the source gives ECG of shape {list(ecg.shape)}; expected {expected}: "
+      f"10 s at {schema.ECG_RATE_HZ} Hz (mmcl_jax.data.preprocess.ecg.to_standard)"
     )
   for name, length in job.lengths.items():
-    if np.shape(record[name]) != (length,):
+    shape = list(np.shape(record[name]))
+    if shape != [length]:
       raise UserError(
-        f"the source gives {name} of shape {list(np.shape(record[name]))} and names {length} of "
-        "them in its plan"
+        f"the source gives {name} of shape {shape} and names {length} of them in its plan"
       )
-  if not np.isfinite(ecg).all():
-    raise BadRecord(f"{np.sum(~np.isfinite(ecg))} samples of the ECG are not finite")
+  if not_finite := np.sum(~np.isfinite(ecg)):
+    raise BadRecord(f"{not_finite} samples of the ECG are not finite")
 
 
 def more_remarks(record: dict[str, np.ndarray], flags: tuple[str, ...], job: Job) -> list[str]:
@@ -372,16 +406,20 @@ def record_writer_errors(folder: pathlib.Path):
   try:
     yield
   except RuntimeError as error:
+    reason = " ".join(str(error).split())[:150]
     raise UserError(
-      f"cannot write to {folder}: {' '.join(str(error).split())[:150]}; the same command goes on "
-      "from what is done"
+      f"cannot write to {folder}: {reason}; the same command goes on from what is done"
     ) from None
 
 
 @threadpoolctl.threadpool_limits.wrap(limits=1)  # as many processes as cores already compute
-def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: None) -> None:
+def write_shard(
+  job: Job,
+  shard: Shard,
+  progress: Callable[[], None] | None = None,
+) -> None:
   """Reads the items of a shard and writes its file, then its note, each under a temporary name
-  first."""
+  first. Calls `progress` after each item."""
   folder = pathlib.Path(job.folder)
   file = folder / f"{shard.name}.array_record"
   note = folder / f"{shard.name}.json"
@@ -389,7 +427,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     return
   described = features(job.layout)
   serializer = tfds.core.example_serializer.ExampleSerializer(described.get_serialized_info())
-  digest, rejected, flagged = hashlib.blake2b(digest_size=16), [], []
+  digest = hashlib.blake2b(digest_size=16)
+  rejected, flagged = [], []
   kept = {name: [] for name in KEPT}
   # a cluster may run one shard twice at a time
   temporary = f"{folder / shard.name}.{secrets.token_hex(4)}.tmp"
@@ -402,8 +441,9 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
     except BadRecord as error:
       rejected.append({"id": item.salted_id, "reason": str(error)})
     else:
+      example = described.encode_example(stored)
       with record_writer_errors(folder):
-        writer.write(serializer.serialize_example(described.encode_example(stored)))
+        writer.write(serializer.serialize_example(example))
       # Of the arrays, not of the file: protocol buffers give the same record other bytes in another
       # process.
       digest.update(b"".join(stored[name].tobytes() for name in job.layout))
@@ -411,7 +451,8 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
         values.append(stored[name])
       if flags:
         flagged.append({"id": item.salted_id, "flags": flags})
-    progress()
+    if progress:
+      progress()
   with record_writer_errors(folder):
     writer.close()
   count = len(kept["subject"])
@@ -434,9 +475,9 @@ def write_shard(job: Job, shard: Shard, progress: Callable[[], None] = lambda: N
 def check_layout(stored: dict[str, np.ndarray], layout: dict) -> None:
   """BadRecord where a record's fields, types or shapes are not those of the first one."""
   differing = []
-  for name, x in stored.items():
-    if (x.dtype.name, list(x.shape)) != tuple(layout.get(name, ())):
-      differing.append(f"{name} {x.dtype} {list(x.shape)}")
+  for name, (dtype, shape) in layout_of(stored).items():
+    if (dtype, shape) != tuple(layout.get(name, ())):
+      differing.append(f"{name} {dtype} {shape}")
   if differing:
     raise BadRecord(f"its {', '.join(differing)} differ from the first record's")
   if missing := layout.keys() - stored.keys():
@@ -463,10 +504,15 @@ def _write_counting(write, shard):
 def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: int) -> None:
   """Writes shards in processes of this machine, with progress, rate and ETA; what an earlier run
   has written is kept."""
-  folder = pathlib.Path(write.args[0].folder)
-  left = [shard for shard in shards if not (folder / f"{shard.name}.json").is_file()]
+  job, *_ = write.args
+  left = []
+  done = 0
+  for shard in shards:
+    if pathlib.Path(job.folder, f"{shard.name}.json").is_file():
+      done += len(shard.items)
+    else:
+      left.append(shard)
   total = sum(len(shard.items) for shard in shards)
-  done = total - sum(len(shard.items) for shard in left)
   with tqdm(total=total, initial=done, desc="prepare", unit="record", mininterval=1) as progress:
     if processes == 1 or len(left) <= 1:
       for shard in left:
@@ -474,7 +520,8 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
       return
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside JAX's threads
     count = context.Value("q", 0)
-    pool = futures.ProcessPoolExecutor(min(processes, len(left)), context, _begin_worker, (count,))
+    workers = min(processes, len(left))
+    pool = futures.ProcessPoolExecutor(workers, context, _begin_worker, (count,))
     with signals_blocked():
       waiting = {pool.submit(_write_counting, write, shard) for shard in left}
     try:
@@ -497,64 +544,77 @@ def run_locally(write: Callable[[Shard], None], shards: list[Shard], processes: 
 
 def collect_labels(job: Job, shards: list[Shard]) -> dict[str, np.ndarray]:
   """{field of KEPT: [N, ...]} of all records that these shards hold."""
-  parts = []
-  for shard in shards:
-    file = pathlib.Path(job.folder, f"{shard.name}.npz")
-    if file.is_file():  # else nothing of it was kept
-      parts.append(np.load(file))
   labels = {}
   for name in KEPT:
     dtype, shape = job.layout[name]
-    nothing = np.zeros((0, *shape), dtype)
-    labels[name] = np.concatenate([nothing, *(part[name] for part in parts)])
-  return labels
+    labels[name] = [np.zeros((0, *shape), dtype)]
+  for shard in shards:
+    file = pathlib.Path(job.folder, f"{shard.name}.npz")
+    if file.is_file():  # else nothing of it was kept
+      of_shard = np.load(file)
+      for name, arrays in labels.items():
+        arrays.append(of_shard[name])
+  return {name: np.concatenate(arrays) for name, arrays in labels.items()}
 
 
 def collect(
-  plan: Plan, notes: list[tuple[Shard, dict]], labels: dict[str, dict[str, np.ndarray]]
+  plan: Plan,
+  notes: list[tuple[Shard, dict]],
+  labels: dict[str, dict[str, np.ndarray]],
 ) -> Outcome:
   """What became of the plan, as the notes and labels of all shards say."""
   rejected, flags, splits = [], [], []
   for item, reason in plan.rejected:
-    rejected.append({"id": item.salted_id, "reason": scrub(reason, item)})
+    reason = scrub(reason, item)
+    rejected.append({"id": item.salted_id, "reason": reason})
   for _, note in notes:
     rejected += note["rejected"]
     flags += note["flags"]
   for split, kept in labels.items():
     splits += [split] * len(kept["subject"])
   return Outcome(
-    plan.steps | {"read": len(plan.items), "kept": len(splits)},
-    rejected,
-    flags,
-    np.concatenate([kept["phenotypes"] for kept in labels.values()]),
-    np.concatenate([kept["covariates"] for kept in labels.values()]),
-    splits,
+    steps=plan.steps | {"read": len(plan.items), "kept": len(splits)},
+    rejected=rejected,
+    flags=flags,
+    phenotypes=np.concatenate([kept["phenotypes"] for kept in labels.values()]),
+    covariates=np.concatenate([kept["covariates"] for kept in labels.values()]),
+    splits=splits,
   )
 
 
 def finish(
-  partial: pathlib.Path, job: Job, notes: list[tuple[Shard, dict]], labels: dict, info: dict
+  partial: pathlib.Path,
+  job: Job,
+  notes: list[tuple[Shard, dict]],
+  labels: dict,
+  info: dict,
 ) -> None:
   """Gives the shards their final names and writes what TFDS and `load` want to know of them."""
   lengths = {split: [] for split in schema.SPLITS}
   for shard, note in notes:
     lengths[shard.split].append((shard, note["kept"]))
-  counts = {split: sum(kept for _, kept in pairs) for split, pairs in lengths.items()}
-  empty = [split for split, pairs in lengths.items() if pairs and not counts[split]]
+  counts, empty = {}, []
+  for split, pairs in lengths.items():
+    counts[split] = sum(kept for _, kept in pairs)
+    if pairs and not counts[split]:
+      empty.append(split)
   if empty:
     raise UserError(
       f"every record of split {', '.join(empty)} was rejected; the reasons are in "
       f"{job.folder}/*.json"
     )
   shards = name_shards(partial, job, lengths)
-  subjects = {split: kept["subject"] for split, kept in labels.items()}
-  np.savez(partial / "subjects.npz", **subjects)
+  subjects = partial / "subjects.npz"
+  np.savez(subjects, **{split: kept["subject"] for split, kept in labels.items()})
   sizes, checksums = {}, {}
-  for file in shards:
-    sizes[str(file.relative_to(partial))] = file.stat().st_size
-  for file in (*shards, partial / "subjects.npz"):
+  for file in (*shards, subjects):
     name = str(file.relative_to(partial))
-    checksums[name] = [cohort_lib.ends(file), cohort_lib.checksum(file)]
+    checksums[name] = [ends(file), checksum(file)]
+    if file != subjects:
+      sizes[name] = file.stat().st_size
+  statistics = {}
+  for field in ("phenotypes", "covariates"):
+    statistics[field] = dict(zip(info[field], moments(labels["train"][field])))
   cohort = {
     "schema_version": schema.SCHEMA_VERSION,
     **info,
@@ -562,15 +622,13 @@ def finish(
     "with_ecg": {split: int(kept["has_ecg"].sum()) for split, kept in labels.items()},
     "with_cmr": {split: int(kept["has_cmr"].sum()) for split, kept in labels.items()},
     "shapes": {name: shape for name, (_, shape) in job.layout.items()},
-    "train_statistics": {
-      "phenotypes": dict(zip(info["phenotypes"], moments(labels["train"]["phenotypes"]))),
-      "covariates": dict(zip(info["covariates"], moments(labels["train"]["covariates"]))),
-    },
+    "train_statistics": statistics,
     "files": sizes,
     "checksums": checksums,
     "fingerprint": fingerprint(job, notes, info),
   }
-  (partial / "cohort.json").write_text(json.dumps(cohort, indent=1) + "\n")
+  text = json.dumps(cohort, indent=1) + "\n"
+  (partial / "cohort.json").write_text(text)
 
 
 def name_shards(partial: pathlib.Path, job: Job, lengths: dict) -> list[pathlib.Path]:
@@ -631,7 +689,8 @@ def fingerprint(job: Job, notes: list[tuple[Shard, dict]], info: dict) -> str:
     [(name, list(info[name])) for name in LABELS],
     [(shard.split, note["digest"]) for shard, note in notes],
   ]
-  return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+  text = json.dumps(content)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def moments(values: np.ndarray) -> list[list[float] | None]:

@@ -8,11 +8,15 @@ SYNTHETIC_NOTE = "synthetic cohort: proves the code, not medicine"
 def aligned(rows: list[list[str]], left: int = 1) -> str:
   """Rows of text in columns, the first `left` of them flush left, the others right."""
   rows = [[one_line(cell) for cell in row] for row in rows]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  widths = []
+  for column in zip(*rows, strict=True):
+    widths.append(max(map(len, column)))
   lines = []
   for row in rows:
     cells = []
-    for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
-      cells.append(cell.ljust(width) if place < left else cell.rjust(width))
-    lines.append("  ".join(cells).rstrip())
+    for cell, width in zip(row, widths, strict=True):
+      flush_left = len(cells) < left
+      cells.append(cell.ljust(width) if flush_left else cell.rjust(width))
+    line = "  ".join(cells)
+    lines.append(line.rstrip())
   return "\n".join(lines)

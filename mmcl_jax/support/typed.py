@@ -15,18 +15,23 @@ def fits(value, kind) -> bool:
     return True
   if is_typeddict(kind):
     return isinstance(value, dict) and not wrong_entries(value, kind)
-  origin, args = get_origin(kind), get_args(kind)
+  origin = get_origin(kind)
+  args = get_args(kind)
   if origin is types.UnionType:
     return any(fits(value, arg) for arg in args)
   if origin is list:
-    return isinstance(value, list) and all(fits(x, args[0]) for x in value)
+    (of_items,) = args
+    return isinstance(value, list) and all(fits(item, of_items) for item in value)
   if origin is dict:
-    return isinstance(value, dict) and all(fits(x, args[1]) for x in value.values())
+    _, of_values = args
+    return isinstance(value, dict) and all(fits(entry, of_values) for entry in value.values())
   if kind is None or kind is types.NoneType:
     return value is None
   if kind in (int, float) and isinstance(value, bool):
     return False
-  return isinstance(value, (int, float) if kind is float else kind)
+  if kind is float:
+    return isinstance(value, (int, float))
+  return isinstance(value, kind)
 
 
 def wrong_entries(content: dict[str, Any], kind) -> list[str]:

@@ -53,10 +53,10 @@ def find(root) -> list[Study]:
     UserError: not exactly one table in `root`, or it or a folder below cannot be listed.
     BadRecord: the table cannot be read; errors of disk and memory pass.
   """
+  root = Path(root)
   files = list(map(Path, walk([root])))
-  tables = [
-    path for path in files if path.parent == Path(root) and fnmatch.fnmatchcase(path.name, TABLE)
-  ]
+  in_root = [path for path in files if path.parent == root]
+  tables = [path for path in in_root if fnmatch.fnmatchcase(path.name, TABLE)]
   if len(tables) != 1:
     raise UserError(
       f"{len(tables)} files {TABLE} in {root}; expected one, as in the folder OpenDataset of M&Ms"
@@ -64,9 +64,9 @@ def find(root) -> list[Study]:
   folders = {}
   for part in PARTS:
     for path in files:
-      inside = path.parents[1:2] == (Path(root, part),)
-      if inside and path.name == f"{path.parent.name}_sa.nii.gz":
-        folders[path.parent.name] = path.parent
+      folder = path.parent
+      if folder.parent == root / part and path.name == f"{folder.name}_sa.nii.gz":
+        folders[folder.name] = folder
   studies = []
   for row in _rows(tables[0]):
     folder = folders.get(row["External code"])
@@ -79,11 +79,15 @@ def read(study: Study) -> Cine:
   """Reads one patient. Raises BadRecord with the reason; errors of disk and memory pass."""
   stem = study.folder / f"{study.folder.name}_sa"
   images, spacing, frame_s, base_first = nifti.read(f"{stem}.nii.gz")
-  ed, es = _frame_number(study.row, "ED"), _frame_number(study.row, "ES")
-  labels = f"{stem}_gt.nii.gz"
-  labels = nifti.read_labels(labels, NUMBERS) if present(labels) else None
+  ed = _frame_number(study.row, "ED")
+  es = _frame_number(study.row, "ES")
+  segmentation = f"{stem}_gt.nii.gz"
+  labels = None
+  if present(segmentation):
+    labels = nifti.read_labels(segmentation, NUMBERS)
   cine = assemble(images, spacing, frame_s, labels, NUMBERS, ed, es, base_first=base_first)
-  named = tuple(sorted(frame for frame in (ed, es) if frame is not None))
+  named = [frame for frame in (ed, es) if frame is not None]
+  named = tuple(sorted(named))
   if cine.labelled in ((), named):
     return cine
   labelled = ", ".join(map(str, cine.labelled)) or "none"

@@ -19,7 +19,10 @@ def identify(seed: int, index: int) -> np.ndarray:
 
 
 def subject(
-  seed: int, index: int, grid: cmr.Grid = cmr.Grid(), lax: bool = False
+  seed: int,
+  index: int,
+  grid: cmr.Grid = cmr.Grid(),
+  lax: bool = False,
 ) -> dict[str, np.ndarray]:
   """The record of one subject as in `schema`, the same for (seed, index) in any process and any
   order.
@@ -30,7 +33,8 @@ def subject(
   """
   population_of_one = population.draw(seed, [index])
   traits = {name: values[0] for name, values in population_of_one.items()}
-  volumes, labels, cine = cmr.heart(traits, population.generator(seed, index, 2), grid)
+  rng = population.generator(seed, index, 2)
+  volumes, labels, cine = cmr.heart(traits, rng, grid)
   spacing = np.array(grid.spacing, np.float32)
   measured = measure.phenotypes(labels, spacing, traits["heart_rate"])
   record = {
@@ -51,7 +55,7 @@ def subject(
   if lax:
     rng = population.generator(seed, index, 2)  # as of the short axis: the same heart
     plane_rng = population.generator(seed, index, 3)
-    record["lax"] = cmr.long_axis(traits, rng, plane_rng, grid)[0]
+    record["lax"], _ = cmr.long_axis(traits, rng, plane_rng, grid)
   return record
 
 
