@@ -128,10 +128,11 @@ def parse(argv):
   parser.add_argument("more", type=local, nargs="*", metavar="PATH", help="more inputs")
   args = parser.parse_intermixed_args(argv)
   args.input += args.more
-  args.given = set()
+  given = set()
   for name, value in vars(args).items():
     if value != parser.get_default(name) and value != []:
-      args.given.add(name)
+      given.add(name)
+  args.given = given
   args.own_readers = readers.parse_own(args.reader)
   args.shape = preprocess_cmr.Shape(args.slices, args.size, args.pixel_mm, args.frames)
   check(args)

@@ -212,8 +212,8 @@ def read_layout(folder: pathlib.Path, info: dict[str, Any]) -> dict[str, tuple[s
   if wrong:
     raise UserError(
       f"{file} names {str(wrong[0])[:100]!r}, a class that mmcl prepare does not write and that is "
-      "not loaded; expected tensors: copy it again, and use no cohort from a source that you do not "
-      "trust"
+      "not loaded; expected tensors: copy it again, and use no cohort from a source that you do "
+      "not trust"
     )
   shapes = {name: shape for name, (_, shape) in layout.items()}
   dtypes = [dtype for dtype, _ in layout.values()]

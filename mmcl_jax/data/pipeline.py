@@ -200,31 +200,31 @@ def conforming(
   lacks one of the `fields` that towers look at, all are zeros and the row counts as without CMR:
   ECG alone trains what needs an ECG alone.
   """
-  names = {field: list(first_info[field]) for field in ("phenotypes", "diseases", "covariates")}
-  where = {
-    field: [list(info[field]).index(name) if name in info[field] else -1 for name in wanted]
-    for field, wanted in names.items()
-  }
-  blank_record = blank(
-    {
-      name: x
-      for name, x in first_record.items()
-      if name in fields or name not in schema.VIEWS.values()
-    }
-  )
-  return functools.partial(_conform, where, blank_record, fields)
+  columns = {}
+  for field in ("phenotypes", "diseases", "covariates"):
+    names = list(info[field])
+    places = []
+    for name in first_info[field]:
+      places.append(names.index(name) if name in names else -1)
+    columns[field] = places
+  kept = {}
+  for name, x in first_record.items():
+    if name in fields or name not in schema.VIEWS.values():
+      kept[name] = x
+  return functools.partial(_conform, columns, blank(kept), fields)
 
 
-def _conform(where, blank_record, fields, record):
-  labels = {
-    field: np.append(record[field], np.float32(np.nan))[columns] for field, columns in where.items()
-  }
+def _conform(columns, blank_record, fields, record):
+  labels = {}
+  for field, places in columns.items():
+    with_nan = np.append(record[field], np.float32(np.nan))  # place -1
+    labels[field] = with_nan[places]
   lacks_cmr = any(field not in record for field in fields)
-  common = {
-    name: x
-    for name, x in record.items()
-    if name in blank_record and not (lacks_cmr and (name in fields or name == "features"))
-  }
+  common = {}
+  for name, x in record.items():
+    of_cmr = name in fields or name == "features"
+    if name in blank_record and not (lacks_cmr and of_cmr):
+      common[name] = x
   flags = {
     "has_cmr": np.uint8(0 if lacks_cmr else record["has_cmr"]),
     "mask": record.get("mask", np.uint8(1)),
@@ -263,20 +263,26 @@ def train_batches(
   Yields:
     dicts of NumPy arrays, leading axis batch / hosts.
   """
-  records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  records = _shuffled(source, seed)
   if mix:
-    others = [
-      grain.MapDataset.source(m.source).seed(seed + i).shuffle().repeat().map(m.conform)
-      for i, m in enumerate(mix, 1)
-    ]
-    records = grain.MapDataset.mix(
-      [records, *others], [1 - sum(m.share for m in mix), *(m.share for m in mix)]
-    )
-  rows = records.map_with_index(lambda i, record: to_example(i, record, fields))[host::hosts]
-  batches = rows.batch(batch // hosts, drop_remainder=True)[start_step:]
+    streams, shares = [records], []
+    for i, other in enumerate(mix, 1):
+      streams.append(_shuffled(other.source, seed + i).map(other.conform))
+      shares.append(other.share)
+    records = grain.MapDataset.mix(streams, [1 - sum(shares), *shares])
+  to_row = functools.partial(to_example, fields=fields)
+  rows = records.map_with_index(to_row)[host::hosts]
+  of_host = batch // hosts
+  batches = rows.batch(of_host, drop_remainder=True)[start_step:]
   if workers:
-    check_shared_memory(workers, buffer, batch // hosts * sum(x.nbytes for x in arrays(rows[0])))
+    row_bytes = sum(x.nbytes for x in arrays(rows[0]))
+    check_shared_memory(workers, buffer, of_host * row_bytes)
   return iterate(batches, threads, buffer, workers)
+
+
+def _shuffled(source, seed):
+  """Its records without end, in another order each time."""
+  return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
 def one_pass(

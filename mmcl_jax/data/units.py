@@ -1,6 +1,8 @@
 """Units of phenotypes: one spelling of each, whatever its letter case, and the exact factors
 between them."""
 
+import itertools
+
 SCALES = (  # units of one kind, in the smallest
   {"ul": 1, "ml": 1e3, "cl": 1e4, "dl": 1e5, "l": 1e6},
   {"ml/min": 1, "l/min": 1e3},
@@ -30,24 +32,21 @@ SAME = {
   "msec": "ms",
   "sec": "s",
 }
-NAMES = {
-  name.lower(): name
-  for name in (
-    *(name for scale in SCALES for name in scale),
-    "bpm",
-    "mmHg",
-    "kPa",
-    "1e-3/mmHg",
-    "ml/m2",
-    "g/m2",
-    "kg/m2",
-    "cm/s",
-    "m/s",
-    "mV",
-    "uV",
-    "years",
-  )
-}
+OTHERS = (  # in their usual letter case
+  "bpm",
+  "mmHg",
+  "kPa",
+  "1e-3/mmHg",
+  "ml/m2",
+  "g/m2",
+  "kg/m2",
+  "cm/s",
+  "m/s",
+  "mV",
+  "uV",
+  "years",
+)
+NAMES = {name.lower(): name for name in itertools.chain(*SCALES, OTHERS)}
 
 
 def spelled(unit: str) -> str:
@@ -71,5 +70,8 @@ def factor(unit: str, to: str) -> float | None:
   unit, to = spelled(unit), spelled(to)
   if unit == to:
     return 1.0
-  scale = next((scale for scale in SCALES if {unit.lower(), to.lower()} <= scale.keys()), None)
-  return scale and scale[unit.lower()] / scale[to.lower()]
+  unit, to = unit.lower(), to.lower()
+  for scale in SCALES:
+    if {unit, to} <= scale.keys():
+      return scale[unit] / scale[to]
+  return None

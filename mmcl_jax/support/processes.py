@@ -29,7 +29,12 @@ def exit_with_parent() -> None:
   """First call of a reading process: it waits on pipes that it also holds open, and would outlive a
   killed parent."""
   parent = multiprocessing.parent_process()
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+  def wait_and_exit():
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def alive(process: str) -> bool:

@@ -7,7 +7,7 @@ SYNTHETIC_NOTE = "synthetic cohort: proves the code, not medicine"
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
   """Rows of text in columns, the first `left` of them flush left, the others right."""
-  rows = [[one_line(cell) for cell in row] for row in rows]
+  rows = [list(map(one_line, row)) for row in rows]
   widths = []
   for column in zip(*rows, strict=True):
     widths.append(max(map(len, column)))

@@ -55,12 +55,12 @@ FORMATS = {
   ),
 }
 # suffix -> name of its format; companions are read as the recording that they belong to
-BY_SUFFIX = {
-  suffix: name for name, entry in FORMATS.items() for suffix in (*entry.suffixes, *entry.companions)
-}
+BY_SUFFIX = {}
+for _name, _format in FORMATS.items():
+  BY_SUFFIX |= dict.fromkeys(_format.suffixes + _format.companions, _name)
 BY_KIND = {entry.kind: name for name, entry in FORMATS.items() if entry.kind}
-*_titles, _last = [entry.title for entry in FORMATS.values()]
-READS = f"{', '.join(_titles)}, and {_last}"
+*_titles, _last_title = [entry.title for entry in FORMATS.values()]
+READS = f"{', '.join(_titles)}, and {_last_title}"
 FLAG = {  # of argparse, for programs that take readers from outside
   "action": "append",
   "default": [],

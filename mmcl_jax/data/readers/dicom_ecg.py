@@ -93,7 +93,8 @@ def read(path) -> Recording:
 def _choose(groups):
   """(index, {lead: channel}) of the longest multiplex group with all leads that cannot be
   derived."""
-  candidates = []
+  best = 0.0, 0  # seconds, leads
+  chosen = None
   names = []
   for number, group in enumerate(groups):
     if absent := [name for name in REQUIRED if name not in group]:
@@ -105,14 +106,15 @@ def _choose(groups):
     median = "MEDIAN" in label.upper()
     if not median and not absent_leads(leads):
       seconds = group.NumberOfWaveformSamples / float(group.SamplingFrequency)
-      candidates.append((seconds, len(leads), number, leads))
-  if not candidates:
+      if chosen is None or (seconds, len(leads)) > best:
+        best = seconds, len(leads)
+        chosen = number, leads
+  if chosen is None:
     raise BadRecord(
       f"none of its {len(groups)} multiplex groups has I, II and V1 to V6 (median beats do not "
       f"count); it has {listed(names)}"
     )
-  *_, number, leads = max(candidates, key=lambda candidate: candidate[:2])
-  return number, leads
+  return chosen
 
 
 def _lead(channel):

@@ -244,10 +244,14 @@ def _tensor_of(storage, offset, size, stride, requires_grad, hooks, dtype, metad
   return _tensor(_Storage(storage.values.view(DTYPES[name])), offset, size, stride)
 
 
+def _parameter(tensor, requires_grad, hooks):
+  return tensor
+
+
 CALLS = {
   ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
   ("torch._utils", "_rebuild_tensor_v3"): _Call(_tensor_of),
-  ("torch._utils", "_rebuild_parameter"): _Call(lambda tensor, requires_grad, hooks: tensor),
+  ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
   ("torch", "Size"): _Call(_size),
   ("torch", "device"): _Call(_device),
   ("collections", "OrderedDict"): _Call(_ordered),

@@ -245,7 +245,10 @@ def index(listed: list[str], pattern: re.Pattern) -> dict[tuple[str, int], list[
       participant, visit, array = match.groups()
       key = tables.canonical(participant), int(visit)
       numbered.setdefault(key, []).append((int(array), path))
-  return {key: [path for _, path in sorted(paths)] for key, paths in numbered.items()}
+  in_order = {}
+  for key, paths in numbered.items():
+    in_order[key] = [path for _, path in sorted(paths)]
+  return in_order
 
 
 def index_folders(listed: list[str], name: str) -> dict[tuple[str, int], list[str]]:
