@@ -136,9 +136,9 @@ def build(
   compile_s."""
   import jax
 
-  from mmcl_jax import objectives as objective_lib
+  from mmcl_jax import models, objectives as objective_lib
   from mmcl_jax.data import standardise
-  from mmcl_jax.models import inputs, pretrainer
+  from mmcl_jax.models import inputs
   from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
   config, shapes = case(name, batch, steps, overrides)
@@ -156,10 +156,10 @@ def build(
       cohort.splits["train"],
       seed=0,
       batch=config.batch,
-      fields=pretrainer.fields(config.model),
+      fields=models.fields(config.model),
       **config.loader,
     )
-  model = pretrainer.build(
+  model = models.build(
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   objectives = objective_lib.build(config.objectives)
@@ -302,7 +302,7 @@ def random_rows(config, shapes) -> dict:
   """A batch as the pipeline hands it over."""
   import numpy as np
 
-  from mmcl_jax.models import pretrainer
+  from mmcl_jax import models
 
   rng, B = np.random.default_rng(0), config.batch
 
@@ -314,7 +314,7 @@ def random_rows(config, shapes) -> dict:
     "ecg_scale": np.full(B, 1e-4, np.float32),
     "cmr": {
       field: rng.integers(0, 256, (B, *shapes[field]), np.uint8)
-      for field in pretrainer.fields(config.model)
+      for field in models.fields(config.model)
     },
     "subject": np.stack([np.arange(B)] * 2, axis=1).astype(np.uint32),
     "index": np.arange(B, dtype=np.uint32),

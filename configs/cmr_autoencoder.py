@@ -58,6 +58,7 @@ def get_config(arg=None):
   size = SIZES[arg.size]
   c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # hearts, updates
   c.init_from = dict(tokenizer="")  # workdir of weights to start from; "": fresh
+  c.model.fn = "generation"
   c.model.tokenizer = dict(size=size["tokenizer"], patch=size["patch"], channels=size["channels"])
   # SD of the scanner's noise, of the grey scale
   c.objectives.autoencoder = dict(fn="kl_autoencoder", weight=1.0, noise=0.05)

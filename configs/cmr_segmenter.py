@@ -43,6 +43,7 @@ def get_config(arg=None):
   size = SIZES[arg.size]
   c = defaults(arg.batch or size["batch"], arg.steps or size["steps"])  # hearts, updates
   c.init_from = dict(segmenter="")  # workdir of weights to start from; "": fresh
+  c.model.fn = "generation"
   c.model.segmenter = dict(size=size["segmenter"])
   c.objectives.segmentation = dict(fn="segmentation", weight=1.0)
   c.evaluators.probes.every = 0  # there is no embedding to probe

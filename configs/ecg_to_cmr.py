@@ -91,6 +91,7 @@ def get_config(arg=None):
   c.init_except = ("^ecg/(decoder|norm|siamese.*)/",)  # what only the masked autoencoder needs
   c.freeze = ("^ecg/", "^tokenizer/", "^segmenter/")
   c.data.samples = size["samples"]
+  c.model.fn = "generation"
   c.model.towers.ecg = dict(fn="ecg_vit", view="ecg", size=size["ecg"], patch=100)
   c.model.tokenizer = dict(size=size["tokenizer"], patch=size["patch"], channels=size["channels"])
   c.model.segmenter = dict(size=size["segmenter"])

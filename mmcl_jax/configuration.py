@@ -185,15 +185,11 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.augment.twice = False
 
   c.model = ConfigDict()
+  # "pretrainer", "generation" or "package.module:Class": a subclass of models.pretrainer.Pretrainer
+  c.model.fn = "pretrainer"
   # name -> dict(fn, view, parameters of fn), of a CMR tower also planes, width and frozen; the
   # tower of the ECG is called ecg: see models/towers
   c.model.towers = {}
-  # of ed_es_volumes: dict(size, patch (slices, pixels, pixels), channels of a token); {}: none
-  c.model.tokenizer = {}
-  # of the tokenizer's latents from an ECG: dict(size, dropout of the ECG in training, masked: a few
-  # tokens at a time, covariates: looks at them too); {}: none
-  c.model.generator = {}
-  c.model.segmenter = {}  # of ed_es_volumes: dict(size); {}: none
   c.model.regression = ()  # towers with a linear read-out of the targets, e.g. ("ecg",)
   c.model.classification = ()  # towers with a linear read-out of the cohort's diseases
   # Of every tower's head. hidden 0: one Linear; ecg_hidden: of the ECG's, 0: that of the others;

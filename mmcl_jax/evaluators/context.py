@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmcl_jax import models
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.evaluators import embeddings, statistics
-from mmcl_jax.models import inference, pretrainer, towers
+from mmcl_jax.models import inference, towers
 from mmcl_jax.training import restore
 
 
@@ -70,7 +71,7 @@ class Context:
   @property
   def cmr_fields(self) -> tuple[str, ...]:
     """Stored CMR fields that the model looks at; () where the split has no CMR or lacks some."""
-    fields = pretrainer.fields(self.run.config.model)
+    fields = models.fields(self.run.config.model)
     shapes = self.cohort.info["shapes"]
     if not self.cohort.info["with_cmr"][self.split] or any(name not in shapes for name in fields):
       return ()
@@ -79,7 +80,7 @@ class Context:
   def why_unpaired(self) -> str:
     """Why the ECG of a person cannot be held against the CMR, in words; "" where it can."""
     model = self.run.config.model
-    fields = pretrainer.fields(model)
+    fields = models.fields(model)
     if "ecg" not in model.towers:
       return "the run has no ECG tower"
     if not towers.cmr(model):

@@ -2,11 +2,10 @@
 
 import jax
 
-from mmcl_jax import objectives
+from mmcl_jax import models, objectives
 from mmcl_jax.data import pipeline
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import pretrainer
 from mmcl_jax.training import parallel, step as step_lib
 
 
@@ -29,7 +28,7 @@ def losses(context: Context) -> Result:
   for rows in pipeline.one_pass(
     context.records["val"],
     batch=context.batch,
-    fields=pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
+    fields=models.fields(config.model, only=models.learning(config.model)),
     host=jax.process_index(),
     hosts=jax.process_count(),
     threads=config.loader.threads,

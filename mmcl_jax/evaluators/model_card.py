@@ -12,13 +12,13 @@ import textwrap
 import jax
 import jax.numpy as jnp
 
-from mmcl_jax import configuration
+from mmcl_jax import configuration, models
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import one_line
 from mmcl_jax.evaluators import data, diseases, pages, phenotypes, readouts, report, retrieval
 from mmcl_jax.evaluators.base import Table, number
-from mmcl_jax.models import pretrainer, towers as tower_lib, vit
+from mmcl_jax.models import towers as tower_lib, vit
 
 RESEARCH_ONLY = "Research only. Not a medical device."
 
@@ -138,7 +138,7 @@ def width(config) -> int:
 
 def encoder_shapes(config):
   """Shapes of what the ECG encoder gives for one ECG, and of its variables."""
-  model = pretrainer.build(config.model, config.data.samples, targets=1, diseases=1)
+  model = models.build(config.model, config.data.samples, targets=1, diseases=1)
   ecg = jax.ShapeDtypeStruct((1, len(schema.LEADS), config.data.samples), jnp.float32)
 
   def run(ecg):

@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 
+from mmcl_jax import models
 from mmcl_jax.evaluators import embeddings, ridge, statistics
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import inference, pretrainer
+from mmcl_jax.models import inference
 
 
 def probes(context: Context) -> Result:
@@ -26,7 +27,7 @@ def probes(context: Context) -> Result:
     return Result()
   fields = ()
   if context.reads == "CMR":
-    fields = pretrainer.fields(config.model, only=pretrainer.learning(config.model))
+    fields = models.fields(config.model, only=models.learning(config.model))
   found = embeddings.collect(
     context.once_a_run(
       "probes", lambda: jax.jit(inference.make_embed(run.model, config, run.standardiser))

@@ -3,11 +3,10 @@
 import os
 import pathlib
 
-from mmcl_jax import configuration
+from mmcl_jax import configuration, models
 from mmcl_jax.data import cohort as cohort_lib, schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import pretrainer
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 from mmcl_jax.training import checkpoint, distributed, people, restore
 
@@ -51,14 +50,14 @@ def check(run, cohort, workdir: str) -> None:
   """Raises a UserError where the cohort cannot be scored by this run."""
   model = run.config.model
   if not model.towers:
-    parts = [name for name in ("tokenizer", "segmenter", "generator") if model.get(name)]
+    parts = [name for name in models.find(model).PARTS if model.get(name)]
     raise UserError(
-      f"{workdir} has no encoder of an ECG or a CMR, only a {' and a '.join(parts)}, which is "
-      "evaluated with the generator that it serves (configs/ecg_to_cmr.py)"
+      f"{workdir} has no encoder of an ECG or a CMR, only a {' and a '.join(parts)}; evaluate a "
+      "run that starts from it and has one"
     )
   # a run without an ECG tower is judged by its CMR embedding
   reads = "ECG" if "ecg" in model.towers else "CMR"
-  info, fields = cohort.info, pretrainer.fields(model)
+  info, fields = cohort.info, models.fields(model)
   if reads == "ECG" and info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(
       f"the cohort {cohort.path} was normalised by profile {info['ecg_profile']!r}, the encoder "
@@ -82,7 +81,7 @@ def check(run, cohort, workdir: str) -> None:
   if model.towers.get("ecg", {}).get("film"):
     check_covariates(run, cohort, workdir)
   if fields and all(name in info["shapes"] for name in fields):
-    pretrainer.check(model, info["shapes"])
+    models.check(model, info["shapes"])
 
 
 def check_covariates(run, cohort, workdir: str) -> None:

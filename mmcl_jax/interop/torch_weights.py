@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mmcl_jax import models
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.interop import modules, naming, recognise, torch_files
@@ -63,7 +64,7 @@ def read(path, dtype: str = "float32", **options) -> Loaded:
   weights = torch_files.read(path)
   found = recognise.recognise(weights.state, weights.metadata, options, path)
   found.config.dtype = dtype
-  model = pretrainer.build(found.config, found.samples)
+  model = models.build(found.config, found.samples)
   variables, troubles = fill(model, found, dtype)
   if troubles:
     raise UserError(

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from mmcl_jax import models
 from mmcl_jax.data import pipeline
 from mmcl_jax.data.standardise import Standardiser
-from mmcl_jax.models import pretrainer
 
 
 def to_float(batch, standardiser: Standardiser | None = None):
@@ -51,7 +51,7 @@ def model_input(model_config, samples: int, shapes, targets: int, rows: int):
     batch["conditions"] = batch["covariates"]
     return batch
 
-  spec = pipeline.element_spec(shapes, pretrainer.fields(model_config), rows)
+  spec = pipeline.element_spec(shapes, models.fields(model_config), rows)
   return jax.eval_shape(as_seen, spec)
 
 

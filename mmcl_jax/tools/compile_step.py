@@ -41,11 +41,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from mmcl_jax import configuration, objectives, ranges
+from mmcl_jax import configuration, models, objectives, ranges
 from mmcl_jax.data import cohort as cohort_lib, pipeline, schema, standardise
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import inference, inputs, pretrainer
+from mmcl_jax.models import inference, inputs
 from mmcl_jax.tools import hlo
 from mmcl_jax.training import cohorts, parallel, state as state_lib, step as step_lib
 
@@ -158,10 +158,10 @@ def training_step(config, mesh, topology: str) -> Step:
   """The step of `mmcl train` and what goes into it, as shapes alone; all of it is checked."""
   shapes, standardiser = cohort_of(config)
   losses = objectives.build(config.objectives)
-  model = pretrainer.build(
+  model = models.build(
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
-  pretrainer.check(config.model, shapes)
+  models.check(config.model, shapes)
   data, rows = mesh.shape["data"], config.batch // mesh.shape["data"]
   say(
     f"{topology}: {mesh.size} devices, data={data} x model={mesh.shape['model']}; "
@@ -313,12 +313,12 @@ def cohort_of(config):
 def global_batch(model, config, shapes, variables, mesh):
   """Shapes of the batch that the pipeline gives, rows split over the data axis; of frozen towers,
   the kept features."""
-  learning = pretrainer.learning(config.model)
-  fields = pretrainer.fields(config.model, only=learning)
+  learning = models.learning(config.model)
+  fields = models.fields(config.model, only=learning)
   batch = pipeline.element_spec(shapes, fields, config.batch)
-  frozen = pretrainer.frozen(config.model)
+  frozen = models.frozen(config.model)
   if frozen:
-    spec = pipeline.element_spec(shapes, pretrainer.fields(config.model), config.batch)
+    spec = pipeline.element_spec(shapes, models.fields(config.model), config.batch)
     features = jax.eval_shape(inference.make_features(model, frozen), variables, spec)
     # kept as float32 (training.frozen)
     batch["features"] = {

@@ -57,7 +57,9 @@ class Manifest(TypedDict):
   mixed: NotRequired[list[str]]  # fingerprints of the cohorts that are mixed in
   cohort_path: NotRequired[str]
   stages: NotRequired[dict[str, str]]  # module -> run that it started from
-  spacing: NotRequired[list[float]]  # mm along Z, H, W, of a generator's hearts
+  spacing: NotRequired[
+    list[float]
+  ]  # mm along Z, H, W, where labels are read: of hearts in training
 
 
 class Checkpoints:

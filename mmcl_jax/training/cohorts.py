@@ -6,10 +6,9 @@ import contextlib
 import jax
 import numpy as np
 
-from mmcl_jax import evaluators
+from mmcl_jax import evaluators, models
 from mmcl_jax.data import cohort as cohort_lib, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError
-from mmcl_jax.models import pretrainer
 from mmcl_jax.training import checkpoint, people
 
 ALLOW = "--config.data.allow_seen=True"
@@ -42,7 +41,7 @@ def check(cohort, others, config) -> None:
   for one in [cohort, *(other for other, _ in others)]:
     check_alike(one, cohort, config)
   check_images(cohort, others, config)
-  pretrainer.check(config.model, cohort.info["shapes"])
+  models.check(config.model, cohort.info["shapes"])
   check_covariates(cohort, config)
   check_augmentation(config)
   check_labels(cohort, config)
@@ -96,7 +95,7 @@ def check_alike(one, first, config) -> None:
 
 def check_images(cohort, others, config) -> None:
   """The images that the CMR towers look at: there, and of one shape in all cohorts."""
-  fields, shapes = pretrainer.fields(config.model), cohort.info["shapes"]
+  fields, shapes = models.fields(config.model), cohort.info["shapes"]
   for other, _ in others:
     theirs = other.info["shapes"]
     differing = [name for name in fields if name in theirs and theirs[name] != shapes.get(name)]
@@ -120,7 +119,7 @@ def check_images(cohort, others, config) -> None:
 
 
 def check_covariates(cohort, config) -> None:
-  taking = pretrainer.takes_covariates(config.model)
+  taking = models.takes_covariates(config.model)
   if taking and not np.isfinite(cohort_lib.train_statistics(cohort, "covariates")).any():
     raise UserError(
       f"config.model.{taking[0]}=True asks for covariates, and {cohort.path} knows none that "
@@ -135,24 +134,24 @@ def check_augmentation(config) -> None:
   strengths = config.augment.cmr
   if not any(strengths.values()):
     return
-  if pretrainer.frozen(config.model):
+  if models.frozen(config.model):
     raise UserError(
       f"config.augment.cmr is {strengths.to_dict()}, and frozen towers look at every heart once, "
       "as it is; set all of it to 0"
     )
-  if config.model.segmenter:
+  if "labels" in models.fields(config.model):
     raise UserError(
-      f"config.augment.cmr is {strengths.to_dict()}, and labels, which the segmenter learns from, "
+      f"config.augment.cmr is {strengths.to_dict()}, and labels, which the model learns from, "
       "would not follow; set all of it to 0"
     )
 
 
 def check_labels(cohort, config) -> None:
-  if config.model.segmenter and not any(record["labels"].any() for record in first(cohort)):
+  reads_labels = "labels" in models.fields(config.model)
+  if reads_labels and not any(record["labels"].any() for record in first(cohort)):
     raise UserError(
-      f"the first hearts of {cohort.path} have no labels, which config.model.segmenter learns "
-      "from; "
-      "prepare it with segmentations (`mmcl prepare --segmentations`)"
+      f"the first hearts of {cohort.path} have no labels, which the model learns from; prepare it "
+      "with segmentations (`mmcl prepare --segmentations`)"
     )
 
 
@@ -223,7 +222,7 @@ def check_held_out(cohort, learned_from: people.People, part: str, config) -> No
 def tolerant(cohort: cohort_lib.Cohort, config) -> cohort_lib.Cohort:
   """Its records as training reads them: bad ones count as rows without anything
   (config.bad_rows)."""
-  reads = pretrainer.fields(config.model)
+  reads = models.fields(config.model)
   if "ecg" in config.model.towers:
     reads = ("ecg", *reads)
   splits = {}
@@ -237,7 +236,7 @@ def tolerant(cohort: cohort_lib.Cohort, config) -> cohort_lib.Cohort:
 def mixed(cohort, others, config, records) -> list[pipeline.Mixed]:
   """The other cohorts' records in the form of the first one's; `records(cohort, split)` reads
   them."""
-  fields, sources = pretrainer.fields(config.model), []
+  fields, sources = models.fields(config.model), []
   for other, share in others:
     has_all = all(name in other.info["shapes"] for name in fields)
     source = records(other, "train") if has_all else other.splits["train"]

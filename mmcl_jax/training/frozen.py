@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mmcl_jax import models
 from mmcl_jax.data import pipeline
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import inference, pretrainer
+from mmcl_jax.models import inference
 from mmcl_jax.support import files
 from mmcl_jax.training.over_split import over_split
 
@@ -64,7 +65,7 @@ def with_features(
   Returns:
     the split's source as it is where no tower is frozen, else pipeline.WithFeatures.
   """
-  frozen = pretrainer.frozen(model.config)
+  frozen = models.frozen(model.config)
   source = cohort.splits[split]
   if not frozen or not len(source):
     return source
@@ -79,7 +80,7 @@ def with_features(
     multihost_utils.process_allgather(lacking).any(axis=0) if jax.process_count() > 1 else lacking
   )
   if run := [name for name, absent in zip(places, somewhere) if absent]:
-    fields = pretrainer.fields(model.config, only=run)
+    fields = models.fields(model.config, only=run)
     found = over_split(
       jax.jit(inference.make_features(model, run)),
       variables,

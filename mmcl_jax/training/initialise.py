@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from scipy.interpolate import CubicSpline
 
+from mmcl_jax import models
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import towers
@@ -281,8 +282,7 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def check_frozen(config, origin) -> None:
-  """No tower is frozen at random weights, and no generator learns the latents of a random
-  tokenizer."""
+  """No tower is frozen at random weights, and no module has them that must be trained."""
   fresh = [key for key, text in origin.items() if text.startswith(FRESH)]
   for tower, spec in towers.cmr(config.model).items():
     backbone = [label(key) for key in fresh if key[1].startswith(f"cmr_{tower}/backbone/")]
@@ -292,14 +292,13 @@ def check_frozen(config, origin) -> None:
         f"such as {backbone[0]}); give config.init_from.cmr_{tower} the workdir of a stage that "
         "trained the tower, and nothing of its backbone to config.init_except"
       )
-  if not config.model.get("generator"):
-    return
   modules = {top(key) for key in fresh}
-  random = [module for module in ("tokenizer", "segmenter", "ecg") if module in modules]
+  must = models.find(config.model).must_be_trained(config.model)
+  random = [module for module in must if module in modules]
   if random:
     them = "them" if len(random) > 1 else "it"
     raise UserError(
-      "config.model.generator would learn from, or be judged by, the random weights of "
+      "this model would learn from, or be judged by, the random weights of "
       f"{' and '.join(random)}; give config.init_from.{random[0]} the workdir of a stage that "
       f"trained {them}"
     )

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mmcl_jax import configuration
+from mmcl_jax import configuration, models
 from mmcl_jax.data import standardise
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import inference, inputs, pretrainer
+from mmcl_jax.models import inference, inputs
 from mmcl_jax.training import checkpoint, distributed, parallel, state as state_lib
 
 
@@ -66,7 +66,7 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   check_config(workdir, step, about, config)
   standardiser = standardise.from_json(about["standardiser"])
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(
+  model = models.build(
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   example = inputs.example(config, about["shapes"], len(standardiser.targets), 1)
@@ -170,7 +170,7 @@ def write_run(
     origin: where the weights come from, for the manifest.
   """
   mesh = parallel.make_mesh(data=-1, model=1)
-  model = pretrainer.build(
+  model = models.build(
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   with jax.set_mesh(mesh):

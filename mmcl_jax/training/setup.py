@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from mmcl_jax import configuration, evaluators, objectives as objective_lib, ranges
+from mmcl_jax import configuration, evaluators, models, objectives as objective_lib, ranges
 from mmcl_jax.data import pipeline, standardise
 from mmcl_jax.data.cohort import Cohort, load
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import inputs, pretrainer, towers
+from mmcl_jax.models import inputs, towers
 from mmcl_jax.support import locks
 from mmcl_jax.support.tree import flatten
 from mmcl_jax.training import (
@@ -99,7 +99,7 @@ def check(config, workdir: str) -> Job:
   objectives = objective_lib.build(config.objectives)
   watching = evaluators.in_training(config)
   monitor.check_stopping(config)
-  model = pretrainer.build(
+  model = models.build(
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   cohorts.check(cohort, others, config)
@@ -210,7 +210,7 @@ def open_data(job: Job, variables) -> Data:
     records(job.cohort, "train"),
     seed=config.seed,
     batch=config.batch,
-    fields=pretrainer.fields(config.model, only=pretrainer.learning(config.model)),
+    fields=models.fields(config.model, only=models.learning(config.model)),
     start_step=job.start,
     host=jax.process_index(),
     hosts=jax.process_count(),
@@ -218,7 +218,7 @@ def open_data(job: Job, variables) -> Data:
     **config.loader,
   )
   spacing = {}
-  if config.model.generator:
+  if "labels" in models.fields(config.model):
     spacing["spacing"] = cohorts.mean_spacing(job.cohort)
   return Data(batches, records(job.cohort, "val") if job.evaluators else (), spacing)
 

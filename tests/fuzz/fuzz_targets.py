@@ -452,14 +452,14 @@ def make_weights(suffix: str):
     import joint
     import test_mmcl_pt as by_hand
 
+    from mmcl_jax import models
     from mmcl_jax.interop import torch_files, torch_weights
-    from mmcl_jax.models import pretrainer
     from mmcl_jax.support import tree
 
     rng = np.random.default_rng(0)
     for seed, arm in (("0", "mae"), ("1", "joint")):
       config = joint.get_config(f"test,arm={arm}")
-      model = pretrainer.build(config.model, config.data.samples)
+      model = models.build(config.model, config.data.samples)
       variables = tree.unflatten_variables(
         {
           place: rng.normal(size=shape).astype(np.float32) / 8

@@ -61,9 +61,8 @@ def tiny_flags(cohort_path, workdir):
 def tiny_step(cohort_path):
   """What one training step of 16 rows is made of: config, cohort, standardiser, model, objectives,
   batch."""
-  from mmcl_jax import objectives
+  from mmcl_jax import models, objectives
   from mmcl_jax.data import cohort as cohort_lib, pipeline, standardise
-  from mmcl_jax.models import pretrainer
 
   config, cohort = tiny_config(cohort_path), cohort_lib.load(cohort_path)
   config.batch = 16
@@ -74,7 +73,7 @@ def tiny_step(cohort_path):
     config,
     cohort,
     standardise.of_cohort(cohort, config.data.targets),
-    pretrainer.build(config.model, config.data.samples),
+    models.build(config.model, config.data.samples),
     objectives.build(config.objectives),
     batch,
   )

@@ -10,8 +10,8 @@ import optax
 import pytest
 from scipy.special import erf
 
+from mmcl_jax import models
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
 from mmcl_jax.models.towers import s4, xresnet1d
 
 TOWERS = {"xresnet1d": xresnet1d.XResNet1d("test"), "s4": s4.S4("test")}
@@ -288,5 +288,5 @@ def test_mistakes_are_one_line(entry, says):
   c = configuration.defaults(8, 6).model
   c.towers.ecg = dict(view="ecg") | entry
   with pytest.raises(UserError) as error:
-    pretrainer.build(c, 500)
+    models.build(c, 500)
   assert says in str(error.value) and "\n" not in str(error.value)

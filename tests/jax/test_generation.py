@@ -13,12 +13,22 @@ from common import tiny_config
 from scipy import integrate
 from scipy.stats import norm
 
-from mmcl_jax import objectives
+from mmcl_jax import models, objectives
 from mmcl_jax.data import measure
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators import statistics
-from mmcl_jax.models import generator, inference, inputs, mar, pretrainer, segmenter, tokenizer
-from mmcl_jax.projects.generation import evaluator as generation, images
+from mmcl_jax.models import inputs
+from mmcl_jax.projects.generation import (
+  evaluator as generation,
+  generator,
+  images,
+  mar,
+  model as generation_model,
+  sampling,
+  scores,
+  segmenter,
+  tokenizer,
+)
 from mmcl_jax.training import cohorts, parallel, state as state_lib, step as step_lib
 
 KEYS = jax.random.split(jax.random.key(5), 3)
@@ -120,7 +130,7 @@ def test_the_four_labels_of_a_cell_lie_where_its_pixels_do():
 @pytest.mark.parametrize("each_token", [False, True])
 def test_a_place_on_the_line_and_its_velocity_lead_to_both_ends(each_token):
   latents, keys = normal(4000, 2, 3), jax.random.split(jax.random.key(1), 4000)
-  x, time, velocity, kept = generator.on_the_line(latents, keys, 0.25, each_token)
+  x, time, velocity, kept = generator.interpolate(latents, keys, 0.25, each_token)
   assert ((time > 0) & (time < 1)).all() and time.shape == ((4000, 2) if each_token else (4000,))
   assert not each_token or abs(np.corrcoef(time.T)[0, 1]) < 0.05
   t = time.reshape(4000, -1, 1)
@@ -179,7 +189,7 @@ def test_guidance():
 
   for guidance, factor, given in ((0.0, 1.0, [0.0]), (1.0, 3.0, [1.0]), (2.5, 6.0, [0.0, 1.0])):
     np.testing.assert_allclose(generator.guided(velocity, guidance), factor * x, rtol=1e-5)
-    assert asked == given == list(generator.looks(guidance))
+    assert asked == given == list(generator.given_values(guidance))
     asked.clear()
 
 
@@ -331,7 +341,7 @@ def masked(cohort):
   """A masked generator with covariates in its model, whose parameters are random, all of them."""
   c = generating(cohort.path)
   c.model.generator.masked = c.model.generator.covariates = True
-  model = pretrainer.build(c.model, c.data.samples)
+  model = models.build(c.model, c.data.samples)
   batch = jax.tree.map(
     lambda x: jnp.ones(x.shape, x.dtype), inputs.example(c, cohort.info["shapes"], 1, 2)
   )
@@ -347,7 +357,7 @@ def masked(cohort):
     variables=variables,
     batch=batch,
     shape=shape,
-    latents=pretrainer.noise_shape(c.model, shape)[0],
+    latents=generation_model.noise_shape(c.model, shape)[0],
     channels=c.model.tokenizer.channels,
   )
 
@@ -358,10 +368,10 @@ def drawn(masked):
   c, known = masked.config, masked.batch["conditions"]
   ecg, noise = (
     normal(2, 12, c.data.samples),
-    normal(2, 2, *pretrainer.noise_shape(c.model, masked.shape), seed=1),
+    normal(2, 2, *generation_model.noise_shape(c.model, masked.shape), seed=1),
   )
   make = functools.cache(
-    lambda guidance: jax.jit(inference.make_generate(masked.model, c, masked.shape, 2, guidance))
+    lambda guidance: jax.jit(sampling.make_generate(masked.model, c, masked.shape, 2, guidance))
   )
   return lambda guidance, conditions=known: np.asarray(
     make(guidance)(masked.variables, ecg, noise, conditions)
@@ -450,7 +460,7 @@ def test_only_hidden_tokens_are_learned_and_only_the_others_looked_at():
   inputs = normal(2, 5, 6, seed=1), jnp.ones(2), (2, 2, 2)
 
   def whole(m, latents):
-    return m.token(latents, jnp.full((2, 8), 0.3), m.tell(latents, hidden, *inputs))
+    return m.token(latents, jnp.full((2, 8), 0.3), m.condition(latents, hidden, *inputs))
 
   leaves, structure = jax.tree.flatten(
     jax.jit(lambda: model.init(jax.random.key(0), latents, method=whole))()
@@ -458,7 +468,7 @@ def test_only_hidden_tokens_are_learned_and_only_the_others_looked_at():
   learned = jax.tree.unflatten(
     structure, [x + 0.3 * normal(*x.shape, seed=i) for i, x in enumerate(leaves)]
   )
-  told = jax.jit(lambda latents: model.apply(learned, latents, hidden, *inputs, method="tell"))
+  told = jax.jit(lambda latents: model.apply(learned, latents, hidden, *inputs, method="condition"))
 
   def at(place):
     return np.abs(told(latents.at[0, place].add(1.0)) - told(latents)).max(axis=2)
@@ -481,6 +491,7 @@ def generating(cohort_path):
   c = tiny_config(cohort_path)
   c.model.towers = {"ecg": dict(fn="ecg_vit", view="ecg", size="test", patch=100)}
   with c.unlocked():
+    c.model.fn = "generation"
     c.model.tokenizer = dict(size="test", patch=(6, 16, 16), channels=4)
     c.model.segmenter = dict(size="test")
     c.model.generator = dict(size="test", dropout=0.1, masked=False, covariates=False)
@@ -525,8 +536,8 @@ def test_mistakes_in_the_config_are_named(cohort, changes, words):
     for name, value in changes.items():
       c.model[name] = value
   with pytest.raises(UserError, match=words):
-    pretrainer.build(c.model, c.data.samples)
-    pretrainer.check(c.model, cohort.info["shapes"])
+    models.build(c.model, c.data.samples)
+    models.check(c.model, cohort.info["shapes"])
 
 
 def test_a_cohort_without_covariates_is_refused_by_a_model_that_takes_them(cohort):
@@ -546,9 +557,9 @@ def test_a_cohort_without_covariates_is_refused_by_a_model_that_takes_them(cohor
 
 def test_what_the_model_reads(cohort):
   c = generating(cohort.path)
-  assert pretrainer.fields(c.model) == ("ed_es_volumes", "labels")
+  assert models.fields(c.model) == ("ed_es_volumes", "labels")
   c.model.segmenter = {}
-  assert pretrainer.fields(c.model) == ("ed_es_volumes",)
+  assert models.fields(c.model) == ("ed_es_volumes",)
 
 
 # -- Running mean of the parameters --
@@ -641,25 +652,21 @@ def test_phenotypes_on_the_device_are_those_of_the_readers():
     rng.integers(0, 4, (3, 2, 4, 8, 8)).astype(np.uint8),
     np.array([[8, 1.5, 1.2], [10, 2, 2], [6, 1, 1]], np.float32),
   )
-  found = generation.measure(
-    np.asarray(generation.volumes(jnp.asarray(labels), jnp.asarray(spacing)))
-  )
+  found = scores.measure(np.asarray(scores.volumes(jnp.asarray(labels), jnp.asarray(spacing))))
   for i in range(3):
     expected = measure.phenotypes(labels[i], spacing[i], np.nan)
     np.testing.assert_allclose(
       found[i], [expected[name] for name in generation.PHENOTYPES], rtol=1e-5
     )
   labels[0, :, :][labels[0] == 3] = 0
-  missing = generation.measure(
-    np.asarray(generation.volumes(jnp.asarray(labels), jnp.asarray(spacing)))
-  )[0]
+  missing = scores.measure(np.asarray(scores.volumes(jnp.asarray(labels), jnp.asarray(spacing))))[0]
   assert np.isnan(missing[4:]).all() and np.isfinite(missing[:4]).all()
 
 
 def test_copies_are_told_from_draws():
   rng = np.random.default_rng(3)
   train, real, fresh = (rng.normal(size=(n, 8)) for n in (500, 300, 300))
-  honest, copied = (generation.memorisation(x, real, train) for x in (fresh, train[:300] + 0.01))
+  honest, copied = (scores.memorisation(x, real, train) for x in (fresh, train[:300] + 0.01))
   assert (
     honest["closer"] < 0.05
     and copied["closer"] == 1
@@ -687,7 +694,7 @@ def test_what_objectives_ask_for_is_found_without_a_state_in_memory(cohort):
   """As `mmcl compile` does it, whose state is shapes alone, with a running mean among them."""
   c = generating(cohort.path)
   c.optimizer.ema = 0.9
-  model = pretrainer.build(c.model, c.data.samples)
+  model = models.build(c.model, c.data.samples)
   example, mesh = (
     inputs.example(c, cohort.info["shapes"], 0, 2),
     parallel.make_mesh(data=-1, model=1),
@@ -710,15 +717,15 @@ def test_somebody_else_s_ecg():
 def test_hearts_that_lack_a_chamber_count_as_the_others_of_their_kind():
   x = np.array([[[1.0, np.nan], [np.nan, np.nan]], [[3.0, np.nan], [5.0, np.nan]]])
   np.testing.assert_array_equal(
-    generation.filled(x), [[[1, np.nan], [3, np.nan]], [[3, np.nan], [5, np.nan]]]
+    scores.filled(x), [[[1, np.nan], [3, np.nan]], [[3, np.nan], [5, np.nan]]]
   )
-  np.testing.assert_allclose(generation.sd(x)[:, 0], [0, np.sqrt(2)])
+  np.testing.assert_allclose(scores.sd(x)[:, 0], [0, np.sqrt(2)])
 
 
 def test_dice_is_of_hearts_that_somebody_has_labelled():
   truth = np.zeros((2, 2, 1, 2, 2), np.uint8)
   truth[0] = [[[[1, 2], [3, 0]]]]
   labels = np.stack([truth[0], truth[0]])
-  found = generation.picture_scores(None, labels, None, truth)
+  found = scores.picture_scores(None, labels, None, truth)
   assert found == {"dice_LV": 1, "dice_MYO": 1, "dice_RV": 1}
-  assert np.isnan(generation.picture_scores(None, labels, None, np.zeros_like(truth))["dice_LV"])
+  assert np.isnan(scores.picture_scores(None, labels, None, np.zeros_like(truth))["dice_LV"])

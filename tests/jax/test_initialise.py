@@ -30,7 +30,9 @@ def a_config(
       init_from={"ecg": "", "cmr_ed": "", "cmr_es": ""} | (init_from or {}),
       init_except=init_except,
       freeze=freeze,
-      model=dict(towers={name: dict(frozen=name in frozen, view=view) for name in towers}),
+      model=dict(
+        fn="pretrainer", towers={name: dict(frozen=name in frozen, view=view) for name in towers}
+      ),
       data=dict(ecg_profile=profile),
       optimizer=dict(rates=(), layer_decay=1.0),
     )

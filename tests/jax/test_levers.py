@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmcl_jax import configuration
+from mmcl_jax import configuration, models
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import kernels, mae, pretrainer, resnet, vit
+from mmcl_jax.models import kernels, mae, resnet, vit
 from mmcl_jax.models.towers import ecg_vit, slow_resnet, video_vit
 
 # The tests' time is compilation, and neither numbers nor memory depend on how hard LLVM tries.
@@ -233,7 +233,7 @@ def pretrained(train=True, **changes):
   c = configuration.defaults(4, 6).model
   c.projection.update(hidden=8, width=4)
   c.towers.ecg = TOWER | {"mask_ratio": 0.5} | changes
-  model = pretrainer.build(c, 40)
+  model = models.build(c, 40)
   rng = np.random.default_rng(0)
   batch = {
     "ecg": rng.normal(size=(4, 12, 40)).astype(np.float32),
@@ -353,7 +353,7 @@ def test_mistakes_of_a_config_are_one_line(change, says):
   c.towers.ecg = TOWER
   change(c)
   with pytest.raises(UserError) as error:
-    pretrainer.build(c, 40)
+    models.build(c, 40)
   assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -362,7 +362,7 @@ def test_a_config_of_the_earlier_form_is_refused_in_one_line(tmp_path):
   del c.towers
   c.ecg, c.cmr = dict(size="test", patch=10), {}
   with pytest.raises(UserError, match="config.model has no towers; .* train again") as error:
-    pretrainer.build(c, 40)
+    models.build(c, 40)
   assert "\n" not in str(error.value)
   (tmp_path / "config.json").write_text(f'{{"model": {c.to_json()}}}')
   with pytest.raises(UserError, match="another version of mmcl_jax .* train again") as error:

@@ -10,11 +10,13 @@ import pytest
 from common import tiny_config
 from ml_collections import ConfigDict
 
+from mmcl_jax import models
 from mmcl_jax.data import schema
 from mmcl_jax.evaluators import statistics
-from mmcl_jax.models import inputs, pretrainer, towers, vit
+from mmcl_jax.models import inputs, towers, vit
+from mmcl_jax.models.cmr_tower import select_view
 from mmcl_jax.models.towers import ecg_vit, video_vit
-from mmcl_jax.projects.localisation import drawings, evaluator as localisation
+from mmcl_jax.projects.localisation import drawings, evaluator, maps, score
 from mmcl_jax.training import parallel, restore
 
 SPECS = {
@@ -119,7 +121,7 @@ def by_hand():
   def apply(variables, x, *args, method, **options):
     if method == "encode_ecg":
       return {"ecg_projection": x[:, 0, :2], "ecg_embedding": x[:, 0, :2]}
-    planes = pretrainer.look(x if method == "locate_cmr" else x["cmr"], spec)
+    planes = select_view(x if method == "locate_cmr" else x["cmr"], spec)
     b = planes.reshape(*planes.shape[:2], 4, 8, 4, 8).mean(axis=(3, 5))
     cells = jnp.stack([b, 1 - b], axis=-1)
     return (
@@ -138,7 +140,9 @@ def by_hand():
     )
   )
   config = ConfigDict(
-    dict(model=dict(towers=dict(hand=spec.to_dict(), ecg=ECG)), data=dict(samples=20))
+    dict(
+      model=dict(fn="pretrainer", towers=dict(hand=spec.to_dict(), ecg=ECG)), data=dict(samples=20)
+    )
   )
   return SimpleNamespace(
     model=SimpleNamespace(apply=apply, config=config.model), config=config, standardiser=None
@@ -173,21 +177,19 @@ def test_the_map_finds_a_planted_patch_and_another_ecg_does_not():
       )
     },
   }
-  found = {
-    name: np.asarray(x)[:3] for name, x in jax.jit(localisation.make_maps(run))(None, rows).items()
-  }
+  found = {name: np.asarray(x)[:3] for name, x in jax.jit(maps.make_maps(run))(None, rows).items()}
   assert found["map/hand"].shape == (3, 2, 2, 4, 4)
   b = 250 / 255
   assert found["map/hand"][0, 0, 1, 1, 2] == pytest.approx(b / np.hypot(b, 1 - b), rel=1e-5)
   assert np.isnan(found["map/hand"][0, 1]).all()  # beside it is padding, nobody's ECG
-  near = localisation.enlarge(found["map/hand"][2, 0], spec, (2, 32, 32))
+  near = maps.enlarge(found["map/hand"][2, 0], spec, (2, 32, 32))
   assert (
     np.unravel_index(near.argmax(), near.shape)[0] == 1
     and near[1, 3:5, 27:29].min() > near[1, :, :16].max()
   )
 
   found["untrained_map/hand"] = np.zeros((3, 2, 2, 4, 4))  # says nothing
-  scores = localisation.score({"hand": spec}, records, found, np.ones((5, 3)))
+  scores = score.score({"hand": spec}, records, found, np.ones((5, 3)))
   assert list(scores) == ["hand/es"]
   heart = scores["hand/es"]["heart"]
   chance = 16 / 2048
@@ -211,7 +213,7 @@ def test_enlarging_is_linear_between_the_centres_and_flat_outside():
   rows, columns = np.arange(3) * 2 + 0.5, np.arange(2) * 4 + 1.5
   cells = (10 * rows[:, None] + columns)[None]
   clipped = 10 * np.clip(np.arange(6), 0.5, 4.5)[:, None] + np.clip(np.arange(8), 1.5, 5.5)
-  np.testing.assert_allclose(localisation.enlarge(cells, spec, (1, 6, 8)), clipped[None])
+  np.testing.assert_allclose(maps.enlarge(cells, spec, (1, 6, 8)), clipped[None])
 
 
 # the score
@@ -221,17 +223,17 @@ def test_top_tenth_by_hand():
   relevance = np.array(
     [np.arange(20.0), np.zeros(20), [5, 5, 5, 7] + [0] * 16, [9] * 20, [np.nan] + [1] * 19]
   )
-  weight = localisation.top_tenth(relevance)
+  weight = score.top_tenth(relevance)
   np.testing.assert_allclose(weight[0], [0] * 18 + [1, 1])
   np.testing.assert_allclose(weight[1], 0.1)
   np.testing.assert_allclose(weight[2], [1 / 3, 1 / 3, 1 / 3, 1] + [0] * 16)
   np.testing.assert_allclose(weight[:4].sum(axis=1), 2)
-  assert np.isnan(localisation.top_tenth(np.full((1, 20), np.nan))).all()
+  assert np.isnan(score.top_tenth(np.full((1, 20), np.nan))).all()
   # a tenth of 11, rounded up
-  np.testing.assert_allclose(localisation.top_tenth(np.arange(11.0)[None]).sum(), 2)
+  np.testing.assert_allclose(score.top_tenth(np.arange(11.0)[None]).sum(), 2)
   inside = np.zeros((3, 20), bool)
   inside[0, 3], inside[1, :10] = True, True
-  share = localisation.top_share(relevance[:4], inside)
+  share = score.top_share(relevance[:4], inside)
   np.testing.assert_allclose(share[:, 0], [0, 0.05, 0.5, 0.05])
   np.testing.assert_allclose(share[:, 1], [0, 0.5, 1, 0.5])
   assert np.isnan(share[:, 2]).all()  # nothing to find
@@ -240,7 +242,7 @@ def test_top_tenth_by_hand():
 def test_top_share_is_the_slow_count():
   rng = np.random.default_rng(0)
   relevance, inside = rng.normal(size=(3, 237)), rng.random((2, 237)) < 0.3
-  for q, found in enumerate(localisation.top_share(relevance, inside)):
+  for q, found in enumerate(score.top_share(relevance, inside)):
     best = np.argsort(-relevance[q])[:24]
     np.testing.assert_allclose(found, inside[:, best].mean(axis=1))
 
@@ -251,14 +253,14 @@ def test_a_summary_is_the_mean_over_those_who_are_known_and_its_differences_are_
   shares[:5, 1], shares[30:, 0] = np.nan, np.nan
   subject = np.stack([np.arange(40) // 2, np.zeros(40)], axis=1)
   weights = statistics.bootstrap_weights(subject, 300, 0)
-  found = localisation.summary(shares, weights)
+  found = score.summary(shares, weights)
   assert found["n"] == 30 and found["value"] == pytest.approx(shares[:30, 0].mean())
   assert found["minus_another_ecg"] == pytest.approx((shares[5:30, 0] - shares[5:30, 1]).mean())
   draws = [np.repeat(shares[:, 0] - shares[:, 2], w.astype(int)) for w in weights]
   np.testing.assert_allclose(
     found["minus_untrained_ci"], np.percentile([np.nanmean(d) for d in draws], [2.5, 97.5])
   )
-  empty = localisation.summary(np.full((40, 4), np.nan), weights)
+  empty = score.summary(np.full((40, 4), np.nan), weights)
   assert empty["n"] == 0 and np.isnan([empty["value"], *empty["ci"], empty["chance"]]).all()
 
 
@@ -267,7 +269,7 @@ def test_the_labels_of_a_cine_are_of_the_slice_it_shows(cohort):
   spec = ConfigDict(dict(view="cine_slice", planes=5))
   for i in range(5):
     record = cohort.splits["test"][i]
-    ((phase, (planes, known)),) = localisation.truth(spec, record["labels"]).items()
+    ((phase, (planes, known)),) = score.truth(spec, record["labels"]).items()
     assert phase == "ed" and planes == slice(0, 1)
     alike = [
       np.corrcoef(record["cine_slice"][0].ravel(), plane.ravel())[0, 1]
@@ -284,7 +286,7 @@ def test_labels_follow_the_view():
   )
 
   def truth(view, planes=2):
-    return localisation.truth(ConfigDict(dict(view=view, planes=planes)), labels)
+    return score.truth(ConfigDict(dict(view=view, planes=planes)), labels)
 
   ((planes, known),) = truth("es_volume").values()
   assert planes == slice(None) and list(known[:, 0, 0]) == [12, 13]
@@ -309,7 +311,7 @@ def run(cohort):
   of which none is neutral."""
   config = tiny_config(cohort.path)
   config.model.towers.es.frozen = True
-  model = pretrainer.build(config.model, config.data.samples)
+  model = models.build(config.model, config.data.samples)
   example = inputs.example(config, cohort.info["shapes"], 0, 1)
   shapes = jax.eval_shape(
     lambda: model.init(
@@ -338,7 +340,7 @@ def run(cohort):
 @pytest.fixture(scope="module")
 def evaluated(run, cohort):
   with jax.set_mesh(run.mesh):
-    return localisation.evaluate(run, randomised(run.state.variables, 1), cohort, batch=8, draws=50)
+    return evaluator.evaluate(run, randomised(run.state.variables, 1), cohort, batch=8, draws=50)
 
 
 def test_chance_is_the_share_of_the_labels_and_all_of_test_is_scored(evaluated, cohort):
@@ -410,7 +412,7 @@ def test_the_ecg_s_map_is_that_of_every_window_by_itself(run, evaluated, cohort)
     return (
       run.model.apply(run.state.variables, windows, method="locate_ecg"),
       [z["projection"][0] for z in towers.values()],
-      localisation.attention_map(run.model, run.state.variables, windows),
+      maps.attention_map(run.model, run.state.variables, windows),
     )
 
   tokens, towers, attention = direct(
@@ -436,7 +438,7 @@ def test_attention_is_the_softmax_of_the_model_s_own_parameters(run, pool, scan)
   config = ConfigDict(run.config.model.to_dict())
   config.towers = {"ecg": config.towers.ecg.to_dict() | dict(pool=pool, mask_ratio=0.0)}
   config.scan = scan
-  model = pretrainer.build(config, 500)
+  model = models.build(config, 500)
   signal = jax.random.normal(jax.random.key(0), (2, 12, 500))
   variables = {
     "params": randomised(
@@ -450,7 +452,7 @@ def test_attention_is_the_softmax_of_the_model_s_own_parameters(run, pool, scan)
   @jax.jit
   def both(variables):
     return (
-      localisation.attention_map(model, variables, signal),
+      maps.attention_map(model, variables, signal),
       model.bind(variables).ecg.tokens(signal)[:, 1:],
     )
 
@@ -496,16 +498,16 @@ def test_integrated_gradients_of_a_function_whose_integral_is_known():
   def slope(share):
     return {"x": np.cos(share * x) + (share * y) ** 2, "y": 2 * share**2 * x * y}
 
-  found = localisation.integrated_gradients(slope, {"x": x, "y": y})
+  found = maps.integrated_gradients(slope, {"x": x, "y": y})
   np.testing.assert_allclose(found["x"], np.sin(x) + x * y**2 / 3, atol=2e-4)
   np.testing.assert_allclose(found["y"], 2 * x * y**2 / 3, atol=2e-4)
-  linear = localisation.integrated_gradients(lambda share: np.array([3.0, -1.0]), x)
+  linear = maps.integrated_gradients(lambda share: np.array([3.0, -1.0]), x)
   np.testing.assert_allclose(linear, [2.1, 2.0], rtol=1e-12)
 
 
 def test_nobody_with_both_is_a_line_and_no_result(run, cohort, capsys):
   blank = [dict(cohort.splits["test"][i], has_cmr=np.bool_(False)) for i in range(3)]
-  assert localisation.evaluate(run, None, cohort._replace(splits={"test": blank}), batch=8) == (
+  assert evaluator.evaluate(run, None, cohort._replace(splits={"test": blank}), batch=8) == (
     {},
     [],
   )

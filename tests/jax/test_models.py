@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 from scipy import ndimage, stats
 from scipy.special import erf
 
-from mmcl_jax import configuration
+from mmcl_jax import configuration, models
 from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import mae, pretrainer, resnet, vit
+from mmcl_jax.models import mae, resnet, vit
+from mmcl_jax.models.cmr_tower import select_view
 from mmcl_jax.models.towers import ecg_vit
 
 
@@ -204,7 +205,7 @@ def test_a_decoder_other_than_its_size_s():
     c.towers.ecg = dict(fn="ecg_vit", view="ecg", size="test", patch=10, mask_ratio=0.5)
     c.towers.ecg.decoder = decoder
     with pytest.raises(UserError, match="config.model.towers.ecg.decoder is"):
-      pretrainer.build(c, 40)
+      models.build(c, 40)
 
 
 @pytest.fixture
@@ -363,7 +364,7 @@ def test_a_tower_sees_the_planes_that_it_names():
   }
 
   def seen(view, planes):
-    return list(pretrainer.look(cmr, ConfigDict(dict(view=view, planes=planes))).ravel())
+    return list(select_view(cmr, ConfigDict(dict(view=view, planes=planes))).ravel())
 
   assert seen("ed_volume", 4) == [3, 4, 5, 6] and seen("es_volume", 4) == [13, 14, 15, 16]
   assert seen("ed_slice", 99) == [4] == seen("ed_volume", 1)

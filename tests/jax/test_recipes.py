@@ -10,9 +10,9 @@ import pytest
 from common import ROOT
 from recipes import configure, leaves
 
-from mmcl_jax import configuration, objectives as objective_lib, train
+from mmcl_jax import configuration, models, objectives as objective_lib, train
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import inputs, pretrainer, towers
+from mmcl_jax.models import inputs, towers
 from mmcl_jax.training import state as state_lib, step as step_lib
 
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
@@ -24,7 +24,7 @@ def test_cardiacnets_encoder_keeps_what_its_class_token_was_trained_with():
 
   def variables(recipe):
     c = configure(recipe)
-    model = pretrainer.build(c.model, c.data.samples)
+    model = models.build(c.model, c.data.samples)
     shapes = {
       "ecg": [12, 1000],
       "phenotypes": [12],
@@ -453,8 +453,8 @@ def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
     "three_frames": [3, 96, 96],
     "lax": [50, 96, 96],
   }
-  pretrainer.check(c.model, shapes)
-  model = pretrainer.build(c.model, c.data.samples, len(c.data.targets) or 12, 8)
+  models.check(c.model, shapes)
+  model = models.build(c.model, c.data.samples, len(c.data.targets) or 12, 8)
   example = inputs.example(c, shapes, len(c.data.targets) or 12, 2)
   variables = jax.eval_shape(lambda: state_lib.variables(model, example))
   step_lib.check_outputs(
@@ -502,7 +502,7 @@ def test_a_recipe_has_the_keys_of_the_contract_and_its_sizes(name):
     c = module.get_config(size)
     assert keys(c) == known
     towers.complete(c.model)
-    generation = [module for module in ("tokenizer", "segmenter") if c.model[module]]
+    generation = [module for module in ("tokenizer", "segmenter") if c.model.get(module)]
     assert set(c.init_from) <= {"ecg", *(f"cmr_{tower}" for tower in c.model.towers), *generation}
     assert module.get_config(f"size={size},batch=4,steps=10").steps == 10
 

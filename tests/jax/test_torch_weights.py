@@ -15,11 +15,10 @@ torch = pytest.importorskip(
 )
 
 import torch_models as published
-from mmcl_jax import configuration
+from mmcl_jax import configuration, models
 from mmcl_jax.errors import UserError
-from mmcl_jax.projects.localisation import evaluator as localisation
+from mmcl_jax.projects.localisation import maps
 from mmcl_jax.interop import modules, recognise, torch_weights
-from mmcl_jax.models import pretrainer
 from mmcl_jax.models.towers import st_mem
 
 PATCH, SAMPLES, B = 20, 100, 2
@@ -501,16 +500,16 @@ def test_where_st_mem_looks():
   """Its attention falls on patches, lead by lead, and on separators, which are left out."""
   c = configuration.defaults(batch=2, steps=1).model
   c.towers.ecg = dict(fn="st_mem", view="ecg", size="test", patch=PATCH)
-  model = pretrainer.build(c, SAMPLES)
+  model = models.build(c, SAMPLES)
   batch = {"ecg": jnp.asarray(ECG), "mask": jnp.ones(B), "has_ecg": jnp.ones(B)}
   variables = model.init(jax.random.key(0), batch, jax.random.split(jax.random.key(1), B))
-  weights = localisation.attention_map(model, variables, jnp.asarray(ECG))
+  weights = maps.attention_map(model, variables, jnp.asarray(ECG))
   assert weights.shape == (B, 60) and (weights.sum(axis=1) < 1).all()  # separators have the rest
   sequence = jnp.arange(12 * 7).reshape(1, -1)
   assert st_mem.patches(sequence)[0, :6].tolist() == [1, 2, 3, 4, 5, 8]
   c.towers.ecg.mask_ratio = 0.5
   with pytest.raises(UserError, match="sets mask_ratio, which st_mem does not take"):
-    pretrainer.build(c, SAMPLES)
+    models.build(c, SAMPLES)
 
 
 # ---- published sizes

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh
 import joint
 from mmcl_jax.data import standardise
 from mmcl_jax.models import inputs
-from mmcl_jax import objectives as objective_lib
-from mmcl_jax.models import pretrainer, vit
+from mmcl_jax import models, objectives as objective_lib
+from mmcl_jax.models import vit
 from mmcl_jax.models.towers import video_vit
 from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
@@ -49,7 +49,7 @@ batch["phenotypes"][3] = np.nan
 standardiser = standardise.as_they_are(["a", "b", "c"], ("a", "b", "c"), ("d", "e"))
 zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
 keep = optax.GradientTransformation(zeros, lambda gradient, kept, params: (zeros(gradient), gradient))  # changes nothing
-model = pretrainer.build(config.model, config.data.samples, 3)
+model = models.build(config.model, config.data.samples, 3)
 
 result = {}
 for devices, parts in ((1, 1), (1, 4), (8, 4)):

@@ -12,9 +12,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 import step as benchmark
 
-from mmcl_jax import objectives
+from mmcl_jax import models, objectives
 from mmcl_jax.data import standardise
-from mmcl_jax.models import inputs, pretrainer, vit
+from mmcl_jax.models import inputs, vit
 from mmcl_jax.tools import hlo
 from mmcl_jax.training import parallel, state as state_lib, step as step_lib
 
@@ -28,7 +28,7 @@ def traced(case, batch):
     parallel.make_mesh(data=1, model=1),
     standardise.as_they_are([], covariates=("none",)),
   )
-  model = pretrainer.build(config.model, config.data.samples, 0)
+  model = models.build(config.model, config.data.samples, 0)
   with jax.set_mesh(mesh):
     example = inputs.example(config, shapes, 0, batch)
     tx = state_lib.optimizer_for(model, example, config)

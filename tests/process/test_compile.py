@@ -14,8 +14,9 @@ import pytest
 from common import ROOT
 from jax.sharding import PartitionSpec as P
 
+from mmcl_jax import models
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import inputs, pretrainer
+from mmcl_jax.models import inputs
 from mmcl_jax.tools import compile_step as program, hlo
 from mmcl_jax.training import state as state_lib
 
@@ -314,7 +315,7 @@ def compile_in_a_process(*flags, timeout=600):
 def parameters():
   config = joint.get_config("test")
   shapes, standardiser = program.cohort_of(config)
-  model = pretrainer.build(config.model, config.data.samples, len(standardiser.targets))
+  model = models.build(config.model, config.data.samples, len(standardiser.targets))
   made = jax.eval_shape(
     lambda: state_lib.variables(model, inputs.example(config, shapes, len(standardiser.targets), 1))
   )

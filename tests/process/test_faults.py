@@ -18,7 +18,7 @@ from test_objectives_degenerate import value_and_grad
 from mmcl_jax import evaluate, train
 from mmcl_jax.data import cohort as cohort_lib, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError
-from mmcl_jax.models import tokenizer
+from mmcl_jax.projects.generation import tokenizer
 from mmcl_jax.training import checkpoint, cohorts, metrics, monitor
 
 BROKEN = 5  # record of the train split

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from common import tiny_config
-from mmcl_jax import train
+from mmcl_jax import models, train
 from mmcl_jax.data import pipeline
-from mmcl_jax.models import pretrainer
 from mmcl_jax.training import frozen, metrics, restore
 
 
@@ -60,9 +59,9 @@ def test_cached_features_give_the_run_that_the_towers_in_the_loop_give(
   cohort, first, cached, tmp_path, monkeypatch
 ):
   """The oracle runs the towers on the images in every step."""
-  real = pretrainer.fields
+  real = models.fields
   monkeypatch.setattr(frozen, "with_features", lambda one, split, *args: one.splits[split])
-  monkeypatch.setattr(pretrainer, "fields", lambda config, only=None: real(config))
+  monkeypatch.setattr(models, "fields", lambda config, only=None: real(config))
   live = jax.device_get(train.train(second(cohort, first), str(tmp_path / "w")))
   losses = [
     [record["loss"] for record in metrics.read(workdir / "metrics.jsonl") if "loss" in record]
@@ -175,7 +174,7 @@ def test_a_cohort_of_ecg_alone_mixes_with_cached_pairs(cohort, first, tmp_path):
   }
   lacking = [{k: v for k, v in train_records[i].items() if k != "ed_es_volumes"} for i in range(4)]
   record = train_records[0] | {"features": {"ed": np.ones(8, np.float32)}}
-  conform = pipeline.conforming(info, cohort.info, record, pretrainer.fields(config.model))
+  conform = pipeline.conforming(info, cohort.info, record, models.fields(config.model))
   row = conform(lacking[1])
   assert (
     row["has_cmr"] == 0

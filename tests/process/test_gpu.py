@@ -16,7 +16,8 @@ from common import ROOT, python
 from jax import export
 from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
-from mmcl_jax.models import inputs, kernels, pretrainer, vit
+from mmcl_jax import models
+from mmcl_jax.models import inputs, kernels, vit
 from mmcl_jax.tools import compile_step as program
 from mmcl_jax.training import state as state_lib
 
@@ -75,7 +76,7 @@ def recipes():
       patch.setattr(kernels, "attention", note)
       config = module.get_config(argument)
       shapes, standardiser = program.cohort_of(config)
-      model = pretrainer.build(
+      model = models.build(
         config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
       )
       example = inputs.example(config, shapes, len(standardiser.targets), 2)

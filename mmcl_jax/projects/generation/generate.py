@@ -1,4 +1,4 @@
-"""`mmcl generate`: hearts drawn from ECG recordings, by a run of configs/ecg_to_cmr.py. None of
+"""`mmcl generate`: hearts drawn from ECG recordings, by a run of the recipe ecg_to_cmr. None of
 them was measured.
 
     mmcl generate --workdir=W --input=ECG... --out=DIR [--samples=8]
@@ -25,22 +25,25 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
+from mmcl_jax import models
 from mmcl_jax.data import readers, schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, check_writable, writing
 from mmcl_jax.evaluators.report import as_cell
-from mmcl_jax.models import inference, pretrainer
 from mmcl_jax.projects.generation import drawings, evaluator
+from mmcl_jax.projects.generation.model import GenerationModel, noise_shape, parts
+from mmcl_jax.projects.generation.sampling import make_generate, make_segment
+from mmcl_jax.projects.generation.scores import PHENOTYPES, measure, volumes
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore
 
 MARK = "generated, not measured"  # in every picture and every header
-UNITS = [schema.PHENOTYPES[name] for name in evaluator.PHENOTYPES]
+UNITS = [schema.PHENOTYPES[name] for name in PHENOTYPES]
 
 
-def main(argv):
+def arguments(argv) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="mmcl generate", description=__doc__.partition("\n\n")[0], allow_abbrev=False
   )
@@ -57,7 +60,7 @@ def main(argv):
     "--out",
     type=local,
     required=True,
-    help="folder for the hearts; what is there of the same run is gone on from",
+    help="folder for the hearts; hearts of the same run that are there are kept",
   )
   parser.add_argument(
     "--samples", type=int, default=8, help="hearts of each recording (default %(default)s)"
@@ -66,7 +69,8 @@ def main(argv):
     "--guidance",
     type=float,
     default=1.0,
-    help="1: as the ECG says; above: further away from the hearts of all; 0: any heart (default %(default)s)",
+    help="1: as the ECG says; above: further away from the hearts of all; 0: any heart "
+    "(default %(default)s)",
   )
   parser.add_argument(
     "--seed", type=int, default=0, help="of the noise that hearts grow from (default %(default)s)"
@@ -78,9 +82,13 @@ def main(argv):
   if args.samples < 1 or not 0 <= args.guidance < np.inf or not 0 <= args.seed < 2**32:
     raise UserError(
       f"--samples is {args.samples}, --guidance {args.guidance} and --seed {args.seed}; expected "
-      "at "
-      "least 1, a number of at least 0, and a whole number from 0 to 4294967295"
+      "at least 1, a number of at least 0, and a whole number from 0 to 4294967295"
     )
+  return args
+
+
+def main(argv):
+  args = arguments(argv)
   check_writable(args.out)
   paths = find_recordings(args.input)
   run = load_generator(args.workdir, args.step, args.guidance)
@@ -101,8 +109,7 @@ def main(argv):
   if not drawn:
     raise UserError(
       f"none of the {len(rows)} recordings could be read; the first, {rows[0]['path']}: "
-      f"{rows[0]['reason']}. All "
-      f"reasons: {out}/hearts.csv"
+      f"{rows[0]['reason']}. All reasons: {out}/hearts.csv"
     )
   print(
     f"{args.samples} hearts of each of {drawn} recordings ({len(rows) - drawn} rejected), {MARK}: "
@@ -113,30 +120,21 @@ def main(argv):
 def load_generator(workdir: str, step: int | None, guidance: float) -> restore.Run:
   """A run that draws hearts from an ECG alone and measures them."""
   run = restore.load_ecg_run(workdir, step)
-  if lacking := [
-    name
-    for name in ("tokenizer", "segmenter", "generator")
-    if name not in evaluator.parts(run.config.model)
-  ]:
+  lacking = [part for part in GenerationModel.PARTS if part not in parts(run.config.model)]
+  if lacking:
     raise UserError(
       f"{workdir} has no {' and no '.join(lacking)}; expected a run of configs/ecg_to_cmr.py"
     )
-  if pretrainer.takes_covariates(run.config.model) and not run.config.model.generator.dropout:
+  if models.takes_covariates(run.config.model) and not run.config.model.generator.dropout:
     raise UserError(
       f"{workdir} was trained with the covariates always there (config.model.generator.covariates, "
-      "dropout 0), and "
-      "ECG files hold none; evaluate it on a cohort with `mmcl evaluate`, or train one with dropout"
-    )
-  if "spacing" not in run.manifest:
-    raise UserError(
-      f"{workdir}/checkpoints/{run.step} does not say how large its voxels are; train it with this "
-      "version"
+      "dropout 0), and ECG files hold none; evaluate it on a cohort with `mmcl evaluate`, or train "
+      "one with dropout"
     )
   if guidance != 1 and not run.config.model.generator.dropout:
     raise UserError(
       f"--guidance is {guidance}, and {workdir} was trained with the ECG always there "
-      "(config.model.generator.dropout "
-      "is 0); only 1 has a meaning"
+      "(config.model.generator.dropout is 0); only 1 has a meaning"
     )
   return run
 
@@ -144,61 +142,77 @@ def load_generator(workdir: str, step: int | None, guidance: float) -> restore.R
 def named(paths: list[str]) -> dict[str, str]:
   """{name of its folder: path}: the file's name without its format's suffix, with a number where
   several have it."""
-  found = {}
+  recordings = {}
   for path in paths:
     stem = re.sub(r"[^\w.-]", "_", readers.stem(path)).lstrip(".") or "ecg"
     name, number = stem, 1
-    while name in found or name == "hearts.csv":
+    while name in recordings or name == "hearts.csv":
       number += 1
       name = f"{stem}-{number}"
-    found[name] = path
-  return found
+    recordings[name] = path
+  return recordings
 
 
 def write_hearts(run, recordings: dict[str, str], out: pathlib.Path, about: dict) -> list[dict]:
   """Draws the hearts that are not there yet; a row of hearts.csv for every recording."""
-  shape = tuple(run.manifest["shapes"]["ed_es_volumes"][1:])
-  # covariates, of which ECG files say nothing
-  unknown = jnp.full((1, len(run.standardiser.covariates)), jnp.nan)
-  noise_shape = about["samples"], *pretrainer.noise_shape(run.config.model, shape)
-  generate = inference.make_generate(
-    run.model, run.config, shape, evaluator.STEPS, about["guidance"]
-  )
-  segment = inference.make_segment(run.model)
-
-  def draw(variables, ecg, key):
-    stacks = generate(variables, ecg[None], jax.random.normal(key, (1, *noise_shape)), unknown)[0]
-    labels = jax.lax.map(lambda x: segment(variables, x[None])[0], stacks, batch_size=8)
-    return (255 * stacks).round().astype("uint8"), labels
-
-  draw = jax.jit(draw, out_shardings=NamedSharding(run.mesh, P()))
-  done = {name: row for name in recordings if (row := made(out / name, recordings[name], about))}
-  if done:
-    print(f"{len(done)} of {len(recordings)} recordings are in {out}", flush=True)
-  to_do, rows = {name: path for name, path in recordings.items() if name not in done}, dict(done)
-  read = read_ahead(to_do.values(), run.config.data.ecg_profile, ahead=8) if to_do else ()
-  for name, (row, ecg) in tqdm(zip(to_do, read), "generate", len(to_do), unit="ECG", mininterval=1):
+  rows, to_do = {}, {}
+  for name, path in recordings.items():
+    row = row_of_earlier(out / name, path, about)
+    if row:
+      rows[name] = row
+    else:
+      to_do[name] = path
+  if rows:
+    print(f"{len(rows)} of {len(recordings)} recordings are in {out}", flush=True)
+  if not to_do:
+    return [rows[name] for name in recordings]
+  draw = make_draw(run, about)
+  ecgs = read_ahead(to_do.values(), run.config.data.ecg_profile, ahead=8)
+  progress = tqdm(zip(to_do, ecgs), "generate", len(to_do), unit="ECG", mininterval=1)
+  for name, (row, ecg) in progress:
     rows[name] = row
     if ecg is not None:
-      # By the name, so that neither the order nor an interruption changes a heart.
-      number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
-      key = jax.random.fold_in(jax.random.key(about["seed"]), np.uint32(number))
-      stacks, labels = jax.device_get(draw(run.state.variables, ecg, key))
-      rows[name] |= write_one(
-        out / name, stacks, labels, run.manifest["spacing"], about | {"recording": row}
+      stacks, labels = jax.device_get(draw(run.state.variables, ecg, key_of(name, about["seed"])))
+      of_recording = about | {"recording": row}
+      rows[name] |= write_recording(
+        out / name, stacks, labels, run.manifest["spacing"], of_recording
       )
   return [rows[name] for name in recordings]
 
 
-def made(folder: pathlib.Path, path: str, about: dict) -> dict | None:
+def make_draw(run, about: dict):
+  """(variables, ecg [L, T], key) -> stacks and labels uint8 [S, P, Z, H, W]."""
+  shape = tuple(run.manifest["shapes"]["ed_es_volumes"][1:])
+  # covariates, of which ECG files say nothing
+  unknown = jnp.full((1, len(run.standardiser.covariates)), jnp.nan)
+  noise = about["samples"], *noise_shape(run.config.model, shape)
+  generate = make_generate(run.model, run.config, shape, evaluator.STEPS, about["guidance"])
+  segment = make_segment(run.model)
+
+  def draw(variables, ecg, key):
+    stacks = generate(variables, ecg[None], jax.random.normal(key, (1, *noise)), unknown)[0]
+    labels = jax.lax.map(lambda x: segment(variables, x[None])[0], stacks, batch_size=8)
+    return (255 * stacks).round().astype("uint8"), labels
+
+  return jax.jit(draw, out_shardings=NamedSharding(run.mesh, P()))
+
+
+def key_of(name: str, seed: int):
+  """By the name, so that neither the order nor an interruption changes a heart."""
+  number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
+  return jax.random.fold_in(jax.random.key(seed), np.uint32(number))
+
+
+def row_of_earlier(folder: pathlib.Path, path: str, about: dict) -> dict | None:
   """The row of a recording that the same run has drawn hearts of; None where there is nothing;
   UserError where it is another's."""
   if not folder.exists():
     return None
   try:
-    found = json.loads((folder / "hearts.json").read_text())
-    theirs, row = {name: found[name] for name in about}, found["recording"] | found["summary"]
-    if theirs == about and row["path"] == path:
+    earlier = json.loads((folder / "hearts.json").read_text())
+    same = all(earlier[name] == value for name, value in about.items())
+    row = earlier["recording"] | earlier["summary"]
+    if same and row["path"] == path:
       return row
   except (OSError, ValueError, KeyError, TypeError):
     pass
@@ -208,38 +222,40 @@ def made(folder: pathlib.Path, path: str, about: dict) -> dict | None:
   )
 
 
-def write_one(
+def write_recording(
   folder: pathlib.Path, stacks: np.ndarray, labels: np.ndarray, spacing: list[float], about: dict
 ) -> dict:
   """Writes the hearts of a recording, stacks and labels uint8 [S, P, Z, H, W], whole or not at all;
   their mean and SD by name."""
-  figure = drawings.montage(
-    stacks, labels, f"{len(stacks)} hearts drawn from one ECG", MARK.upper()
-  )
-  millilitres = np.asarray(
-    evaluator.volumes(labels, np.tile(np.float32(spacing), (len(labels), 1)))
-  )
-  values = evaluator.measure(millilitres)
-  known = np.isfinite(values).sum(axis=0)
-
-  def told(statistic, least):
-    return [
-      float(statistic(x[np.isfinite(x)])) if n >= least else None for x, n in zip(values.T, known)
-    ]
-
-  columns = [f"{name}_{unit}" for name, unit in zip(evaluator.PHENOTYPES, UNITS)]
-  summary = dict(zip(columns, told(np.mean, 1))) | dict(
-    zip([f"{c}_sd" for c in columns], told(lambda x: x.std(ddof=1), 2))
-  )
-  hearts = [{c: None if np.isnan(x) else float(x) for c, x in zip(columns, row)} for row in values]
-  whole = about | {"spacing_mm": spacing, "summary": summary, "hearts": hearts}
+  title = f"{len(stacks)} hearts drawn from one ECG"
+  figure = drawings.montage(stacks, labels, title, MARK.upper())
+  voxels = np.tile(np.float32(spacing), (len(labels), 1))
+  values = measure(np.asarray(volumes(labels, voxels)))
+  columns = [f"{name}_{unit}" for name, unit in zip(PHENOTYPES, UNITS)]
+  hearts = []
+  for row in values:
+    known = [None if np.isnan(x) else float(x) for x in row]
+    hearts.append(dict(zip(columns, known)))
+  summary = summarised(columns, values)
   with files.atomic_folder(folder) as partial:
     for i, (stack, label) in enumerate(zip(stacks, labels), 1):
       save_nifti(partial / f"heart-{i}.nii.gz", stack, spacing)
       save_nifti(partial / f"heart-{i}-labels.nii.gz", label, spacing)
     figure.savefig(partial / "hearts.png", dpi=110, metadata={"Description": MARK})
-    (partial / "hearts.json").write_text(json.dumps(whole, indent=1) + "\n")
+    entry = about | {"spacing_mm": spacing, "summary": summary, "hearts": hearts}
+    (partial / "hearts.json").write_text(json.dumps(entry, indent=1) + "\n")
   return summary
+
+
+def summarised(columns: list[str], values: np.ndarray) -> dict[str, float | None]:
+  """Mean and SD of each column of values [S, K] over the hearts that it is known of; None of none,
+  and no SD of one."""
+  means, deviations = {}, {}
+  for column, x in zip(columns, values.T):
+    known = x[np.isfinite(x)]
+    means[column] = float(np.mean(known)) if len(known) else None
+    deviations[f"{column}_sd"] = float(known.std(ddof=1)) if len(known) > 1 else None
+  return means | deviations
 
 
 def save_nifti(file: pathlib.Path, stack: np.ndarray, spacing: list[float]) -> None:
@@ -255,9 +271,8 @@ def write_table(file: pathlib.Path, rows: list[dict]) -> None:
   with files.atomic(file, newline="", encoding="utf-8") as table:
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
-    writer.writerows(
-      {name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows
-    )
+    for row in rows:
+      writer.writerow({name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from mmcl_jax.evaluators.statistics import ratio
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """Peak signal-to-noise ratio of [N, ...] in [0, 1], in dB [N]: 10 log10(1 / mean squared
   difference)."""
-  return -10 * np.log10(np.square(x.astype(np.float64) - y).reshape(len(x), -1).mean(axis=1))
+  squares = np.square(x.astype(np.float64) - y)
+  return -10 * np.log10(squares.reshape(len(x), -1).mean(axis=1))
 
 
 def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -20,22 +21,24 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """
 
   def window(a):
-    return gaussian_filter(a, (*[0] * (a.ndim - 2), 1.5, 1.5), truncate=3.5)[..., 5:-5, 5:-5]
+    smooth = gaussian_filter(a, 1.5, axes=(-2, -1), truncate=3.5)
+    return smooth[..., 5:-5, 5:-5]
 
-  found = []
+  scores = []
   for a, b in zip(x.astype(np.float64), y.astype(np.float64)):
     mean_a, mean_b = window(a), window(b)
     var_a = window(a * a) - mean_a**2
     var_b = window(b * b) - mean_b**2
     cov = window(a * b) - mean_a * mean_b
-    shared = (2 * mean_a * mean_b + 1e-4) * (2 * cov + 9e-4)
-    whole = (mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4)
-    found.append((shared / whole).mean())
-  return np.array(found)
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    structure = (2 * cov + 9e-4) / (var_a + var_b + 9e-4)
+    scores.append((luminance * structure).mean())
+  return np.array(scores)
 
 
 def dice(a: np.ndarray, b: np.ndarray, label: int) -> np.ndarray:
-  """Overlap of one label in label maps [N, ...], 2 |A and B| / (|A| + |B|) [N]; NaN where neither has it."""
+  """Overlap of one label in label maps [N, ...], 2 |A and B| / (|A| + |B|) [N]; NaN
+  where neither has it."""
   a = (a == label).reshape(len(a), -1)
   b = (b == label).reshape(len(b), -1)
   total = a.sum(axis=1) + b.sum(axis=1)

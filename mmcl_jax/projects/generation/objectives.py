@@ -17,24 +17,22 @@ def kl_autoencoder(outputs, batch, noise: float = 0.05) -> Loss:
   Args:
     outputs: tokenizer.{reconstruction [B, P, Z, H, W], latent_mean, latent_log_variance [B, N, C]}.
     batch: cmr.ed_es_volumes [B, P, Z, H, W] in [0, 1], has_cmr, mask [B].
-    noise: SD of the grey values that need not be told, those of the scanner's noise. What it leaves
-      unused of the latents keeps the prior N(0, 1), so that latents have one scale, whatever a
-        generator makes them from.
+    noise: SD of the grey values that need not be reconstructed, those of the scanner's noise. What
+      it leaves unused of the latents keeps the prior N(0, 1), so that latents have one scale,
+      whatever a generator makes them from.
   """
   common.require_positive(noise=noise)
-  made, x = outputs["tokenizer"], common.at_least_float32(batch["cmr"]["ed_es_volumes"])
+  made = outputs["tokenizer"]
+  x = common.at_least_float32(batch["cmr"]["ed_es_volumes"])
   voxels = x[0].size
-  squared = jnp.square(x - common.at_least_float32(made["reconstruction"])).mean(axis=(1, 2, 3, 4))
-  mean, log_variance = (
-    common.at_least_float32(made[name]) for name in ("latent_mean", "latent_log_variance")
-  )
+  error = x - common.at_least_float32(made["reconstruction"])
+  squared = jnp.square(error).mean(axis=(1, 2, 3, 4))
+  mean = common.at_least_float32(made["latent_mean"])
+  log_variance = common.at_least_float32(made["latent_log_variance"])
   kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1).sum(axis=(1, 2))
   weight = common.row_weight(batch, "cmr")
-  return Loss(
-    squared / (2 * noise**2) + kl / voxels,
-    weight,
-    {"mse": common.average(squared, weight), "kl_nats": common.average(kl, weight)},
-  )
+  metrics = {"mse": common.average(squared, weight), "kl_nats": common.average(kl, weight)}
+  return Loss(squared / (2 * noise**2) + kl / voxels, weight, metrics)
 
 
 def segmentation(outputs, batch) -> Loss:
@@ -51,11 +49,10 @@ def segmentation(outputs, batch) -> Loss:
   voxels = tuple(range(1, labels.ndim))
   cross_entropy = -(truth * log_p).sum(axis=-1).mean(axis=voxels)
   p, truth = jnp.exp(log_p)[..., 1:], truth[..., 1:]
+  overlap = 2 * (p * truth).sum(axis=voxels)
+  total = p.sum(axis=voxels) + truth.sum(axis=voxels)
   # 1 voxel: none of a label
-  overlap = (2 * (p * truth).sum(axis=voxels) + 1) / (
-    p.sum(axis=voxels) + truth.sum(axis=voxels) + 1
-  )
-  dice = overlap.mean(axis=-1)
+  dice = ((overlap + 1) / (total + 1)).mean(axis=-1)
   weight = common.row_weight(batch, "cmr") * (labels > 0).any(axis=voxels)
   return Loss(cross_entropy + 1 - dice, weight, {"soft_dice": common.average(dice, weight)})
 
@@ -70,11 +67,11 @@ def flow_matching(outputs, batch) -> Loss:
     batch: has_cmr, mask [B]. Rows without an ECG count, as rows whose ECG was withheld.
   """
   made = outputs["generator"]
-  squared = jnp.square(
-    common.at_least_float32(made["velocity"]) - common.at_least_float32(made["target"])
-  )
-  squared = squared.mean(axis=2)
-  squared = (
-    jax.vmap(common.average)(squared, made["hidden"]) if "hidden" in made else squared.mean(axis=1)
-  )
+  velocity = common.at_least_float32(made["velocity"])
+  target = common.at_least_float32(made["target"])
+  squared = jnp.square(velocity - target).mean(axis=2)  # [B, N]
+  if "hidden" in made:
+    squared = jax.vmap(common.average)(squared, made["hidden"])
+  else:
+    squared = squared.mean(axis=1)
   return Loss(squared, common.row_weight(batch, "cmr"), {})

@@ -32,7 +32,7 @@ class Segmenter(nn.Module):
   @nn.compact
   def __call__(self, stacks):
     def conv(x, width, stride, name):
-      x = nn.Conv(
+      layer = nn.Conv(
         width,
         (3, 3),
         (stride, stride),
@@ -40,20 +40,19 @@ class Segmenter(nn.Module):
         dtype=self.dtype,
         conv_general_dilated=kernels.convolve,
         name=name,
-      )(x)
-      return nn.relu(nn.GroupNorm(num_groups=4, dtype=self.dtype, name=f"{name}_norm")(x))
+      )
+      norm = nn.GroupNorm(num_groups=4, dtype=self.dtype, name=f"{name}_norm")
+      return nn.relu(norm(layer(x)))
 
     x = (2 * stacks - 1).astype(self.dtype).reshape(-1, *stacks.shape[-2:], 1)
     skips = []
     for i, width in enumerate(self.widths):
-      x = conv(conv(x, width, 2, f"down{i}"), width, 1, f"level{i}")
+      x = conv(x, width, 2, f"down{i}")
+      x = conv(x, width, 1, f"level{i}")
       skips.append(x)
     for i, skip in reversed(list(enumerate(skips[:-1]))):
-      x = (
-        nn.Dense(self.widths[i], dtype=self.dtype, name=f"narrow{i}")(x)
-        .repeat(2, axis=1)
-        .repeat(2, axis=2)
-      )
+      x = nn.Dense(self.widths[i], dtype=self.dtype, name=f"narrow{i}")(x)
+      x = x.repeat(2, axis=1).repeat(2, axis=2)
       x = conv(x + skip, self.widths[i], 1, f"up{i}")
     x = at_least_float32(nn.Dense(4 * self.classes, dtype=self.dtype, name="labels")(x))
     slices, H, W, _ = x.shape

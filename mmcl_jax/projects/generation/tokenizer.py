@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmcl_jax.models import vit
-from mmcl_jax.models.towers import video_vit
 from mmcl_jax.models.kernels import at_least_float32
+from mmcl_jax.models.towers import video_vit
 
 PHASES = 2
 # of a latent: its exponential is finite in float32 and far from the ends
@@ -43,23 +43,17 @@ class Tokenizer(nn.Module):
   scan: bool = False
 
   def setup(self):
-    def blocks():
-      return [vit.Block(self.heads, i, dtype=self.dtype) for i in range(self.depth)]
+    self.patch_embed = vit.Dense(self.width, self.dtype)
+    self.encoder = self.blocks()
+    self.encoder_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+    self.posterior = vit.Dense(2 * self.channels, self.dtype)
+    self.latent_embed = vit.Dense(self.width, self.dtype)
+    self.decoder = self.blocks()
+    self.decoder_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+    self.pixels = vit.Dense(PHASES * int(np.prod(self.patch)), self.dtype)
 
-    def norm():
-      return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
-
-    def dense(width):
-      return vit.Dense(width, self.dtype)
-
-    self.patch_embed, self.encoder, self.encoder_norm, self.posterior = (
-      dense(self.width),
-      blocks(),
-      norm(),
-      dense(2 * self.channels),
-    )
-    self.latent_embed, self.decoder, self.decoder_norm = dense(self.width), blocks(), norm()
-    self.pixels = dense(PHASES * int(np.prod(self.patch)))
+  def blocks(self) -> list[nn.Module]:
+    return [vit.Block(self.heads, i, dtype=self.dtype) for i in range(self.depth)]
 
   def transform(self, x, grid, blocks, norm):
     x += jnp.asarray(video_vit.sincos_3d(*grid, self.width), x.dtype)
@@ -70,9 +64,8 @@ class Tokenizer(nn.Module):
     float32."""
     patches = [video_vit.patchify(2 * stacks[:, phase] - 1, self.patch) for phase in range(PHASES)]
     x = self.patch_embed(jnp.concatenate(patches, axis=-1).astype(self.dtype))
-    x = self.posterior(
-      self.transform(x, grid_of(stacks.shape[2:], self.patch), self.encoder, self.encoder_norm)
-    )
+    grid = grid_of(stacks.shape[2:], self.patch)
+    x = self.posterior(self.transform(x, grid, self.encoder, self.encoder_norm))
     mean, log_variance = jnp.split(at_least_float32(x), 2, axis=-1)
     return mean, jnp.clip(log_variance, *LOG_VARIANCE)
 
@@ -81,10 +74,9 @@ class Tokenizer(nn.Module):
     learned to."""
     x = self.latent_embed(latents.astype(self.dtype))
     x = self.transform(x, grid_of(shape, self.patch), self.decoder, self.decoder_norm)
-    phases = jnp.split(at_least_float32(self.pixels(x)), PHASES, axis=-1)
-    return 0.5 + 0.5 * jnp.stack(
-      [video_vit.unpatchify(x, shape, self.patch) for x in phases], axis=1
-    )
+    patches = jnp.split(at_least_float32(self.pixels(x)), PHASES, axis=-1)
+    phases = [video_vit.unpatchify(x, shape, self.patch) for x in patches]
+    return 0.5 + 0.5 * jnp.stack(phases, axis=1)
 
   def __call__(self, stacks, keys=None):
     """stacks [B, P, Z, H, W] and back. keys [B]: latents are drawn (training); None: they are their
@@ -108,4 +100,5 @@ def draw(mean, log_variance, keys):
 
 
 def grid_of(shape, patch) -> tuple[int, ...]:
+  """Tokens of stacks of `shape` (Z, H, W) along slices, rows and columns."""
   return tuple(length // side for length, side in zip(shape, patch))
