@@ -185,8 +185,8 @@ def test_another_run_s_hearts_are_left_alone(stages, recordings, hearts):
     (["--guidance=nan"], "--guidance nan"),
     (
       ["--workdir={stages}/ecg_mae"],
-      "ecg_mae has no tokenizer and no segmenter and no generator; expected a run of "
-      "configs/ecg_to_cmr",
+      "ecg_mae has no tokenizer and no segmenter and no generator; expected a run of the recipe "
+      "ecg_to_cmr",
     ),
     (["--workdir={stages}/cmr_autoencoder"], "has no ECG encoder"),
     (["--input={nowhere}"], "none of the 1 recordings could be read"),

@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 
+from mmcl_jax.data.schema import PHASES
 from mmcl_jax.evaluators import figures
 from mmcl_jax.evaluators.drawings import (
   HEAD,
@@ -34,19 +35,9 @@ def examples(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str
         panel.imshow(stacks[n, phase, middle], cmap="gray", vmin=0, vmax=255)
         panel.set(xticks=[], yticks=[])
         if n == 0:
-          panel.set_title(f"{title}\n{'ED' if phase == 0 else 'ES'}", fontsize=6.5)
+          panel.set_title(f"{title}\n{PHASES[phase].upper()}", fontsize=6.5)
         if c > 1:
-          panel.text(
-            0.5,
-            0.02,
-            "generated, not measured",
-            transform=panel.transAxes,
-            ha="center",
-            va="bottom",
-            fontsize=3.6,
-            color="white",
-            path_effects=[patheffects.withStroke(linewidth=0.8, foreground="black")],
-          )
+          write_across(panel, "generated, not measured", 3.6, 0.8)
   return figures.finish(figure, note)
 
 
@@ -61,35 +52,36 @@ def montage(stacks: np.ndarray, labels: np.ndarray, title: str, mark: str) -> Fi
   chosen = range(0, slices, max(1, slices // 6))
 
   def row(x, fill):
-    return np.concatenate(
-      [np.pad(x[p, z], 1, constant_values=fill) for p in range(phases) for z in chosen], axis=1
-    )
+    images = [x[p, z] for p in range(phases) for z in chosen]
+    return np.concatenate([np.pad(a, 1, constant_values=fill) for a in images], axis=1)
 
-  pixel = (WIDTH - 8) / row(stacks[0], 0).shape[1]
-  whole = HEAD + len(stacks) * pixel * (height + 2) + 10
-  figure = blank_figure(title, whole)
+  pixel = (WIDTH - 8) / row(stacks[0], 0).shape[1]  # mm
+  tall = pixel * (height + 2)
+  total = HEAD + len(stacks) * tall + 10
+  figure = blank_figure(title, total)
   for i, (stack, label) in enumerate(zip(stacks, labels)):
-    tall = pixel * (height + 2)
-    axes = figure.add_axes(
-      [4 / WIDTH, 1 - (HEAD + (i + 1) * tall) / whole, 1 - 8 / WIDTH, tall / whole]
-    )
-    axes.imshow(
-      row(stack, 255), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto"
-    )
+    foot = 1 - (HEAD + (i + 1) * tall) / total
+    axes = figure.add_axes([4 / WIDTH, foot, 1 - 8 / WIDTH, tall / total])
+    grey = dict(cmap="gray", vmin=0, vmax=255)
+    axes.imshow(row(stack, 255), interpolation="nearest", aspect="auto", **grey)
     draw_contours(axes, row(label, 0))
-    axes.text(
-      0.5,
-      0.02,
-      mark,
-      transform=axes.transAxes,
-      ha="center",
-      va="bottom",
-      fontsize=8,
-      color="white",
-      alpha=0.9,
-      path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")],
-    )
+    write_across(axes, mark, 8, 1.5)
     axes.axis("off")
-  contour_legend(figure, (4 / WIDTH, 1 / whole))
-  footnote(figure, f"left half ED, right half ES, base to apex; {mark}", whole)
+  contour_legend(figure, (4 / WIDTH, 1 / total))
+  footnote(figure, f"left half ED, right half ES, base to apex; {mark}", total)
   return figure
+
+
+def write_across(axes, text: str, size: float, outline: float) -> None:
+  """Text at the foot of an image, in white with a black outline."""
+  axes.text(
+    0.5,
+    0.02,
+    text,
+    transform=axes.transAxes,
+    ha="center",
+    va="bottom",
+    fontsize=size,
+    color="white",
+    path_effects=[patheffects.withStroke(linewidth=outline, foreground="black")],
+  )

@@ -123,7 +123,7 @@ def load_generator(workdir: str, step: int | None, guidance: float) -> restore.R
   lacking = [part for part in GenerationModel.PARTS if part not in parts(run.config.model)]
   if lacking:
     raise UserError(
-      f"{workdir} has no {' and no '.join(lacking)}; expected a run of configs/ecg_to_cmr.py"
+      f"{workdir} has no {' and no '.join(lacking)}; expected a run of the recipe ecg_to_cmr"
     )
   if models.takes_covariates(run.config.model) and not run.config.model.generator.dropout:
     raise UserError(

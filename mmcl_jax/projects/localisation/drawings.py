@@ -17,14 +17,17 @@ from mmcl_jax.evaluators.drawings import (
 )
 from mmcl_jax.evaluators.figures import plain
 
+# mm: ends of a lead, height of its trace and of a strip
+LEFT, RIGHT, TRACE, STRIP = 26, WIDTH - 4, 12, 2.2
+
 
 def relevance(examples: list[dict], note: str = "") -> dict[str, Figure]:
-  """{name: Figure} of what localisation.explain found in some recordings."""
+  """{name: Figure} of the examples that evaluator.explain gives."""
   figures = {}
-  for i, found in enumerate(examples, 1):
+  for i, example in enumerate(examples, 1):
     title = f"recording {i} of those in test that have an ECG and a CMR"
-    figures[f"relevance_cmr_{i}"] = heart_relevance(found["towers"], title, note)
-    figures[f"relevance_ecg_{i}"] = ecg_relevance(found["ecg"], title, note)
+    figures[f"relevance_cmr_{i}"] = heart_relevance(example["towers"], title, note)
+    figures[f"relevance_ecg_{i}"] = ecg_relevance(example["ecg"], title, note)
   return figures
 
 
@@ -36,8 +39,8 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
   the integrated gradients.
 
   Args:
-    towers: {TOWER: {seen, labels, cosine, top, gradients [P, H, W]}}, as localisation.explain gives
-    them; seen in [0, 1].
+    towers: {TOWER: {seen, labels, cosine, top, gradients [P, H, W]}}, as evaluator.explain gives
+      them; seen in [0, 1].
     title, note: printed above, and at the foot.
     most: planes a tower that are drawn, evenly spread.
   """
@@ -48,46 +51,42 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
   figure = blank_figure(title, height)
 
   def panel(row, column, image, **options):
-    place = (left + column * side, height - HEAD - (row + 1) * side, side - gap, side - gap)
-    axes = figure.add_axes([x / (WIDTH, height)[i % 2] for i, x in enumerate(place)])
+    x, y = left + column * side, height - HEAD - (row + 1) * side
+    width = side - gap
+    axes = figure.add_axes([x / WIDTH, y / height, width / WIDTH, width / height])
     axes.imshow(image, interpolation="nearest", aspect="auto", **options)
     axes.axis("off")
     return axes
 
+  def label(row, text):
+    y = 1 - (HEAD + (row + 0.5) * side) / height
+    figure.text(2 / WIDTH, y, text, va="center", fontsize=8, color=INK)
+
   for row, (name, tower) in enumerate(towers.items()):
-    planes = np.unique(np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int))
+    planes = np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int)
     near, size = tower["cosine"], np.abs(tower["gradients"])
-    full = np.percentile(size, 99.5) or 1.0
-    words = (
-      f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}",
-      f"{plain(name)}: integrated\ngradients, size",
-    )
-    for i, text in enumerate(words):
-      figure.text(
-        2 / WIDTH,
-        1 - (HEAD + (2 * row + i + 0.5) * side) / height,
-        text,
-        va="center",
-        fontsize=8,
-        color=INK,
-      )
-    for column, plane in enumerate(planes):
+    largest = np.percentile(size, 99.5) or 1.0
+    label(2 * row, f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}")
+    label(2 * row + 1, f"{plain(name)}: integrated\ngradients, size")
+    for column, plane in enumerate(np.unique(planes)):
       above = panel(2 * row, column, tower["seen"][plane], cmap="gray", vmin=0, vmax=1)
-      if tower["top"][plane].any():
-        hatched = above.contourf(
-          tower["top"][plane].astype(np.float32), levels=[0.5, 1.5], colors="none", hatches=["////"]
-        )
-        hatched.set(edgecolor="white", linewidth=0, gid="top")
-      below = panel(2 * row + 1, column, size[plane], cmap="Greys", vmin=0, vmax=full)
+      hatch(above, tower["top"][plane])
+      below = panel(2 * row + 1, column, size[plane], cmap="Greys", vmin=0, vmax=largest)
       for axes in (above, below):
         draw_contours(axes, tower["labels"][plane])
-  contour_legend(
-    figure,
-    (left / WIDTH, 6 / height),
-    {"most relevant tenth": Patch(fc="#666666", ec="white", hatch="////")},
-  )
+  tenth = {"most relevant tenth": Patch(fc="#666666", ec="white", hatch="////")}
+  contour_legend(figure, (left / WIDTH, 6 / height), tenth)
   footnote(figure, note, height)
   return figure
+
+
+def hatch(axes, mask: np.ndarray) -> None:
+  """Hatches where the mask [H, W] is True."""
+  if mask.any():
+    area = axes.contourf(
+      mask.astype(np.float32), levels=[0.5, 1.5], colors="none", hatches=["////"]
+    )
+    area.set(edgecolor="white", linewidth=0, gid="top")
 
 
 def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
@@ -95,8 +94,8 @@ def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
   the patch.
 
   Args:
-    ecg: {seen [L, T], cosine, attention, gradients [L, patches], rate_hz}, as localisation.explain
-    gives it.
+    ecg: {seen [L, T], cosine, attention, gradients [L, patches], rate_hz}, as evaluator.explain
+      gives it.
     title, note: printed above, and at the foot.
   """
   strips = {
@@ -104,51 +103,45 @@ def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
     "attention": ecg["attention"],
     "gradients": np.abs(ecg["gradients"]),
   }
-  left, foot, trace, strip = 26, 8, 12, 2.2  # mm
-  row = trace + strip * len(strips) + 1.5
-  height = foot + row * len(LEADS) + HEAD
+  row = TRACE + STRIP * len(strips) + 1.5
+  height = 8 + row * len(LEADS) + HEAD
   figure = blank_figure(title, height)
   page = figure.add_axes([0, 0, 1, 1])
   page.axis("off")
   signal = ecg["seen"] - np.median(ecg["seen"], axis=1, keepdims=True)
-  gain = 0.5 * trace / max(np.percentile(np.abs(signal), 99.8), 1e-9)
-  right = WIDTH - 4
-  x = np.linspace(left, right, signal.shape[1])
+  gain = 0.5 * TRACE / max(np.percentile(np.abs(signal), 99.8), 1e-9)
+  x = np.linspace(LEFT, RIGHT, signal.shape[1])
   for i, name in enumerate(LEADS):
     top = height - HEAD - i * row
-    page.plot(
-      x,
-      top - trace / 2 + np.clip(gain * signal[i], -trace / 2, trace / 2),
-      color=INK,
-      lw=0.6,
-      gid=name,
-    )
-    page.text(2, top - trace / 2, name, fontsize=9, fontweight="bold", va="center", color=INK)
+    middle = top - TRACE / 2
+    y = middle + np.clip(gain * signal[i], -TRACE / 2, TRACE / 2)
+    page.plot(x, y, color=INK, lw=0.6, gid=name)
+    page.text(2, middle, name, fontsize=9, fontweight="bold", va="center", color=INK)
     for j, (what, values) in enumerate(strips.items()):
-      low = top - trace - (j + 1) * strip
-      page.imshow(
-        values[i : i + 1],
-        extent=(left, right, low, low + 0.85 * strip),
-        cmap="Greys",
-        vmin=values.min(),
-        vmax=values.max(),
-        interpolation="nearest",
-        aspect="auto",
-        gid=f"{name} {what}",
-      )
-      page.add_patch(Rectangle((left, low), right - left, 0.85 * strip, fc="none", ec=MID, lw=0.3))
-      page.text(left - 1, low + strip / 2, what, fontsize=5.5, ha="right", va="center", color=MID)
-  ranges = "; ".join(
-    f"{what} {values.min():z.3g} to {values.max():z.3g}" for what, values in strips.items()
-  )
-  page.text(
-    left,
-    3,
-    f"{signal.shape[1] / ecg['rate_hz']:g} s; white to black: {ranges} (size)",
-    fontsize=7,
-    color=INK,
-  )
+      draw_strip(page, top - TRACE - (j + 1) * STRIP, name, what, values, i)
+  ranges = [f"{what} {values.min():z.3g} to {values.max():z.3g}" for what, values in strips.items()]
+  seconds = signal.shape[1] / ecg["rate_hz"]
+  text = f"{seconds:g} s; white to black: {'; '.join(ranges)} (size)"
+  page.text(LEFT, 3, text, fontsize=7, color=INK)
   page.set(xlim=(0, WIDTH), ylim=(0, height))
   page.set_zorder(-1)
   footnote(figure, note, height)
   return figure
+
+
+def draw_strip(page, low: float, name: str, what: str, values: np.ndarray, lead: int) -> None:
+  """A strip of `values` [L, patches] under a lead, its foot at `low` mm; one scale for all
+  leads."""
+  tall = 0.85 * STRIP
+  page.imshow(
+    values[lead : lead + 1],
+    extent=(LEFT, RIGHT, low, low + tall),
+    cmap="Greys",
+    vmin=values.min(),
+    vmax=values.max(),
+    interpolation="nearest",
+    aspect="auto",
+    gid=f"{name} {what}",
+  )
+  page.add_patch(Rectangle((LEFT, low), RIGHT - LEFT, tall, fc="none", ec=MID, lw=0.3))
+  page.text(LEFT - 1, low + STRIP / 2, what, fontsize=5.5, ha="right", va="center", color=MID)
