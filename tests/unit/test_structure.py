@@ -58,6 +58,17 @@ def test_no_arrow_runs_up_or_across_the_ground():
   ]
 
 
+def test_slices_do_not_know_each_other():
+  for name in ("generation", "localisation"):
+    others = [
+      f"{file} imports {module}"
+      for file, modules in FILES.items()
+      for module in modules
+      if module.startswith(f"mmcl_jax.projects.{name}") and f"projects/{name}/" not in file
+    ]
+    assert not others
+
+
 def test_host_rooms_hold_no_jax():
   assert not [
     f"{file} imports {module}"
@@ -70,6 +81,8 @@ def test_host_rooms_hold_no_jax():
 def test_device_rooms_touch_no_file():
   files = [file for file in FILES if first(file) in ("augment", "models", "objectives")]
   files.append("training/step.py")
+  program = "projects/generation/generate.py"
+  files += [file for file in FILES if first(file) == "projects" and file != program]
   assert not [
     f"{file} imports {module}"
     for file in files
