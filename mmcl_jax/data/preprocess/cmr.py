@@ -54,6 +54,12 @@ class _Axis(NamedTuple):
   length: int  # of the source
 
   @property
+  def spare(self):
+    """Output pixels by which the image is larger than the crop; negative: smaller."""
+    on_image = int(self.length / self.ratio + 0.5)
+    return on_image - self.size
+
+  @property
   def centres(self):
     """float64 [size]: where output pixels have their centres, in source indices."""
     edges = self.start + np.arange(self.size)
@@ -392,31 +398,34 @@ def _crop(heart, spacing, shape, flags):
   margins = (0, MARGIN_MM, MARGIN_MM)
   _, *lengths = heart.images.shape
   axes = []
-  for axis, name in enumerate("ZHW"):
-    length = lengths[axis]
-    size = sizes[axis]
-    extent = heart.last[axis] + 1 - heart.first[axis]
+  for k, name in enumerate("ZHW"):
     # Rounded: NIfTI keeps spacing in float32, DICOM as text; a centre between two pixels would go
     # either way.
     ratio = 1.0
     if name != "Z":
-      ratio = output[axis] / round(spacing[axis], 5)
-    on_image = int(length / ratio + 0.5)  # output pixels
-    spare = on_image - size
-    start = spare // 2
-    if spare > 0:
-      centre = (heart.first[axis] + heart.last[axis] + 1) / 2 / ratio
-      centred = round(centre - size / 2)
-      start = min(max(centred, 0), spare)
-    axes.append(_Axis(start, size, ratio, length))
-    need_mm = extent * spacing[axis] + 2 * margins[axis]
-    kept_mm = size * output[axis]
-    if spare > 0 and need_mm > kept_mm:
+      ratio = output[k] / round(spacing[k], 5)
+    first, end = heart.first[k], heart.last[k] + 1
+    axis = _cropped_axis(first, end, sizes[k], ratio, lengths[k])
+    axes.append(axis)
+    need_mm = (end - first) * spacing[k] + 2 * margins[k]
+    kept_mm = sizes[k] * output[k]
+    if axis.spare > 0 and need_mm > kept_mm:
       flags.append(
         f"the heart is cut by the crop: it needs {need_mm:.0f} mm along {name}, "
         f"{kept_mm:.0f} are kept"
       )
   return axes
+
+
+def _cropped_axis(first, end, size, ratio, length):
+  """Output pixels, `size` of them, about the source pixels from `first` to before `end`."""
+  axis = _Axis(0, size, ratio, length)
+  if axis.spare <= 0:
+    return axis._replace(start=axis.spare // 2)
+  middle = (first + end) / 2 / ratio
+  start = round(middle - size / 2)
+  start = min(max(start, 0), axis.spare)
+  return axis._replace(start=start)
 
 
 def _resampled(images, plane):

@@ -99,7 +99,7 @@ class _EndPhases(NamedTuple):
   """A heart at ED and ES."""
 
   pose: Pose
-  fields: np.ndarray  # gauges [3, P, Z, H, W]
+  fields: np.ndarray  # gauges [P, 3, Z, H, W]
   counts: np.ndarray  # voxels [P, 3]
   labels: np.ndarray  # uint8 [P, Z, H, W]
 
@@ -125,7 +125,7 @@ def heart(
   stack = image(labels, fields, tissue, rng, grid)
 
   middle = _middle_slice(labels)
-  beat = _between(fields[:, :, [middle]])  # [3, F, 1, H, W]
+  beat = _between(fields[:, :, [middle]])  # [F, 3, 1, H, W]
   areas = _areas(labels[:, [middle]])
   everywhere = np.ones(FRAMES, bool)
   beat_labels = _label_frames(beat, everywhere, _counts_of_frames(areas))
@@ -149,7 +149,7 @@ def cine_stack(
   tissue = sample_tissue(pose, rng)
   stack = image(end_labels, fields, tissue, rng, grid)
   scale = 255 / stack.max()
-  ed, es = fields[:, 0], fields[:, 1]
+  ed, es = fields
   images, labels = [], []
   shares = EJECTED.astype(np.float32)
   for ejected, voxels in zip(shares, _counts_of_frames(counts)):  # one after the other: memory
@@ -159,7 +159,7 @@ def cine_stack(
     if ejected in (0, 1):
       frame = stack[int(ejected)]
     else:
-      (frame,) = image(frame_labels[None], gauge[:, None], tissue, rng, grid)
+      (frame,) = image(frame_labels[None], gauge[None], tissue, rng, grid)
     labels.append(frame_labels)
     images.append(_grey(frame, scale))
   return np.stack(images), np.stack(labels)
@@ -188,12 +188,12 @@ def long_axis(
   pose, stack_fields, _, stack_labels = _end_phases(phenotypes, rng, grid)
   surfaces = _surfaces(stack_fields, stack_labels)
   pose = sample_plane(pose, plane_rng, grid)
-  fields = _end_gauges(pose, _volumes(phenotypes))  # [3, P, 1, H, W]
+  fields = _end_gauges(pose, _volumes(phenotypes))  # [P, 3, 1, H, W]
   areas = _areas_within(surfaces, fields, pose)
 
-  beat = _between(fields)  # [3, F, 1, H, W]
+  beat = _between(fields)  # [F, 3, 1, H, W]
   descents = EJECTED.astype(np.float32) * pose.descent
-  below_base = pose.depth > descents[:, None, None, None]
+  below_base = [pose.depth > descent for descent in descents]
   labels = _label_frames(beat, below_base, _counts_of_frames(areas))
   tissue = sample_tissue(pose, plane_rng)
   images = image(labels, beat, tissue, plane_rng, grid)
@@ -222,19 +222,23 @@ def _end_phases(phenotypes, rng, grid):
   lvedv = volumes[0, 0]
   pose = sample_pose(lvedv, rng, grid)
   fields = _end_gauges(pose, volumes)
-  counts = np.round(volumes / grid.millilitres).astype(int)
-  labels = []
-  for phase, descent in enumerate((0.0, pose.descent)):
-    below_base = pose.depth > descent
-    labels.append(label(fields[:, phase], below_base, counts[phase]))
-  return _EndPhases(pose, fields, counts, np.stack(labels))
+  counts = np.round(volumes / grid.millilitres)
+  counts = counts.astype(int)
+  labels = _label_frames(fields, _below_base(pose), counts)
+  return _EndPhases(pose, fields, counts, labels)
+
+
+def _below_base(pose):
+  """What lies below the base plane at ED and at ES."""
+  return [pose.depth > descent for descent in (0.0, pose.descent)]
 
 
 def _end_gauges(pose, volumes):
-  """Gauges [3, P, Z, H, W] at ED and ES, of volumes [P, 3] in ml."""
-  ed = gauges(pose, volumes[0], 0.0)
-  es = gauges(pose, volumes[1], pose.descent)
-  return np.stack([ed, es], axis=1)
+  """Gauges [P, 3, Z, H, W] at ED and ES, of volumes [P, 3] in ml."""
+  at_ed, at_es = volumes
+  ed = gauges(pose, at_ed, 0.0)
+  es = gauges(pose, at_es, pose.descent)
+  return np.stack([ed, es])
 
 
 def _mixed(ed, es, ejected):
@@ -242,12 +246,10 @@ def _mixed(ed, es, ejected):
 
 
 def _between(fields):
-  """Gauges [3, F, ...] at every frame, of those at ED and ES [3, P, ...]."""
-  frames_first = EJECTED.astype(np.float32)
-  axes = tuple(range(1, fields.ndim - 1))
-  ejected = np.expand_dims(frames_first, axes)
-  ed, es = np.split(fields, 2, axis=1)
-  return _mixed(ed, es, ejected)
+  """Gauges [F, 3, ...] at every frame, of those at ED and ES [P, 3, ...]."""
+  ed, es = fields
+  shares = EJECTED.astype(np.float32)
+  return np.stack([_mixed(ed, es, ejected) for ejected in shares])
 
 
 def _counts_of_frames(ends):
@@ -277,28 +279,26 @@ def _areas(labels):
 
 
 def _surfaces(fields, labels):
-  """[3, P]: the largest gauge inside each structure at each phase."""
-  surfaces = np.empty((3, 2))
-  for k, structure in enumerate(_STRUCTURES):
-    for phase in (0, 1):
-      inside = labels[phase] == structure
-      gauge = fields[k, phase]
-      surfaces[k, phase] = gauge[inside].max()
-  return surfaces
+  """[P, 3]: the largest gauge inside each structure at each phase."""
+  surfaces = []
+  for phase_fields, phase_labels in zip(fields, labels):
+    for structure, gauge in zip(_STRUCTURES, phase_fields):
+      inside = gauge[phase_labels == structure]
+      surfaces.append(inside.max())
+  return np.reshape(surfaces, (2, 3))
 
 
 def _areas_within(surfaces, fields, pose):
-  """Pixels [P, 3] within surfaces [3, P] of gauges [3, P, ...]; each belongs to the first structure
+  """Pixels [P, 3] within surfaces [P, 3] of gauges [P, 3, ...]; each belongs to the first structure
   that has it."""
-  areas = np.zeros((2, 3))
-  for phase, descent in enumerate((0.0, pose.descent)):
-    free = pose.depth > descent
-    for k in range(3):
-      within = fields[k, phase] <= surfaces[k, phase]
+  areas = []
+  for phase_fields, phase_surfaces, free in zip(fields, surfaces, _below_base(pose)):
+    for gauge, surface in zip(phase_fields, phase_surfaces):
+      within = gauge <= surface
       inside = free & within
-      areas[phase, k] = inside.sum()
-      free &= ~within
-  return areas
+      areas.append(inside.sum())
+      free = free & ~within
+  return np.reshape(areas, (2, 3))
 
 
 def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
@@ -309,14 +309,16 @@ def sample_pose(lvedv: float, rng: np.random.Generator, grid: Grid) -> Pose:
   radius = radius_cubed ** (1 / 3)
   length = (1 + _CUT) * _HALF_LENGTH_TO_RADIUS * radius
   slices = np.arange(grid.slices, dtype=np.float32)
-  z = (slices * grid.spacing[0])[:, None, None]
+  thickness, _, _ = grid.spacing
+  z = slices[:, None, None] * thickness
   # mm above the base; the wall needs room below the apex
   above = (z.max() - length) / 2
   top = above - 5 + 3 * rng.standard_normal()
   depth = z - max(top, 0.0)
   # the stack is not quite perpendicular
   from_middle = depth - length / 2
-  y_tilt, x_tilt = 0.05 * rng.standard_normal((2, 1, 1, 1)) * from_middle
+  slope = 0.05 * rng.standard_normal((2, 1, 1, 1))
+  y_tilt, x_tilt = slope * from_middle
   # mm; the RV needs room beside the LV
   y_shift, x_shift = 4 * rng.standard_normal(2) + (0, 0.45 * radius)
   y, x = _positions(grid)
@@ -425,7 +427,8 @@ def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
   wall = (lv - 1) / np.maximum(slope, 1e-3)
 
   rv_wide, rv_high = pose.rv
-  septal = (pose.septal - 0.85 * epi) / (epi * rv_wide)
+  to_rv = 0.85 * epi
+  septal = (pose.septal - to_rv) / (epi * rv_wide)
   across = pose.across / (epi * rv_high)
   rv_centre = 0.15 * half
   below = (pose.depth - descent - rv_centre) / (0.95 * half)
@@ -433,7 +436,11 @@ def gauges(pose: Pose, volumes: np.ndarray, descent: float) -> np.ndarray:
   return np.stack([lv, wall, rv]).astype(np.float32)
 
 
-def label(fields: np.ndarray, allowed: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def label(
+  fields: np.ndarray,
+  allowed: np.ndarray,
+  counts: np.ndarray,
+) -> np.ndarray:
   """Labels uint8 [...]: LV, MYO and RV in turn take the counts [3] allowed free voxels of smallest
   gauge [3, ...]."""
   _, *shape = fields.shape
@@ -448,11 +455,10 @@ def label(fields: np.ndarray, allowed: np.ndarray, counts: np.ndarray) -> np.nda
 
 
 def _label_frames(fields, allowed, counts):
-  """Labels uint8 [F, ...], as `label` gives each frame, of gauges [3, F, ...]."""
+  """Labels uint8 [F, ...], as `label` gives each frame, of gauges [F, 3, ...]."""
   labels = []
-  for frame, frame_allowed in enumerate(allowed):
-    frame_fields = fields[:, frame]
-    labels.append(label(frame_fields, frame_allowed, counts[frame]))
+  for frame_fields, frame_allowed, frame_counts in zip(fields, allowed, counts):
+    labels.append(label(frame_fields, frame_allowed, frame_counts))
   return np.stack(labels)
 
 
@@ -496,7 +502,7 @@ def image(
   rng: np.random.Generator,
   grid: Grid,
 ) -> np.ndarray:
-  """Magnitude images, float32 [P, Z, H, W], of labels [P, Z, H, W] with their gauges [3, P, Z, H,
+  """Magnitude images, float32 [P, Z, H, W], of labels [P, Z, H, W] with their gauges [P, 3, Z, H,
   W]."""
   background, coil, septal, across, level = tissue
   signal = _with_heart(background, labels, fields)
@@ -513,7 +519,7 @@ def image(
 
 def _with_heart(background, labels, fields):
   """Signal [P, Z, H, W] of the labelled heart and what is next to it, before its background."""
-  lv_gauge, _, rv_gauge = fields
+  lv_gauge, _, rv_gauge = fields.swapaxes(0, 1)
   rv = labels == _RV
   rv_surface = np.max(
     rv_gauge,
@@ -546,4 +552,5 @@ def _papillary_muscles(lv, septal, across, level, grid):
     beside = septal - from_axis * np.cos(angle)
     in_front = across - from_axis * np.sin(angle)
     near |= np.hypot(beside, in_front) < _PAPILLARY_MM
-  return lv & (level > highest) & (level < lowest) & near
+  in_reach = (level > highest) & (level < lowest)
+  return lv & in_reach & near
