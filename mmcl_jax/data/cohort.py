@@ -1,10 +1,10 @@
 """A cohort on disk: ArrayRecord files that TFDS reads, one record a recording, and `cohort.json`
 that says what they hold.
 
-    COHORT/cohort.json               written last: its presence means the cohort is whole
-    COHORT/ecg_cmr/1.0.0/...         TFDS's own layout (features.json, dataset_info.json,
-    ArrayRecord shards) COHORT/subjects.npz              hashes of the subjects of each split
-    COHORT/quality.{json,html}       what was read, what was rejected and why
+    COHORT/cohort.json             written last: its presence means the cohort is complete
+    COHORT/ecg_cmr/1.0.0/...       TFDS's own layout: features.json, dataset_info.json, shards
+    COHORT/subjects.npz            hashes of the subjects of each split
+    COHORT/quality.{json,html}     what was read, what was rejected and why
 
 Opened here; mmcl_jax.data.builder makes it. TFDS can open it, but is not used for that: it imports
 whatever module features.json names.

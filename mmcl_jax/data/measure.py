@@ -21,11 +21,11 @@ def phenotypes(
   Volumes are voxel counts times the voxel volume (papillary muscles belong to whatever the labels
   say). LVM is the myocardial volume at ED times 1.05 g/ml. EF = 100 SV / EDV, SV = EDV - ESV, CO =
   SV * heart_rate / 1000. WT and Ecc follow from areas of rings, A_endo = LV and A_epi = LV + MYO,
-    with r = sqrt(A / pi):
+  with r = sqrt(A / pi):
     WT:  mean over the slices with a closed ring at ED of r_epi - r_endo.
     Ecc: mean over mid slices of 100 (c_ES / c_ED - 1), c = (r_epi + r_endo) / 2 being the mid-wall
       radius, which has the ratio of the circumference. Mid slices are the middle third of those
-        with a closed ring at both phases.
+      with a closed ring at both phases.
 
   Args:
     labels: uint8 [2, Z, H, W], ED then ES.

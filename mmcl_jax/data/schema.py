@@ -5,33 +5,34 @@ frames, Z slices, H W pixels, K phenotypes, C diseases, V covariates, N tokens, 
 
 A reader or the synthetic heart yields one dict per subject:
 
-  subject     uint32 [2]        keyed hash of the participant's identifier, never the identifier
-    itself
-  has_ecg     bool              False: `ecg` is zeros
-  has_cmr     bool              False: all CMR fields are zeros
-  ecg         float32 [L, T]    mV, leads in the order of LEADS, ECG_RATE_HZ
+  subject        uint32 [2]          keyed hash of the participant's identifier, never itself
+  has_ecg        bool                False: `ecg` is zeros
+  has_cmr        bool                False: all CMR fields are zeros
+  ecg            float32 [L, T]      mV, leads in the order of LEADS, ECG_RATE_HZ
   ed_es_volumes  uint8 [P, Z, H, W]  short-axis stacks at ED and ES, intensities scaled to 0..255
-    over both phases
-  labels      uint8 [P, Z, H, W]     LABELS of the same voxels (all background where there are none)
-  cine_slice  uint8 [F, H, W]   mid-ventricular slice over one beat, frame 0 = ED
-  spacing     float32 [3]       mm between voxels along Z, H, W
-  phenotypes  float32 [K]       in the cohort's order and units; NaN = not measured
-  diseases    float32 [C]       0 or 1; NaN = unknown
-  covariates  float32 [V]       NaN = unknown
+                                     over both phases
+  labels         uint8 [P, Z, H, W]  LABELS of the same voxels (all background where there are none)
+  cine_slice     uint8 [F, H, W]     mid-ventricular slice over one beat, frame 0 = ED
+  spacing        float32 [3]         mm between voxels along Z, H, W
+  phenotypes     float32 [K]         in the cohort's order and units; NaN = not measured
+  diseases       float32 [C]         0 or 1; NaN = unknown
+  covariates     float32 [V]         NaN = unknown
 
 A cohort may lack the CMR fields, and may hold more:
 
-  visit           uint16        which visit of the participant, such as UK Biobank's instance; 0
-    where there is one only
-  event_years     float32 [C]   years from the visit to the first diagnosis, negative before it; NaN
-    = none, or not known
-  followed_years  float32       years from the visit to death or the end of follow-up; NaN = not
-    known
-  three_frames    uint8 [3, H, W]  the mid-ventricular slice at ED, half way to ES, and ES, grey
-                  values as in `cine_slice`; what the three channels of MMCL's images are is
-                    inferred (Turgut et al., Medical Image Analysis 2025)
-  lax             uint8 [F, H, W]  one beat in the plane of the long axis and the septum (about four
-                  chambers), base above, RV left, frame 0 = ED, on a grey scale of its own
+  visit           uint16             which visit of the participant, such as UK Biobank's instance;
+                                     0 where there is one only
+  event_years     float32 [C]        years from the visit to the first diagnosis, negative before
+                                     it; NaN = none, or not known
+  followed_years  float32            years from the visit to death or the end of follow-up;
+                                     NaN = not known
+  three_frames    uint8 [3, H, W]    the mid-ventricular slice at ED, half way to ES, and ES, grey
+                                     values as in `cine_slice`; what the three channels of MMCL's
+                                     images are is inferred (Turgut et al., Medical Image Analysis
+                                     2025)
+  lax             uint8 [F, H, W]    one beat in the plane of the long axis and the septum (about
+                                     four chambers), base above, RV left, frame 0 = ED, on a grey
+                                     scale of its own
 
 A view is what one CMR tower looks at; VIEWS says which field it is taken from. Of 64 x 64 pixels,
 `ed_es_volumes` of 12 slices take 98 kB a record, as `labels` do, 25 frames of `cine_slice` or `lax`
@@ -60,11 +61,10 @@ ECG_RATE_HZ = 500
 ECG_SAMPLES = 5000  # 10 s
 
 PHASES = ("ed", "es")
-VIEWS = {
+VIEWS = {  # view -> stored field
   "ed_volume": "ed_es_volumes",
   "es_volume": "ed_es_volumes",
   "ed_slice": "ed_es_volumes",
-  # view -> stored field
   "cine_slice": "cine_slice",
   "three_frames": "three_frames",
   "lax": "lax",
@@ -135,6 +135,9 @@ def split_of(subject: np.ndarray, fractions: tuple[float, float, float]) -> str:
     fractions: shares of train, val and test; they sum to 1.
   """
   position = (int(subject[1]) * 2**32 + int(subject[0])) / 2**64
-  if position < fractions[0]:
+  train, val, _ = fractions
+  if position < train:
     return "train"
-  return "val" if position < fractions[0] + fractions[1] else "test"
+  if position < train + val:
+    return "val"
+  return "test"

@@ -5,8 +5,8 @@ call or a sidecar.
                  have columns of other names (time, index), commas, semicolons or tabs between
                  cells, decimal commas, UTF-16; or be NAME.csv.gz
     NAME.npy     integers or floats [L, T] or [T, L]
-    NAME.json    {"rate_hz": 500, "leads": ["I", "II", ...], "unit": "mV"} for NAME, or ecg.json for
-      a folder
+    NAME.json    {"rate_hz": 500, "leads": ["I", "II", ...], "unit": "mV"} for NAME;
+                 ecg.json: for a folder
 
 `leads` may be left out if a CSV has a header row; if both name leads, they must agree. `unit` is mV
 unless declared.

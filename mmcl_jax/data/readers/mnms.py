@@ -1,13 +1,11 @@
 """Patients of M&Ms (https://www.ub.edu/mnms/): 4-D NIfTI, labels of two frames, and one table about
 all.
 
-*_M&Ms_Dataset_information_diagnosis_opendataset.csv    External code, VendorName, Vendor, Centre,
-                                                       ED, ES (0-based), Age, Pathology, Sex,
-                                                         Height, Weight
+*_M&Ms_Dataset_information_diagnosis_opendataset.csv
+  External code, VendorName, Vendor, Centre, ED, ES (0-based), Age, Pathology, Sex, Height, Weight
 {Training/Labeled,Training/Unlabeled,Validation,Testing}/CODE/
   CODE_sa.nii.gz       the cine [X, Y, Z, T]
-  CODE_sa_gt.nii.gz    LV 1, MYO 2, RV 3 at ED and ES, zeros elsewhere; zeros throughout under
-    Unlabeled
+  CODE_sa_gt.nii.gz    LV 1, MYO 2, RV 3 at ED and ES, zeros elsewhere; all zeros under Unlabeled
 """
 
 import csv

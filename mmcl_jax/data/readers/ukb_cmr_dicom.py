@@ -1,9 +1,9 @@
 """UK Biobank field 20209: a zip of DICOM files and a manifest -> the short-axis cine.
 
-    manifest.csv (or manifest.cvs)   filename, patientid, studyid, date, series discription (sic),
-    seriesid
-    *.dcm                            one image each; the series CINE_segmented_SAX_b1, b2, ... are
-      the slices in order
+    manifest.csv (or manifest.cvs)   filename, patientid, studyid, date,
+                                     series discription (sic), seriesid
+    *.dcm                            one image each; the series CINE_segmented_SAX_b1, b2, ...
+                                     are the slices in order
 
 Slices, frames and axes are those of ukbb_cardiac's converter
 (https://github.com/baiwenjia/ukbb_cardiac, data/biobank_utils.py), so that a segmentation made from

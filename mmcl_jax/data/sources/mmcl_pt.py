@@ -3,10 +3,10 @@ position.
 
     mmcl prepare mmcl_pt --input=FOLDER --out=COHORT
 
-    ecgs_SPLIT_*.pt              [12, T] each, baseline removed and normalised already: taken as
-    they are images_SPLIT_*.pt            [C, H, W] each, may be absent; all channels are kept
-    labels_SPLIT_TARGET_all.pt   a number or [K] each: a disease where all are 0 or 1, else a
-      phenotype without unit
+    ecgs_SPLIT_*.pt              [12, T] each, baseline removed and normalised: taken as they are
+    images_SPLIT_*.pt            [C, H, W] each, may be absent; all channels are kept
+    labels_SPLIT_TARGET_all.pt   a number or [K] each: a disease where all are 0 or 1,
+                                 else a phenotype without unit
 
 SPLIT is train, val or test. No participant is named in the files: position i of a split is one
 person in all of them, each position counts as a person of its own, and the splits are the files'.

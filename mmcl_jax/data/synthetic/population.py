@@ -216,9 +216,8 @@ def draw(seed: int, indices) -> dict[str, np.ndarray]:
   Returns:
     Arrays [N] by name: covariates (sex, age, height, weight), phenotypes in schema units (without
     WT and Ecc, which are measured on images), heart_rate in bpm, qrs_width (1 = template),
-      qrs_gain, t_gain, diseases (0 or 1), and the
-    nuisance: fibrillating (bool), torso_gain, wander, mains and emg in mV, rotation [N, 3]
-      (rotation vector, rad).
+    qrs_gain, t_gain, diseases (0 or 1), and the nuisance: fibrillating (bool), torso_gain, wander,
+    mains and emg in mV, rotation [N, 3] (rotation vector, rad).
   """
   rows = []
   for index in indices:
