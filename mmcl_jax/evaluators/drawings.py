@@ -27,6 +27,7 @@ MV_A_UNIT = {"minimal": 0.2}
 COLUMN_S, ROW, BELOW, LEFT, FOOT, HEAD = 2.5, 30, 12, 15, 8, 10
 SMALL, LARGE = "#f6d9d6", "#e6aaa4"
 INK, MID = "#111111", "#666666"
+BEHIND_TEXT = {"fc": "white", "ec": "none", "pad": 0.8, "alpha": 0.75}
 CONTOURS = {  # what is inside: name in the legend, colour, line
   ("LV",): ("LV cavity", "#ffe14d", "-"),
   ("LV", "MYO"): ("LV epicardium (LV + MYO)", "#7fe3ff", (0, (4, 1.5))),
@@ -34,7 +35,12 @@ CONTOURS = {  # what is inside: name in the legend, colour, line
 }
 
 
-def ecg_paper(ecg: np.ndarray, rate_hz: float, title: str, millivolts: bool = True) -> Figure:
+def ecg_paper(
+  ecg: np.ndarray,
+  rate_hz: float,
+  title: str,
+  millivolts: bool = True,
+) -> Figure:
   """A 12-lead ECG on paper: three rows of four leads, 2.5 s each, over a rhythm strip of lead II;
   25 mm/s, 10 mm/mV.
 
@@ -48,30 +54,19 @@ def ecg_paper(ecg: np.ndarray, rate_hz: float, title: str, millivolts: bool = Tr
   """
   ecg = np.asarray(ecg, np.float64)
   ecg = ecg - np.nanmedian(ecg, axis=1, keepdims=True)
-  gain, scale = (MM_A_MV, "10 mm/mV") if millivolts else _gain(ecg)
-  rows = len(PAGE) + 1
-  figure, paper = _paper(title, FOOT + ROW * rows + 2 + HEAD)
-  for row, names in enumerate([*PAGE, (RHYTHM,)]):
-    zero = FOOT + ROW * (rows - row - 1) + BELOW
-    paper.plot(
-      *np.transpose(
-        [
-          (LEFT - 10, 0),
-          (LEFT - 7.5, 0),
-          (LEFT - 7.5, 10),
-          (LEFT - 2.5, 10),
-          (LEFT - 2.5, 0),
-          (LEFT, 0),
-        ]
-      )
-      + [[0], [zero]],
-      color=INK,
-      lw=0.8,
-      gid="calibration",
-    )
+  if millivolts:
+    gain, scale = MM_A_MV, "10 mm/mV"
+  else:
+    gain, scale = fitting_gain(ecg)
+  rows = [*PAGE, (RHYTHM,)]
+  figure, paper = millimetre_paper(title, FOOT + ROW * len(rows) + 2 + HEAD)
+  for row, names in enumerate(rows):
+    zero = FOOT + ROW * (len(rows) - row - 1) + BELOW
+    draw_calibration(paper, zero)
     seconds = COLUMN_S if len(names) > 1 else COLUMN_S * len(PAGE[0])
     for column, name in enumerate(names):
-      first, last = (round(s * rate_hz) for s in (column * seconds, (column + 1) * seconds))
+      first = round(column * seconds * rate_hz)
+      last = round((column + 1) * seconds * rate_hz)
       lead = ecg[LEADS.index(name), first:last]
       x = LEFT + MM_A_SECOND * np.arange(first, first + len(lead)) / rate_hz
       paper.plot(x, zero + gain * lead, color=INK, lw=0.7, solid_joinstyle="round", gid=name)
@@ -83,17 +78,28 @@ def ecg_paper(ecg: np.ndarray, rate_hz: float, title: str, millivolts: bool = Tr
         fontsize=9,
         fontweight="bold",
         color=INK,
-        bbox=_blank(),
+        bbox=BEHIND_TEXT,
         zorder=1,
       )
       if column:
         paper.plot([start, start], [zero - 3, zero + 3], color=INK, lw=0.8, gid="boundary")
-  paper.text(LEFT, 3, f"25 mm/s    {scale}    {rate_hz:g} Hz", fontsize=8, color=INK, bbox=_blank())
+  scales = f"25 mm/s    {scale}    {rate_hz:g} Hz"
+  paper.text(LEFT, 3, scales, fontsize=8, color=INK, bbox=BEHIND_TEXT)
   return figure
 
 
-def heart_montage(
-  volumes: np.ndarray, labels: np.ndarray | None, title: str, columns: int = 6
+def draw_calibration(paper, zero: float) -> None:
+  """The pulse of 10 mm at the left of a row."""
+  x = (LEFT - 10, LEFT - 7.5, LEFT - 7.5, LEFT - 2.5, LEFT - 2.5, LEFT)
+  y = (zero, zero, zero + 10, zero + 10, zero, zero)
+  paper.plot(x, y, color=INK, lw=0.8, gid="calibration")
+
+
+def short_axis_montage(
+  volumes: np.ndarray,
+  labels: np.ndarray | None,
+  title: str,
+  columns: int = 6,
 ) -> Figure:
   """Short-axis slices from base to apex, ED above ES, with contours where there are labels.
 
@@ -103,103 +109,115 @@ def heart_montage(
     title: printed above.
     columns: slices a row.
   """
+  if labels is None:
+    labels = np.zeros(volumes.shape, np.uint8)
   _, slices, height, width = volumes.shape
   columns = min(columns, max(slices, 6))
-  gap = max(2, width // 32)  # pixels around every slice; contours are closed within it
-
-  def corner(phase, z):
-    return (
-      gap + z // columns * (2 * height + 4 * gap) + phase * (height + gap),
-      gap + z % columns * (width + gap),
-    )
-
-  shape = (corner(1, slices - 1)[0] + height + gap, columns * (width + gap) + gap)
+  corners, shape = montage_layout(slices, height, width, columns)
   left, foot = 10, 8  # mm
-  pixel = (WIDTH - left) / shape[1]
-  whole = foot + pixel * shape[0] + HEAD
-  figure = blank_figure(title, whole)
-  axes = figure.add_axes([left / WIDTH, foot / whole, 1 - left / WIDTH, pixel * shape[0] / whole])
-  image, inside = np.full(shape, np.nan), np.zeros(shape, np.uint8)
-  for phase, name in enumerate(PHASES):
-    for z in range(slices):
-      y, x = corner(phase, z)
-      image[y : y + height, x : x + width] = volumes[phase, z]
-      if labels is not None:
-        inside[y : y + height, x : x + width] = labels[phase, z]
-      where = {0: " basal", slices - 1: " apical"}.get(z, "") if slices > 1 else ""
+  mm_a_pixel = (WIDTH - left) / shape[1]
+  image_height = mm_a_pixel * shape[0]
+  page_height = foot + image_height + HEAD
+  figure = blank_figure(title, page_height)
+  axes = figure.add_axes(
+    [
+      left / WIDTH,
+      foot / page_height,
+      1 - left / WIDTH,
+      image_height / page_height,
+    ]
+  )
+  image = np.full(shape, np.nan)
+  label_image = np.zeros(shape, np.uint8)
+  for (phase, z), (y, x) in corners.items():
+    image[y : y + height, x : x + width] = volumes[phase, z]
+    label_image[y : y + height, x : x + width] = labels[phase, z]
+    write_slice_name(axes, x + 0.02 * width, y + 0.02 * height, z, slices)
+    if z % columns == 0:
       axes.text(
-        x + 0.02 * width,
-        y + 0.02 * height,
-        f"{z + 1}{where}",
-        va="top",
-        fontsize=7,
-        color="white",
-        path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")],
+        -left / 2 / mm_a_pixel,
+        y + height / 2,
+        PHASES[phase].upper(),
+        ha="center",
+        va="center",
+        fontsize=11,
+        color=INK,
+        fontweight="bold",
       )
-      if z % columns == 0:
-        axes.text(
-          -left / 2 / pixel,
-          y + height / 2,
-          name.upper(),
-          ha="center",
-          va="center",
-          fontsize=11,
-          color=INK,
-          fontweight="bold",
-        )
   axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
   axes.axis("off")
-  if np.any(inside):
-    draw_contours(axes, inside)
-    contour_legend(figure, (left / WIDTH, 1 / whole))
+  x = left / WIDTH
+  if label_image.any():
+    draw_contours(axes, label_image)
+    contour_legend(figure, (x, 1 / page_height))
   else:
-    figure.text(
-      left / WIDTH, 3 / whole, "no contours: this record has no labels", fontsize=8, color=MID
-    )
+    text = "no contours: this record has no labels"
+    figure.text(x, 3 / page_height, text, fontsize=8, color=MID)
   return figure
 
 
+def montage_layout(
+  slices: int,
+  height: int,
+  width: int,
+  columns: int,
+) -> tuple[dict[tuple[int, int], tuple[int, int]], tuple[int, int]]:
+  """{(phase, z): (y, x) of the upper left corner}, and the height and width of the image, in
+  pixels."""
+  gap = max(2, width // 32)  # around every slice; contours are closed within it
+  corners = {}
+  for phase in range(len(PHASES)):
+    for z in range(slices):
+      row, column = divmod(z, columns)
+      y = gap + row * (2 * height + 4 * gap) + phase * (height + gap)
+      x = gap + column * (width + gap)
+      corners[phase, z] = (y, x)
+  last_y, _ = corners[1, slices - 1]
+  return corners, (last_y + height + gap, columns * (width + gap) + gap)
+
+
+def write_slice_name(axes, x: float, y: float, z: int, slices: int) -> None:
+  """The number of a slice, in white with a black outline; of the first and the last also which end
+  it is."""
+  name = str(z + 1)
+  if slices > 1 and z == 0:
+    name += " basal"
+  elif slices > 1 and z == slices - 1:
+    name += " apical"
+  outline = patheffects.withStroke(linewidth=1.5, foreground="black")
+  axes.text(x, y, name, va="top", fontsize=7, color="white", path_effects=[outline])
+
+
 def of_record(record: dict, info: dict, columns: int = 6) -> list[Figure]:
-  """The drawings of a stored record: its ECG and its heart, as far as it has them."""
+  """The drawings of a stored record: its ECG and its short axis, as far as it has them."""
   figures = []
   name = salted_id(record["subject"], record["visit"])
   profile = info["ecg_profile"]
   if record["has_ecg"]:
     unit = MV_A_UNIT.get(profile)
     ecg = record["ecg"].astype(np.float64) * record["ecg_scale"] * (unit or 1)
-    figures.append(
-      ecg_paper(
-        ecg,
-        preprocess_ecg.rate_hz(profile),
-        f"{name}    ECG, profile {profile}",
-        unit is not None,
-      )
-    )
+    rate_hz = preprocess_ecg.rate_hz(profile)
+    title = f"{name}    ECG, profile {profile}"
+    figures.append(ecg_paper(ecg, rate_hz, title, millivolts=unit is not None))
   if record["has_cmr"] and "ed_es_volumes" in record:
     spacing = " x ".join(f"{mm:.3g}" for mm in record["spacing"])
-    figures.append(
-      heart_montage(
-        record["ed_es_volumes"],
-        record.get("labels"),
-        f"{name}    short axis, {spacing} mm",
-        columns,
-      )
-    )
+    title = f"{name}    short axis, {spacing} mm"
+    labels = record.get("labels")
+    figures.append(short_axis_montage(record["ed_es_volumes"], labels, title, columns))
   return figures
 
 
 def describe(record: dict, info: dict, split: str, index: int) -> str:
   """One line: which record, what it lacks, and its phenotypes with their units."""
-  values = [
-    f"{name} {value:.4g} {unit}"
-    for (name, unit), value in zip(info["phenotypes"].items(), record["phenotypes"])
-    if np.isfinite(value)
-  ]
-  lacks = [
-    f"no {what}" for what, field in (("ECG", "has_ecg"), ("CMR", "has_cmr")) if not record[field]
-  ]
-  name = salted_id(record["subject"], record["visit"])
-  return f"{name}, {split} {index}: {', '.join([*lacks, *values]) or 'no phenotypes'}"
+  facts = []
+  for modality, field in (("ECG", "has_ecg"), ("CMR", "has_cmr")):
+    if not record[field]:
+      facts.append(f"no {modality}")
+  for (name, unit), value in zip(info["phenotypes"].items(), record["phenotypes"]):
+    if np.isfinite(value):
+      facts.append(f"{name} {value:.4g} {unit}")
+  record_name = salted_id(record["subject"], record["visit"])
+  return f"{record_name}, {split} {index}: {', '.join(facts) or 'no phenotypes'}"
 
 
 def stacked(figures: list[Figure], dpi: int) -> np.ndarray:
@@ -212,17 +230,20 @@ def stacked(figures: list[Figure], dpi: int) -> np.ndarray:
   return np.concatenate(pixels)
 
 
-def _gain(ecg):
+def fitting_gain(ecg: np.ndarray) -> tuple[float, str]:
   """mm a unit, of 1, 2 or 5 times a power of ten: the largest that keeps the tallest waves below
-  0.8 of a row."""
+  0.8 of a row; and that in words."""
   reach = np.nanpercentile(np.abs(ecg), 99.8, axis=1).max()
-  steps = np.outer(10.0 ** np.arange(-9, 10), (1, 2, 5)).ravel()
-  gain = max((g for g in steps if g * reach <= 0.8 * ROW), default=steps[0])
-  gain = min(gain, 10.0) if reach == 0 else gain
+  powers = 10.0 ** np.arange(-9, 10)
+  gains = np.outer(powers, (1, 2, 5)).ravel()
+  fitting = gains[gains * reach <= 0.8 * ROW]
+  gain = fitting.max() if len(fitting) else gains[0]
+  if reach == 0:
+    gain = 10.0
   return gain, f"normalised, without unit: 10 mm = {10 / gain:g}"
 
 
-def _paper(title, height):
+def millimetre_paper(title: str, height: int):
   """A figure that is one sheet of millimetre paper, and its axes, in mm from the lower left
   corner."""
   figure = blank_figure(title, height)
@@ -231,33 +252,43 @@ def _paper(title, height):
   paper.axis("off")
   paper.set_zorder(-1)  # the title is written over it
   for step, color, width in ((1, SMALL, 0.3), (5, LARGE, 0.55)):
-    lines = [[(x, 0), (x, height - HEAD)] for x in range(0, WIDTH + 1, step)]
-    lines += [[(0, y), (WIDTH, y)] for y in range(0, height - HEAD + 1, step)]
-    paper.add_collection(
-      LineCollection(lines, colors=color, linewidths=width, zorder=0), autolim=False
-    )
+    top = height - HEAD
+    lines = []
+    for x in range(0, WIDTH + 1, step):
+      lines.append([(x, 0), (x, top)])
+    for y in range(0, top + 1, step):
+      lines.append([(0, y), (WIDTH, y)])
+    grid = LineCollection(lines, colors=color, linewidths=width, zorder=0)
+    paper.add_collection(grid, autolim=False)
   return figure, paper
 
 
-def blank_figure(title, height):
+def blank_figure(title: str, height: float) -> Figure:
+  """A page of WIDTH by `height` mm with its title."""
   figure = Figure(figsize=(WIDTH / 25.4, height / 25.4), facecolor="white")
   FigureCanvasAgg(figure)
   figure.text(5 / WIDTH, 1 - 5 / height, plain(title), va="center", fontsize=9, color=INK)
   return figure
 
 
-def footnote(figure, note, height):
+def footnote(figure: Figure, note: str, height: float) -> None:
   if note:
     figure.text(
-      1 - 4 / WIDTH, 3 / height, plain(note), ha="right", fontsize=7, style="italic", color=MID
+      1 - 4 / WIDTH,
+      3 / height,
+      plain(note),
+      ha="right",
+      fontsize=7,
+      style="italic",
+      color=MID,
     )
 
 
 def contour_legend(figure, corner, first=()):
   """What the lines of `draw_contours` are, after the handles of `first`, {name: handle}."""
-  handles = dict(first) | {
-    name: Line2D([], [], color=color, ls=line, lw=1.6) for name, color, line in CONTOURS.values()
-  }
+  handles = dict(first)
+  for name, color, line in CONTOURS.values():
+    handles[name] = Line2D([], [], color=color, ls=line, lw=1.6)
   figure.legend(
     handles.values(),
     handles,
@@ -275,17 +306,19 @@ def contour_legend(figure, corner, first=()):
   )
 
 
-def draw_contours(axes, labels):
+def draw_contours(axes, labels: np.ndarray) -> None:
   """The borders of LABELS in an image [H, W]."""
   for structures, (_, color, line) in CONTOURS.items():
     mask = np.isin(labels, [LABELS[name] for name in structures])
-    if mask.any():
-      drawn = axes.contour(
-        mask.astype(np.float32), levels=[0.5], colors=[color], linestyles=[line], linewidths=1.3
-      )
-      drawn.set_gid("+".join(structures))
-      drawn.set_path_effects([patheffects.withStroke(linewidth=2.4, foreground="#000000a0")])
-
-
-def _blank():
-  return {"fc": "white", "ec": "none", "pad": 0.8, "alpha": 0.75}
+    if not mask.any():
+      continue
+    contour = axes.contour(
+      mask.astype(np.float32),
+      levels=[0.5],
+      colors=[color],
+      linestyles=[line],
+      linewidths=1.3,
+    )
+    contour.set_gid("+".join(structures))
+    shadow = patheffects.withStroke(linewidth=2.4, foreground="#000000a0")
+    contour.set_path_effects([shadow])

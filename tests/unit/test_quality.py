@@ -565,7 +565,7 @@ def tiles(figure):
 
 def test_contours_enclose_their_labels_and_nothing_else():
   labels = hearts()
-  figure = drawings.heart_montage(np.zeros_like(labels), labels, "")
+  figure = drawings.short_axis_montage(np.zeros_like(labels), labels, "")
   mosaic = np.zeros(figure.axes[0].images[0].get_array().shape, np.uint8)
   assert len(tiles(figure)) == 14
   for (phase, z), (y, x) in tiles(figure).items():
@@ -587,13 +587,13 @@ def test_contours_enclose_their_labels_and_nothing_else():
   assert [t.get_text() for t in figure.legends[0].get_texts()] == [
     name for name, *_ in drawings.CONTOURS.values()
   ]
-  assert not drawings.heart_montage(np.zeros_like(labels), None, "").legends
+  assert not drawings.short_axis_montage(np.zeros_like(labels), None, "").legends
 
 
 @pytest.mark.parametrize("slices, columns", [(7, 6), (12, 12), (1, 6), (13, 4)])
 def test_ed_stands_above_es_and_base_before_apex(slices, columns):
   volumes = np.random.default_rng(0).integers(0, 256, (2, slices, 36, 48)).astype(np.uint8)
-  figure = drawings.heart_montage(volumes, None, "", columns)
+  figure = drawings.short_axis_montage(volumes, None, "", columns)
   axes = figure.axes[0]
   mosaic, found = np.ma.filled(axes.images[0].get_array(), np.nan), tiles(figure)
   assert len(found) == 2 * slices
