@@ -20,6 +20,12 @@ from mmcl_jax.evaluators import data, diseases, pages, phenotypes, readouts, rep
 from mmcl_jax.evaluators.base import Table, number
 from mmcl_jax.models import towers as tower_lib, vit
 
+# what `gains` counts: differences of results.json, in words
+GAINS = {
+  "embedding_minus_random_encoder": "the embedding over the untrained network",
+  "embedding_minus_covariates": "the embedding over the covariates",
+  "with_covariates_minus_covariates": "the embedding with the covariates over the covariates alone",
+}
 RESEARCH_ONLY = "Research only. Not a medical device."
 
 
@@ -31,14 +37,16 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
     manifest: of the checkpoint (training.checkpoint).
     results: what `mmcl evaluate` wrote for the checkpoint (results.json); None: not evaluated.
   """
-  told = [RESEARCH_ONLY]
+  notes = [RESEARCH_ONLY]
   if results:
-    seen = results.get("seen_people", {}).get("note")
-    told += [escaped(note) for note in (results.get("note"), seen) if note]
+    about_people = results.get("seen_people", {}).get("note")
+    for note in (results.get("note"), about_people):
+      if note:
+        notes.append(escaped(note))
   return pages.render(
     "model_card.md.j2",
     step=manifest["step"],
-    notes=told,
+    notes=notes,
     details=details(config, manifest),
     factors=factors(manifest, results),
     metrics=metrics(results),
@@ -52,74 +60,90 @@ def model_card(config, manifest: dict, results: dict | None) -> str:
   )
 
 
-def details(config, manifest):
-  profile, window = config.data.ecg_profile, config.data.samples
-  rate, whole = preprocess_ecg.rate_hz(profile), preprocess_ecg.samples(profile)
-  mean = (
-    f" at a time; the embedding is the mean over the {whole // window} of a recording"
-    if window < whole
-    else ""
-  )
+def details(config, manifest: dict) -> str:
+  """The facts of the model, a line each."""
+  profile = config.data.ecg_profile
+  rate = preprocess_ecg.rate_hz(profile)
+  samples = preprocess_ecg.samples(profile)
+  leads = len(schema.LEADS)
+  config_text = configuration.as_text(config)
+  packages = []
+  for name, version in manifest["packages"].items():
+    packages.append(escaped(f"{name} {version}"))
   origin = manifest.get("origin")
+  if origin:
+    training = {
+      "Weights": f"converted from {code(origin)}; the run does not know how they were trained"
+    }
+  else:
+    training = training_facts(config, manifest)
   facts = {
-    "Input": f"12-lead ECG, {whole / rate:g} s at {rate} Hz, normalised by the profile `{profile}`: float32 "
-    f"[B, {len(schema.LEADS)}, {whole}]",
+    "Input": f"12-lead ECG, {samples / rate:g} s at {rate} Hz, normalised by the profile "
+    f"`{profile}`: float32 [B, {leads}, {samples}]",
     "Output": f"embedding, float32 [B, {width(config)}]",
     "Encoder": encoder(config),
-    "Window": f"{window / rate:g} s{mean}",
+    "Window": window(config.data.samples, samples, rate),
     "Parameters": f"{parameters(config):,}",
-    **(
-      {"Weights": f"converted from {code(origin)}; the run does not know how they were trained"}
-      if origin
-      else trained(config, manifest)
-    ),
-    "SHA-256 of the run's config.json": hashlib.sha256(
-      configuration.as_text(config).encode()
-    ).hexdigest(),
-    "Software": ", ".join(
-      escaped(f"{name} {version}") for name, version in manifest["packages"].items()
-    ),
+    **training,
+    "SHA-256 of the run's config.json": hashlib.sha256(config_text.encode()).hexdigest(),
+    "Software": ", ".join(packages),
     "Licence, contact": "to be added by whoever passes the model on; the run does not know them",
   }
   return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
-def encoder(config):
+def window(window_samples: int, samples: int, rate_hz: float) -> str:
+  """What the encoder sees at a time, in words."""
+  seconds = f"{window_samples / rate_hz:g} s"
+  if window_samples >= samples:
+    return seconds
+  windows = samples // window_samples
+  return f"{seconds} at a time; the embedding is the mean over the {windows} of a recording"
+
+
+def encoder(config) -> str:
   """The ECG tower in words."""
-  c = config.model.towers.ecg
-  if c.fn not in ("ecg_vit", "st_mem"):
-    own = (f"{key}={value}" for key, value in c.items() if key not in ("fn", "view"))
-    return f"{code(c.fn)}, {escaped(', '.join(own))}; {config.model.dtype}"
-  numbers = vit.sized(c.size)
-  size = f", size {code(c.size)}" if isinstance(c.size, str) else ""
+  tower = config.model.towers.ecg
+  dtype = config.model.dtype
+  if tower.fn not in ("ecg_vit", "st_mem"):
+    parameters = []
+    for name, value in tower.items():
+      if name not in ("fn", "view"):
+        parameters.append(f"{name}={value}")
+    return f"{code(tower.fn)}, {escaped(', '.join(parameters))}; {dtype}"
+  size = vit.sized(tower.size)
+  size_name = f", size {code(tower.size)}" if isinstance(tower.size, str) else ""
+  pool = tower.get("pool", "mean")
   return (
-    f"vision transformer{size}: {numbers['depth']} blocks of width {numbers['width']}, "
-    f"{numbers['heads']} heads; patches of {c.patch} samples of one lead; "
-    f"{c.get('pool', 'mean')} pooling; {config.model.dtype}"
+    f"vision transformer{size_name}: {size['depth']} blocks of width {size['width']}, "
+    f"{size['heads']} heads; patches of {tower.patch} samples of one lead; {pool} pooling; {dtype}"
   )
 
 
-def trained(config, manifest):
+def training_facts(config, manifest: dict) -> dict[str, str]:
   """How the weights came about: updates, objectives, the towers beside the encoder, and what it
   started from."""
-
-  def weight(w):
-    return f"weight {w:g}" if isinstance(w, (int, float)) else "weight by a schedule"
-
-  objectives = [
-    f"{code(name)} ({one.fn}, {weight(one.get('weight', 1.0))})"
-    for name, one in config.objectives.items()
-  ]
-  towers = [
-    f"{code(name)} ({one.fn} on {one.view}{', frozen' if one.frozen else ''})"
-    for name, one in tower_lib.cmr(config.model).items()
-  ]
-  chose = (manifest.get("best") or {}).get("step") is not None
-  best = f", the best of them on validation by {code(config.stop_on)}" if chose else ""
-  stages = ", ".join(name for name, workdir in config.init_from.items() if workdir)
+  updates = f"{manifest['step']:,} of {config.steps:,} updates of {config.batch:,} recordings"
+  chosen = manifest.get("best") or {}
+  if chosen.get("step") is not None:
+    updates += f", the best of them on validation by {code(config.stop_on)}"
+  stages = [name for name, workdir in config.init_from.items() if workdir]
+  start = "random weights"
+  if stages:
+    start = f"weights of earlier runs ({', '.join(stages)})"
+  objectives = []
+  for name, entry in config.objectives.items():
+    weight = entry.get("weight", 1.0)
+    words = "weight by a schedule"
+    if isinstance(weight, (int, float)):
+      words = f"weight {weight:g}"
+    objectives.append(f"{code(name)} ({entry.fn}, {words})")
+  towers = []
+  for name, tower in tower_lib.cmr(config.model).items():
+    frozen = ", frozen" if tower.frozen else ""
+    towers.append(f"{code(name)} ({tower.fn} on {tower.view}{frozen})")
   return {
-    "Training": f"{manifest['step']:,} of {config.steps:,} updates of {config.batch:,} recordings{best}, seed "
-    f"{config.seed}, from {f'weights of earlier runs ({stages})' if stages else 'random weights'}",
+    "Training": f"{updates}, seed {config.seed}, from {start}",
     "Objectives": ", ".join(objectives),
     "CMR encoders, in training alone": ", ".join(towers) or "none",
   }
@@ -147,184 +171,178 @@ def encoder_shapes(config):
   return jax.eval_shape(run, ecg)
 
 
-def factors(manifest, results):
-  known = ", ".join(map(escaped, manifest["standardiser"]["covariates"])) or "nothing"
-  about = (
-    ""
-    if manifest.get("origin")
-    else f"Beside phenotypes and diseases the training data has of its people: {known}. "
-  )
-  scored = (
-    "The scores below are of all test people together; none was taken by sex, age, ethnicity, "
-    "illness, recorder or "
-    "site."
-  )
-  return prose(
-    about
-    + (scored if results else "Nothing was scored, neither of all people nor of groups of them.")
-  )
+def factors(manifest: dict, results: dict | None) -> str:
+  text = ""
+  if not manifest.get("origin"):
+    covariates = [escaped(name) for name in manifest["standardiser"]["covariates"]]
+    text = (
+      "Beside phenotypes and diseases the training data has of its people: "
+      f"{', '.join(covariates) or 'nothing'}. "
+    )
+  if results:
+    text += (
+      "The scores below are of all test people together; none was taken by sex, age, ethnicity, "
+      "illness, recorder or site."
+    )
+  else:
+    text += "Nothing was scored, neither of all people nor of groups of them."
+  return prose(text)
 
 
-def metrics(results):
+def metrics(results: dict | None) -> str:
   if not results:
-    return "No metrics were measured: `mmcl evaluate` had not been run on this checkpoint when this card was written."
-  parts = []
+    return (
+      "No metrics were measured: `mmcl evaluate` had not been run on this checkpoint when this "
+      "card was written."
+    )
+  measured = []
   if results["phenotypes"]:
-    parts.append(
+    measured.append(
       "R2 and mean absolute error (MAE) of every phenotype, by ridge regression on the frozen "
       "embedding"
     )
   if any(results.get("diseases", {}).values()):
-    parts.append(
+    measured.append(
       "area under the ROC curve (AUROC) and under the precision-recall curve (AUPRC), balanced "
-      "accuracy and "
-      "expected calibration error (ECE) of every disease, by logistic regression on the frozen "
-      "embedding"
+      "accuracy and expected calibration error (ECE) of every disease, by logistic regression on "
+      "the frozen embedding"
     )
   if results.get("retrieval"):
-    parts.append("retrieval of a person's CMR by their ECG, and back, among all test people")
-  own = (
-    "; `own head`, what the network itself says"
-    if "own_head" in results.get("readouts", {})
-    else ""
+    measured.append("retrieval of a person's CMR by their ECG, and back, among all test people")
+  protocol = (
+    "Regressions are fitted on train, their strength and thresholds chosen on validation, and the "
+    "scores taken on test. Brackets are 95 % intervals over test people (bootstrap); training runs "
+    "of other seeds may differ by more."
   )
-  ceiling = (
-    "; `ceiling`, the parameters that the synthetic ECGs were made from"
-    if results.get("ceiling")
-    else ""
-  )
-  return "\n\n".join(
-    prose(text)
-    for text in (
-      f"{'; '.join(parts)}. Regressions are fitted on train, their strength and thresholds chosen "
-      "on validation, and the "
-      "scores taken on test. Brackets are 95 % intervals over test people (bootstrap); training "
-      "runs of other seeds may "
-      "differ by more.",
-      "Beside the embedding: `random`, the same network untrained; `covariates`, what is known of "
-      "the people without an "
-      f"ECG; `emb + cov`, the embedding with these{own}{ceiling}.",
-    )
-  )
+  models = [
+    "`random`, the same network untrained",
+    "`covariates`, what is known of the people without an ECG",
+    "`emb + cov`, the embedding with these",
+  ]
+  if "own_head" in results.get("readouts", {}):
+    models.append("`own head`, what the network itself says")
+  if results.get("ceiling"):
+    models.append("`ceiling`, the parameters that the synthetic ECGs were made from")
+  first = prose(f"{'; '.join(measured)}. {protocol}")
+  second = prose(f"Beside the embedding: {'; '.join(models)}.")
+  return f"{first}\n\n{second}"
 
 
-def evaluation_data(manifest, results):
+def evaluation_data(manifest: dict, results: dict | None) -> str:
   if not results:
     return "None."
-  counts, times = results["counts"], results.get("test_scored")
+  counts = results["counts"]
+  times = results.get("test_scored")
   often = {None: "an unrecorded number of times", 1: "once"}.get(times, f"{times} times")
   splits = (
     f"{counts['val']:,} recordings of the validation split to choose by, {counts['test']:,} of the "
-    "test split to "
-    f"score. Test was scored {often} from the workdir of this run."
+    f"test split to score. Test was scored {often} from the workdir of this run."
   )
   if results["cohort_fingerprint"] == manifest["cohort"]:
     return prose(f"Of the cohort it was trained on, {splits}")
   cohort = f"Fingerprint of the cohort: {escaped(results['cohort_fingerprint'])}"
-  return prose(f"Source: {source_of(results)}. {cohort}. Of it, {splits}") + data_tables(results)
+  text = prose(f"Source: {source_of(results)}. {cohort}. Of it, {splits}")
+  return text + data_tables(results)
 
 
-def training_data(manifest, results):
+def training_data(manifest: dict, results: dict | None) -> str:
   if manifest.get("origin"):
     return "The weights come from elsewhere; the run does not know what they were trained on."
-  mixed = manifest.get("mixed", [])
-  more = (
-    f" Mixed into its batches, the cohorts of fingerprint {', '.join(map(escaped, mixed))}."
-    if mixed
-    else ""
-  )
-  cohort = f"Fingerprint of the cohort: {escaped(manifest['cohort'])}.{more}"
+  cohort = f"Fingerprint of the cohort: {escaped(manifest['cohort'])}."
+  mixed = [escaped(fingerprint) for fingerprint in manifest.get("mixed", [])]
+  if mixed:
+    cohort += f" Mixed into its batches, the cohorts of fingerprint {', '.join(mixed)}."
   if not results or results["cohort_fingerprint"] != manifest["cohort"]:
     return prose(f"{cohort} What it holds is told here after `mmcl evaluate` on it.")
-  return prose(
+  text = prose(
     f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it "
-    "started from weights "
-    "of earlier runs (model details), those had learned before, from data that is not told here."
-  ) + data_tables(results)
+    "started from weights of earlier runs (model details), those had learned before, from data "
+    "that is not told here."
+  )
+  return text + data_tables(results)
 
 
-def source_of(results):
+def source_of(results: dict) -> str:
   return escaped(results.get("data", {}).get("source", "not recorded by that evaluation"))
 
 
 def data_tables(results):
   """The data card of an evaluation: records, labels and cases by split; what was read, and what
   left out."""
-  parts = []
-  for one in data.tables(results.get("data", {}), results["counts"]):
-    title = one.title.removeprefix("Data: ").capitalize()
-    parts.append(f"\n\n{title}:\n\n{table(one)}")
-  return "".join(parts)
+  text = ""
+  for table in data.tables(results.get("data", {}), results["counts"]):
+    title = table.title.removeprefix("Data: ").capitalize()
+    text += f"\n\n{title}:\n\n{as_markdown(table)}"
+  return text
 
 
-def scores(results):
+def scores(results: dict | None) -> str:
+  """The tables of scores, and after the first one what the embedding gains."""
   if not results:
     return "No metrics were measured."
-  found = []
+  tables = []
   if results["phenotypes"]:
-    one = phenotypes.headline(results)
+    headline = phenotypes.headline(results)
     rows = []
-    for row, score in zip(one.rows, results["phenotypes"].values()):
+    for row, score in zip(headline.rows, results["phenotypes"].values()):
       rows.append([*row, number(score["mae"])])
     title = "Phenotypes: R2 on test, and the MAE of the embedding in the phenotype's unit"
-    found.append(Table(title, [*one.head, "MAE"], rows))
+    tables.append(Table(title, [*headline.head, "MAE"], rows))
   scored = {}
-  for model, one in results.get("diseases", {}).items():
-    if one and model not in readouts.TITLES:
-      scored[model] = one
+  for model, of_diseases in results.get("diseases", {}).items():
+    if of_diseases and model not in readouts.TITLES:
+      scored[model] = of_diseases
   if scored:
     title = "Diseases on test (few cases: counted, not scored)"
-    found.append(diseases.table(scored)._replace(title=title))
+    tables.append(diseases.table(scored)._replace(title=title))
   if results.get("retrieval"):
-    found.append(retrieval.table(results["retrieval"]))
-  tables = [f"{one.title}:\n\n{table(one)}" for one in found]
-  return (
-    "\n\n".join([*tables[:1], *gains(results.get("differences", {})), *tables[1:]])
-    or "Nothing was scored."
+    tables.append(retrieval.table(results["retrieval"]))
+  paragraphs = [f"{table.title}:\n\n{as_markdown(table)}" for table in tables]
+  gained = gains(results.get("differences", {}))
+  if gained:
+    paragraphs.insert(1, gained)
+  return "\n\n".join(paragraphs) or "Nothing was scored."
+
+
+def gains(differences: dict) -> str:
+  """In how many phenotypes the embedding beats what stands beside it: a paragraph, or "" where that
+  is not known."""
+  counts = []
+  for name, words in GAINS.items():
+    entries = differences.get(name, {}).values()
+    if entries:
+      lows = [entry["ci"][0] for entry in entries]
+      better = sum(low is not None and low > 0 for low in lows)
+      counts.append(f"{words} in {better} of {len(lows)} phenotypes")
+  if not counts:
+    return ""
+  return prose(
+    f"R2 is higher, by a difference whose own 95 % interval lies above 0: {'; '.join(counts)}."
   )
 
 
-def gains(differences):
-  """In how many phenotypes the embedding beats what stands beside it: a paragraph, or none where
-  that is not known."""
-  told = {
-    "embedding_minus_random_encoder": "the embedding over the untrained network",
-    "embedding_minus_covariates": "the embedding over the covariates",
-    "with_covariates_minus_covariates": "the embedding with the covariates over the covariates alone",
-  }
-  parts = []
-  for name, words in told.items():
-    lows = [one["ci"][0] for one in differences.get(name, {}).values()]
-    if lows:
-      better = sum(low is not None and low > 0 for low in lows)
-      parts.append(f"{words} in {better} of {len(lows)} phenotypes")
-  if not parts:
-    return []
-  text = "R2 is higher, by a difference whose own 95 % interval lies above 0"
-  return [prose(f"{text}: {'; '.join(parts)}.")]
-
-
-def caveats(results):
-  parts = [report.LIMITS.format(encoder="ECG")]
-  if results and results.get("test_scored", 1) > 1:
-    parts.append(
+def caveats(results: dict | None) -> str:
+  if not results:
+    return prose(
+      "Nothing is known of how well this encoder does. Evaluate it on people like those it is "
+      "meant for before use: `mmcl evaluate`."
+    )
+  text = prose(report.LIMITS.format(encoder="ECG"))
+  if results.get("test_scored", 1) > 1:
+    chosen = prose(
       "Test was scored more than once: a run that was chosen by it looks better here than it is."
     )
-  if not results:
-    parts = [
-      "Nothing is known of how well this encoder does. Evaluate it on people like those it is "
-      "meant for before use: "
-      "`mmcl evaluate`."
-    ]
-  return "\n\n".join(prose(part) for part in parts)
+    text += f"\n\n{chosen}"
+  return text
 
 
-def outputs(config, results) -> str:
+def outputs(config, results: dict | None) -> str:
   """What the exported encoder returns, as Python: {'embedding': [B, 768], ...}."""
   widths = {"embedding": width(config)}
   if results and results["phenotypes"]:
     widths["phenotypes"] = len(results["phenotypes"])
-  return "{" + ", ".join(f"{name!r}: [B, {width}]" for name, width in widths.items()) + "}"
+  shapes = ", ".join(f"{name!r}: [B, {count}]" for name, count in widths.items())
+  return f"{{{shapes}}}"
 
 
 def prose(text: str) -> str:
@@ -333,12 +351,16 @@ def prose(text: str) -> str:
   return re.sub(r"(?m)^(\d*)([#>+=.)-]+)(?=\s|$)", r"\1\\\2", text)
 
 
-def table(one: Table) -> str:
+def as_markdown(table: Table) -> str:
   """A table in Markdown; the first column flush left."""
   lines = []
-  for row in (one.head, *one.rows):
-    lines.append(f"| {' | '.join(escaped(cell) for cell in row)} |")
-  lines.insert(1, f"| {' | '.join(['---', *['---:'] * (len(one.head) - 1)])} |")
+  for row in (table.head, *table.rows):
+    cells = [escaped(cell) for cell in row]
+    lines.append(f"| {' | '.join(cells)} |")
+  alignment = ["---"]
+  for _ in table.head[1:]:
+    alignment.append("---:")
+  lines.insert(1, f"| {' | '.join(alignment)} |")
   return "\n".join(lines)
 
 
