@@ -72,7 +72,7 @@ def evaluate(
   files.no_links(root / "evaluation")
   context = setup.of_checkpoint(workdir, step, cohort_path, batch, allow_seen)
   run, cohort = context.run, context.cohort
-  chosen = evaluators.build(run.config)
+  of_config = evaluators.build(run.config)
   out = pathlib.Path(out) if out else scored.place(root / "evaluation", run, cohort)
   first_process = jax.process_index() == 0
   earlier = 0
@@ -96,18 +96,18 @@ def evaluate(
     "test_scored": earlier + 1,
   }
   results = {"mmcl evaluate": Result(about)}
-  for evaluator in chosen:
+  for evaluator in of_config:
     results[f"config.evaluators.{evaluator.name}"] = evaluator.run(context)
-  whole = merged(results)
+  together = merged(results)
   if first_process:
     scored.count_scoring(root, run.step, cohort)
-    report.write(whole, out)
-    if whole.tables:
-      print(report.as_text(whole.tables[0]))
+    report.write(together, out)
+    if together.tables:
+      print(report.as_text(together.tables[0]))
     if context.note:
       print(context.note)
     print(f"{out}/report.html")
-  return whole.metrics
+  return together.metrics
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Evaluators: what is measured of a run, chosen by the config alone.
 
-    config.evaluators.NAME = dict(fn="retrieval" | "my_package.my_module:function", every=0, **parameters)
+    config.evaluators.NAME = dict(fn="retrieval", every=0, **parameters)
+    config.evaluators.NAME = dict(fn="my_package.my_module:function", every=0, **parameters)
 
 An evaluator is `fn(context, **parameters) -> Result` (evaluators/base.py). All of them run in `mmcl
 evaluate`. One with `every` above 0 also runs while training, on the validation split, after that
@@ -53,14 +54,20 @@ def build(config) -> list[Evaluator]:
       "config.evaluators.retrieval = dict(fn='retrieval', every=0)"
     ) from None
   places = {fn: place for place, fn in enumerate(BUILT_IN)}
-  order = sorted(entries, key=lambda name: (places.get(entries[name].get("fn"), len(places)), name))
-  return [one(name, entries[name], config.every.evaluate) for name in order]
+
+  def order(name):
+    return places.get(entries[name].get("fn"), len(places)), name
+
+  evaluators = []
+  for name in sorted(entries, key=order):
+    evaluators.append(from_entry(name, entries[name], config.every.evaluate))
+  return evaluators
 
 
 def in_training(config) -> list[Evaluator]:
   """Those of `build` that run while training."""
-  found = [evaluator for evaluator in build(config) if evaluator.every]
-  for evaluator in found:
+  evaluators = [evaluator for evaluator in build(config) if evaluator.every]
+  for evaluator in evaluators:
     fn = config.evaluators[evaluator.name].fn
     if fn == "probes" and not config.model.towers:
       raise UserError(
@@ -68,17 +75,18 @@ def in_training(config) -> list[Evaluator]:
         "probe; "
         f"set config.evaluators.{evaluator.name}.every=0"
       )
-  return found
+  return evaluators
 
 
 def scores(evaluators: list[Evaluator], context) -> Iterator[dict[str, float]]:
   """What each of them adds to the log while training: {"validation/NAME": number}."""
   for evaluator in evaluators:
-    found = numbers(evaluator.run(context).metrics)
-    yield {f"validation/{name}": value for name, value in found.items()}
+    by_path = numbers(evaluator.run(context).metrics)
+    yield {f"validation/{path}": value for path, value in by_path.items()}
 
 
-def one(name: str, entry: dict, default: int) -> Evaluator:
+def from_entry(name: str, entry: dict, default: int) -> Evaluator:
+  """The evaluator of an entry of config.evaluators; `default`: its `every` where that is -1."""
   where = f"config.evaluators.{name}"
   if "fn" not in entry:
     raise UserError(

@@ -55,41 +55,46 @@ def merged(results: dict[str, Result]) -> Result:
   Args:
     results: "config.evaluators.NAME" -> its result.
   """
-  whole, owner = Result({}, [], {}, {}, {}, {}), {}
+  together = Result({}, [], {}, {}, {}, {})
+  owner = {}
   for where, result in results.items():
-    whole.tables.extend(result.tables)
+    together.tables.extend(result.tables)
     for kind in ("metrics", "figures", "predictions", "arrays", "texts"):
-      for name, value in getattr(result, kind).items():
+      entries = getattr(result, kind)
+      for name in entries:
         if (kind, name) in owner:
           raise UserError(
             f"{where} and {owner[kind, name]} both return {kind} of the name {name!r}; rename one"
           )
         owner[kind, name] = where
-        getattr(whole, kind)[name] = value
-  return whole
+      getattr(together, kind).update(entries)
+  return together
 
 
 def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
   """Every number of nested metrics by its path, "NAME/NAME"; of a Score its value. What is no
   number is left out."""
-  found = {}
+  by_path = {}
   for name, value in metrics.items():
     if isinstance(value, Score):
       value = value.value
     if isinstance(value, dict):
-      found |= numbers(value, f"{prefix}{name}/")
+      by_path |= numbers(value, f"{prefix}{name}/")
     elif isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-      found[f"{prefix}{name}"] = float(value)
-  return found
+      by_path[f"{prefix}{name}"] = float(value)
+  return by_path
 
 
 def number(value: float | None) -> str:
   """A cell of a table: three decimals, or a dash for what is not known."""
-  return "-" if value is None or not np.isfinite(value) else f"{value:z.3f}"
+  if value is None or not np.isfinite(value):
+    return "-"
+  return f"{value:z.3f}"
 
 
 def interval(value: float | None, ci) -> str:
   """A cell of a table: a number with its interval."""
   if number(value) == "-":
     return "-"
-  return f"{number(value)} [{number(ci[0])}, {number(ci[1])}]"
+  low, high = ci
+  return f"{number(value)} [{number(low)}, {number(high)}]"

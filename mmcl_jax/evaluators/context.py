@@ -118,7 +118,7 @@ class Context:
       return jax.jit(both)
 
     with jax.set_mesh(run.mesh):
-      found = embeddings.collect(
+      features = embeddings.collect(
         self.once_a_run("embed", make),
         (run.state.variables, self.untrained()),
         self.cohort.splits[split],
@@ -129,8 +129,8 @@ class Context:
         title=f"embed {split}",
       )
     if self.reads == "CMR":  # the ceiling is that of an ECG
-      found.pop("ecg_parameters", None)
-    return found
+      features.pop("ecg_parameters", None)
+    return features
 
   def all_features(self) -> dict[str, dict[str, np.ndarray]]:
     """{"train", "val", "test": features}, "test" being the split that is scored."""

@@ -15,25 +15,30 @@ def data(context: Context) -> Result:
   cohort = context.cohort
   features = {split: context.features(split) for split in cohort.splits}
   card = data_card(cohort, features) | prepared(cohort)
-  counts = {split: len(found["subject"]) for split, found in features.items()}
+  counts = {split: len(arrays["subject"]) for split, arrays in features.items()}
   return Result({"data": card}, tables(card, counts))
 
 
 def data_card(cohort, features) -> dict:
   """Labels known, and cases, by split."""
-
-  def counted(kind, names, holds):
-    found = {}
-    for k, name in enumerate(names):
-      found[name] = {split: int(holds(x[kind][:, k]).sum()) for split, x in features.items()}
-    return found
-
+  labels = {}
+  cases = {}
+  for k, name in enumerate(cohort.info["phenotypes"]):
+    labels[name] = {}
+    for split, arrays in features.items():
+      measured = np.isfinite(arrays["phenotypes"][:, k])
+      labels[name][split] = int(measured.sum())
+  for c, name in enumerate(cohort.info["diseases"]):
+    cases[name] = {}
+    for split, arrays in features.items():
+      is_case = arrays["diseases"][:, c] == 1
+      cases[name][split] = int(is_case.sum())
   return {
     "source": cohort.info["source"],
     "with_ecg": cohort.info["with_ecg"],
     "with_cmr": cohort.info["with_cmr"],
-    "labels": counted("phenotypes", cohort.info["phenotypes"], np.isfinite),
-    "cases": counted("diseases", cohort.info["diseases"], lambda y: y == 1),
+    "labels": labels,
+    "cases": cases,
   }
 
 
@@ -44,11 +49,12 @@ def prepared(cohort) -> dict:
   if not file.exists():
     return {"steps": {}, "rejected": {}}
   try:
-    found = json.loads(file.read_bytes())
-    return {
-      "steps": {name: int(count) for name, count in found["steps"].items()},
-      "rejected": {str(reason["text"]): int(reason["records"]) for reason in found["reasons"]},
-    }
+    quality = json.loads(file.read_bytes())
+    steps = {name: int(count) for name, count in quality["steps"].items()}
+    rejected = {}
+    for reason in quality["reasons"]:
+      rejected[str(reason["text"])] = int(reason["records"])
+    return {"steps": steps, "rejected": rejected}
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     if jax.process_index() == 0:
       print(
@@ -68,18 +74,21 @@ def tables(card: dict, counts: dict[str, int]) -> list[Table]:
     "with ECG": card["with_ecg"],
     "with CMR": card["with_cmr"],
   }
-  found = []
-  for title, table in (
+  tables = []
+  for title, by_split in (
     ("records", records),
     ("known labels", card["labels"]),
     ("cases", card["cases"]),
   ):
-    rows = [[name, *(f"{row[split]:,}" for split in counts)] for name, row in table.items()]
-    found.append(Table(f"Data: {title}", ["", *counts], rows))
-  for title, table in (
+    rows = []
+    for name, split_counts in by_split.items():
+      cells = [f"{split_counts[split]:,}" for split in counts]
+      rows.append([name, *cells])
+    tables.append(Table(f"Data: {title}", ["", *counts], rows))
+  for title, by_reason in (
     ("what was read", card["steps"]),
     ("rejected, and why", card["rejected"]),
   ):
-    rows = [[name, f"{count:,}"] for name, count in table.items()]
-    found.append(Table(f"Data: {title}", ["", "records"], rows))
-  return [table for table in found if table.rows]
+    rows = [[name, f"{count:,}"] for name, count in by_reason.items()]
+    tables.append(Table(f"Data: {title}", ["", "records"], rows))
+  return [table for table in tables if table.rows]

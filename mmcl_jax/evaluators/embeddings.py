@@ -41,7 +41,7 @@ def collect(
     {name: [N, ...]}: what `embed` gives, the LABELS that are there, and `row`, the place in the
       split.
   """
-  whole = over_split(
+  records = over_split(
     embed,
     variables,
     source,
@@ -52,5 +52,7 @@ def collect(
     threads=threads,
     title=title,
   )
-  kept = np.flatnonzero(whole[needs])
-  return {name: x[kept] for name, x in whole.items()} | {"row": kept}
+  rows = np.flatnonzero(records[needs])
+  kept = {name: x[rows] for name, x in records.items()}
+  kept["row"] = rows
+  return kept

@@ -20,8 +20,8 @@ def losses(context: Context) -> Result:
   run, config = context.run, context.run.config
 
   def make():
-    parts = objectives.build(config.objectives)
-    return jax.jit(step_lib.make_loss_step(run.model, parts, config, run.standardiser))
+    losses = objectives.build(config.objectives)
+    return jax.jit(step_lib.make_loss_step(run.model, losses, config, run.standardiser))
 
   step = context.once_a_run("losses", make)
   total = {}

@@ -28,7 +28,7 @@ def probes(context: Context) -> Result:
   fields = ()
   if context.reads == "CMR":
     fields = models.fields(config.model, only=models.learning(config.model))
-  found = embeddings.collect(
+  features = embeddings.collect(
     context.once_a_run(
       "probes", lambda: jax.jit(inference.make_embed(run.model, config, run.standardiser))
     ),
@@ -40,8 +40,9 @@ def probes(context: Context) -> Result:
     fields=fields,
     threads=config.loader.threads,
   )
-  x, y = found["embedding"].astype(np.float64), found["phenotypes"]
-  half = found["subject"][:, 0] % 2 == 0  # by subject: visits of one person stay on one side
+  x = features["embedding"].astype(np.float64)
+  y = features["phenotypes"]
+  half = features["subject"][:, 0] % 2 == 0  # by subject: visits of one person stay on one side
   probe = ridge.fit_probe(x[half], y[half], x[~half], y[~half])
   scores = statistics.r2(y[~half], ridge.predict(probe, x[~half]))
   return Result({"r2": {name: float(score) for name, score in zip(names, scores)}})

@@ -17,10 +17,9 @@ from mmcl_jax.support.text import aligned
 DPI = 150
 LIMITS = (
   "What this can tell: how well probes on the frozen {encoder} embedding predict labels of "
-  "held-out people of the same "
-  "cohort. What it cannot: how it does at other sites, devices or populations, for whom the labels "
-  "were made otherwise, or "
-  "whether using it helps anybody. For research only; not a medical device."
+  "held-out people of the same cohort. What it cannot: how it does at other sites, devices or "
+  "populations, for whom the labels were made otherwise, or whether using it helps anybody. For "
+  "research only; not a medical device."
 )
 
 
@@ -46,9 +45,10 @@ def write(result: Result, out_dir) -> Path:
       (new / name).write_text(text, encoding="utf-8", newline="")
     for name, image in images.items():
       (new / f"{name}.png").write_bytes(image)
-    titles = {name: title_of(name, figure) for name, figure in result.figures.items()}
-    shown = [(titles[name], image) for name, image in images.items()]
-    page = evaluation_page(result.metrics, result.tables, shown)
+    titled = []
+    for name, figure in result.figures.items():
+      titled.append((title_of(name, figure), images[name]))
+    page = evaluation_page(result.metrics, result.tables, titled)
     (new / "report.html").write_text(page, encoding="utf-8")
   return Path(out_dir).resolve()
 
@@ -64,7 +64,8 @@ def check_place(out_dir, what: str = "a report", mark: str = "results.json") -> 
   Else UserError.
   """
   out = Path(out_dir).resolve()
-  if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+  is_empty_folder = out.is_dir() and not any(out.iterdir())
+  if out.exists() and not (out / mark).is_file() and not is_empty_folder:
     raise UserError(
       f"{out} is there and is not {what} (it has no {mark}); name a new folder for it."
     )
@@ -136,7 +137,7 @@ def page(
 
 
 def as_json(results: dict) -> str:
-  return json.dumps(_plain(results), indent=2, allow_nan=False) + "\n"
+  return json.dumps(json_types(results), indent=2, allow_nan=False) + "\n"
 
 
 def png(figure) -> bytes:
@@ -145,14 +146,16 @@ def png(figure) -> bytes:
   return buffer.getvalue()
 
 
-def _plain(value):
+def json_types(value):
   """JSON's own types, null for what is not finite."""
   if isinstance(value, Score):
     value = value._asdict()
   if isinstance(value, dict):
-    return {str(k): _plain(v) for k, v in value.items()}
+    return {str(name): json_types(entry) for name, entry in value.items()}
   if isinstance(value, (list, tuple)):
-    return [_plain(v) for v in value]
+    return [json_types(entry) for entry in value]
   if isinstance(value, (np.ndarray, np.generic)):
-    return _plain(value.tolist())
-  return None if isinstance(value, float) and not np.isfinite(value) else value
+    return json_types(value.tolist())
+  if isinstance(value, float) and not np.isfinite(value):
+    return None
+  return value

@@ -19,18 +19,18 @@ def place(root: pathlib.Path, run, cohort) -> pathlib.Path:
 
   Weights from elsewhere have no cohort: the first that they are evaluated on counts as theirs.
   """
-  name = f"{run.step}-{pathlib.Path(cohort.path).resolve().name}"
-  own = [str(run.step)] if run.manifest["cohort"] in ("", cohort.fingerprint) else []
-  for folder in (root / one for one in (*own, name)):
-    # none there, or one that is made anew
+  named = f"{run.step}-{pathlib.Path(cohort.path).resolve().name}"
+  candidates = [named]
+  if run.manifest["cohort"] in ("", cohort.fingerprint):
+    candidates.insert(0, str(run.step))
+  for name in candidates:
+    # no results: none there, or one that is made anew
     with contextlib.suppress(OSError, ValueError, AttributeError):
-      if (
-        json.loads((folder / "results.json").read_text()).get("cohort_fingerprint")
-        != cohort.fingerprint
-      ):
+      results = json.loads((root / name / "results.json").read_text())
+      if results.get("cohort_fingerprint") != cohort.fingerprint:
         continue
-    return folder
-  return root / f"{name}-{cohort.fingerprint[:8]}"
+    return root / name
+  return root / f"{named}-{cohort.fingerprint[:8]}"
 
 
 def scored_before(workdir: pathlib.Path, cohort) -> int:
@@ -40,7 +40,10 @@ def scored_before(workdir: pathlib.Path, cohort) -> int:
   A test split that is looked at again and again, to choose by it, is a validation split. If this
   time cannot be counted, a line says so.
   """
-  file, lines, times, damaged = workdir / "evaluation" / "scored.jsonl", [], 0, 0
+  file = workdir / "evaluation" / "scored.jsonl"
+  lines = []
+  times = 0
+  damaged = 0
   try:
     lines = file.read_bytes().splitlines() if file.exists() else []
     file.parent.mkdir(exist_ok=True)

@@ -50,19 +50,18 @@ def check(run, cohort, workdir: str) -> None:
   """Raises a UserError where the cohort cannot be scored by this run."""
   model = run.config.model
   if not model.towers:
-    parts = [name for name in models.find(model).PARTS if model.get(name)]
+    modules = [name for name in models.find(model).PARTS if model.get(name)]
     raise UserError(
-      f"{workdir} has no encoder of an ECG or a CMR, only a {' and a '.join(parts)}; evaluate a "
+      f"{workdir} has no encoder of an ECG or a CMR, only a {' and a '.join(modules)}; evaluate a "
       "run that starts from it and has one"
     )
-  # a run without an ECG tower is judged by its CMR embedding
+  # a run without an ECG tower is evaluated by its CMR embedding
   reads = "ECG" if "ecg" in model.towers else "CMR"
   info, fields = cohort.info, models.fields(model)
   if reads == "ECG" and info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(
       f"the cohort {cohort.path} was normalised by profile {info['ecg_profile']!r}, the encoder "
-      "was "
-      f"trained on {run.config.data.ecg_profile!r}; prepare the cohort with "
+      f"was trained on {run.config.data.ecg_profile!r}; prepare the cohort with "
       f"--profile={run.config.data.ecg_profile}"
     )
   lacking = []
@@ -88,8 +87,7 @@ def check_covariates(run, cohort, workdir: str) -> None:
   if not run.standardiser.covariates:
     raise UserError(
       f"the encoder takes covariates, whose names and scales {workdir}, converted weights, does "
-      "not "
-      "tell; start a stage from it with config.init_from.ecg, and evaluate that"
+      "not tell; start a stage from it with config.init_from.ecg, and evaluate that"
     )
   if tuple(cohort.info["covariates"]) != run.standardiser.covariates:
     raise UserError(
@@ -106,25 +104,25 @@ def own_cohort(workdir: str, step: int) -> cohort_lib.Cohort:
   if not manifest["cohort"]:
     raise UserError(
       f"the weights of {workdir} come from elsewhere and have no cohort of their own; name the one "
-      "to "
-      "evaluate on with --cohort=DIR"
+      "to evaluate on with --cohort=DIR"
     )
-  places = list(
-    filter(None, (configuration.load(workdir).data.cohort, manifest.get("cohort_path")))
-  )
-  found = [
-    cohort_lib.load(path) for path in places if (pathlib.Path(path) / "cohort.json").is_file()
-  ]
-  for cohort in found:
+  places = []
+  for place in (configuration.load(workdir).data.cohort, manifest.get("cohort_path")):
+    if place and place not in places:
+      places.append(place)
+  cohorts = []
+  for place in places:
+    if (pathlib.Path(place) / "cohort.json").is_file():
+      cohorts.append(cohort_lib.load(place))
+  for cohort in cohorts:
     if cohort.fingerprint == manifest["cohort"]:
       return cohort
-  if found:
+  if cohorts:
     raise UserError(
-      f"{found[0].path} is no longer the cohort that step {step} was trained on; name the one to "
+      f"{cohorts[0].path} is no longer the cohort that step {step} was trained on; name the one to "
       "evaluate on with --cohort=DIR"
     )
   raise UserError(
-    f"no cohort at {' or '.join(map(repr, dict.fromkeys(places)))}, where {workdir} was trained; "
-    "name "
-    "the folder in which it is now with --cohort=DIR"
+    f"no cohort at {' or '.join(map(repr, places))}, where {workdir} was trained; name the folder "
+    "in which it is now with --cohort=DIR"
   )

@@ -44,4 +44,4 @@ def test_parts_of_another_kind_of_model_are_refused():
 def test_an_evaluator_takes_a_context_or_is_refused(fn):
   entry = {"fn": fn, "every": 0, "setup": "raise SystemExit"}
   with pytest.raises(UserError, match="first parameter is not `context`; expected an evaluator"):
-    evaluators.one("mine", entry, 1)
+    evaluators.from_entry("mine", entry, 1)
