@@ -47,7 +47,11 @@ def diseases(context: Context, draws: int = 1000, seed: int = 0) -> Result:
   return Result({"diseases": results}, tables, drawings, arrays)
 
 
-def scored(context: Context, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
+def scored(
+  context: Context,
+  draws: int = 1000,
+  seed: int = 0,
+) -> tuple[dict, dict, dict]:
   """`evaluate` on the features of `context`, once for all evaluators that ask for it."""
 
   def make():

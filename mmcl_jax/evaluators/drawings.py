@@ -59,7 +59,8 @@ def ecg_paper(
   else:
     gain, scale = fitting_gain(ecg)
   rows = [*PAGE, (RHYTHM,)]
-  figure, paper = millimetre_paper(title, FOOT + ROW * len(rows) + 2 + HEAD)
+  height = FOOT + ROW * len(rows) + 2 + HEAD
+  figure, paper = millimetre_paper(title, height)
   for row, names in enumerate(rows):
     zero = FOOT + ROW * (len(rows) - row - 1) + BELOW
     draw_calibration(paper, zero)
@@ -69,7 +70,14 @@ def ecg_paper(
       last = round((column + 1) * seconds * rate_hz)
       lead = ecg[LEADS.index(name), first:last]
       x = LEFT + MM_A_SECOND * np.arange(first, first + len(lead)) / rate_hz
-      paper.plot(x, zero + gain * lead, color=INK, lw=0.7, solid_joinstyle="round", gid=name)
+      paper.plot(
+        x,
+        zero + gain * lead,
+        color=INK,
+        lw=0.7,
+        solid_joinstyle="round",
+        gid=name,
+      )
       start = LEFT + MM_A_SECOND * column * seconds
       paper.text(
         start + 1.5,
@@ -82,7 +90,13 @@ def ecg_paper(
         zorder=1,
       )
       if column:
-        paper.plot([start, start], [zero - 3, zero + 3], color=INK, lw=0.8, gid="boundary")
+        paper.plot(
+          [start, start],
+          [zero - 3, zero + 3],
+          color=INK,
+          lw=0.8,
+          gid="boundary",
+        )
   scales = f"25 mm/s    {scale}    {rate_hz:g} Hz"
   paper.text(LEFT, 3, scales, fontsize=8, color=INK, bbox=BEHIND_TEXT)
   return figure
@@ -130,8 +144,9 @@ def short_axis_montage(
   image = np.full(shape, np.nan)
   label_image = np.zeros(shape, np.uint8)
   for (phase, z), (y, x) in corners.items():
-    image[y : y + height, x : x + width] = volumes[phase, z]
-    label_image[y : y + height, x : x + width] = labels[phase, z]
+    place = (slice(y, y + height), slice(x, x + width))
+    image[place] = volumes[phase, z]
+    label_image[place] = labels[phase, z]
     write_slice_name(axes, x + 0.02 * width, y + 0.02 * height, z, slices)
     if z % columns == 0:
       axes.text(
@@ -156,12 +171,7 @@ def short_axis_montage(
   return figure
 
 
-def montage_layout(
-  slices: int,
-  height: int,
-  width: int,
-  columns: int,
-) -> tuple[dict[tuple[int, int], tuple[int, int]], tuple[int, int]]:
+def montage_layout(slices: int, height: int, width: int, columns: int) -> tuple[dict, tuple]:
   """{(phase, z): (y, x) of the upper left corner}, and the height and width of the image, in
   pixels."""
   gap = max(2, width // 32)  # around every slice; contours are closed within it
@@ -267,7 +277,14 @@ def blank_figure(title: str, height: float) -> Figure:
   """A page of WIDTH by `height` mm with its title."""
   figure = Figure(figsize=(WIDTH / 25.4, height / 25.4), facecolor="white")
   FigureCanvasAgg(figure)
-  figure.text(5 / WIDTH, 1 - 5 / height, plain(title), va="center", fontsize=9, color=INK)
+  figure.text(
+    5 / WIDTH,
+    1 - 5 / height,
+    plain(title),
+    va="center",
+    fontsize=9,
+    color=INK,
+  )
   return figure
 
 

@@ -79,7 +79,11 @@ def drawings(results: dict, predictions: dict, context: Context) -> dict[str, Fi
   return {"r2": r2, "predicted_against_true": scatter, "bland_altman": agreement}
 
 
-def scored(context: Context, draws: int = 1000, seed: int = 0) -> tuple[dict, dict, dict]:
+def scored(
+  context: Context,
+  draws: int = 1000,
+  seed: int = 0,
+) -> tuple[dict, dict, dict]:
   """`evaluate` on the features of `context`, once for all evaluators that ask for it."""
 
   def make():
@@ -145,9 +149,7 @@ def evaluate(
   if "ceiling" in scores:
     ceiling = scores.pop("ceiling")
     results["ceiling"] = {name: score["r2"] for name, score in ceiling.items()}
-    results["share_of_ceiling"] = share_of_ceiling(
-      y, predicted["embedding"], predicted["ceiling"], weights, names
-    )
+    results["share_of_ceiling"] = share_of_ceiling(y, predicted, weights, names)
   results["baselines"] = scores
   predictions = {"subject": subject, "y_true": y, **predicted}
   probe = {"names": np.array(names), "units": np.array(units), **probes["embedding"]}
@@ -196,8 +198,9 @@ def differences(names: list[str], r2: dict, r2_draws: dict) -> dict:
     if a in r2 and b in r2:
       value = r2[a] - r2[b]
       draws = r2_draws[a] - r2_draws[b]
-      of_names = {name: entry(value[k], draws[:, k]) for k, name in enumerate(names)}
-      entries[f"{a}_minus_{b}"] = of_names
+      of_names = entries[f"{a}_minus_{b}"] = {}
+      for k, name in enumerate(names):
+        of_names[name] = entry(value[k], draws[:, k])
   return entries
 
 
@@ -231,9 +234,16 @@ def grouped(names: list[str]) -> dict[str, list[str]]:
   return {group: group_names for group, group_names in members.items() if group_names}
 
 
-def share_of_ceiling(y, embedding, ceiling, weights, names) -> dict:
+def share_of_ceiling(
+  y: np.ndarray,
+  predicted: dict,
+  weights: np.ndarray,
+  names: list[str],
+) -> dict:
   """{NAME: {value, ci}}: R2 of the embedding over R2 of the ceiling, paired; NaN where the
   ceiling's interval holds 0."""
+  embedding = predicted["embedding"]
+  ceiling = predicted["ceiling"]
   share = statistics.r2(y, embedding) / statistics.r2(y, ceiling)
   ceiling_draws = statistics.r2(y, ceiling, weights)
   embedding_draws = statistics.r2(y, embedding, weights)
@@ -243,7 +253,10 @@ def share_of_ceiling(y, embedding, ceiling, weights, names) -> dict:
     x[~(lowest_ceiling > 0)] = np.nan
   shares = {}
   for k, name in enumerate(names):
-    shares[name] = {"value": float(share[k]), "ci": [float(low[k]), float(high[k])]}
+    shares[name] = {
+      "value": float(share[k]),
+      "ci": [float(low[k]), float(high[k])],
+    }
   return shares
 
 
@@ -370,8 +383,10 @@ def as_csv(results: dict) -> str:
   rows.writerow(["model", "phenotype", "r2", "lo", "hi", "pearson", "mae", "n", "units"])
   for model, scores in models.items():
     for name, score in scores.items():
+      low, high = score["r2_ci"]
       values = []
-      for value in (score["r2"], *score["r2_ci"], score["pearson"], score["mae"]):
+      for value in (score["r2"], low, high, score["pearson"], score["mae"]):
         values.append(value if np.isfinite(value) else None)
-      rows.writerow([model, as_cell(name), *values, score["n"], as_cell(score["units"])])
+      row = [model, as_cell(name), *values, score["n"], as_cell(score["units"])]
+      rows.writerow(row)
   return file.getvalue()

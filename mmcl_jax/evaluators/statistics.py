@@ -37,7 +37,11 @@ def bootstrap_weights(subject: ndarray, draws: int, seed: int) -> ndarray:
   return times[:, row_subject.ravel()].astype(np.float64)
 
 
-def r2(y: ndarray, prediction: ndarray, weights: ndarray | None = None) -> ndarray:
+def r2(
+  y: ndarray,
+  prediction: ndarray,
+  weights: ndarray | None = None,
+) -> ndarray:
   """Coefficient of determination, 1 - sum w (y - p)^2 / sum w (y - mean_w y)^2; NaN where y does
   not vary.
 
@@ -68,13 +72,16 @@ def pearson(y: ndarray, prediction: ndarray) -> ndarray:
   """Pearson correlation over the rows known in both; [N] or [N, K] -> [] or [K]. NaN where either
   does not vary."""
   y, prediction, valid = zero_missing(y, prediction)
-  a = np.where(valid, y - mean_of_valid(y, valid), 0.0)
-  b = np.where(valid, prediction - mean_of_valid(prediction, valid), 0.0)
+  y_mean = mean_of_valid(y, valid)
+  prediction_mean = mean_of_valid(prediction, valid)
+  a = np.where(valid, y - y_mean, 0.0)
+  b = np.where(valid, prediction - prediction_mean, 0.0)
   # a constant leaves no more than rounding
   a_varies = norm(a) > 1e-8 * norm(y)
   b_varies = norm(b) > 1e-8 * norm(prediction)
   products = (a * b).sum(axis=0)
-  return ratio(products, norm(a) * norm(b), where=a_varies & b_varies)
+  lengths = norm(a) * norm(b)
+  return ratio(products, lengths, where=a_varies & b_varies)
 
 
 def norm(x: ndarray) -> ndarray:
@@ -91,7 +98,11 @@ def mae(y: ndarray, prediction: ndarray) -> ndarray:
   return ratio(total, n, where=n > 0)
 
 
-def auroc(y: ndarray, score: ndarray, weights: ndarray | None = None) -> ndarray:
+def auroc(
+  y: ndarray,
+  score: ndarray,
+  weights: ndarray | None = None,
+) -> ndarray:
   """Area under the ROC curve: the weighted share of (case, control) pairs ranked rightly, ties half
   (Mann-Whitney U).
 
@@ -116,13 +127,18 @@ def auroc(y: ndarray, score: ndarray, weights: ndarray | None = None) -> ndarray
   lower = np.searchsorted(score[control], score[case], "left")
   not_higher = np.searchsorted(score[control], score[case], "right")
   beaten = below[..., lower] + below[..., not_higher]  # twice, ties once
+  all_controls = below[..., -1]
   case_weights = weights[..., case]
   won = (case_weights * beaten).sum(axis=-1) / 2
-  pairs = case_weights.sum(axis=-1) * below[..., -1]
+  pairs = case_weights.sum(axis=-1) * all_controls
   return ratio(won, pairs, where=pairs > 0)
 
 
-def auprc(y: ndarray, score: ndarray, weights: ndarray | None = None) -> ndarray:
+def auprc(
+  y: ndarray,
+  score: ndarray,
+  weights: ndarray | None = None,
+) -> ndarray:
   """Average precision: the precision at every threshold, weighted by the recall gained there (no
   interpolation).
 
@@ -137,18 +153,23 @@ def auprc(y: ndarray, score: ndarray, weights: ndarray | None = None) -> ndarray
   score = score[labelled]
   is_case = y[labelled] == 1
 
-  last = np.empty(0, int)  # places of the last of equal scores: the thresholds
+  # the thresholds: places of the last of equal scores
+  last = np.empty(0, int)
   if len(labelled):
-    last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)
-  hits = np.cumsum(weights * is_case, axis=-1)[..., last]
-  called = np.cumsum(weights, axis=-1)[..., last]
+    changes = np.flatnonzero(np.diff(score))
+    last = np.append(changes, len(score) - 1)
+  hits = np.cumsum(weights * is_case, axis=-1)
+  hits = hits[..., last]
+  called = np.cumsum(weights, axis=-1)
+  called = called[..., last]
   gained = np.diff(hits, axis=-1, prepend=0.0)
   nothing = np.zeros_like(hits)
   precision = np.divide(hits, called, out=nothing, where=called > 0)
   cases = weights @ is_case
   total = weights.sum(axis=-1)
   has_both = (cases > 0) & (cases < total)
-  return ratio((gained * precision).sum(axis=-1), cases, where=has_both)
+  area = (gained * precision).sum(axis=-1)
+  return ratio(area, cases, where=has_both)
 
 
 def c_index(
@@ -232,8 +253,10 @@ def balanced_accuracy(
   control = y == 0
   cases = weights @ case
   controls = weights @ control
-  sensitivity = ratio(weights @ (case & called), cases, where=cases > 0)
-  specificity = ratio(weights @ (control & ~called), controls, where=controls > 0)
+  cases_called = weights @ (case & called)
+  controls_not_called = weights @ (control & ~called)
+  sensitivity = ratio(cases_called, cases, where=cases > 0)
+  specificity = ratio(controls_not_called, controls, where=controls > 0)
   return (sensitivity + specificity) / 2
 
 
@@ -270,7 +293,8 @@ def ece(y: ndarray, probability: ndarray, bins: int = 10) -> float:
   predicted, observed, rows = reliability(y, probability, bins)
   if not len(rows):
     return np.nan
-  return float(rows @ np.abs(predicted - observed) / rows.sum())
+  error = np.abs(predicted - observed)
+  return float(rows @ error / rows.sum())
 
 
 def limits_of_agreement(y: ndarray, prediction: ndarray) -> ndarray:
@@ -328,14 +352,16 @@ def crps(y: ndarray, samples: ndarray) -> ndarray:
   sample alone it is |sample - y|.
   """
   count = samples.shape[1]
-  error = np.abs(samples - y[:, None]).mean(axis=1)
+  distance = np.abs(samples - y[:, None])
+  error = distance.mean(axis=1)
   if count == 1:
     return error
   # the sum of |sample - another| over all pairs, by the ranks of the samples
   coefficient = 2 * np.arange(1, count + 1) - count - 1
   trailing = (1,) * (samples.ndim - 2)
   coefficient = coefficient.reshape(1, count, *trailing)
-  total = (coefficient * np.sort(samples, axis=1)).sum(axis=1)
+  ordered = np.sort(samples, axis=1)
+  total = (coefficient * ordered).sum(axis=1)
   spread = 2 * total / (count * (count - 1))
   return error - spread / 2
 
@@ -360,11 +386,13 @@ def simultaneous(value: ndarray, draws: ndarray) -> ndarray:
   NaN where a draw has no score, or SD is 0.
   """
   sd = draws.std(axis=0, ddof=1)
-  usable = np.isfinite(draws).all(axis=0) & (sd > 0)
+  always_scored = np.isfinite(draws).all(axis=0)
+  usable = always_scored & (sd > 0)
   if not usable.any():
     return np.full((2, *np.shape(value)), np.nan)
-  distance = np.abs(draws - value)[:, usable] / sd[usable]
-  largest = distance.max(axis=1)
+  distance = np.abs(draws - value)
+  in_sd = distance[:, usable] / sd[usable]
+  largest = in_sd.max(axis=1)
   reach = np.quantile(largest, 0.95) * sd
   reach = np.where(usable, reach, np.nan)
   return np.stack([value - reach, value + reach])
@@ -386,4 +414,5 @@ def zero_missing(y: ndarray, prediction: ndarray) -> tuple[ndarray, ndarray, nda
 
 def mean_of_valid(x: ndarray, valid: ndarray) -> ndarray:
   """Mean over the first axis of x, which is 0 where it is not valid; 0 where nothing is."""
-  return x.sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
+  count = valid.sum(axis=0)
+  return x.sum(axis=0) / np.maximum(count, 1)

@@ -80,7 +80,12 @@ def times(features: dict) -> tuple[np.ndarray, np.ndarray]:
   return np.where(at_risk, years, np.nan), happened
 
 
-def evaluate(features: dict, names: list, draws: int = 1000, seed: int = 0) -> tuple[dict, dict]:
+def evaluate(
+  features: dict,
+  names: list,
+  draws: int = 1000,
+  seed: int = 0,
+) -> tuple[dict, dict]:
   """A Cox model of every disease from every input of MODELS that is there, scored on test.
 
   Args:
@@ -134,7 +139,12 @@ def counts(train: Group, test: Group) -> dict:
   }
 
 
-def at_risk(x: np.ndarray, years: np.ndarray, happened: np.ndarray, c: int) -> Group:
+def at_risk(
+  x: np.ndarray,
+  years: np.ndarray,
+  happened: np.ndarray,
+  c: int,
+) -> Group:
   """Those at risk of disease `c`, of all rows' [N, D], [N, C], [N, C]."""
   rows = np.isfinite(years[:, c])
   return Group(x[rows], years[rows, c], happened[rows, c])
@@ -166,7 +176,8 @@ def fit(train: Group, val: Group, test: np.ndarray) -> tuple[np.ndarray, float]:
     model.fit(train.x, outcome)
     score = -1.0
     if len(val.years):
-      c_index = statistics.c_index(val.years, val.happened, model.predict(val.x))
+      risk = model.predict(val.x)
+      c_index = statistics.c_index(val.years, val.happened, risk)
       score = np.nan_to_num(c_index, nan=-1.0)
     if score > best_score:
       best_score = score
@@ -184,7 +195,12 @@ def table(results: dict, encoder: str = "ECG") -> Table:
   rows = []
   first_model = next(iter(results))
   for name, first in results[first_model].items():
-    row = [name, f"{first['events']:,}", f"{first['n']:,}", number(first["median_years"])]
+    row = [
+      name,
+      f"{first['events']:,}",
+      f"{first['n']:,}",
+      number(first["median_years"]),
+    ]
     for diseases in results.values():
       scores = diseases[name]
       row.append(interval(scores.get("c_index"), scores.get("c_index_ci")))
