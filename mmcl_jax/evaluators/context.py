@@ -59,8 +59,9 @@ class Context:
 
   def say(self, text: str) -> None:
     """Prints a line on the first host, once a run."""
-    if jax.process_index() == 0:
-      self.once_a_run(("said", text), lambda: print(text, flush=True))
+    if jax.process_index() == 0 and ("said", text) not in self.kept_for_the_run:
+      self.kept_for_the_run["said", text] = True
+      print(text, flush=True)
 
   @property
   def reads(self) -> str:
@@ -94,7 +95,11 @@ class Context:
 
   def untrained(self) -> dict:
     """Variables of the same model before any training."""
-    return self.once_a_run("untrained", lambda: restore.untrained(self.run))
+
+    def make():
+      return restore.untrained(self.run)
+
+    return self.once_a_run("untrained", make)
 
   def features(self, split: str) -> dict[str, np.ndarray]:
     """Embeddings and labels of all records of a split that have what the encoder reads.
@@ -103,7 +108,11 @@ class Context:
       {name: [N, ...]}: embedding, random_embedding (of the untrained encoder), the projections of
       ECG and CMR where there are both, and the labels (evaluators.embeddings.LABELS).
     """
-    return self.once(("features", split), lambda: self._embed(split))
+
+    def make():
+      return self._embed(split)
+
+    return self.once(("features", split), make)
 
   def _embed(self, split):
     run = self.run
@@ -143,6 +152,8 @@ class Context:
   def bootstrap(self, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """Weights [draws, N] of the rows of `features(split)`, drawn with replacement by subject."""
     subject = self.features(self.split)["subject"]
-    return self.once(
-      ("bootstrap", draws, seed), lambda: statistics.bootstrap_weights(subject, draws, seed)
-    )
+
+    def make():
+      return statistics.bootstrap_weights(subject, draws, seed)
+
+    return self.once(("bootstrap", draws, seed), make)

@@ -253,11 +253,11 @@ def training_data(manifest: dict, results: dict | None) -> str:
   if mixed:
     cohort += f" Mixed into its batches, the cohorts of fingerprint {', '.join(mixed)}."
   if not results or results["cohort_fingerprint"] != manifest["cohort"]:
-    return prose(f"{cohort} What it holds is told here after `mmcl evaluate` on it.")
+    return prose(f"{cohort} What it holds is described here after `mmcl evaluate` on it.")
   text = prose(
     f"Source: {source_of(results)}. {cohort} The encoder learned from its train split. Where it "
     "started from weights of earlier runs (model details), those had learned before, from data "
-    "that is not told here."
+    "that is not described here."
   )
   return text + data_tables(results)
 

@@ -22,16 +22,18 @@ def probes(context: Context) -> Result:
   names = list(context.cohort.info["phenotypes"])
   if not names:
     context.say(
-      f"no validation/r2 will be told: the cohort {context.cohort.path} has no phenotypes"
+      f"validation/r2 is not measured: the cohort {context.cohort.path} has no phenotypes"
     )
     return Result()
+
+  def make():
+    return jax.jit(inference.make_embed(run.model, config, run.standardiser))
+
   fields = ()
   if context.reads == "CMR":
     fields = models.fields(config.model, only=models.learning(config.model))
   features = embeddings.collect(
-    context.once_a_run(
-      "probes", lambda: jax.jit(inference.make_embed(run.model, config, run.standardiser))
-    ),
+    context.once_a_run("probes", make),
     run.state.variables,
     context.records["val"],
     mesh=run.mesh,

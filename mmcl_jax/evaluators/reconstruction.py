@@ -18,18 +18,26 @@ def reconstruction(context: Context) -> Result:
   if not tower.get("mask_ratio"):
     return Result()
 
-  def rebuild(variables, rows):
+  def reconstruct(variables, rows):
     standardiser = run.standardiser if tower.get("film") else None
-    rows = inputs.first_window(inputs.to_float(rows, standardiser), config.data.samples)
+    rows = inputs.to_float(rows, standardiser)
+    rows = inputs.first_window(rows, config.data.samples)
     keys = inputs.sample_keys(config.seed, rows["index"])
     outputs = run.model.apply(
-      variables, rows["ecg"], keys, rows.get("conditions"), method="reconstruct"
+      variables,
+      rows["ecg"],
+      keys,
+      rows.get("conditions"),
+      method="reconstruct",
     )
     return rows["ecg"], outputs
 
-  with jax.set_mesh(run.mesh):
+  def make():
     everywhere = NamedSharding(run.mesh, P())
-    jitted = context.once_a_run("rebuild", lambda: jax.jit(rebuild, out_shardings=everywhere))
+    return jax.jit(reconstruct, out_shardings=everywhere)
+
+  with jax.set_mesh(run.mesh):
+    jitted = context.once_a_run("reconstruct", make)
     for rows in pipeline.one_pass(context.cohort.splits[context.split], batch=1):
       if rows["has_ecg"][0]:
         break
