@@ -49,11 +49,11 @@ def find(config: ConfigDict) -> type[nn.Module]:
 
 def fields(config: ConfigDict, only=None) -> tuple[str, ...]:
   """Stored fields of the cohort that the model sees; of its CMR towers those of the towers `only`."""
-  views = find(config).part_fields(config)
+  read = set(find(config).part_fields(config))
   for name, spec in towers.cmr(config).items():
     if only is None or name in only:
-      views = views | {schema.VIEWS[spec.view]}
-  return tuple(sorted(views))
+      read.add(schema.VIEWS[spec.view])
+  return tuple(sorted(read))
 
 
 def learning(config: ConfigDict) -> list[str]:
@@ -96,16 +96,14 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
   check_choice("dtype", config.dtype, DTYPES)
   check_choice("remat", config.remat, vit.REMAT)
   config = towers.complete(config)
-  if not config.towers and not any(config.get(part) for part in kind.PARTS):
-    raise UserError(
-      "config.model names no tower; set an entry in "
-      f"{', or '.join(['model.towers', *(f'model.{part}' for part in kind.PARTS)])}"
-    )
+  if not any(config.get(key) for key in ("towers", *kind.PARTS)):
+    places = [f"model.{key}" for key in ("towers", *kind.PARTS)]
+    raise UserError(f"config.model names no tower; set an entry in {', or '.join(places)}")
   if "ecg" in config.towers:
     check_tower("ecg", config.towers.ecg, (len(schema.LEADS), samples))
-  known = "phenotypes, the cohort has none of config.data.targets"
-  check_read_outs(config, "regression", known if not targets else "")
-  check_read_outs(config, "classification", "diseases, the cohort has none" if not diseases else "")
+  none = "phenotypes, the cohort has none of config.data.targets"
+  check_read_outs(config, "regression", targets, none)
+  check_read_outs(config, "classification", diseases, "diseases, the cohort has none")
   kind.check_parts(config)
   return kind(config, samples, targets, diseases)
 
@@ -115,15 +113,15 @@ def check_choice(key: str, value, choices) -> None:
     raise UserError(f"config.model.{key} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def check_read_outs(config: ConfigDict, key: str, lacking: str) -> None:
-  """config.model.regression or classification; lacking: what there is none of to be read out."""
+def check_read_outs(config: ConfigDict, key: str, count: int, none: str) -> None:
+  """config.model.regression or classification, of `count` labels; none: what to say of no label."""
   unknown = [name for name in config[key] if name not in config.towers]
   if unknown:
     raise UserError(
       f"config.model.{key} names {', '.join(unknown)}; expected some of {', '.join(config.towers)}"
     )
-  if config[key] and lacking:
-    raise UserError(f"config.model.{key} asks for {lacking}")
+  if config[key] and not count:
+    raise UserError(f"config.model.{key} asks for {none}")
 
 
 def check_tower(name: str, spec, shape) -> None:

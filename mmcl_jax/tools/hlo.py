@@ -158,10 +158,10 @@ def read(text: str) -> tuple[list[Collective], list[Loop]]:
     if times[name]:
       for exchange in exchanges(name, instructions, everyone):
         counts[exchange] += times[name]
-  found = []
+  collectives = []
   for (kind, size, group), count in sorted(counts.items()):
-    found.append(Collective(kind, count, size, group))
-  return found, loops
+    collectives.append(Collective(kind, count, size, group))
+  return collectives, loops
 
 
 def exchanges(

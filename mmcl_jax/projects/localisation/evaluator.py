@@ -218,12 +218,12 @@ def explain(run, source, maps: dict) -> tuple[dict, list[dict]]:
 
 def completeness(start: dict, end: dict, gradients: dict) -> dict[str, dict]:
   """Of each input, what its cosine gains from start to end beside the sum of its gradients."""
-  found = {}
+  sums = {}
   for name, x in gradients.items():
     gain, total = end[name] - start[name], x.reshape(len(x), -1).sum(axis=1)
     error = float(np.abs(gain - total).max())
-    found[name] = {"gain": gain.tolist(), "sum": total.tolist(), "error": error}
-  return found
+    sums[name] = {"gain": gain.tolist(), "sum": total.tolist(), "error": error}
+  return sums
 
 
 def example(spec, seen, cells, gradients, labels) -> dict:
