@@ -86,7 +86,7 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
   `targets` phenotypes and `diseases` diseases are there to be read out. What depends on the
   cohort's images is checked by `check`.
   """
-  kind = find(config)
+  kind, config = find(config), towers.complete(config)
   unknown = sorted(set(config) - {*KEYS, *kind.PARTS})
   if unknown:
     raise UserError(
@@ -95,7 +95,6 @@ def build(config: ConfigDict, samples: int, targets: int = 0, diseases: int = 0)
     )
   check_choice("dtype", config.dtype, DTYPES)
   check_choice("remat", config.remat, vit.REMAT)
-  config = towers.complete(config)
   if not any(config.get(key) for key in ("towers", *kind.PARTS)):
     places = [f"model.{key}" for key in ("towers", *kind.PARTS)]
     raise UserError(f"config.model names no tower; set an entry in {', or '.join(places)}")

@@ -106,8 +106,8 @@ def evaluate(
   seed: int = 0,
   split: str = "test",
 ) -> tuple[dict, dict]:
-  """Draws hearts for the first SUBJECTS of `split` that have ECG and CMR; what
-  `why_not` says must be asked before.
+  """Draws hearts for the first SUBJECTS of `split` that have ECG and CMR, where `why_not` gives no
+  reason against it.
 
   Args:
     run: with generator, tokenizer and segmenter (training.restore.Run).
