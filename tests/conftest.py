@@ -6,9 +6,11 @@ import os
 import pickle
 import shutil
 import signal
+import types
 
 import common  # sets what JAX reads when it starts, so before anything that imports JAX
 import jax
+import numpy as np
 import pytest
 from ml_collections import config_flags  # noqa: F401  (registers its flag types once)
 
@@ -84,6 +86,24 @@ def evaluated(trained, once):
     evaluate.main([f"--workdir={folder}"])
 
   return once("evaluated", make)
+
+
+@pytest.fixture(scope="session")
+def ecg_only(tmp_path_factory):
+  """A cohort of 24 ECG without CMR, phenotypes or covariates that are known."""
+  from mmcl_jax.data import builder
+  from mmcl_jax.data.sources import synthetic as synthetic_source
+
+  source = synthetic_source.plan(types.SimpleNamespace(subjects=24, seed=8))
+
+  def read(item):
+    record, _ = source.read(item)
+    kept = {name: record[name] for name in ("ecg", "has_ecg", "diseases", "covariates")}
+    return kept | {"has_cmr": np.False_, "phenotypes": np.zeros(0, np.float32)}, ()
+
+  plan = source._replace(read=read, info=source.info | {"phenotypes": {}})
+  out = tmp_path_factory.mktemp("ecg_only") / "c"
+  return builder.build(str(out), plan, shares=(1, 0, 0), profile="minimal", processes=1)
 
 
 @pytest.fixture

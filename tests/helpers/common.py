@@ -2,6 +2,7 @@
 devices are simulated."""
 
 import atexit
+import functools
 import os
 import pathlib
 import shutil
@@ -90,6 +91,13 @@ def only_evaluators(patch, *names):
     return [evaluator for evaluator in build(config) if evaluator.name in names]
 
   patch.setattr(evaluators, "build", chosen)
+
+
+def init(model, *args, **options):
+  """model.init(*args, **options), compiled as a whole: one operation at a time takes much longer."""
+  import jax
+
+  return jax.jit(functools.partial(model.init, **options))(*args)
 
 
 def alive(process: int) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import init
 
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pooling, resnet, towers, vit
@@ -452,7 +453,7 @@ def test_film_is_its_formula_and_starts_as_the_identity():
   tokens, covariates = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 2))
   covariates[0, 1] = covariates[2] = np.nan
   film = pooling.FiLM(jnp.float64)
-  fresh = film.init(jax.random.key(0), tokens, covariates)
+  fresh = init(film, jax.random.key(0), tokens, covariates)
   np.testing.assert_array_equal(film.apply(fresh, tokens, covariates), tokens)
   variables = randomised(fresh)
   p = variables["params"]["fc"]
@@ -475,7 +476,7 @@ def test_gated_film_is_cardiacnets_formula():
   rng = np.random.default_rng(0)
   tokens, covariates = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 6))
   film = pooling.GatedFiLM(jnp.float64)
-  variables = film.init(jax.random.key(0), tokens, covariates)
+  variables = init(film, jax.random.key(0), tokens, covariates)
   fc = variables["params"]["fc"]
   for x in (fc["kernel"], fc["bias"]):  # as torch.nn.Linear starts
     assert 0.5 / 6**0.5 < np.abs(x).max() <= 1 / 6**0.5

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import init
 from jax import lax
 from ml_collections import ConfigDict
 from scipy import ndimage, stats
@@ -30,7 +31,7 @@ def test_positions_are_the_published_formula():
 def test_block_is_numpy_attention_and_mlp():
   block = vit.Block(heads=2)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-  params = block.init(jax.random.key(1), x)["params"]
+  params = init(block, jax.random.key(1), x)["params"]
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 
   def norm(z, q):
@@ -73,7 +74,7 @@ def ecg_tower(**changes):
 def test_encoder_of_visible_tokens_sees_only_them():
   encoder = ecg_tower()
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
-  variables = encoder.init(jax.random.key(1), x)
+  variables = init(encoder, jax.random.key(1), x)
 
   def tokens(*args):
     return encoder.apply(variables, *args, method="tokens")
@@ -91,7 +92,7 @@ def test_encoder_of_visible_tokens_sees_only_them():
 def test_learned_positions_start_as_the_fixed_ones_and_pools_differ_as_they_say():
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
   fixed, learned = ecg_tower(), ecg_tower(positions="learned")
-  variables = learned.init(jax.random.key(1), x)
+  variables = init(learned, jax.random.key(1), x)
   params = dict(variables["params"])
   table = params.pop("pos_embed")
   assert table.shape == (1, 49, 16) and (table[:, 0] == 0).all()
@@ -103,7 +104,7 @@ def test_learned_positions_start_as_the_fixed_ones_and_pools_differ_as_they_say(
   )
   assert not np.allclose(moved, learned.apply(variables, x, method="tokens"))
   by_cls = ecg_tower(pool="cls")
-  cls = by_cls.init(jax.random.key(1), x)
+  cls = init(by_cls, jax.random.key(1), x)
   tokens = by_cls.apply(cls, x, method="tokens")
   z = np.asarray(tokens[:, 0], np.float64)
   expected = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
@@ -118,7 +119,7 @@ def test_covariates_modulate_all_tokens_after_the_blocks_and_before_the_norm():
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
   covariates = jax.random.normal(jax.random.key(2), (2, 3))
   plain, tower = ecg_tower(pool="cls"), ecg_tower(pool="cls", film=True, film_after=True)
-  variables = tower.init(jax.random.key(1), x, conditions=covariates)
+  variables = init(tower, jax.random.key(1), x, conditions=covariates)
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
   rest = {name: x for name, x in variables["params"].items() if name != "film"}
   before = np.asarray(plain.apply({"params": rest}, x, method="tokens"), np.float64)
@@ -143,7 +144,7 @@ def test_dropout_is_timm_s_and_belongs_to_the_sample():
 
   block, keys = vit.Block(heads=2, layer=5, dropout=0.4), keys[:2]
   x = jax.random.normal(jax.random.key(0), (2, 5, 8))
-  variables = block.init(jax.random.key(1), x)
+  variables = init(block, jax.random.key(1), x)
   np.testing.assert_array_equal(block.apply(variables, x), vit.Block(heads=2).apply(variables, x))
   p = variables["params"]
 
@@ -164,7 +165,7 @@ def test_dropout_is_timm_s_and_belongs_to_the_sample():
 
   dropping, plain = ecg_tower(dropout=0.4), ecg_tower()
   ecgs = jax.random.normal(jax.random.key(0), (2, 12, 40))
-  variables = plain.init(jax.random.key(1), ecgs)
+  variables = init(plain, jax.random.key(1), ecgs)
   np.testing.assert_array_equal(dropping.apply(variables, ecgs)[1], plain.apply(variables, ecgs)[1])
   trained, steady = (
     tower.apply(variables, ecgs, None, True, keys)[1] for tower in (dropping, plain)
@@ -177,7 +178,7 @@ def test_from_scratch_weights_and_positions_start_as_timm_has_them():
   x = jnp.zeros((2, 12, 40))
   size = dict(width=64, depth=2, heads=4)
   tower = ecg_tower(size=size, positions="learned", timm_start=True, mask_ratio=0.0)
-  params = tower.init(jax.random.key(0), x)["params"]
+  params = init(tower, jax.random.key(0), x)["params"]
   for leaf in (
     params["pos_embed"],
     params["block1"]["qkv"]["kernel"],
@@ -224,7 +225,7 @@ def test_two_views_go_through_the_published_siamese_heads(float64):
     jax.random.split(jax.random.key(0), 4),
   )
   x = jax.random.normal(jax.random.key(2), (4, 12, 40))
-  variables = tower.init(jax.random.key(1), x, keys, method="reconstruct")
+  variables = init(tower, jax.random.key(1), x, keys, method="reconstruct")
   params = variables["params"]
   other = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
 
@@ -268,7 +269,7 @@ def test_decoder_puts_visible_patches_where_they_were():
   tokens = jnp.concatenate(
     [jnp.zeros((2, 1, 4)), jax.random.normal(jax.random.key(2), (2, 6, 4))], axis=1
   )
-  params = decoder.init(jax.random.key(1), tokens, restore, 3)["params"]
+  params = init(decoder, jax.random.key(1), tokens, restore, 3)["params"]
   out = decoder.apply({"params": params}, tokens, restore, 3).reshape(2, 12, 4)
   position = vit.sincos_2d(3, 4, 4)
 
@@ -296,7 +297,7 @@ def test_bottleneck_is_the_3d_convolutions_it_stands_for(stride, span):
   block = resnet.Bottleneck(width=3, stride=stride, span=span, dtype=jnp.float32)
   x = jax.random.normal(jax.random.key(0), (2, 5, 8, 8, 4))
   rows = jnp.ones(2)
-  variables = block.init(jax.random.key(1), x, rows, train=False)
+  variables = init(block, jax.random.key(1), x, rows, train=False)
   p = variables["params"] | {"norm3": {"scale": jnp.full(12, 0.7), "bias": jnp.full(12, 0.1)}}
 
   def conv(y, w, s, pad):
@@ -338,7 +339,7 @@ def test_max_pool_and_its_gradient_are_flax_s():
 def test_padding_rows_stay_out_of_the_batch_statistics():
   norm = resnet.BatchNorm(jnp.float32)
   x = jax.random.normal(jax.random.key(0), (4, 5, 3))
-  variables = norm.init(jax.random.key(1), x, jnp.ones(4), train=False)
+  variables = init(norm, jax.random.key(1), x, jnp.ones(4), train=False)
   rows = jnp.array([1.0, 1.0, 0.0, 1.0])
   y, changed = norm.apply(variables, x.at[2].set(1e3), rows, train=True, mutable=["batch_stats"])
   kept = np.asarray(x)[[0, 1, 3]].reshape(-1, 3)

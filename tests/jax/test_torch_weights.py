@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import init
 from ml_collections import ConfigDict
 
 torch = pytest.importorskip(
@@ -502,7 +503,7 @@ def test_where_st_mem_looks():
   c.towers.ecg = dict(fn="st_mem", view="ecg", size="test", patch=PATCH)
   model = models.build(c, SAMPLES)
   batch = {"ecg": jnp.asarray(ECG), "mask": jnp.ones(B), "has_ecg": jnp.ones(B)}
-  variables = model.init(jax.random.key(0), batch, jax.random.split(jax.random.key(1), B))
+  variables = init(model, jax.random.key(0), batch, jax.random.split(jax.random.key(1), B))
   weights = maps.attention_map(model, variables, jnp.asarray(ECG))
   assert weights.shape == (B, 60) and (weights.sum(axis=1) < 1).all()  # separators have the rest
   sequence = jnp.arange(12 * 7).reshape(1, -1)
