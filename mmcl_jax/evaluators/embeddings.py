@@ -35,7 +35,7 @@ def collect(
     embed: jitted (variables, batch) -> {name: [B, ...]} (models.inference.make_embed).
     needs: has_ecg, or has_cmr for an encoder of CMR alone.
     fields: stored CMR fields to read; without any, CMR towers are left out.
-    source, mesh, batch, threads, title: see training.inference.over_split.
+    source, mesh, batch, threads, title: see training.over_split.over_split.
 
   Returns:
     {name: [N, ...]}: what `embed` gives, the LABELS that are there, and `row`, the place in the

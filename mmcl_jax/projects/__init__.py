@@ -1,4 +1,4 @@
 """Slices: features with models, losses, an evaluator and programs of their own, a folder each.
 
-The rooms do not import them; tables of names say where their parts are (see each README.md).
+The other packages do not import them; tables of names say where their parts are (see each README.md).
 """

@@ -269,7 +269,7 @@ def test_decoder_puts_visible_patches_where_they_were():
   tokens = jnp.concatenate(
     [jnp.zeros((2, 1, 4)), jax.random.normal(jax.random.key(2), (2, 6, 4))], axis=1
   )
-  params = init(decoder, jax.random.key(1), tokens, restore, 3)["params"]
+  params = decoder.init(jax.random.key(1), tokens, restore, 3)["params"]
   out = decoder.apply({"params": params}, tokens, restore, 3).reshape(2, 12, 4)
   position = vit.sincos_2d(3, 4, 4)
 
