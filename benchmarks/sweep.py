@@ -42,8 +42,9 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 import numpy as np
 
 from mmcl_jax.data import cohort as cohort_lib
-from mmcl_jax.evaluators import figures, statistics
+from mmcl_jax.evaluators import statistics
 from mmcl_jax.evaluators.diseases import FEWEST_TEST_CASES
+from mmcl_jax.reports import figures
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 
 DRAWS = 1000

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import figures, report, statistics
+from mmcl_jax.evaluators import statistics
 from mmcl_jax.evaluators.base import Table, interval, number
 from mmcl_jax.evaluators.statistics import FEWEST_TEST_ROWS
+from mmcl_jax.reports import figures, report
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 

@@ -16,8 +16,9 @@ import jax
 from mmcl_jax import evaluators
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.evaluators import report, scored, setup
+from mmcl_jax.evaluators import scored, setup
 from mmcl_jax.evaluators.base import Result, merged
+from mmcl_jax.reports import report
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore

@@ -22,8 +22,8 @@ from jax import export
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.embed import EVALUATION, Probes, evaluation, load_probes
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.evaluators import model_card, report
 from mmcl_jax.models import inference
+from mmcl_jax.reports import model_card, report
 from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore
 

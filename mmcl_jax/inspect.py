@@ -15,7 +15,7 @@ from PIL import Image
 from mmcl_jax.data import cohort as cohort_lib, schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.evaluators import drawings, quality
+from mmcl_jax.reports import drawings, quality
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.support.text import SYNTHETIC_NOTE, aligned

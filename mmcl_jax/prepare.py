@@ -29,7 +29,8 @@ from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.data.sources import synthetic
 from mmcl_jax.errors import UserError, writing
-from mmcl_jax.evaluators import quality, ridge, statistics
+from mmcl_jax.evaluators import ridge, statistics
+from mmcl_jax.reports import quality
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 

@@ -13,10 +13,11 @@ from scipy.special import expit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from mmcl_jax.evaluators import figures, readouts, statistics
+from mmcl_jax.evaluators import readouts, statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.evaluators.ridge import inputs, standardisation
+from mmcl_jax.reports import figures
 
 INVERSE_STRENGTHS = np.logspace(-5, 1, 7)  # sklearn's C, strongest first
 FEWEST_TEST_CASES = 30  # below it, the interval of an AUROC says nothing

@@ -7,9 +7,10 @@ validation split, and test is the same for all.
 
 import numpy as np
 
-from mmcl_jax.evaluators import diseases, figures, phenotypes, ridge, statistics
+from mmcl_jax.evaluators import diseases, phenotypes, ridge, statistics
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
+from mmcl_jax.reports import figures
 
 SHARES, SEEDS = (0.01, 0.1), 5
 MODELS = ("embedding", "random_encoder", "covariates")

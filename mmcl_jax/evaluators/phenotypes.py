@@ -11,12 +11,13 @@ import re
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmcl_jax.evaluators import figures, readouts, statistics
+from mmcl_jax.evaluators import readouts, statistics
 from mmcl_jax.evaluators.base import Result, Table, interval, number
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.evaluators.report import as_cell
 from mmcl_jax.evaluators.ridge import fit_probe, inputs, predict
 from mmcl_jax.evaluators.statistics import FEWEST_TEST_ROWS
+from mmcl_jax.reports import figures
+from mmcl_jax.reports.report import as_cell
 
 BASELINES = {"random_encoder": "random", "covariates": "covariates", "with_covariates": "emb + cov"}
 # of UK Biobank's category 157 (data/ukb_fields.py): name -> start of its phenotypes' names

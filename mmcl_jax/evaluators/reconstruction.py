@@ -5,10 +5,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from mmcl_jax.data import pipeline
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.evaluators import figures
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
 from mmcl_jax.models import inputs
+from mmcl_jax.reports import figures
 
 
 def reconstruction(context: Context) -> Result:

@@ -6,9 +6,9 @@ Letters: N rows (recordings with both an ECG and a CMR), P phases, E projection 
 
 import numpy as np
 
-from mmcl_jax.evaluators import figures
 from mmcl_jax.evaluators.base import Result, Table
 from mmcl_jax.evaluators.context import Context
+from mmcl_jax.reports import figures
 
 DEPTHS = (1, 5, 10)
 TIE = 1e-6  # cosines nearer than this are equal: it covers the rounding of float32 products

@@ -2,9 +2,9 @@
 
 import pathlib
 
-from mmcl_jax.evaluators import figures
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.evaluators.context import Context
+from mmcl_jax.reports import figures
 from mmcl_jax.training import metrics
 
 

@@ -19,8 +19,8 @@ from scipy import signal
 from mmcl_jax import configuration, export
 from mmcl_jax.data import schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
-from mmcl_jax.evaluators import model_card, report
 from mmcl_jax.models import kernels, towers
+from mmcl_jax.reports import model_card, report
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 from mmcl_jax.training import restore
 

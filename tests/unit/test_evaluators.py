@@ -22,16 +22,9 @@ from sklearn.metrics import (
 )
 
 from mmcl_jax.errors import UserError
-from mmcl_jax.evaluators import (
-  diseases,
-  figures,
-  phenotypes,
-  report,
-  retrieval,
-  ridge,
-  statistics,
-)
+from mmcl_jax.evaluators import diseases, phenotypes, retrieval, ridge, statistics
 from mmcl_jax.evaluators.base import Result
+from mmcl_jax.reports import figures, report
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 
 NAMES, UNITS = ["LVEDV", "LVEF", "WT"], ["ml", "%", "mm"]

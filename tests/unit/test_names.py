@@ -13,19 +13,11 @@ from matplotlib.text import Text
 
 from mmcl_jax import cli, compare, embed
 from mmcl_jax.errors import UserError, one_line
-from mmcl_jax.evaluators import (
-  data,
-  diseases,
-  figures,
-  low_data,
-  model_card,
-  phenotypes,
-  quality_page,
-  report,
-)
+from mmcl_jax.evaluators import data, diseases, low_data, phenotypes
 from mmcl_jax.evaluators.base import Result
 from mmcl_jax.projects.generation import generate
 from mmcl_jax.projects.localisation import drawings as localisation_drawings
+from mmcl_jax.reports import figures, model_card, quality_page, report
 
 HOSTILE = (
   r"$\frac{",

@@ -21,7 +21,7 @@ from mmcl_jax.data import builder, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.sources import Item, Plan
 from mmcl_jax.errors import BadRecord, UserError
-from mmcl_jax.evaluators import drawings, quality, quality_page
+from mmcl_jax.reports import drawings, quality, quality_page
 
 EVIL = '<script>alert(1)</script><img src="http://x.example/a.png" onerror=alert(1)>'
 SALT = b"of this test"

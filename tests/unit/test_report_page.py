@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from mmcl_jax.evaluators import report
 from mmcl_jax.evaluators.base import Table
+from mmcl_jax.reports import report
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None

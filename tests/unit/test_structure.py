@@ -7,7 +7,7 @@ from common import ROOT
 
 PACKAGE = ROOT / "mmcl_jax"
 GROUND = ("data", "augment", "models", "objectives")
-FLOOR = {**dict.fromkeys(GROUND, 0), "interop": 1, "training": 1, "evaluators": 1}
+FLOOR = {**dict.fromkeys(GROUND, 0), "interop": 1, "training": 1, "evaluators": 1, "reports": 1}
 ROOF = ("tools", "projects")  # on top of the rooms: no room imports them
 
 

@@ -5,8 +5,8 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 
 from mmcl_jax.data.schema import PHASES
-from mmcl_jax.evaluators import figures
-from mmcl_jax.evaluators.drawings import (
+from mmcl_jax.reports import figures
+from mmcl_jax.reports.drawings import (
   HEAD,
   WIDTH,
   blank_figure,

@@ -30,11 +30,11 @@ from mmcl_jax.data import readers, schema
 from mmcl_jax.data.ahead import read_ahead
 from mmcl_jax.embed import find_recordings
 from mmcl_jax.errors import UserError, check_writable, writing
-from mmcl_jax.evaluators.report import as_cell
 from mmcl_jax.projects.generation import drawings, evaluator
 from mmcl_jax.projects.generation.model import GenerationModel, noise_shape, parts
 from mmcl_jax.projects.generation.sampling import make_generate, make_segment
 from mmcl_jax.projects.generation.scores import PHENOTYPES, measure, volumes
+from mmcl_jax.reports.report import as_cell
 from mmcl_jax.support import files
 from mmcl_jax.support.paths import local
 from mmcl_jax.training import restore

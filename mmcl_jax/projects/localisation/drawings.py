@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from mmcl_jax.data.schema import LEADS
-from mmcl_jax.evaluators.drawings import (
+from mmcl_jax.reports.drawings import (
   HEAD,
   INK,
   MID,
@@ -15,7 +15,7 @@ from mmcl_jax.evaluators.drawings import (
   draw_contours,
   footnote,
 )
-from mmcl_jax.evaluators.figures import plain
+from mmcl_jax.reports.figures import plain
 
 # mm: ends of a lead, height of its trace and of a strip
 LEFT, RIGHT, TRACE, STRIP = 26, WIDTH - 4, 12, 2.2

@@ -1,7 +1,7 @@
 """What a cardiologist looks at: the 12-lead ECG on its paper, and the short axis at ED and ES with
 its contours.
 
-Like mmcl_jax.evaluators.figures: Figures without pyplot, drawn so that nothing depends on colour.
+Like mmcl_jax.reports.figures: Figures without pyplot, drawn so that nothing depends on colour.
 Lengths are in mm of the nominal size, so a print at 100 % is to scale; at 127 or 254 dots per inch
 a millimetre is 5 or 10 pixels.
 """
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.data.schema import LABELS, LEADS, PHASES, salted_id
-from mmcl_jax.evaluators.figures import plain
+from mmcl_jax.reports.figures import plain
 
 MM_A_SECOND, MM_A_MV = 25, 10
 WIDTH = 270  # mm; 10 s take 250

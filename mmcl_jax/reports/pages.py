@@ -35,7 +35,7 @@ def data_uri(png: bytes) -> str:
 
 
 ENVIRONMENT = jinja2.Environment(
-  loader=jinja2.PackageLoader("mmcl_jax.evaluators"),
+  loader=jinja2.PackageLoader("mmcl_jax.reports"),
   autoescape=is_html,
   finalize=visible,
   trim_blocks=True,

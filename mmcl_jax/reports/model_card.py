@@ -16,9 +16,10 @@ from mmcl_jax import configuration, models
 from mmcl_jax.data import schema
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.errors import one_line
-from mmcl_jax.evaluators import data, diseases, pages, phenotypes, readouts, report, retrieval
+from mmcl_jax.evaluators import data, diseases, phenotypes, readouts, retrieval
 from mmcl_jax.evaluators.base import Table, number
 from mmcl_jax.models import towers as tower_lib, vit
+from mmcl_jax.reports import pages, report
 
 # what `gains` counts: differences of results.json, in words
 GAINS = {

@@ -1,7 +1,7 @@
 """The report that `mmcl prepare` puts beside a cohort: what went in, what was left out and why,
 what the rest is like.
 
-`quality.json` holds all of it, `quality.html` shows it (mmcl_jax.evaluators.quality_page). Records
+`quality.json` holds all of it, `quality.html` shows it (mmcl_jax.reports.quality_page). Records
 are named by their salted hash alone.
 """
 
@@ -16,7 +16,7 @@ from mmcl_jax.data import ukb_fields
 from mmcl_jax.data.builder import Outcome
 from mmcl_jax.data.cohort import Cohort
 from mmcl_jax.data.synthetic import couplings
-from mmcl_jax.evaluators import drawings, quality_page
+from mmcl_jax.reports import drawings, quality_page
 from mmcl_jax.support import files
 from mmcl_jax.support.text import SYNTHETIC_NOTE
 

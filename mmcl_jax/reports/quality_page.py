@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmcl_jax.evaluators import pages
-from mmcl_jax.evaluators.figures import INK, LIGHT, MID, plain
+from mmcl_jax.reports import pages
+from mmcl_jax.reports.figures import INK, LIGHT, MID, plain
 
 LISTED = 1000  # of what was left out, listed on the page; quality.json has all
 LINES = {"women": ("-", INK), "men": ("--", INK), "sex unknown": (":", INK), "all": ("-", MID)}

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from mmcl_jax.errors import UserError, check_writable, one_line
-from mmcl_jax.evaluators import pages
 from mmcl_jax.evaluators.base import Result, Score, Table
+from mmcl_jax.reports import pages
 from mmcl_jax.support import files
 from mmcl_jax.support.text import aligned
 

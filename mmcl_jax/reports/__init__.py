@@ -1,0 +1,1 @@
+"""What is written for people to read: pages, figures, drawings and the model card."""
