@@ -37,7 +37,8 @@ def predict(
   test_means = means(gallery, labels, test)
   squares = (val_means - val_labels) ** 2
   error = np.nansum(squares, axis=1)  # [G, K]
-  best = len(error) - 1 - np.argmin(error[::-1], axis=0)
+  from_deepest = np.argmin(error[::-1], axis=0)
+  best = len(error) - 1 - from_deepest
   return {"val": with_depth(val_means, best), "test": with_depth(test_means, best)}
 
 
@@ -47,12 +48,17 @@ def with_depth(predictions: np.ndarray, depth: np.ndarray) -> np.ndarray:
   return np.take_along_axis(predictions, depth[None, None], axis=0)[0]
 
 
-def means(gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def means(
+  gallery: np.ndarray,
+  labels: np.ndarray,
+  queries: np.ndarray,
+) -> np.ndarray:
   """Mean label [G, N, K] of the nearest NEIGHBOURS, as many as the gallery has."""
   labelled = np.isfinite(labels)
   values = np.where(labelled, labels, 0.0).astype(np.float64)
   gallery_count = labelled.sum(axis=0)
-  gallery_mean = values.sum(axis=0) / np.maximum(gallery_count, 1)
+  gallery_total = values.sum(axis=0)
+  gallery_mean = gallery_total / np.maximum(gallery_count, 1)
   people, label_count = labels.shape
   depths = np.minimum(NEIGHBOURS, people)
   deepest = depths[-1]

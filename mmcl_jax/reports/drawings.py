@@ -68,27 +68,10 @@ def ecg_paper(
     for column, name in enumerate(names):
       first = round(column * seconds * rate_hz)
       last = round((column + 1) * seconds * rate_hz)
-      lead = ecg[LEADS.index(name), first:last]
+      lead = gain * ecg[LEADS.index(name), first:last]
       x = LEFT + MM_A_SECOND * np.arange(first, first + len(lead)) / rate_hz
-      paper.plot(
-        x,
-        zero + gain * lead,
-        color=INK,
-        lw=0.7,
-        solid_joinstyle="round",
-        gid=name,
-      )
       start = LEFT + MM_A_SECOND * column * seconds
-      paper.text(
-        start + 1.5,
-        zero + 12,
-        name,
-        fontsize=9,
-        fontweight="bold",
-        color=INK,
-        bbox=BEHIND_TEXT,
-        zorder=1,
-      )
+      draw_lead(paper, x, zero + lead, name, start, zero)
       if column:
         paper.plot(
           [start, start],
@@ -100,6 +83,28 @@ def ecg_paper(
   scales = f"25 mm/s    {scale}    {rate_hz:g} Hz"
   paper.text(LEFT, 3, scales, fontsize=8, color=INK, bbox=BEHIND_TEXT)
   return figure
+
+
+def draw_lead(
+  paper,
+  x: np.ndarray,
+  y: np.ndarray,
+  name: str,
+  start: float,
+  zero: float,
+) -> None:
+  """A curve with its name above the left end; all in mm."""
+  paper.plot(x, y, color=INK, lw=0.7, solid_joinstyle="round", gid=name)
+  paper.text(
+    start + 1.5,
+    zero + 12,
+    name,
+    fontsize=9,
+    fontweight="bold",
+    color=INK,
+    bbox=BEHIND_TEXT,
+    zorder=1,
+  )
 
 
 def draw_calibration(paper, zero: float) -> None:
