@@ -22,7 +22,7 @@ from mmcl_jax.support.numerics import at_least_float32
 OWN = {"linear", "gelu", "attention", "permute", "convolve"}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # linear
 
 
@@ -34,10 +34,14 @@ def linear(x, w, b=None):
   product, were it not for the barrier.
   """
   if "linear" not in OWN:
-    y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+    last_with_first = ((x.ndim - 1,), (0,)), ((), ())
+    y = lax.dot_general(x, w, last_with_first)
     return y if b is None else y + b
-  y = x.reshape(-1, x.shape[-1]) @ w
-  return gradient_barrier(y if b is None else y + b).reshape(*x.shape[:-1], w.shape[1])
+  rows = x.reshape(-1, x.shape[-1])
+  y = rows @ w
+  if b is not None:
+    y = y + b
+  return gradient_barrier(y).reshape(*x.shape[:-1], w.shape[1])
 
 
 @jax.custom_vjp
@@ -46,13 +50,21 @@ def gradient_barrier(x):
   return x
 
 
-gradient_barrier.defvjp(
-  lambda x: (x, None),
-  lambda _, g: (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),),
-)
+def gradient_barrier_forward(x):
+  return x, None
 
 
-# ----------------------------------------------------------------------------------------------------------------
+def gradient_barrier_backward(_, g):
+  def unchanged(g):
+    return g
+
+  return (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=unchanged),)
+
+
+gradient_barrier.defvjp(gradient_barrier_forward, gradient_barrier_backward)
+
+
+# ------------------------------------------------------------------------------------------
 # GELU
 
 
@@ -63,7 +75,9 @@ def gelu(x):
   Both are computed in at least float32, where an absolute error of 3e-7 stands against x Phi(x) at
   -6 < x < 6.
   """
-  return own_gelu(x) if "gelu" in OWN else jax.nn.gelu(x, approximate=False)
+  if "gelu" not in OWN:
+    return jax.nn.gelu(x, approximate=False)
+  return own_gelu(x)
 
 
 @jax.custom_vjp
@@ -72,16 +86,23 @@ def own_gelu(x):
 
 
 def gelu_and_derivative(x):
+  """x Phi(x) and Phi(x) + x phi(x), with Phi the normal distribution and phi its density."""
   z = at_least_float32(x)
-  phi = 0.5 + 0.5 * lax.erf(z * math.sqrt(0.5))
+  distribution = 0.5 + 0.5 * lax.erf(z * math.sqrt(0.5))
   density = jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-  return (z * phi).astype(x.dtype), (phi + z * density).astype(x.dtype)
+  value = z * distribution
+  derivative = distribution + z * density
+  return value.astype(x.dtype), derivative.astype(x.dtype)
 
 
-own_gelu.defvjp(gelu_and_derivative, lambda derivative, g: (g * derivative,))
+def gelu_backward(derivative, g):
+  return (g * derivative,)
 
 
-# -----------------------------------------------------------------------------------------------------------
+own_gelu.defvjp(gelu_and_derivative, gelu_backward)
+
+
+# ------------------------------------------------------------------------------------------
 # attention
 
 
@@ -96,9 +117,18 @@ def attention(q, k, v):
   """
   if q.dtype == jnp.float64:
     return own_attention(q, k, v)
-  own = {"cpu": own_attention} if "attention" in OWN else {}
-  flash = {"cuda": padded_attention} if suits_cudnn(q, k, gpu_at_hand()) else {}
-  return lax.platform_dependent(q, k, v, default=jax.nn.dot_product_attention, **own, **flash)
+  by_platform = {}
+  if "attention" in OWN:
+    by_platform["cpu"] = own_attention
+  if suits_cudnn(q, k, gpu_at_hand()):
+    by_platform["cuda"] = padded_attention
+  return lax.platform_dependent(
+    q,
+    k,
+    v,
+    **by_platform,
+    default=jax.nn.dot_product_attention,
+  )
 
 
 class Gpu(NamedTuple):
@@ -126,17 +156,14 @@ def suits_cudnn(q, k, gpu: Gpu | None) -> bool:
   than keys, nor any number of rows (`mmcl export`): such a program is the same wherever it was
   made, and so is one for a GPU that is compiled where there is none.
   """
-  if gpu is None or any(map(export.is_symbolic_dim, (*q.shape, *k.shape))):
+  symbolic = any(map(export.is_symbolic_dim, (*q.shape, *k.shape)))
+  if gpu is None or symbolic or gpu.capability < (8, 0):
     return False
-  runs = gpu.capability >= (8, 0) and (gpu.capability != (10, 3) or gpu.cudnn >= 91100)
-  width = q.shape[-1]
-  return (
-    runs
-    and q.dtype in (jnp.bfloat16, jnp.float16)
-    and width % 8 == 0
-    and width <= 128
-    and q.shape[1] > 1
-  )
+  if gpu.capability == (10, 3) and gpu.cudnn < 91100:
+    return False
+  _, queries, _, width = q.shape
+  half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
+  return half_precision and width % 8 == 0 and width <= 128 and queries > 1
 
 
 def padded_attention(q, k, v, implementation="cudnn"):
@@ -147,7 +174,8 @@ def padded_attention(q, k, v, implementation="cudnn"):
   """
 
   def pad(x):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+    missing = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
   def lengths(x):  # all alike: a device with some of the rows reads as many, the first ones
     return jnp.full(x.shape[0], x.shape[1], jnp.int32)
@@ -174,31 +202,46 @@ def own_attention(q, k, v):
 
 
 def attention_forward(q, k, v):
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  """The output, and what `attention_backward` needs: softmax = exponentials / total."""
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, N, D], [B, H, M, D]
+  scale = q.shape[-1] ** -0.5
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  logits = q.shape[-1] ** -0.5 * jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=wide)
-  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))  # to be divided by their sum
-  total, weights = weights.sum(axis=-1, keepdims=True), weights.astype(v.dtype)
-  out = at_least_float32(jnp.einsum("bhnm,bhmd->bhnd", weights, v)) / total
-  return out.astype(v.dtype).swapaxes(1, 2), (q, k, v, out, weights, total)
+  products = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=wide)
+  logits = scale * products  # [B, H, N, M]
+  largest = logits.max(axis=-1, keepdims=True)
+  exponentials = jnp.exp(logits - largest)
+  total = exponentials.sum(axis=-1, keepdims=True)  # [B, H, N, 1]
+  exponentials = exponentials.astype(v.dtype)
+  out = jnp.einsum("bhnm,bhmd->bhnd", exponentials, v)
+  out = at_least_float32(out) / total
+  saved = q, k, v, out, exponentials, total
+  return out.astype(v.dtype).swapaxes(1, 2), saved
 
 
 def attention_backward(saved, g):
-  q, k, v, out, weights, total = saved
-  g = at_least_float32(g.swapaxes(1, 2)) / total
+  """Gradients of q, k and v.
+
+  With P the softmax and O the output, the gradient of the logits is P (g v^T - sum over D of g O):
+  here g is divided by the total, rather than the exponentials.
+  """
+  q, k, v, out, exponentials, total = saved
+  scale = q.shape[-1] ** -0.5
+  g = at_least_float32(g.swapaxes(1, 2)) / total  # [B, H, N, D]
   inner = (g * out).sum(axis=-1, keepdims=True)
-  g, scale = g.astype(v.dtype), q.shape[-1] ** -0.5
-  slope = weights * (at_least_float32(jnp.einsum("bhnd,bhmd->bhnm", g, v)) - inner)
-  slope = slope.astype(v.dtype)
-  to_q = jnp.einsum("bhnm,bhmd->bhnd", slope, k * scale)
-  to_k, to_v = (jnp.einsum("bhnd,bhnm->bhdm", x, y) for x, y in ((q * scale, slope), (g, weights)))
-  return to_q.swapaxes(1, 2), to_k.transpose(0, 3, 1, 2), to_v.transpose(0, 3, 1, 2)
+  g = g.astype(v.dtype)
+  d_weights = jnp.einsum("bhnd,bhmd->bhnm", g, v)
+  d_logits = exponentials * (at_least_float32(d_weights) - inner)
+  d_logits = d_logits.astype(v.dtype)
+  d_q = jnp.einsum("bhnm,bhmd->bhnd", d_logits, k * scale)
+  d_k = jnp.einsum("bhnd,bhnm->bhdm", q * scale, d_logits)
+  d_v = jnp.einsum("bhnd,bhnm->bhdm", g, exponentials)
+  return d_q.swapaxes(1, 2), d_k.transpose(0, 3, 1, 2), d_v.transpose(0, 3, 1, 2)
 
 
 own_attention.defvjp(attention_forward, attention_backward)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # permutation
 
 
@@ -209,21 +252,29 @@ def permute(x, order):
   Its gradient is a gather by the inverse permutation, where that of a gather in general is a
   scatter that adds: slow on a CPU, and in no fixed order on a GPU.
   """
-  return own_permute(x, order) if "permute" in OWN else gather(x, order)
+  if "permute" not in OWN:
+    return gather(x, order)
+  return own_permute(x, order)
 
 
 def gather(x, order):
   return jnp.take_along_axis(x, order[:, :, None], axis=1)
 
 
+def permute_forward(x, order):
+  return gather(x, order), order
+
+
+def permute_backward(order, g):
+  inverse = jnp.argsort(order, axis=1)
+  return gather(g, inverse), None
+
+
 own_permute = jax.custom_vjp(gather)
-own_permute.defvjp(
-  lambda x, order: (gather(x, order), order),
-  lambda order, g: (gather(g, jnp.argsort(order, axis=1)), None),
-)
+own_permute.defvjp(permute_forward, permute_backward)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # convolution
 
 
@@ -235,21 +286,26 @@ def convolve(x, w, strides, padding, **more):
   again in the backward pass, so that none are kept.
   """
 
-  def whole(x, w):
+  def by_xla(x, w):
     return lax.conv_general_dilated(x, w, strides, padding, **more)
 
   if "convolve" not in OWN:
-    return whole(x, w)
-  cut = jax.checkpoint(functools.partial(by_patches, strides=strides, padding=padding))
-  return lax.platform_dependent(x, w, cpu=cut, default=whole)
+    return by_xla(x, w)
+  as_product = functools.partial(by_patches, strides=strides, padding=padding)
+  return lax.platform_dependent(x, w, cpu=jax.checkpoint(as_product), default=by_xla)
 
 
 def by_patches(x, w, strides, padding):
+  """The convolution as one product: every patch of x [B, H, W, C] times w [h, k, C, O]."""
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  (h, k), (a, b) = w.shape[:2], strides
-  rows, columns = (x.shape[1] - h) // a + 1, (x.shape[2] - k) // b + 1
-  patches = jnp.concatenate(
-    [x[:, i : i + a * rows : a, j : j + b * columns : b] for i in range(h) for j in range(k)],
-    axis=-1,
-  )
-  return linear(patches, w.reshape(-1, w.shape[-1]))
+  _, H, W, _ = x.shape
+  h, k, _, channels = w.shape
+  down, right = strides
+  rows = (H - h) // down + 1  # H', of the result
+  columns = (W - k) // right + 1
+  pixels = []  # for each place in a patch, the pixels there: [B, H', W', C]
+  for i in range(h):
+    for j in range(k):
+      pixels.append(x[:, i : i + down * rows : down, j : j + right * columns : right])
+  patches = jnp.concatenate(pixels, axis=-1)
+  return linear(patches, w.reshape(-1, channels))

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
     blocks = [
       vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)
     ]
-    x = vit.through(blocks, x, None, self.remat, self.scan)
+    x = vit.apply_blocks(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
     x = vit.Dense(self.patch, self.dtype, name="pred")(x)
     return at_least_float32(x[:, 1:]).reshape(B, leads, -1)

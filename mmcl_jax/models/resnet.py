@@ -161,7 +161,7 @@ class Body(nn.Module):
 
   size: Any
   dtype: jnp.dtype = jnp.float32
-  remat: str = "none"  # as in vit.through
+  remat: str = "none"  # as in vit.apply_blocks
 
   def check(self, where: str, shape) -> None:
     """Raises a UserError where the size is unknown; any `shape` (planes, H, W) will do."""

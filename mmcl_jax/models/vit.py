@@ -24,7 +24,8 @@ SIZES = {
   "large": dict(width=1024, depth=24, heads=16, decoder=(512, 8, 16)),
 }
 
-DROPOUT = 1 << 16  # uses of a row's keys by dropout, beyond those of drop-path and of towers
+# Uses of a row's keys (fold_in) by dropout begin here, beyond those of drop-path and of towers.
+DROPOUT = 1 << 16
 
 
 def sized(size, decoder=()) -> dict:
@@ -34,8 +35,11 @@ def sized(size, decoder=()) -> dict:
     size: a name of SIZES, or such a dict itself (read off foreign weights).
     decoder: width, blocks and heads of another decoder than that of the size; (): its own.
   """
-  found = SIZES[size] if isinstance(size, str) else {"decoder": (), **size}
-  return found | {"decoder": tuple(decoder)} if decoder else found
+  numbers = {"decoder": ()}
+  numbers |= SIZES[size] if isinstance(size, str) else size
+  if decoder:
+    numbers["decoder"] = tuple(decoder)
+  return numbers
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
@@ -46,13 +50,18 @@ def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
   """
   if width % 4:
     raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
-  frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+  count = width // 4  # frequencies
+  frequency = 10000.0 ** (-np.arange(count) / count)
 
   def encode(position):
     angle = np.outer(position, frequency)
-    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    return np.concatenate(  # [rows * columns, width / 2]
+      [np.sin(angle), np.cos(angle)],
+      axis=1,
+    )
 
-  row, column = np.divmod(np.arange(rows * columns), columns)
+  places = np.arange(rows * columns)
+  row, column = np.divmod(places, columns)
   return np.concatenate([encode(column), encode(row)], axis=1)
 
 
@@ -64,8 +73,13 @@ def drop_path(x: jax.Array, keys: jax.Array | None, rate, layer) -> jax.Array:
   """
   if keys is None or (isinstance(rate, (int, float)) and not rate):
     return x
-  keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate))(keys)
-  return x * (keep / (1 - rate)).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+  def draw(key):
+    return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate)
+
+  keep = jax.vmap(draw)(keys)  # [B]
+  scale = (keep / (1 - rate)).astype(x.dtype)
+  return x * scale.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place) -> jax.Array:
@@ -76,17 +90,24 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place) -> jax.Arr
   if keys is None or not rate:
     return x
 
+  def fold(key):
+    return jax.random.fold_in(key, DROPOUT + place)
+
   def draw(key):
     return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
 
-  keys = jax.vmap(lambda key: jax.random.fold_in(key, DROPOUT + place))(keys)
-  return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
+  keep = jax.vmap(draw)(jax.vmap(fold)(keys))
+  return jnp.where(keep, x / (1 - rate), 0)
 
 
 def torch_uniform(inputs: int) -> nn.initializers.Initializer:
   """Where torch's Linear and Conv start, weight and bias alike: U(-1, 1) / sqrt(inputs)."""
   bound = inputs**-0.5
-  return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  def draw(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return draw
 
 
 class Dense(nn.Module):
@@ -100,10 +121,13 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    arrays = [x, self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)]
+    shape = x.shape[-1], self.features
+    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    arrays = [x, kernel]
     if self.use_bias:
-      arrays.append(self.param("bias", self.bias_init, (self.features,), jnp.float32))
-    return kernels.linear(*(array.astype(self.dtype) for array in arrays))
+      bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+      arrays.append(bias)
+    return kernels.linear(*[array.astype(self.dtype) for array in arrays])
 
 
 class Block(nn.Module):
@@ -130,20 +154,35 @@ class Block(nn.Module):
     def norm(name):
       return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
 
+    # A block has three dropouts, numbered from 1, and two residual branches, numbered from 0; each
+    # draws from a row's keys in a way of its own.
     def drop(x, i):
       return dropout(x, keys, self.dropout, 3 * self.layer + i)
 
-    y = dense(3 * D, "qkv")(norm("norm1")(x)).reshape(B, N, 3, self.heads, D // self.heads)
-    y = kernels.attention(y[:, :, 0], y[:, :, 1], y[:, :, 2]).reshape(B, N, D)
-    x = x + drop_path(drop(dense(D, "proj")(y), 1), keys, self.drop_path, 2 * self.layer)
-    y = drop(kernels.gelu(dense(4 * D, "fc1")(norm("norm2")(x))), 2)
-    return x + drop_path(drop(dense(D, "fc2")(y), 3), keys, self.drop_path, 2 * self.layer + 1)
+    def add(x, branch, i):
+      return x + drop_path(branch, keys, self.drop_path, 2 * self.layer + i)
+
+    # attention between the tokens
+    y = norm("norm1")(x)
+    qkv = dense(3 * D, "qkv")(y)
+    qkv = qkv.reshape(B, N, 3, self.heads, D // self.heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D / heads] each
+    y = kernels.attention(q, k, v)
+    y = y.reshape(B, N, D)
+    y = drop(dense(D, "proj")(y), 1)
+    x = add(x, y, 0)
+    # a perceptron on each token
+    y = norm("norm2")(x)
+    y = dense(4 * D, "fc1")(y)
+    y = drop(kernels.gelu(y), 2)
+    y = drop(dense(D, "fc2")(y), 3)
+    return add(x, y, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
-# blocks in a row
+# a stack of blocks
 
-# what a backward pass computes again: nothing, whole blocks, all but their products
+# what a backward pass computes once more: nothing, whole blocks, all but their products
 REMAT = ("none", "blocks", "dots")
 
 
@@ -152,15 +191,15 @@ def remat_policy(remat: str):
   attention's, which are [N, N]."""
 
   def keeps(primitive, *args, **params):
-    return (
-      primitive is jax.lax.conv_general_dilated_p
-      or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-    )
+    if primitive is jax.lax.conv_general_dilated_p:
+      return True
+    without_batch = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return without_batch(primitive, *args, **params)
 
   return keeps if remat == "dots" else None
 
 
-def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool = False):
+def apply_blocks(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool = False):
   """x [B, N, D] through `blocks`, bound modules alike in all but `layer` and `drop_path`.
 
   Args:
@@ -168,44 +207,55 @@ def through(blocks: list[Block], x, keys=None, remat: str = "none", scan: bool =
     scan: compiles one block and loops over the parameters of all, stacked here; they stay one
       block's each outside.
   """
-  if not blocks or blocks[0].is_initializing() or (remat == "none" and not scan):
+  plain = remat == "none" and not scan
+  if not blocks or plain or blocks[0].is_initializing():
     for block in blocks:
       x = block(x, keys)
     return x
 
   def run(x, params, layer, rate):
-    return (
-      blocks[0].clone(parent=None, layer=layer, drop_path=rate).apply({"params": params}, x, keys)
-    )
+    block = blocks[0].clone(parent=None, layer=layer, drop_path=rate)
+    return block.apply({"params": params}, x, keys)
 
-  def again(f):
-    return (
-      f if remat == "none" else jax.checkpoint(f, policy=remat_policy(remat), prevent_cse=not scan)
-    )
+  def rematerialised(f):
+    if remat == "none":
+      return f
+    return jax.checkpoint(f, policy=remat_policy(remat), prevent_cse=not scan)
 
   if not scan:
     for block in blocks:
-      x = again(functools.partial(run, layer=block.layer, rate=block.drop_path))(
-        x, block.variables["params"]
-      )
+      # numbers, not traced: a rate of 0 leaves drop-path out of the program
+      run_block = functools.partial(run, layer=block.layer, rate=block.drop_path)
+      x = rematerialised(run_block)(x, block.variables["params"])
     return x
-  keys = keys if any(block.drop_path or block.dropout for block in blocks) else None
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compute_params, blocks))
+
+  if not any(block.drop_path or block.dropout for block in blocks):
+    keys = None
+  run_any = rematerialised(run)
+
+  def body(x, block):
+    params, layer, rate = block
+    return run_any(x, params, layer, rate), None
+
+  params = [compute_params(block) for block in blocks]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
   layers = jnp.array([block.layer for block in blocks])
   rates = jnp.array([float(block.drop_path) for block in blocks])
-  run_again = again(run)
-  return jax.lax.scan(lambda x, block: (run_again(x, *block), None), x, (stacked, layers, rates))[0]
+  x, _ = jax.lax.scan(body, x, (stacked, layers, rates))
+  return x
 
 
 def attention_weights(q, k):
   """Softmax rows [B, H, M, N] of queries [B, M, H, D] over keys [B, N, H, D]."""
-  logits = jnp.einsum("bmhd,bnhd->bhmn", q, k, precision="highest") * q.shape[-1] ** -0.5
-  return jax.nn.softmax(logits, axis=-1)
+  products = jnp.einsum("bmhd,bnhd->bhmn", q, k, precision="highest")
+  scale = q.shape[-1] ** -0.5
+  return jax.nn.softmax(products * scale, axis=-1)
 
 
 def queries_and_keys(qkv, heads: int):
   """[B, N, 3 D] -> queries and keys [B, N, H, D / H], float32."""
-  qkv = qkv.astype(jnp.float32).reshape(*qkv.shape[:2], 3, heads, -1)
+  B, N, _ = qkv.shape
+  qkv = qkv.astype(jnp.float32).reshape(B, N, 3, heads, -1)
   return qkv[:, :, 0], qkv[:, :, 1]
 
 
@@ -214,6 +264,7 @@ def compute_params(block: Block):
   float32."""
 
   def cast(path, x):
-    return x if path[0].key.startswith("norm") else x.astype(block.dtype)
+    of_norm = path[0].key.startswith("norm")
+    return x if of_norm else x.astype(block.dtype)
 
   return jax.tree_util.tree_map_with_path(cast, block.variables["params"])

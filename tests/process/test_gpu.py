@@ -200,7 +200,7 @@ def test_remat_and_scan_lower_for_a_gpu(levers, monkeypatch):
       vit.Block(2, layer=i, dtype=jnp.bfloat16).bind({"params": params})
       for i, params in enumerate((first, second))
     ]
-    return vit.through(blocks, x, **levers)
+    return vit.apply_blocks(blocks, x, **levers)
 
   blocks = 1 if "scan" in levers else 2
   calls = on_cuda(value_and_grad(tower), params, params, x)

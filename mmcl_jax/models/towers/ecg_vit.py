@@ -184,7 +184,7 @@ class EcgViT(nn.Module):
     x = vit.dropout(x, keys, self.dropout, 0)
     if self.film and not self.film_after:
       x = self.modulate(x, conditions)
-    x = vit.through(self.blocks, x, keys, self.remat, self.scan)
+    x = vit.apply_blocks(self.blocks, x, keys, self.remat, self.scan)
     return self.modulate(x, conditions) if self.film_after else x
 
   def pooled(self, tokens):

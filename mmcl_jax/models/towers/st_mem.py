@@ -79,7 +79,7 @@ class StMem(nn.Module):
     x = jnp.concatenate([separator(0), x, separator(-1)], axis=2)
     x = x + jnp.stack(self.lead_embed)[:, None]
     x = x.reshape(B, -1, x.shape[-1]).astype(self.dtype)
-    return patches(vit.through(self.blocks, x, keys, self.remat, self.scan))
+    return patches(vit.apply_blocks(self.blocks, x, keys, self.remat, self.scan))
 
   def pooled(self, tokens):
     """tokens [B, N, D] -> embedding [B, D], at least float32."""

@@ -97,7 +97,7 @@ class Decoder(nn.Module):
     blocks = [
       vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)
     ]
-    x = vit.through(blocks, x, None, self.remat, self.scan)
+    x = vit.apply_blocks(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
     return at_least_float32(vit.Dense(self.pixels, self.dtype, name="pred")(x))
 
@@ -176,7 +176,7 @@ class VideoViT(nn.Module):
       position = position[0][keep]
     tokens = self.patch_embed(patches)
     tokens += position.astype(tokens.dtype)
-    return self.norm(vit.through(self.blocks, tokens, keys, self.remat, self.scan))
+    return self.norm(vit.apply_blocks(self.blocks, tokens, keys, self.remat, self.scan))
 
   def __call__(self, x, rows=None, train=False, keys=None):
     """x [B, T, H, W] -> tokens [B, N, D] and their mean [B, D], at least float32."""

@@ -57,7 +57,7 @@ class Tokenizer(nn.Module):
 
   def transform(self, x, grid, blocks, norm):
     x += jnp.asarray(video_vit.sincos_3d(*grid, self.width), x.dtype)
-    return norm(vit.through(blocks, x, None, self.remat, self.scan))
+    return norm(vit.apply_blocks(blocks, x, None, self.remat, self.scan))
 
   def encode(self, stacks):
     """stacks [B, P, Z, H, W] -> mean and log-variance [B, N, C] of the latents, at least
