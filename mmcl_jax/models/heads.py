@@ -23,13 +23,18 @@ class Projection(nn.Module):
     """x [B, D] -> [B, E]; rows [B] weight of each row in the batch statistics."""
     if not self.hidden:
       return nn.Dense(self.width, name="fc")(x)
-    rows = jnp.ones(len(x)) if rows is None else rows
+    if rows is None:
+      rows = jnp.ones(len(x))
 
-    def normed(x, name, affine=True):
+    def norm(x, name, affine=True):
+      if not self.norm:
+        return x
       dtype = jnp.promote_types(x.dtype, jnp.float32)
-      return BatchNorm(dtype, affine=affine, name=name)(x, rows, train) if self.norm else x
+      return BatchNorm(dtype, affine=affine, name=name)(x, rows, train)
 
     x = nn.Dense(self.hidden, use_bias=not self.norm, name="fc1")(x)
-    x = nn.relu(normed(x, "norm1"))
+    x = nn.relu(norm(x, "norm1"))
     x = nn.Dense(self.width, use_bias=not self.norm, name="fc2")(x)
-    return x if self.last == "none" else normed(x, "norm2", self.last == "affine")
+    if self.last == "none":
+      return x
+    return norm(x, "norm2", affine=self.last == "affine")

@@ -21,11 +21,17 @@ def random_mask(
     keep [B, M] visible tokens; restore [B, N] where each token stands in (visible, hidden); mask
       [B, N], 1 = hidden.
   """
-  noise = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys)
+
+  def draw(key):
+    return jax.random.uniform(key, (tokens,))
+
+  noise = jax.vmap(draw)(keys)
   order = jnp.argsort(noise, axis=1)
   restore = jnp.argsort(order, axis=1)
   visible = tokens - round(tokens * ratio)
-  return order[:, :visible], restore, (restore >= visible).astype(jnp.float32)
+  keep = order[:, :visible]
+  mask = (restore >= visible).astype(jnp.float32)
+  return keep, restore, mask
 
 
 class Decoder(nn.Module):
@@ -42,19 +48,28 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, restore, leads):
-    """Args: tokens [B, 1 + M, D] CLS first, normed; restore [B, N]; leads L. Returns: signal [B, L,
-    T], at least float32."""
+    """Fills the gaps in.
+
+    Args:
+      tokens: [B, 1 + M, D], CLS first, normed.
+      restore: [B, N], of `random_mask`.
+      leads: L.
+
+    Returns: signal [B, L, T], at least float32.
+    """
     B, N = restore.shape
-    x = vit.Dense(self.width, self.dtype, name="embed")(tokens)
-    hidden = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-    hidden = jnp.broadcast_to(hidden, (B, N + 1 - x.shape[1], self.width)).astype(x.dtype)
-    patches = kernels.permute(jnp.concatenate([x[:, 1:], hidden], axis=1), restore)
-    patches += jnp.asarray(vit.sincos_2d(leads, N // leads, self.width), x.dtype)
-    x = jnp.concatenate([x[:, :1], patches], axis=1)
-    blocks = [
-      vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)
-    ]
+    x = vit.Dense(self.width, self.dtype, name="embed")(tokens)  # [B, 1 + M, width]
+    cls, visible = x[:, :1], x[:, 1:]
+    mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+    hidden = jnp.broadcast_to(mask_token, (B, N - visible.shape[1], self.width))
+    hidden = hidden.astype(x.dtype)
+    patches = jnp.concatenate([visible, hidden], axis=1)
+    patches = kernels.permute(patches, restore)  # [B, N, width], in the order of the signal
+    positions = vit.sincos_2d(leads, N // leads, self.width)
+    patches += jnp.asarray(positions, x.dtype)
+    x = jnp.concatenate([cls, patches], axis=1)
+    blocks = vit.make_blocks(self.depth, self.heads, dtype=self.dtype)
     x = vit.apply_blocks(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-    x = vit.Dense(self.patch, self.dtype, name="pred")(x)
+    x = vit.Dense(self.patch, self.dtype, name="pred")(x)  # [B, 1 + N, samples of a patch]
     return at_least_float32(x[:, 1:]).reshape(B, leads, -1)

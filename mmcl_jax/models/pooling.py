@@ -25,12 +25,13 @@ class AttentionPool(nn.Module):
     def dense(width, name):
       return vit.Dense(width, self.dtype, name=name)
 
-    q, k, v = jnp.moveaxis(
-      dense(3 * D, "qkv")(tokens).reshape(B, N, 3, self.heads, D // self.heads), 2, 0
-    )
+    qkv = dense(3 * D, "qkv")(tokens)
+    qkv = qkv.reshape(B, N, 3, self.heads, D // self.heads)
+    q, k, v = jnp.moveaxis(qkv, 2, 0)  # [B, N, heads, D / heads] each
     # a Linear of the mean token is the mean of the tokens' Linear
     q = q.mean(axis=1, keepdims=True)
-    return dense(D, "proj")(kernels.attention(q, k, v).reshape(B, D))
+    pooled = kernels.attention(q, k, v)
+    return dense(D, "proj")(pooled.reshape(B, D))
 
 
 class FiLM(nn.Module):
@@ -43,9 +44,13 @@ class FiLM(nn.Module):
   def __call__(self, tokens, covariates):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
     fc = nn.Dense(
-      2 * tokens.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="fc"
+      2 * tokens.shape[-1],
+      kernel_init=nn.initializers.zeros,
+      dtype=self.dtype,
+      name="fc",
     )
-    scale, shift = jnp.split(fc(with_unknown(covariates))[:, None], 2, axis=-1)
+    both = fc(with_unknown(covariates))[:, None]  # [B, 1, 2 D]
+    scale, shift = jnp.split(both, 2, axis=-1)
     return tokens * (1 + scale) + shift
 
 
@@ -63,9 +68,14 @@ class GatedFiLM(nn.Module):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
     start = vit.torch_uniform(covariates.shape[-1])
     fc = nn.Dense(
-      2 * tokens.shape[-1], kernel_init=start, bias_init=start, dtype=self.dtype, name="fc"
+      2 * tokens.shape[-1],
+      kernel_init=start,
+      bias_init=start,
+      dtype=self.dtype,
+      name="fc",
     )
-    gain, shift = jnp.split(nn.relu(fc(jnp.nan_to_num(covariates)))[:, None], 2, axis=-1)
+    both = nn.relu(fc(jnp.nan_to_num(covariates)))[:, None]  # [B, 1, 2 D]
+    gain, shift = jnp.split(both, 2, axis=-1)
     return gain * tokens + shift
 
 
@@ -73,6 +83,5 @@ def with_unknown(covariates):
   """covariates [B, V] standardised, NaN = unknown -> [B, 2 V]: an unknown one is the mean, and a
   column of its own says so."""
   unknown = jnp.isnan(covariates)
-  return jnp.concatenate(
-    [jnp.where(unknown, 0, covariates), unknown.astype(covariates.dtype)], axis=1
-  )
+  values = jnp.where(unknown, 0, covariates)
+  return jnp.concatenate([values, unknown.astype(covariates.dtype)], axis=1)

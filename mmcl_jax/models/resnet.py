@@ -26,8 +26,9 @@ kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def per_slice(layer, x):
   """Applies a 2-D layer to every slice of x [B, Z, H, W, C]."""
-  y = layer(x.reshape(-1, *x.shape[2:]))
-  return y.reshape(*x.shape[:2], *y.shape[1:])
+  B, Z, *image = x.shape
+  y = layer(x.reshape(-1, *image))
+  return y.reshape(B, Z, *y.shape[1:])
 
 
 def max_pool(x):
@@ -36,11 +37,13 @@ def max_pool(x):
   The same numbers as nn.max_pool with padding 1; its gradient is a select, which a CPU does four
   times faster than the scatter that pooling windows lead to.
   """
-  H, W = x.shape[1:3]
+  _, H, W, _ = x.shape
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-  return functools.reduce(
-    jnp.maximum, (x[:, i : i + H : 2, j : j + W : 2] for i in range(3) for j in range(3))
-  )
+  shifted = []
+  for i in range(3):
+    for j in range(3):
+      shifted.append(x[:, i : i + H : 2, j : j + W : 2])
+  return functools.reduce(jnp.maximum, shifted)
 
 
 class BatchNorm(nn.Module):
@@ -59,27 +62,34 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, train):
-    channels, scale, bias = x.shape[-1:], 1.0, 0.0
+    channels = x.shape[-1:]
+    scale, bias = 1.0, 0.0
     if self.affine:
       scale = self.param("scale", self.scale_init, channels, jnp.float32)
       bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
-    x, mean, var = at_least_float32(x), running_mean.value, running_var.value
+    mean, var = running_mean.value, running_var.value
+    x = at_least_float32(x)
     if train:
-      counted = rows.reshape(-1, *[1] * (x.ndim - 1)) > 0
+      counted = rows.reshape(-1, *[1] * (x.ndim - 1)) > 0  # [B, 1, ...]
       n = counted.sum(dtype=x.dtype) * math.prod(x.shape[1:-1])
 
       def average(x):
-        return x.sum(axis=range(x.ndim - 1), where=counted) / jnp.maximum(n, 1)
+        total = x.sum(axis=range(x.ndim - 1), where=counted)
+        return total / jnp.maximum(n, 1)
 
       keep = jnp.where(n > 0, 0.9, 1.0)
       mean = jnp.where(n > 0, average(x), mean)
-      var = jnp.where(n > 0, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0), var)
+      batch_var = jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0)
+      var = jnp.where(n > 0, batch_var, var)
       if not self.is_initializing():
         running_mean.value = keep * running_mean.value + (1 - keep) * mean
-        running_var.value = keep * running_var.value + (1 - keep) * var * n / jnp.maximum(n - 1, 1)
-    return ((x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias).astype(self.dtype)
+        unbiased = (1 - keep) * var * n / jnp.maximum(n - 1, 1)
+        running_var.value = keep * running_var.value + unbiased
+    gain = jax.lax.rsqrt(var + 1e-5) * scale
+    x = (x - mean) * gain + bias
+    return x.astype(self.dtype)
 
 
 class Residual(nn.Module):
@@ -98,16 +108,23 @@ class Residual(nn.Module):
 
     y = self.branch(x, norm)
     if self.stride > 1 or x.shape[-1] != y.shape[-1]:
-      x = norm("skip_norm")(
-        self.pointwise(y.shape[-1], "skip")(x[:, :, :: self.stride, :: self.stride])
-      )
+      x = x[:, :, :: self.stride, :: self.stride]
+      x = self.pointwise(y.shape[-1], "skip")(x)
+      x = norm("skip_norm")(x)
     return nn.relu(x + y)
 
   def pointwise(self, width, name):
-    # a 1x1 convolution
-    return vit.Dense(width, self.dtype, use_bias=False, kernel_init=kernel_init, name=name)
+    """A 1x1 convolution."""
+    return vit.Dense(
+      width,
+      self.dtype,
+      use_bias=False,
+      kernel_init=kernel_init,
+      name=name,
+    )
 
   def plane(self, stride, name):
+    """A 3x3 convolution of every slice."""
     conv = nn.Conv(
       self.width,
       (3, 3),
@@ -126,9 +143,11 @@ class Basic(Residual):
   """3x3 -> 3x3, of ResNet-18."""
 
   def branch(self, x, norm):
-    y = nn.relu(norm("norm1")(self.plane(self.stride, "conv1")(x)))
+    y = self.plane(self.stride, "conv1")(x)
+    y = nn.relu(norm("norm1")(y))
+    y = self.plane(1, "conv2")(y)
     # a block starts as identity
-    return norm("norm2", scale_init=nn.initializers.zeros)(self.plane(1, "conv2")(y))
+    return norm("norm2", scale_init=nn.initializers.zeros)(y)
 
 
 class Bottleneck(Residual):
@@ -141,11 +160,12 @@ class Bottleneck(Residual):
       reach = self.span // 2
       x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
       x = jnp.concatenate([x[:, i : i + Z] for i in range(self.span)], axis=-1)
-    y = nn.relu(norm("norm1")(self.pointwise(self.width, "conv1")(x)))
-    y = nn.relu(norm("norm2")(self.plane(self.stride, "conv2")(y)))
-    return norm("norm3", scale_init=nn.initializers.zeros)(
-      self.pointwise(4 * self.width, "conv3")(y)
-    )
+    y = self.pointwise(self.width, "conv1")(x)
+    y = nn.relu(norm("norm1")(y))
+    y = self.plane(self.stride, "conv2")(y)
+    y = nn.relu(norm("norm2")(y))
+    y = self.pointwise(4 * self.width, "conv3")(y)
+    return norm("norm3", scale_init=nn.initializers.zeros)(y)
 
 
 class Body(nn.Module):
@@ -188,13 +208,16 @@ class Body(nn.Module):
       dtype=self.dtype,
       name="stem",
     )
-    x = nn.relu(
-      BatchNorm(self.dtype, name="stem_norm")(per_slice(stem, x.astype(self.dtype)), rows, train)
-    )
+    x = per_slice(stem, x.astype(self.dtype))
+    x = nn.relu(BatchNorm(self.dtype, name="stem_norm")(x, rows, train))
     x = per_slice(max_pool, x)
     block = size["block"]
     if self.remat != "none":
-      block = nn.remat(block, static_argnums=(3,), policy=vit.remat_policy(self.remat))  # 3: train
+      block = nn.remat(
+        block,
+        static_argnums=(3,),  # train
+        policy=vit.remat_policy(self.remat),
+      )
     stages = zip(size["widths"], size["depths"], size["spans"], strict=True)
     for i, (width, depth, span) in enumerate(stages):
       for j in range(depth):
@@ -203,7 +226,8 @@ class Body(nn.Module):
         x = layer(x, rows, train)
     return at_least_float32(x)
 
-  def every(self, length):
-    """Pixels of a side that the cells of the last feature map are centred on: every stride-th, as
-    all kernels are odd."""
-    return np.arange(0, length, 2 ** (1 + len(self.numbers["widths"])))
+  def cell_centres(self, length):
+    """Pixels of a side of `length` that the cells of the last feature map are centred on: every
+    stride-th, as all kernels are odd."""
+    stride = 2 ** (1 + len(self.numbers["widths"]))
+    return np.arange(0, length, stride)

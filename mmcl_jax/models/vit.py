@@ -179,8 +179,22 @@ class Block(nn.Module):
     return add(x, y, 1)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # a stack of blocks
+
+
+def make_blocks(depth: int, heads: int, drop_path: float = 0.0, **options) -> list[Block]:
+  """`depth` blocks named block0, block1, ...; drop-path rises from 0 to `drop_path` in the last.
+
+  Args:
+    options: other attributes of Block, the same for all.
+  """
+  blocks = []
+  for i in range(depth):
+    rate = drop_path * i / max(depth - 1, 1)
+    blocks.append(Block(heads, i, rate, name=f"block{i}", **options))
+  return blocks
+
 
 # what a backward pass computes once more: nothing, whole blocks, all but their products
 REMAT = ("none", "blocks", "dots")

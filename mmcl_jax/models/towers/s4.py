@@ -13,7 +13,6 @@ by Fourier transform. A second kernel goes over the later samples. All of that i
 Letters: B batch, L leads, T samples, S steps, H width, N complex numbers of a state.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -49,10 +48,13 @@ def ssm_kernel(dt, a, c, steps: int):
   Returns:
     [D, steps, H], real.
   """
-  dt_a = dt[:, None] * a
-  c = c * (jnp.exp(dt_a) - 1) / a
-  powers = jnp.exp(dt_a * jnp.arange(steps)[:, None, None])  # [steps, H, N]
-  return 2 * jnp.einsum("dhn,thn->dth", c, powers, precision="highest").real
+  dt_a = dt[:, None] * a  # [H, N]
+  # what an input adds to the state, seen through C
+  gain = c * (jnp.exp(dt_a) - 1) / a
+  times = jnp.arange(steps)[:, None, None]
+  decay = jnp.exp(dt_a * times)  # [steps, H, N]
+  total = jnp.einsum("dhn,thn->dth", gain, decay, precision="highest")
+  return 2 * total.real
 
 
 def convolve(u, before, after):
@@ -63,22 +65,42 @@ def convolve(u, before, after):
     before, after: [S, H].
   """
   steps = u.shape[1]
+  length = 2 * steps
   # a circle of 2 S: earlier samples at its beginning, later ones at its end
-  kernel = jnp.concatenate([before, after[::-1]])
-  product = jnp.fft.rfft(u, 2 * steps, axis=1) * jnp.fft.rfft(kernel, axis=0)
-  return jnp.fft.irfft(product, 2 * steps, axis=1)[:, :steps]
+  kernel = jnp.concatenate([before, after[::-1]])  # [2 S, H]
+  spectrum = jnp.fft.rfft(u, length, axis=1)
+  product = spectrum * jnp.fft.rfft(kernel, axis=0)
+  return jnp.fft.irfft(product, length, axis=1)[:, :steps]
 
 
 def by_rows(f, x, *shared):
   """f(x, *shared) of rows x [B, ...], each device its own ones: of a Fourier transform the
   partitioner would gather the whole batch."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or "data" not in mesh.axis_names or AxisType.Manual in mesh.axis_types:
+  if "data" not in mesh.shape or AxisType.Manual in mesh.axis_types:
     return f(x, *shared)
-  if x.shape[0] % mesh.shape["data"]:
+  if len(x) % mesh.shape["data"]:
     return f(x, *shared)
-  specs = (P("data"), *(P() for _ in shared))
-  return jax.shard_map(f, in_specs=specs, out_specs=P("data"))(x, *shared)
+  specs = [P("data")] + [P()] * len(shared)
+  on_devices = jax.shard_map(f, in_specs=tuple(specs), out_specs=P("data"))
+  return on_devices(x, *shared)
+
+
+def log_uniform(key, shape, dtype):
+  """Initialiser: logarithms of the steps dt."""
+  return jax.random.uniform(
+    key,
+    shape,
+    dtype,
+    minval=np.log(SLOWEST),
+    maxval=np.log(FASTEST),
+  )
+
+
+def harmonics(key, shape, dtype):
+  """Initialiser (S4D-Lin): imaginary parts pi n of A [H, N]."""
+  numbers = jnp.arange(shape[-1], dtype=dtype)
+  return jnp.broadcast_to(jnp.pi * numbers, shape)
 
 
 class StateSpace(nn.Module):
@@ -89,23 +111,20 @@ class StateSpace(nn.Module):
   @nn.compact
   def __call__(self, u):
     H, N = u.shape[-1], self.state // 2
-
-    def log_uniform(key, shape, dtype):
-      return jax.random.uniform(key, shape, dtype, minval=np.log(SLOWEST), maxval=np.log(FASTEST))
-
-    def frequencies(key, shape, dtype):
-      return jnp.broadcast_to(jnp.pi * jnp.arange(N, dtype=dtype), shape)
-
+    half = nn.initializers.constant(np.log(0.5))
+    normal = nn.initializers.normal
     log_dt = self.param("log_dt", log_uniform, (H,), jnp.float32)
-    log_decay = self.param("log_decay", nn.initializers.constant(np.log(0.5)), (H, N), jnp.float32)
-    frequency = self.param("frequency", frequencies, (H, N), jnp.float32)
-    # real and imaginary parts, of the kernels over earlier and later samples
-    c = self.param("c", nn.initializers.normal(np.sqrt(0.5)), (2, H, N, 2), jnp.float32)
-    direct = self.param("direct", nn.initializers.normal(1.0), (H,), jnp.float32)
+    log_decay = self.param("log_decay", half, (H, N), jnp.float32)
+    frequency = self.param("frequency", harmonics, (H, N), jnp.float32)
+    # first axis: the kernels over earlier and later samples; last: real and imaginary parts
+    c = self.param("c", normal(np.sqrt(0.5)), (2, H, N, 2), jnp.float32)
+    direct = self.param("direct", normal(1.0), (H,), jnp.float32)
+    # a negative real part for any log_decay: the state decays
     a = jax.lax.complex(-jnp.exp(log_decay), frequency)
     c = jax.lax.complex(c[..., 0], c[..., 1])
     u = at_least_float32(u)
-    before, after = ssm_kernel(jnp.exp(log_dt), a, c, u.shape[1]).astype(u.dtype)
+    kernels_in_time = ssm_kernel(jnp.exp(log_dt), a, c, u.shape[1])  # [2, S, H]
+    before, after = kernels_in_time.astype(u.dtype)
     return by_rows(convolve, u, before, after) + direct * u
 
 
@@ -119,11 +138,16 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, keys=None):
-    y = kernels.gelu(StateSpace(self.state, name="ssm")(x))
-    y = vit.dropout(y, keys, self.dropout, 2 * self.layer).astype(self.dtype)
-    y = vit.Dense(2 * x.shape[-1], self.dtype, name="out")(y)
-    y, gate = jnp.split(at_least_float32(y), 2, axis=-1)
-    y = vit.dropout(y * nn.sigmoid(gate), keys, self.dropout, 2 * self.layer + 1)
+    H = x.shape[-1]
+
+    def drop(x, i):  # of a block's two dropouts
+      return vit.dropout(x, keys, self.dropout, 2 * self.layer + i)
+
+    y = StateSpace(self.state, name="ssm")(x)
+    y = drop(kernels.gelu(y), 0)
+    y = vit.Dense(2 * H, self.dtype, name="out")(y.astype(self.dtype))
+    value, gate = jnp.split(at_least_float32(y), 2, axis=-1)
+    y = drop(value * nn.sigmoid(gate), 1)
     return nn.LayerNorm(epsilon=1e-5, name="norm")(x + y)
 
 
@@ -156,13 +180,21 @@ class S4(nn.Module):
     """Returns: tokens [B, T / patch, H], embedding [B, H]."""
     size = SIZES[self.size] if isinstance(self.size, str) else self.size
     B, L, T = ecg.shape
-    x = ecg.reshape(B, L, T // self.patch, self.patch).swapaxes(1, 2)
-    x = x.reshape(B, T // self.patch, L * self.patch).astype(self.dtype)
-    x = at_least_float32(vit.Dense(size["width"], self.dtype, name="stem")(x))
-    block = Block
+    steps = T // self.patch
+    x = ecg.reshape(B, L, steps, self.patch).swapaxes(1, 2)
+    x = x.reshape(B, steps, L * self.patch)
+    x = vit.Dense(size["width"], self.dtype, name="stem")(x.astype(self.dtype))
+    x = at_least_float32(x)  # [B, S, H]
+    block_class = Block
     if self.remat != "none":
-      block = nn.remat(Block, policy=vit.remat_policy(self.remat))
-    block = functools.partial(block, size["state"], dropout=self.dropout, dtype=self.dtype)
+      block_class = nn.remat(Block, policy=vit.remat_policy(self.remat))
     for i in range(size["depth"]):
-      x = block(layer=i, name=f"block{i}")(x, keys)
+      block = block_class(
+        size["state"],
+        layer=i,
+        dropout=self.dropout,
+        dtype=self.dtype,
+        name=f"block{i}",
+      )
+      x = block(x, keys)
     return x, x.mean(axis=1)

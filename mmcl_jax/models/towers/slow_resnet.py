@@ -12,7 +12,11 @@ SIZES = {
   "demo": dict(stem=8, block=Bottleneck, widths=(8, 16, 32), depths=(1, 1, 1), spans=(1, 3, 3)),
   # slow_r50: dual-phase
   "r50": dict(
-    stem=64, block=Bottleneck, widths=(64, 128, 256, 512), depths=(3, 4, 6, 3), spans=(1, 1, 3, 3)
+    stem=64,
+    block=Bottleneck,
+    widths=(64, 128, 256, 512),
+    depths=(3, 4, 6, 3),
+    spans=(1, 1, 3, 3),
   ),
 }
 
@@ -34,18 +38,22 @@ class SlowResNet(Body):
 
   def __call__(self, volume, rows=None, train=False, keys=None):
     """Returns: cells of the last feature map [B, Z H' W', F] and the pooled embedding [B, F]."""
-    cells = self.body((2 * volume - 1)[..., None], rows, train)
-    x = cells.mean(axis=(2, 3))  # [B, Z, F]
-    embedding = self.slice_pool(x.swapaxes(1, 2))[..., 0]
-    return cells.reshape(len(cells), -1, cells.shape[-1]), embedding
+    x = 2 * volume - 1
+    cells = self.body(x[..., None], rows, train)  # [B, Z, H', W', F]
+    tokens = cells.reshape(len(cells), -1, cells.shape[-1])
+    of_slices = cells.mean(axis=(2, 3))  # [B, Z, F]
+    embedding = self.slice_pool(of_slices.swapaxes(1, 2))[..., 0]  # [B, F]
+    return tokens, embedding
 
   def feature_map(self, volume):
     """[B, Z, H, W] -> [B, Z, H', W', F], whose mean over Z, H', W' is the embedding: every slice
     with the weight that `slice_pool` gives it."""
-    x = self.body((2 * volume - 1)[..., None], None, False)
+    x = 2 * volume - 1
+    cells = self.body(x[..., None], None, False)
     pool = self.slice_pool.variables["params"]
-    return x.shape[1] * pool["kernel"][:, None, None] * x + pool["bias"]
+    weights = pool["kernel"][:, None, None]  # [Z, 1, 1, 1]
+    return cells.shape[1] * weights * cells + pool["bias"]
 
   def centres(self, planes, height, width):
     """The plane, row and column of the input in the middle of each cell: three arrays."""
-    return np.arange(planes), self.every(height), self.every(width)
+    return np.arange(planes), self.cell_centres(height), self.cell_centres(width)

@@ -36,17 +36,28 @@ SIZES = {
 def patchify(x, patch: tuple[int, int, int]):
   """[B, T, H, W] -> [B, N, P]: patches in the order (plane, row, column), and so the pixels of
   each."""
-  B, *lengths = x.shape
-  (t, h, w), (a, b, c) = patch, (length // side for length, side in zip(lengths, patch))
-  return (
-    x.reshape(B, a, t, b, h, c, w).transpose(0, 1, 3, 5, 2, 4, 6).reshape(B, a * b * c, t * h * w)
-  )
+  B, *shape = x.shape
+  a, b, c = grid(shape, patch)
+  t, h, w = patch
+  x = x.reshape(B, a, t, b, h, c, w)
+  x = x.transpose(0, 1, 3, 5, 2, 4, 6)  # [B, a, b, c, t, h, w]
+  return x.reshape(B, a * b * c, t * h * w)
 
 
 def unpatchify(patches, shape: tuple[int, int, int], patch: tuple[int, int, int]):
   """The inverse of `patchify`: [B, N, P] -> [B, T, H, W], where `shape` = (T, H, W)."""
-  (t, h, w), (a, b, c) = patch, (length // side for length, side in zip(shape, patch))
-  return patches.reshape(-1, a, b, c, t, h, w).transpose(0, 1, 4, 2, 5, 3, 6).reshape(-1, *shape)
+  a, b, c = grid(shape, patch)
+  t, h, w = patch
+  x = patches.reshape(-1, a, b, c, t, h, w)
+  x = x.transpose(0, 1, 4, 2, 5, 3, 6)  # [B, a, t, b, h, c, w]
+  return x.reshape(-1, *shape)
+
+
+def grid(shape, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+  """How many patches lie along each side of planes of `shape` (T, H, W)."""
+  T, H, W = shape
+  t, h, w = patch
+  return T // t, H // h, W // w
 
 
 def sincos_3d(planes: int, rows: int, columns: int, width: int) -> np.ndarray:
@@ -59,14 +70,11 @@ def sincos_3d(planes: int, rows: int, columns: int, width: int) -> np.ndarray:
     return sincos_2d(rows, columns, width)
   if width % 16:
     raise ValueError(f"3-D sin-cos positions need a width divisible by 16, got {width}")
-  plane = sincos_2d(1, planes, width // 2)[:, : width // 4]  # its first half is of the column
-  return np.concatenate(
-    [
-      np.repeat(plane, rows * columns, axis=0),
-      np.tile(sincos_2d(rows, columns, 3 * width // 4), (planes, 1)),
-    ],
-    axis=1,
-  )
+  of_plane = sincos_2d(1, planes, width // 2)[:, : width // 4]  # its first half is of the column
+  in_plane = sincos_2d(rows, columns, 3 * width // 4)
+  of_plane = np.repeat(of_plane, rows * columns, axis=0)
+  in_plane = np.tile(in_plane, (planes, 1))
+  return np.concatenate([of_plane, in_plane], axis=1)
 
 
 class Decoder(nn.Module):
@@ -82,21 +90,25 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, restore, grid):
-    """Args: tokens [B, M, D] normed; restore [B, N] (random_mask); grid of patches (planes, rows,
-    columns).
+    """Fills the gaps in.
+
+    Args:
+      tokens: [B, M, D], normed.
+      restore: [B, N], of `random_mask`.
+      grid: patches along planes, rows, columns.
 
     Returns: patches [B, N, P], at least float32.
     """
-    x = vit.Dense(self.width, self.dtype, name="embed")(tokens)
-    hidden = self.param(
-      "mask_token", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32
-    ).astype(x.dtype)
     B, N = restore.shape
-    x = jnp.concatenate([x, jnp.broadcast_to(hidden, (B, N - x.shape[1], self.width))], axis=1)
-    x = kernels.permute(x, restore) + jnp.asarray(sincos_3d(*grid, self.width), x.dtype)
-    blocks = [
-      vit.Block(self.heads, i, dtype=self.dtype, name=f"block{i}") for i in range(self.depth)
-    ]
+    x = vit.Dense(self.width, self.dtype, name="embed")(tokens)  # [B, M, width]
+    start = nn.initializers.normal(0.02)
+    mask_token = self.param("mask_token", start, (1, 1, self.width), jnp.float32)
+    hidden = jnp.broadcast_to(mask_token.astype(x.dtype), (B, N - x.shape[1], self.width))
+    x = jnp.concatenate([x, hidden], axis=1)
+    x = kernels.permute(x, restore)  # [B, N, width], in the order of the planes
+    positions = sincos_3d(*grid, self.width)
+    x = x + jnp.asarray(positions, x.dtype)
+    blocks = vit.make_blocks(self.depth, self.heads, dtype=self.dtype)
     x = vit.apply_blocks(blocks, x, None, self.remat, self.scan)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
     return at_least_float32(vit.Dense(self.pixels, self.dtype, name="pred")(x))
@@ -148,49 +160,69 @@ class VideoViT(nn.Module):
     return SIZES[self.size] if isinstance(self.size, str) else self.size
 
   def setup(self):
-    width, depth, heads = (self.numbers[name] for name in ("width", "depth", "heads"))
-    self.patch_embed = vit.Dense(width, self.dtype)
-    self.blocks = [
-      vit.Block(heads, i, self.drop_path * i / max(depth - 1, 1), self.dtype, name=f"block{i}")
-      for i in range(depth)
-    ]
+    size = self.numbers
+    self.patch_embed = vit.Dense(size["width"], self.dtype)
+    self.blocks = vit.make_blocks(
+      size["depth"],
+      size["heads"],
+      drop_path=self.drop_path,
+      dtype=self.dtype,
+    )
     self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
     if self.mask_ratio:
+      width, depth, heads = size["decoder"]
       self.decoder = Decoder(
-        *self.numbers["decoder"], math.prod(self.patch), self.dtype, self.remat, self.scan
+        width,
+        depth,
+        heads,
+        pixels=math.prod(self.patch),
+        dtype=self.dtype,
+        remat=self.remat,
+        scan=self.scan,
       )
 
   def grid(self, x):
-    return tuple(length // side for length, side in zip(x.shape[1:], self.patch))
+    """Patches along planes, rows and columns of x [B, T, H, W]."""
+    return grid(x.shape[1:], self.patch)
 
   def tokens(self, x, keep=None, keys=None):
-    """Args: x [B, T, H, W]; keep [B, M] patches to look at (None: all); keys [B] for drop-path
-    (None: none).
+    """Encodes patches.
+
+    Args:
+      x: [B, T, H, W].
+      keep: [B, M], the patches to encode; None: all.
+      keys: [B], for drop-path; None: none.
 
     Returns: tokens [B, M, D] after the final norm.
     """
-    patches = patchify(x, self.patch)
-    position = jnp.asarray(sincos_3d(*self.grid(x), self.patch_embed.features))[None]
+    patches = patchify(x, self.patch)  # [B, N, P]
+    position = sincos_3d(*self.grid(x), self.patch_embed.features)
+    position = jnp.asarray(position)[None]
     if keep is not None:  # masking first: hidden patches need no embedding
       patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
       position = position[0][keep]
     tokens = self.patch_embed(patches)
     tokens += position.astype(tokens.dtype)
-    return self.norm(vit.apply_blocks(self.blocks, tokens, keys, self.remat, self.scan))
+    tokens = vit.apply_blocks(self.blocks, tokens, keys, self.remat, self.scan)
+    return self.norm(tokens)
 
   def __call__(self, x, rows=None, train=False, keys=None):
     """x [B, T, H, W] -> tokens [B, N, D] and their mean [B, D], at least float32."""
-    tokens = at_least_float32(self.tokens(x, keys=keys if train else None))
+    tokens = self.tokens(x, keys=keys if train else None)
+    tokens = at_least_float32(tokens)
     return tokens, tokens.mean(axis=1)
 
   def feature_map(self, x):
     """[B, T, H, W] -> [B, T', H', W', D]: the tokens, where they lie."""
-    return at_least_float32(self.tokens(x)).reshape(len(x), *self.grid(x), -1)
+    tokens = at_least_float32(self.tokens(x))
+    return tokens.reshape(len(x), *self.grid(x), -1)
 
-  def centres(self, *shape):
-    return tuple(
-      (np.arange(length // side) + 0.5) * side - 0.5 for length, side in zip(shape, self.patch)
-    )
+  def centres(self, planes, height, width):
+    """The plane, row and column of the input in the middle of each cell: three arrays."""
+    middles = []
+    for count, side in zip(grid((planes, height, width), self.patch), self.patch, strict=True):
+      middles.append((np.arange(count) + 0.5) * side - 0.5)
+    return tuple(middles)
 
   def reconstruct(self, x, keys):
     """Hides the share `mask_ratio` of the patches by `keys` [B] and fills them in (He et al. 2022).

@@ -38,12 +38,14 @@ def max_pool(x):
   T = x.shape[1]
   # an end repeated is no new maximum
   x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)), mode="edge")
-  return functools.reduce(jnp.maximum, (x[:, i : i + T : 2] for i in range(3)))
+  shifted = [x[:, i : i + T : 2] for i in range(3)]
+  return functools.reduce(jnp.maximum, shifted)
 
 
 def average_pool(x):
   """Means of pairs of neighbours of x [B, T, C]; of an odd T the last sample stays alone."""
-  x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0)), mode="edge")
+  odd = x.shape[1] % 2
+  x = jnp.pad(x, ((0, 0), (0, odd), (0, 0)), mode="edge")
   return (x[:, ::2] + x[:, 1::2]) / 2
 
 
@@ -53,8 +55,9 @@ def maximum(x):
   The gradient of jnp.max compares x with its maximum again; where XLA has computed x twice, none is
   equal, and the gradient is 0 / 0.
   """
-  places = jnp.arange(x.shape[1])[:, None]
-  return jnp.where(places == x.argmax(axis=1)[:, None], x, 0).sum(axis=1)
+  places = jnp.arange(x.shape[1])[:, None]  # [T, 1]
+  largest = x.argmax(axis=1)[:, None]  # [B, 1, C]
+  return jnp.where(places == largest, x, 0).sum(axis=1)
 
 
 class Layer(nn.Module):
@@ -68,21 +71,19 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, train):
+    common = dict(use_bias=False, kernel_init=kernel_init, dtype=self.dtype, name="conv")
     if self.kernel == 1:
-      x = vit.Dense(self.width, self.dtype, use_bias=False, kernel_init=kernel_init, name="conv")(x)
+      conv = vit.Dense(self.width, **common)
     else:
       conv = nn.Conv(
         self.width,
         (self.kernel,),
         (self.stride,),
         padding=self.kernel // 2,
-        use_bias=False,
-        kernel_init=kernel_init,
-        dtype=self.dtype,
-        name="conv",
+        **common,
       )
-      x = conv(x)
-    return BatchNorm(self.dtype, scale_init=self.scale_init, name="norm")(x, rows, train)
+    norm = BatchNorm(self.dtype, scale_init=self.scale_init, name="norm")
+    return norm(conv(x), rows, train)
 
 
 class Block(nn.Module):
@@ -94,17 +95,18 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, train):
-    def layer(name, width, kernel, **more):
-      return Layer(width, kernel, dtype=self.dtype, name=name, **more)
+    def layer(x, name, width, kernel, **options):
+      module = Layer(width, kernel, dtype=self.dtype, name=name, **options)
+      return module(x, rows, train)
 
     out = EXPANSION * self.width
-    y = nn.relu(layer("layer1", self.width, 1)(x, rows, train))
-    y = nn.relu(layer("layer2", self.width, KERNEL, stride=self.stride)(y, rows, train))
-    y = layer("layer3", out, 1, scale_init=nn.initializers.zeros)(y, rows, train)
+    y = nn.relu(layer(x, "layer1", self.width, 1))
+    y = nn.relu(layer(y, "layer2", self.width, KERNEL, stride=self.stride))
+    y = layer(y, "layer3", out, 1, scale_init=nn.initializers.zeros)
     if self.stride > 1:
       x = average_pool(x)
     if x.shape[-1] != out:
-      x = layer("skip", out, 1)(x, rows, train)
+      x = layer(x, "skip", out, 1)
     return nn.relu(x + y)
 
 
@@ -129,19 +131,26 @@ class XResNet1d(nn.Module):
     """Returns: tokens [B, T', F], one for every 2^(1 + stages) samples, and their mean and maximum
     [B, 2 F]."""
     size = SIZES[self.size] if isinstance(self.size, str) else self.size
-    x = ecg.swapaxes(1, 2).astype(self.dtype)
+    x = ecg.swapaxes(1, 2).astype(self.dtype)  # [B, T, L]
     for i, width in enumerate(size["stem"]):
-      layer = Layer(width, stride=1 if i else 2, dtype=self.dtype, name=f"stem{i}")
+      stride = 2 if i == 0 else 1
+      layer = Layer(width, stride=stride, dtype=self.dtype, name=f"stem{i}")
       x = nn.relu(layer(x, rows, train))
     x = max_pool(x)
-    block = Block
+    block_class = Block
     if self.remat != "none":
-      block = nn.remat(Block, static_argnums=(3,), policy=vit.remat_policy(self.remat))  # 3: train
-    n = 0
+      block_class = nn.remat(
+        Block,
+        static_argnums=(3,),  # train
+        policy=vit.remat_policy(self.remat),
+      )
+    number = 0
     for stage, depth in enumerate(size["depths"]):
       for i in range(depth):
         stride = 2 if stage > 0 and i == 0 else 1
-        x = block(size["width"], stride, dtype=self.dtype, name=f"block{n}")(x, rows, train)
-        n += 1
+        block = block_class(size["width"], stride, dtype=self.dtype, name=f"block{number}")
+        x = block(x, rows, train)
+        number += 1
     x = at_least_float32(x)
-    return x, jnp.concatenate([x.mean(axis=1), maximum(x)], axis=-1)
+    embedding = jnp.concatenate([x.mean(axis=1), maximum(x)], axis=-1)
+    return x, embedding
