@@ -103,8 +103,9 @@ class Residual(nn.Module):
 
   @nn.compact
   def __call__(self, x, rows, train):
-    def norm(name, **kwargs):
-      return functools.partial(BatchNorm(self.dtype, **kwargs, name=name), rows=rows, train=train)
+    def norm(name, **options):
+      module = BatchNorm(self.dtype, **options, name=name)
+      return functools.partial(module, rows=rows, train=train)
 
     y = self.branch(x, norm)
     if self.stride > 1 or x.shape[-1] != y.shape[-1]:

@@ -39,7 +39,8 @@ def row_weight(batch, *names: str) -> jax.Array:
   else 0."""
   needed = set()
   for name in names:
-    needed.add("has_ecg" if tower(name)[0] == "ecg" else "has_cmr")
+    which, _ = tower(name)
+    needed.add("has_ecg" if which == "ecg" else "has_cmr")
   weight = at_least_float32(batch["mask"])
   for modality in sorted(needed):
     weight *= batch[modality]
@@ -59,7 +60,9 @@ def inverse_temperature(outputs, temperature: float):
   """The learned one where the model has one (config.model.learned_temperature), else 1 /
   temperature."""
   require_positive(temperature=temperature)
-  return jnp.exp(outputs["log_scale"]) if "log_scale" in outputs else 1.0 / temperature
+  if "log_scale" in outputs:
+    return jnp.exp(outputs["log_scale"])
+  return 1.0 / temperature
 
 
 def average(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -93,12 +96,13 @@ def phenotype_distance(batch) -> tuple[jax.Array, jax.Array]:
 
   # (x - y)^2 = x^2 - 2xy + y^2, each summed as a matrix product: differences one by one would be
   # stored, [B, B, K].
-  both = times(known, known)
+  count = times(known, known)  # of the targets that both know
   squares = times(jnp.square(x), known) + times(known, jnp.square(x))
-  squared = jnp.maximum(squares - 2 * times(x, x), 0)
-  # of oneself: rounding left something there
-  squared = jnp.where(jnp.eye(len(x), dtype=bool), 0, squared)
-  return squared / jnp.maximum(both, 1), both > 0
+  total = jnp.maximum(squares - 2 * times(x, x), 0)
+  # rounding leaves something on the diagonal
+  own = jnp.eye(len(x), dtype=bool)
+  total = jnp.where(own, 0, total)
+  return total / jnp.maximum(count, 1), count > 0
 
 
 def require_positive(**numbers) -> None:

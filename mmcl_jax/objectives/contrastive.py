@@ -28,9 +28,11 @@ def may_compare(subject: jax.Array, valid: jax.Array) -> jax.Array:
   Two rows of one subject are not each other's negatives; a row that does not count (padding, a
   missing modality) is nobody's, and keeps only itself, so that its value is finite.
   """
-  same = (subject[:, None, :] == subject[None, :, :]).all(axis=-1)
-  counts = (valid[:, None] > 0) & (valid[None, :] > 0)
-  return jnp.eye(len(subject), dtype=bool) | (~same & counts)
+  same_ids = subject[:, None, :] == subject[None, :, :]  # [B, B, 2]
+  same = same_ids.all(axis=-1)
+  both_count = (valid[:, None] > 0) & (valid[None, :] > 0)
+  own = jnp.eye(len(subject), dtype=bool)
+  return own | (~same & both_count)
 
 
 def similarities(a: jax.Array, b: jax.Array, scale) -> jax.Array:
@@ -44,14 +46,15 @@ def log_sum_exp(logits: jax.Array, compared: jax.Array, axis: int) -> jax.Array:
   Columns are summed where they lie: a transpose of row-sharded logits would send all of them round
   the devices.
   """
-  return jax.nn.logsumexp(jnp.where(compared, logits, HIDDEN), axis=axis)
+  logits = jnp.where(compared, logits, HIDDEN)
+  return jax.nn.logsumexp(logits, axis=axis)
 
 
 def own_and_hit(logits: jax.Array, compared: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Each row's own logit [B], and whether no compared one reaches it (rank one; a tie is none)."""
-  own_column = jnp.eye(len(logits), dtype=bool)
-  own = jnp.where(own_column, logits, 0.0).sum(axis=1)
-  others = jnp.where(compared & ~own_column, logits, HIDDEN)
+  diagonal = jnp.eye(len(logits), dtype=bool)
+  own = jnp.where(diagonal, logits, 0.0).sum(axis=1)
+  others = jnp.where(compared & ~diagonal, logits, HIDDEN)
   return own, own > others.max(axis=1)
 
 
@@ -131,9 +134,9 @@ def dual_phase(
     ("edes", ed, es, w_edes),
   )
   for name, x, y, w in pairs:
-    pair, hit = nce(x, y, scale)
-    values += w / total * pair
-    metrics[f"{name}_loss"] = common.average(pair, weight)
+    of_pair, hit = nce(x, y, scale)
+    values += w / total * of_pair
+    metrics[f"{name}_loss"] = common.average(of_pair, weight)
     metrics[f"{name}_r@1"] = common.average(hit, weight)
   metrics["temperature"] = 1.0 / jnp.asarray(scale)
   return Loss(values, weight, metrics)

@@ -31,19 +31,22 @@ def mae(
   x = common.at_least_float32(batch["ecg"])
   y = common.at_least_float32(outputs["reconstruction"])
   B, L, T = x.shape
-  mask = outputs["patch_mask"]
-  patches = x.reshape(B, L, mask.shape[2], -1)
+  mask = outputs["patch_mask"]  # [B, L, N]
+  patches = x.reshape(B, L, mask.shape[2], -1)  # [B, L, N, P]
   target = normalised(patches) if norm_pix else patches
   squared = jnp.square(target - y.reshape(patches.shape))
   per_patch = squared.mean(axis=3)
-  masked = (per_patch * mask).sum(axis=(1, 2)) / mask.sum(axis=(1, 2))
+  hidden = mask.sum(axis=(1, 2))
+  masked_mse = (per_patch * mask).sum(axis=(1, 2)) / hidden
   products = jnp.sum(zscore(x) * zscore(y), axis=2)  # [B, L]
   ncc = products.mean(axis=1) / (T - 1)
-  mse = masked if region == "masked" else squared.mean(axis=(1, 2, 3))
+  mse = masked_mse
+  if region == "all":
+    mse = squared.mean(axis=(1, 2, 3))
   weight = common.row_weight(batch, "ecg")
   values = (1 - ncc_weight) * mse + ncc_weight * (1 - ncc)
   metrics = {
-    "masked_mse": common.average(masked, weight),
+    "masked_mse": common.average(masked_mse, weight),
     "ncc": common.average(ncc, weight),
   }
   return Loss(values, weight, metrics)
@@ -84,6 +87,8 @@ def cmr_mae(outputs, batch, of: str = "sax", norm_pix: bool = False) -> Loss:
   mask = tower["patch_mask"]
   if norm_pix:
     target = normalised(target)
-  per_patch = jnp.square(target - tower["reconstruction"]).mean(axis=2)
-  values = (per_patch * mask).sum(axis=1) / mask.sum(axis=1)
+  error = target - tower["reconstruction"]
+  per_patch = jnp.square(error).mean(axis=2)  # [B, N]
+  hidden = mask.sum(axis=1)
+  values = (per_patch * mask).sum(axis=1) / hidden
   return Loss(values, common.row_weight(batch, of), {})

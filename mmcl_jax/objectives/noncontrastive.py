@@ -34,26 +34,27 @@ def vicreg(
     invariance, variance, covariance: weights of the three terms.
   """
   common.require_not_negative(invariance=invariance, variance=variance, covariance=covariance)
-  views = [common.at_least_float32(z) for z in common.pair(outputs, a, b)]
+  x, y = (common.at_least_float32(z) for z in common.pair(outputs, a, b))
   weight = common.row_weight(batch, a, b)
   n = weight.sum()
-  apart = jnp.square(views[0] - views[1]).mean(axis=1)
-  flat, correlated = 0.0, 0.0
-  rows = weight[:, None]
-  for z in views:
+  rows = weight[:, None]  # [B, 1]
+  distance = jnp.square(x - y).mean(axis=1)
+  variance_term, covariance_term = 0.0, 0.0
+  for z in (x, y):
     mean = (z * rows).sum(axis=0) / jnp.maximum(n, 1)
     centred = (z - mean) * rows
     products = jnp.einsum("be,bf->ef", centred, centred, precision="highest")
-    cov = products / jnp.maximum(n - 1, 1)
+    cov = products / jnp.maximum(n - 1, 1)  # [E, E]
     sd = jnp.sqrt(jnp.diagonal(cov) + 1e-4)
-    flat += jnp.maximum(1 - sd, 0).mean()
+    variance_term += jnp.maximum(1 - sd, 0).mean()
     diagonal = jnp.eye(len(cov), dtype=bool)
-    correlated += jnp.square(jnp.where(diagonal, 0, cov)).sum() / len(cov)
-  values = invariance * apart + variance * flat + covariance * correlated
+    between = jnp.where(diagonal, 0, cov)
+    covariance_term += jnp.square(between).sum() / len(cov)
+  values = invariance * distance + variance * variance_term + covariance * covariance_term
   metrics = {
-    "invariance": common.average(apart, weight),
-    "variance": flat,
-    "covariance": correlated,
+    "invariance": common.average(distance, weight),
+    "variance": variance_term,
+    "covariance": covariance_term,
   }
   return Loss(values, weight, metrics)
 

@@ -23,7 +23,12 @@ from mmcl_jax.objectives.contrastive import (
 
 
 def phenotype_weighted(
-  outputs, batch, a: str = "ecg", b: str = "ed", temperature: float = 0.05, sigma: float = 0.5
+  outputs,
+  batch,
+  a: str = "ecg",
+  b: str = "ed",
+  temperature: float = 0.05,
+  sigma: float = 0.5,
 ) -> Loss:
   """InfoNCE whose negatives weigh the less, the more alike the hearts are (CardioNets, Ding et al.
   2026).
@@ -43,12 +48,18 @@ def phenotype_weighted(
   """
   common.require_positive(sigma=sigma)
   d, common_target = common.phenotype_distance(batch)
-  w = jnp.where(common_target, -jnp.expm1(-d / sigma**2), 1.0)
+  unlike = -jnp.expm1(-d / sigma**2)  # 1 - exp(-d / sigma^2)
+  w = jnp.where(common_target, unlike, 1.0)
   return weighted(outputs, batch, a, b, temperature, w)
 
 
 def false_negative_removal(
-  outputs, batch, a: str = "ecg", b: str = "ed", temperature: float = 0.1, radius: float = 0.5
+  outputs,
+  batch,
+  a: str = "ecg",
+  b: str = "ed",
+  temperature: float = 0.1,
+  radius: float = 0.5,
 ) -> Loss:
   """InfoNCE whose denominators leave out the others that look the same (Huynh et al. 2022,
   elimination):
@@ -64,7 +75,8 @@ def false_negative_removal(
   """
   common.require_not_negative(radius=radius)
   d, common_target = common.phenotype_distance(batch)
-  w = jnp.where(common_target & (d < radius**2), 0.0, 1.0)
+  alike = common_target & (d < radius**2)
+  w = jnp.where(alike, 0.0, 1.0)
   return weighted(outputs, batch, a, b, temperature, w)
 
 
@@ -77,8 +89,9 @@ def weighted(outputs, batch, a, b, temperature, w) -> Loss:
   allowed = may_compare(batch["subject"], weight)
   own = jnp.eye(len(x), dtype=bool)
   w = jnp.where(own, 1.0, w)
-  log_weight = jnp.log(jnp.where(w > 0, w, 1.0))
-  values, hit = info_nce(x, y, scale, allowed & (w > 0), log_weight=log_weight)
+  counts = w > 0
+  log_weight = jnp.log(jnp.where(counts, w, 1.0))
+  values, hit = info_nce(x, y, scale, allowed & counts, log_weight=log_weight)
   negatives = allowed & ~own
   metrics = {
     "r@1": common.average(hit, weight),
@@ -122,14 +135,15 @@ def soft_positive(
   d, common_target = common.phenotype_distance(batch)
   alike = allowed & common_target & (d < radius**2)
   own = jnp.eye(len(x), dtype=bool)
-  likeness = jnp.where(alike, jnp.exp(-d / sigma**2), 0.0)
-  positive = jnp.where(own, 1.0, likeness)
+  likeness = jnp.exp(-d / sigma**2)
+  positive = jnp.where(own, 1.0, jnp.where(alike, likeness, 0.0))
   logits = similarities(x, y, scale)
   _, hit = own_and_hit(logits, allowed)
 
   def direction(axis):
     # positive is symmetric: its columns are the weights of the other direction
-    mean_positive = (positive * logits).sum(axis) / positive.sum(axis)
+    weights = positive.sum(axis)
+    mean_positive = (positive * logits).sum(axis) / weights
     return log_sum_exp(logits, allowed, axis) - mean_positive
 
   values = 0.5 * (direction(1) + direction(0))
@@ -142,7 +156,12 @@ def soft_positive(
 
 
 def relational(
-  outputs, batch, a: str = "ecg", b: str = "ecg", temperature: float = 0.07, sigma: float = 0.2
+  outputs,
+  batch,
+  a: str = "ecg",
+  b: str = "ecg",
+  temperature: float = 0.07,
+  sigma: float = 0.2,
 ) -> Loss:
   """Relational distillation: who is near whom among embeddings as among phenotypes (MyoECG, Ding et
   al. 2026).
@@ -177,7 +196,11 @@ def relational(
 
   log_p = log_softmax(-jnp.sqrt(d) / sigma)
   log_q = log_softmax(similarities(x, y, scale))
-  divergence = jnp.where(compared, jnp.exp(log_p) * (log_p - log_q), 0.0)
+  terms = jnp.exp(log_p) * (log_p - log_q)
+  divergence = jnp.where(compared, terms, 0.0).sum(axis=1)
   weight *= others.any(axis=1)
-  metrics = {"rows": weight.sum(), "temperature": 1.0 / jnp.asarray(scale)}
-  return Loss(divergence.sum(axis=1), weight, metrics)
+  metrics = {
+    "rows": weight.sum(),
+    "temperature": 1.0 / jnp.asarray(scale),
+  }
+  return Loss(divergence, weight, metrics)

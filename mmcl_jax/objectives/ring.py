@@ -3,7 +3,7 @@ devices.
 
 A device keeps its B / n rows of one side. The other side's rows go round the mesh axis `data`, each
 with what it has summed up so far (ring attention, Liu et al. 2023; for contrastive losses Inf-CL,
-Cheng et al. 2024). Where the two meet, blocks of at most BLOCK x BLOCK logits are computed once and
+Cheng et al. 2024). Where the two come together, blocks of at most BLOCK x BLOCK logits are computed once and
 serve both directions: rows keep a running maximum and sum of exponentials, columns take theirs
 along and come home with it. The backward pass goes round once more with the finished logarithms,
 from which every block's gradient follows (as in FlashAttention, Dao et al. 2022). A device holds
@@ -35,34 +35,45 @@ def info_nce(a, b, scale, subject, valid, b_to_a: float = 0.5) -> tuple[jax.Arra
 
   Returns: values [B]; rank-one hits [B].
   """
-  # 0: rows that fill up a block
-  who = {"row": jnp.arange(1, len(a) + 1), "subject": subject, "valid": valid > 0}
+  identity = {
+    "row": jnp.arange(1, len(a) + 1),  # 0: rows that fill up a block
+    "subject": subject,
+    "valid": valid > 0,
+  }
   x = scale * a
   dtype = jnp.promote_types(x.dtype, b.dtype)
-  own, rows, columns, hit = sums(x.astype(dtype), b.astype(dtype), who)
+  own, rows, columns, hit = sums(x.astype(dtype), b.astype(dtype), identity)
   return (1 - b_to_a) * rows + b_to_a * columns - own, hit
 
 
 @jax.custom_vjp
-def sums(x, y, who):
+def sums(x, y, identity):
   """With s = x y^T: own s_ii, log sum_k e^{s_ik}, log sum_k e^{s_ki} and whether s_ii is above all
-  other s_ik, each [B]."""
-  return on_own_rows(forward, x, y, who)
+  other s_ik, each [B].
+
+  Args:
+    x, y: [B, E].
+    identity: row, subject and valid of each row (`info_nce`), which say who is compared with whom.
+  """
+  return on_each_device(forward, x, y, identity)
 
 
-def sums_forward(x, y, who):
-  own, rows, columns, hit = sums(x, y, who)
-  return (own, rows, columns, hit), (x, y, who, rows, columns)
+def sums_forward(x, y, identity):
+  own, rows, columns, hit = sums(x, y, identity)
+  saved = x, y, identity, rows, columns
+  return (own, rows, columns, hit), saved
 
 
-def sums_backward(kept, cotangents):
-  return *on_own_rows(backward, *kept, *cotangents[:3]), None
+def sums_backward(saved, cotangents):
+  d_own, d_rows, d_columns, _ = cotangents
+  d_x, d_y = on_each_device(backward, *saved, d_own, d_rows, d_columns)
+  return d_x, d_y, None
 
 
 sums.defvjp(sums_forward, sums_backward)
 
 
-def on_own_rows(function, *args):
+def on_each_device(function, *args):
   """function(devices, send, *args) on every device of the mesh axis `data`, over its own rows of
   arrays [B, ...].
 
@@ -70,98 +81,117 @@ def on_own_rows(function, *args):
   replicated.
   """
   devices = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+  def keep(tree):
+    return tree
+
   if devices == 1:
-    return function(1, lambda tree: tree, *args)
-  neighbours = [(i, (i + 1) % devices) for i in range(devices)]
+    return function(1, keep, *args)
+  to_next = [(i, (i + 1) % devices) for i in range(devices)]
 
   def send(tree):
-    return jax.lax.ppermute(tree, "data", neighbours)
+    return jax.lax.ppermute(tree, "data", to_next)
 
   on_device = functools.partial(function, devices, send)
   return jax.shard_map(on_device, in_specs=P("data"), out_specs=P("data"))(*args)
 
 
-def forward(devices, send, x, y, who):
+# Below, `mine` are the rows of x that stay on this device, `theirs` those of y that travel; `rows`
+# and `columns` is what is summed up for each of them.
+
+
+def forward(devices, send, x, y, identity):
   """`sums` of this device's rows."""
 
-  def of_blocks(theirs, columns, mine, rows):
-    logits, pair, others = compare(mine, theirs)
-    own, *rows = rows
+  def visit(theirs, columns, mine, rows):
+    logits, pair, others = compare(mine, theirs)  # [I, J] each
+    own, largest, total = rows
     own += jnp.where(pair, logits, 0).sum(axis=1)
     columns = add(columns, logits, others, axis=0)
-    rows = add(rows, logits, others, axis=1)
-    return columns, (own, *rows)
+    largest, total = add((largest, total), logits, others, axis=1)
+    return columns, (own, largest, total)
 
-  mine, theirs = blocks({"z": x, **who}), blocks({"z": y, **who})
+  mine = in_blocks({"z": x, **identity})
+  theirs = in_blocks({"z": y, **identity})
   zero = jnp.zeros_like(mine["z"][..., 0])
-  # maximum, sum of exponentials relative to it
-  nobody = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero
-  start = (zero, *nobody)
-  (own, *rows), columns = go_round(devices, send, of_blocks, mine, start, theirs, nobody)
+  lowest = jnp.full_like(zero, jnp.finfo(zero.dtype).min)
+  # the maximum over the others, and the sum of exponentials relative to it
+  rows = zero, lowest, zero  # own logit first
+  columns = lowest, zero
+  rows, columns = go_round(devices, send, visit, mine, rows, theirs, columns)
+  own, row_largest, row_total = rows
+  column_largest, column_total = columns
 
-  # of others and oneself
-  def log_sum(largest, total):
+  def log_sum(largest, total):  # over the others and oneself
     return jnp.logaddexp(own, largest + jnp.log(total))
 
-  hit = own > rows[0]
-  return joined((own, log_sum(*rows), log_sum(*columns), hit), len(x))
+  hit = own > row_largest
+  row_sum = log_sum(row_largest, row_total)
+  column_sum = log_sum(column_largest, column_total)
+  return out_of_blocks((own, row_sum, column_sum, hit), len(x))
 
 
-def backward(devices, send, x, y, who, rows, columns, to_own, to_rows, to_columns):
-  """The gradients with respect to this device's x and y [B / n, E]; `to_own` ... are those with
-  respect to `sums`."""
+def backward(devices, send, x, y, identity, rows, columns, d_own, d_rows, d_columns):
+  """The gradients with respect to this device's x and y [B / n, E], from those with respect to the
+  first three of `sums`, of which `rows` and `columns` are the second and third."""
 
-  def of_blocks(theirs, d_theirs, mine, d_mine):
-    logits, pair, others = compare(mine, theirs)
-    of_rows = mine["to"][:, None] * jnp.exp(logits - mine["log_sum"][:, None])
-    of_columns = theirs["to"] * jnp.exp(logits - theirs["log_sum"])
+  def visit(theirs, d_theirs, mine, d_mine):
+    logits, pair, others = compare(mine, theirs)  # [I, J] each
+    of_rows = mine["d_sum"][:, None] * jnp.exp(logits - mine["log_sum"][:, None])
+    of_columns = theirs["d_sum"] * jnp.exp(logits - theirs["log_sum"])
     softmax = jnp.where(pair | others, of_rows + of_columns, 0)
-    d_logits = softmax + jnp.where(pair, mine["to_own"][:, None], 0)
+    d_logits = softmax + jnp.where(pair, mine["d_own"][:, None], 0)
     d_theirs = d_theirs + dot("ij,ie->je", d_logits, mine["z"])
     d_mine = d_mine + dot("ij,je->ie", d_logits, theirs["z"])
     return d_theirs, d_mine
 
-  mine = blocks({"z": x, "log_sum": rows, "to": to_rows, "to_own": to_own, **who})
-  theirs = blocks({"z": y, "log_sum": columns, "to": to_columns, **who})
+  mine = {"z": x, "log_sum": rows, "d_sum": d_rows, "d_own": d_own}
+  theirs = {"z": y, "log_sum": columns, "d_sum": d_columns}
+  mine = in_blocks(mine | identity)
+  theirs = in_blocks(theirs | identity)
   zero = jnp.zeros_like(mine["z"])
-  gradients = go_round(devices, send, of_blocks, mine, zero, theirs, zero)
-  return joined(gradients, len(x))
+  gradients = go_round(devices, send, visit, mine, zero, theirs, zero)
+  return out_of_blocks(gradients, len(x))
 
 
-def go_round(devices, send, of_blocks, mine, rows, theirs, columns):
+def go_round(devices, send, visit, mine, rows, theirs, columns):
   """Takes every block of `mine` with every block of everybody's `theirs`.
 
   Args:
-    of_blocks: (theirs, columns, mine, rows), a block of each -> columns, rows.
+    visit: (theirs, columns, mine, rows), a block of each -> columns, rows.
     rows, columns: what is kept for each row, at the start.
 
   Returns: rows and columns at the end, both of this device's own rows.
   """
 
-  def visit(state, _):
+  def all_of_mine(rows, travelling):
+    """Takes one block of theirs past all of mine."""
+    their_block, columns = travelling
+
+    def one_of_mine(columns, staying):
+      my_block, rows = staying
+      return visit(their_block, columns, my_block, rows)
+
+    columns, rows = jax.lax.scan(one_of_mine, columns, (mine, rows))
+    return rows, columns
+
+  def one_stop(state, _):
     rows, theirs, columns = state
+    rows, columns = jax.lax.scan(all_of_mine, rows, (theirs, columns))
+    theirs, columns = send((theirs, columns))
+    return (rows, theirs, columns), None
 
-    def one_block(rows, block):
-      theirs, columns = block
-
-      def with_one_of_mine(columns, own_block):
-        return of_blocks(theirs, columns, *own_block)
-
-      columns, rows = jax.lax.scan(with_one_of_mine, columns, (mine, rows))
-      return rows, columns
-
-    rows, columns = jax.lax.scan(one_block, rows, (theirs, columns))
-    return (rows, *send((theirs, columns))), None
-
-  (rows, _, columns), _ = jax.lax.scan(visit, (rows, theirs, columns), length=devices)
+  start = rows, theirs, columns
+  (rows, _, columns), _ = jax.lax.scan(one_stop, start, length=devices)
   return rows, columns
 
 
 def compare(mine, theirs):
-  """Logits of two blocks, which of them are of one row with itself, and which of rows that are
-  compared otherwise."""
+  """Logits [I, J] of two blocks, which of them are of one row with itself, and which of rows that
+  are compared otherwise."""
   pair = mine["row"][:, None] == theirs["row"]
-  same = (mine["subject"][:, None] == theirs["subject"]).all(axis=-1)  # so is a row to itself
+  same_ids = mine["subject"][:, None] == theirs["subject"]  # [I, J, 2]
+  same = same_ids.all(axis=-1)  # so is a row to itself
   others = ~same & mine["valid"][:, None] & theirs["valid"]
   logits = dot("ie,je->ij", mine["z"], theirs["z"])
   return logits, pair, others
@@ -171,29 +201,31 @@ def add(running, logits, others, axis):
   """Takes a block's logits into the running maximum and the sum of exponentials relative to it."""
   largest, total = running
   lowest = jnp.finfo(logits.dtype).min
-  new = jnp.maximum(largest, logits.max(axis, where=others, initial=lowest))
-  terms = jnp.where(others, jnp.exp(logits - jnp.expand_dims(new, axis)), 0)
+  of_block = logits.max(axis, where=others, initial=lowest)
+  new = jnp.maximum(largest, of_block)
+  exponentials = jnp.exp(logits - jnp.expand_dims(new, axis))
+  terms = jnp.where(others, exponentials, 0)
   return new, total * jnp.exp(largest - new) + terms.sum(axis)
 
 
-def blocks(tree):
+def in_blocks(tree):
   """Rows [R, ...] -> [blocks, rows of a block, ...], the last filled up with zeros: no row, and not
   valid."""
   rows = len(jax.tree.leaves(tree)[0])
   count = math.ceil(rows / BLOCK)
   size = math.ceil(rows / count)
 
-  def in_blocks(x):
+  def cut(x):
     padding = [(0, count * size - rows)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
 
-  return jax.tree.map(in_blocks, tree)
+  return jax.tree.map(cut, tree)
 
 
-def joined(tree, rows: int):
+def out_of_blocks(tree, rows: int):
   """The way back: the first `rows` rows [R, ...] of blocks."""
 
-  def in_rows(x):
+  def join(x):
     return x.reshape(-1, *x.shape[2:])[:rows]
 
-  return jax.tree.map(in_rows, tree)
+  return jax.tree.map(join, tree)

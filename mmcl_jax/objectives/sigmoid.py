@@ -8,7 +8,12 @@ from mmcl_jax.objectives.contrastive import may_compare, normalise, own_and_hit,
 
 
 def siglip(
-  outputs, batch, a: str = "ecg", b: str = "ed", temperature: float = 0.1, bias: float = -10.0
+  outputs,
+  batch,
+  a: str = "ecg",
+  b: str = "ed",
+  temperature: float = 0.1,
+  bias: float = -10.0,
 ) -> Loss:
   """Sigmoid loss (SigLIP, Zhai et al. 2023): every pair of rows is a yes-or-no question.
 
@@ -32,14 +37,12 @@ def siglip(
   allowed = may_compare(batch["subject"], weight)
   logits = similarities(x, y, scale) + bias
   sign = 2.0 * jnp.eye(len(x), dtype=logits.dtype) - 1
-  values = jnp.where(allowed, jax.nn.softplus(-sign * logits), 0.0).sum(axis=1)
+  each = jax.nn.softplus(-sign * logits)  # -log sigmoid(sign * logits)
+  values = jnp.where(allowed, each, 0.0).sum(axis=1)
   _, hit = own_and_hit(logits, allowed)
-  return Loss(
-    values,
-    weight,
-    {
-      "r@1": common.average(hit, weight),
-      "temperature": 1.0 / jnp.asarray(scale),
-      "bias": jnp.asarray(bias),
-    },
-  )
+  metrics = {
+    "r@1": common.average(hit, weight),
+    "temperature": 1.0 / jnp.asarray(scale),
+    "bias": jnp.asarray(bias),
+  }
+  return Loss(values, weight, metrics)

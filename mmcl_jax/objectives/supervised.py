@@ -41,10 +41,12 @@ def phenotype_regression(outputs, batch, of: str = "ecg", delta: float = 0.0) ->
     size = jnp.abs(error)
     linear = delta * (size - delta / 2)
     each = jnp.where(size <= delta, squared / 2, linear)
-  values = each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
+  count = known.sum(axis=1)
+  values = each.sum(axis=1) / jnp.maximum(count, 1)
   weight = common.row_weight(batch, of) * known.any(axis=1)
-  unexplained = (squared * weight[:, None]).sum()
-  total = (jnp.square(targets) * weight[:, None]).sum()
+  rows = weight[:, None]  # [B, 1]
+  unexplained = (squared * rows).sum()
+  total = (jnp.square(targets) * rows).sum()
   r2 = 1 - unexplained / jnp.where(total > 0, total, 1.0)
   return Loss(values, weight, {"r2": r2})
 
@@ -85,8 +87,11 @@ def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0
   def cross_entropy(smoothing):
     states = jnp.where(known, diseases, 0)
     wanted = states * (1 - smoothing) + smoothing / 2
-    each = jnp.where(known, jax.nn.softplus(odds) - wanted * odds, 0)
-    return each.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
+    # -q log p - (1 - q) log(1 - p), from the log-odds
+    each = jax.nn.softplus(odds) - wanted * odds
+    each = jnp.where(known, each, 0)
+    count = known.sum(axis=1)
+    return each.sum(axis=1) / jnp.maximum(count, 1)
 
   metrics = {"log_loss": common.average(cross_entropy(0.0), weight)}
   return Loss(cross_entropy(smoothing), weight, metrics)

@@ -461,7 +461,7 @@ def test_attention_is_the_softmax_of_the_model_s_own_parameters(run, pool, scan)
     np.asarray(signal, np.float64).reshape(2, 60, 100) @ params["patch_embed"]["kernel"]
     + params["patch_embed"]["bias"]
   )
-  x = x + model.bind(variables).ecg.sincos(60, 16)
+  x = x + ecg_vit.sincos_positions(60, 16)
   x = np.concatenate([np.broadcast_to(params["cls_token"], (2, 1, 16)), x], axis=1)
 
   def norm(z, q):

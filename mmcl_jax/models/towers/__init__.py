@@ -84,7 +84,9 @@ def complete(config: ConfigDict) -> ConfigDict:
       "config.model has no towers; it is of an earlier form of the configs, which had model.ecg "
       "and model.cmr: train again, in another workdir"
     )
-  towers = {name: complete_entry(name, spec) for name, spec in config.towers.items()}
+  towers = {}
+  for name, spec in config.towers.items():
+    towers[name] = complete_entry(name, spec)
   return ConfigDict(config.to_dict() | {"towers": towers})
 
 
@@ -99,19 +101,24 @@ def complete_entry(name: str, spec: ConfigDict) -> dict:
     raise UserError(
       f"{where}.view is {spec.get('view')!r}; expected one of {', '.join(views)}{hint}"
     )
-  part = find(spec["fn"], f"{where}.fn")
-  common = entry(spec["view"])
-  own = {key: value for key, value in spec.items() if key not in common}
-  without = (*common, *GIVEN, *OF_FLAX)
-  registry.check_parameters(part, own, where, spec["fn"], without=without)
-  known = registry.parameters(part, without=without)
-  defaults = {x.name: x.default for x in known if x.default is not x.empty}
-  found = common | defaults | dict(spec.items())
-  if name != ECG and found["planes"] is None:
+  tower = find(spec["fn"], f"{where}.fn")
+  values = entry(spec["view"])
+  without = (*values, *GIVEN, *OF_FLAX)
+  registry.check_parameters(tower, own_parameters(spec), where, spec["fn"], without=without)
+  for parameter in registry.parameters(tower, without=without):
+    if parameter.default is not parameter.empty:
+      values[parameter.name] = parameter.default
+  for key, value in spec.items():
+    values[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+  if name != ECG and values["planes"] is None:
     raise UserError(f"{where} does not set planes, how many of {spec['view']} the tower sees")
-  return {
-    key: value.to_dict() if isinstance(value, ConfigDict) else value for key, value in found.items()
-  }
+  return values
+
+
+def own_parameters(spec) -> dict:
+  """What an entry sets of the tower's own parameters."""
+  common = entry(spec["view"])
+  return {key: value for key, value in spec.items() if key not in common}
 
 
 def find(fn: str, where: str) -> type[nn.Module]:
@@ -120,27 +127,29 @@ def find(fn: str, where: str) -> type[nn.Module]:
   Nothing but a Flax module is accepted: the config of a workdir, which may come from somebody else,
   names towers too, and calling any function with the parameters there could run anything.
   """
-  part = registry.resolve(fn, BUILT_IN, where)
-  if not (isinstance(part, type) and issubclass(part, nn.Module)):
+  tower = registry.resolve(fn, BUILT_IN, where)
+  if not (isinstance(tower, type) and issubclass(tower, nn.Module)):
     raise UserError(f"{where} is {fn!r}, which is no flax.linen.Module class; expected a tower")
-  return part
+  return tower
 
 
 def build(spec, **given) -> nn.Module:
   """The module that a complete entry of config.model.towers describes; given: of GIVEN."""
-  part = find(spec["fn"], "fn")
-  common = entry(spec["view"])
-  own = {key: plain(value) for key, value in spec.items() if key not in common}
-  takes = {parameter.name for parameter in registry.parameters(part)}
-  return part(**own, **{name: x for name, x in (GIVEN | given).items() if name in takes})
+  tower = find(spec["fn"], "fn")
+  arguments = {key: hashable(value) for key, value in own_parameters(spec).items()}
+  signature = {parameter.name for parameter in registry.parameters(tower)}
+  for name, value in (GIVEN | given).items():
+    if name in signature:
+      arguments[name] = value
+  return tower(**arguments)
 
 
-def plain(value):
+def hashable(value):
   """A config's value as Flax wants it: hashable, lists as tuples."""
   if isinstance(value, (list, tuple)):
-    return tuple(plain(x) for x in value)
+    return tuple(hashable(x) for x in value)
   if isinstance(value, ConfigDict):
-    return {key: plain(x) for key, x in value.items()}
+    return {key: hashable(x) for key, x in value.items()}
   return value
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
@@ -86,16 +87,12 @@ class EcgViT(nn.Module):
         f"{where}.masked_view embeds the patches that a mask leaves visible; it needs "
         f"{where}.mask_ratio above 0"
       )
-    if self.decoder:
-      fits = len(self.decoder) == 3 and not (
-        self.decoder[0] % 4 or self.decoder[0] % self.decoder[2]
+    if self.decoder and not (self.mask_ratio and decoder_fits(self.decoder)):
+      raise UserError(
+        f"{where}.decoder is {self.decoder}; expected width (a multiple of 4 and of the heads), "
+        "blocks and heads of the masked autoencoder's decoder, or () for that of the size; it "
+        f"needs {where}.mask_ratio above 0"
       )
-      if not (fits and self.mask_ratio):
-        raise UserError(
-          f"{where}.decoder is {self.decoder}; expected width (a multiple of 4 and of the heads), "
-          "blocks and heads of the masked autoencoder's decoder, or () for that of the size; it "
-          f"needs {where}.mask_ratio above 0"
-        )
     if self.siamese and not self.mask_ratio:
       raise UserError(
         f"{where}.siamese compares two random masks; it needs {where}.mask_ratio above 0"
@@ -103,36 +100,19 @@ class EcgViT(nn.Module):
 
   def setup(self):
     size = vit.sized(self.size, self.decoder)
-    width, depth, heads = size["width"], size["depth"], size["heads"]
-    tokens = len(schema.LEADS) * self.samples // self.patch
-    normal = nn.initializers.normal
-    of_blocks, of_patches = {}, {}
+    width, heads = size["width"], size["heads"]
+    self.set_up_embedding(width)
+    of_blocks = {}
     if self.timm_start:
-      of_blocks = {"kernel_init": normal(0.02)}
-      of_patches = dict.fromkeys(("kernel_init", "bias_init"), vit.torch_uniform(self.patch))
-    self.patch_embed = vit.Dense(width, self.dtype, **of_patches)
-    cls_start = normal(1e-6 if self.timm_start else 0.02)
-    self.cls_token = self.param("cls_token", cls_start, (1, 1, width))
-    if self.positions == "learned":
-      table = jnp.asarray(self.sincos(tokens, width), jnp.float32)
-
-      def as_table(*_):
-        return jnp.pad(table, ((1, 0), (0, 0)))[None]
-
-      start = normal(0.02) if self.timm_start else as_table
-      self.pos_embed = self.param("pos_embed", start, (1, 1 + tokens, width))
-    self.blocks = [
-      vit.Block(
-        heads,
-        i,
-        self.drop_path * i / max(depth - 1, 1),
-        self.dtype,
-        dropout=self.dropout,
-        name=f"block{i}",
-        **of_blocks,
-      )
-      for i in range(depth)
-    ]
+      of_blocks["kernel_init"] = nn.initializers.normal(0.02)
+    self.blocks = vit.make_blocks(
+      size["depth"],
+      heads,
+      drop_path=self.drop_path,
+      dtype=self.dtype,
+      dropout=self.dropout,
+      **of_blocks,
+    )
     self.norm = nn.LayerNorm(epsilon=1e-6)
     if self.pool != "cls":
       self.fc_norm = nn.LayerNorm(epsilon=1e-6)
@@ -145,24 +125,59 @@ class EcgViT(nn.Module):
       self.head_layer = nn.Dense(self.head, name="head")
     if self.mask_ratio:
       self.mae_decoder = mae.Decoder(
-        *size["decoder"], self.patch, self.dtype, self.remat, self.scan, name="decoder"
+        *size["decoder"],
+        patch=self.patch,
+        dtype=self.dtype,
+        remat=self.remat,
+        scan=self.scan,
+        name="decoder",
       )
     if self.siamese:
-      projector, predictor = SIMSIAM
+      hidden, hidden_of_predictor = SIMSIAM
       self.projector = Projection(
-        projector, width, norm=True, last="plain", name="siamese_projector"
+        hidden,
+        width,
+        norm=True,
+        last="plain",
+        name="siamese_projector",
       )
       self.predictor = Projection(
-        predictor, width, norm=True, last="none", name="siamese_predictor"
+        hidden_of_predictor,
+        width,
+        norm=True,
+        last="none",
+        name="siamese_predictor",
       )
 
-  def sincos(self, tokens, width):
-    return vit.sincos_2d(len(schema.LEADS), tokens // len(schema.LEADS), width)
+  def set_up_embedding(self, width):
+    """The Linear of a patch, the CLS token, and learned positions."""
+    normal = nn.initializers.normal
+    of_patches = {}
+    if self.timm_start:
+      start = vit.torch_uniform(self.patch)
+      of_patches = {"kernel_init": start, "bias_init": start}
+    self.patch_embed = vit.Dense(width, self.dtype, **of_patches)
+    cls_start = normal(1e-6 if self.timm_start else 0.02)
+    self.cls_token = self.param("cls_token", cls_start, (1, 1, width))
+    if self.positions != "learned":
+      return
+    tokens = len(schema.LEADS) * self.samples // self.patch
+
+    def sincos(*_):
+      table = jnp.asarray(sincos_positions(tokens, width), jnp.float32)
+      return jnp.pad(table, ((1, 0), (0, 0)))[None]  # that of the CLS token is 0
+
+    start = normal(0.02) if self.timm_start else sincos
+    self.pos_embed = self.param("pos_embed", start, (1, 1 + tokens, width))
 
   def tokens(self, ecg, keep=None, keys=None, conditions=None):
-    """Args: ecg [B, L, T]; keep [B, M] patches to look at (None: all); keys [B] for dropout and
-    drop-path (None: evaluation); conditions [B, V] standardised covariates, where the config says
-    `film`.
+    """Encodes patches.
+
+    Args:
+      ecg: [B, L, T].
+      keep: [B, M], the patches to encode; None: all.
+      keys: [B], for dropout and drop-path; None: evaluation.
+      conditions: [B, V], standardised covariates, where the config says `film`.
 
     Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
     """
@@ -173,19 +188,24 @@ class EcgViT(nn.Module):
     if learned:
       position = self.pos_embed[:, 1:]
     else:
-      position = jnp.asarray(self.sincos(N, width), x.dtype)[None]
+      position = jnp.asarray(sincos_positions(N, width), x.dtype)[None]  # [1, N, D]
     if keep is not None:  # masking first: hidden patches need no embedding
       x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
       position = position[0][keep]
-    x = self.patch_embed(x)
+    x = self.patch_embed(x)  # [B, M, D]
     x += position.astype(x.dtype)
-    cls = self.cls_token + self.pos_embed[:, :1] if learned else self.cls_token
-    x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, width)).astype(x.dtype), x], axis=1)
+    cls = self.cls_token
+    if learned:
+      cls = cls + self.pos_embed[:, :1]
+    cls = jnp.broadcast_to(cls, (B, 1, width))
+    x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
     x = vit.dropout(x, keys, self.dropout, 0)
     if self.film and not self.film_after:
       x = self.modulate(x, conditions)
     x = vit.apply_blocks(self.blocks, x, keys, self.remat, self.scan)
-    return self.modulate(x, conditions) if self.film_after else x
+    if self.film_after:
+      x = self.modulate(x, conditions)
+    return x
 
   def pooled(self, tokens):
     """tokens [B, 1 + M, D] -> embedding [B, D], at least float32."""
@@ -200,8 +220,9 @@ class EcgViT(nn.Module):
   def locate(self, tokens):
     """tokens [B, N, D] of patches -> [B, N, D]: the embedding that each would give if all tokens,
     CLS too, were like it."""
-    alone = tokens.reshape(-1, 1, tokens.shape[-1])
-    return self.pooled(jnp.repeat(alone, 2, axis=1)).reshape(tokens.shape)
+    alone = tokens.reshape(-1, 1, tokens.shape[-1])  # [B N, 1, D]
+    sequences = jnp.repeat(alone, 2, axis=1)  # as CLS token, and as the only patch
+    return self.pooled(sequences).reshape(tokens.shape)
 
   def features(self, embedding):
     """What the projection head sees: the embedding, or timm's `head` of it."""
@@ -211,7 +232,8 @@ class EcgViT(nn.Module):
 
   def __call__(self, ecg, rows=None, train=False, keys=None, conditions=None):
     """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]."""
-    return self.embed_visible({"visible": self.tokens(ecg, keys=keys, conditions=conditions)})
+    tokens = self.tokens(ecg, keys=keys, conditions=conditions)
+    return self.embed_visible({"visible": tokens})
 
   def embed_visible(self, seen):
     """Tokens [B, M, D] and embedding [B, D] of the visible patches of a glimpse."""
@@ -221,7 +243,8 @@ class EcgViT(nn.Module):
   def fill_in(self, ecg, keep, restore, conditions=None):
     """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives
     it."""
-    return self.decode(self.tokens(ecg, keep, conditions=conditions), restore)
+    visible = self.tokens(ecg, keep, conditions=conditions)
+    return self.decode(visible, restore)
 
   def decode(self, visible, restore):
     return self.mae_decoder(self.norm(visible), restore, len(schema.LEADS))
@@ -255,13 +278,25 @@ class EcgViT(nn.Module):
       "patch_mask": seen["mask"].reshape(B, L, -1),
     }
     if self.siamese:
-      other_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(mask_keys)
+
+      def fold(key):
+        return jax.random.fold_in(key, 1)
+
+      other_keys = jax.vmap(fold)(mask_keys)
       other = self.glimpse(ecg, other_keys, conditions)
-      views = [self.norm(x["visible"])[:, 1:].mean(axis=1) for x in (seen, other)]
-      z = [self.projector(view, rows, train) for view in views]  # statistics: of a view
-      p = [self.predictor(x, rows, train) for x in z]
-      outputs["siamese"] = {"projection": jnp.stack(z), "prediction": jnp.stack(p)}
+      outputs["siamese"] = self.siamese_outputs([seen, other], rows, train)
     return outputs
+
+  def siamese_outputs(self, views, rows, train):
+    """SimSiam's projections and predictions [2, B, E] of what is visible in two views."""
+    embeddings = []
+    for view in views:
+      patches = self.norm(view["visible"])[:, 1:]
+      embeddings.append(patches.mean(axis=1))
+    # one call a view: batch statistics are of one view
+    projections = [self.projector(x, rows, train) for x in embeddings]
+    predictions = [self.predictor(x, rows, train) for x in projections]
+    return {"projection": jnp.stack(projections), "prediction": jnp.stack(predictions)}
 
   def attention_map(self, qkv):
     """[B, N]: what each patch gets of the attention that ends in the embedding, mean over heads.
@@ -274,20 +309,37 @@ class EcgViT(nn.Module):
       qkv: {layer: [B, 1 + N, 3 D]}, what the `qkv` of each layer gives.
     """
     size = vit.sized(self.size)
-    pool = self.pool == "attention"
-    layer = "pool" if pool else f"block{size['depth'] - 1}"
+    layer = "pool" if self.pool == "attention" else f"block{size['depth'] - 1}"
     q, k = vit.queries_and_keys(qkv[layer], size["heads"])
-    if pool:
-      return vit.attention_weights(q.mean(axis=1, keepdims=True), k).mean(axis=(1, 2))
-    asking = q[:, :1] if self.pool == "cls" else q[:, 1:]
-    return vit.attention_weights(asking, k).mean(axis=(1, 2))[:, 1:]
+    if self.pool == "attention":
+      query = q.mean(axis=1, keepdims=True)
+      return vit.attention_weights(query, k).mean(axis=(1, 2))
+    queries = q[:, :1] if self.pool == "cls" else q[:, 1:]
+    weights = vit.attention_weights(queries, k).mean(axis=(1, 2))  # [B, 1 + N]
+    return weights[:, 1:]
+
+
+def sincos_positions(tokens: int, width: int) -> np.ndarray:
+  """Fixed positions [tokens, width] of patches that lie lead by lead."""
+  leads = len(schema.LEADS)
+  return vit.sincos_2d(leads, tokens // leads, width)
+
+
+def decoder_fits(decoder) -> bool:
+  """Is it width, blocks and heads, with a width of which sine-cosine positions and heads can be
+  made?"""
+  if len(decoder) != 3:
+    return False
+  width, _, heads = decoder
+  return width % 4 == 0 and width % heads == 0
 
 
 def check_patches(where: str, size, patch: int, samples: int) -> None:
   """Raises a UserError for an unknown size, or a patch that does not divide the samples."""
+  needed = {"width", "depth", "heads"}
   if isinstance(size, str):
     one_of(where, "size", size, vit.SIZES)
-  elif not {"width", "depth", "heads"} <= set(size) <= {"width", "depth", "heads", "decoder"}:
+  elif not needed <= set(size) <= needed | {"decoder"}:
     raise UserError(
       f"{where}.size is {dict(size)}; expected one of {', '.join(vit.SIZES)}, or "
       "dict(width, depth, heads, decoder)"

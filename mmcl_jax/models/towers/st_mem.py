@@ -20,6 +20,7 @@ from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.towers.ecg_vit import check_patches
 
 EPSILON = 1e-5
+L = len(schema.LEADS)
 
 
 class StMem(nn.Module):
@@ -40,27 +41,22 @@ class StMem(nn.Module):
 
   def setup(self):
     size = vit.sized(self.size)
-    width, depth = size["width"], size["depth"]
+    width, columns = size["width"], self.samples // self.patch
     normal = nn.initializers.normal(0.02)
     self.patch_norm = nn.LayerNorm(epsilon=EPSILON)
     self.patch_embed = vit.Dense(width, self.dtype)
     self.embed_norm = nn.LayerNorm(epsilon=EPSILON)
-    self.pos_embed = self.param("pos_embed", normal, (1, self.samples // self.patch + 2, width))
+    # those of the separators first and last
+    self.pos_embed = self.param("pos_embed", normal, (1, columns + 2, width))
     self.sep_embed = self.param("sep_embed", normal, (width,))
-    self.lead_embed = [
-      self.param(f"lead_embed{i}", normal, (width,)) for i in range(len(schema.LEADS))
-    ]
-    self.blocks = [
-      vit.Block(
-        size["heads"],
-        i,
-        self.drop_path * i / max(depth - 1, 1),
-        self.dtype,
-        EPSILON,
-        name=f"block{i}",
-      )
-      for i in range(depth)
-    ]
+    self.lead_embed = [self.param(f"lead_embed{i}", normal, (width,)) for i in range(L)]
+    self.blocks = vit.make_blocks(
+      size["depth"],
+      size["heads"],
+      drop_path=self.drop_path,
+      dtype=self.dtype,
+      epsilon=EPSILON,
+    )
     self.norm = nn.LayerNorm(epsilon=EPSILON)
     if self.head:
       self.head_layer = nn.Dense(self.head, name="head")
@@ -68,22 +64,26 @@ class StMem(nn.Module):
   def tokens(self, ecg, keys=None):
     """ecg [B, L, T], keys [B] for drop-path (None: evaluation) -> patch tokens [B, N, D] before the
     last norm."""
-    B, L, _ = ecg.shape
+    B = ecg.shape[0]
     x = self.patch_norm(ecg.reshape(B, L, -1, self.patch))
-    x = self.embed_norm(self.patch_embed(x)) + self.pos_embed[:, None, 1:-1]
+    x = self.embed_norm(self.patch_embed(x))  # [B, L, n, D]
+    x = x + self.pos_embed[:, None, 1:-1]
+    width = x.shape[-1]
 
     def separator(end):
-      one = self.sep_embed + self.pos_embed[:, end]
-      return jnp.broadcast_to(one, (B, L, x.shape[-1]))[:, :, None]
+      embedding = self.sep_embed + self.pos_embed[:, end]
+      return jnp.broadcast_to(embedding, (B, L, width))[:, :, None]
 
-    x = jnp.concatenate([separator(0), x, separator(-1)], axis=2)
+    x = jnp.concatenate([separator(0), x, separator(-1)], axis=2)  # [B, L, n + 2, D]
     x = x + jnp.stack(self.lead_embed)[:, None]
-    x = x.reshape(B, -1, x.shape[-1]).astype(self.dtype)
-    return patches(vit.apply_blocks(self.blocks, x, keys, self.remat, self.scan))
+    x = x.reshape(B, -1, width).astype(self.dtype)
+    x = vit.apply_blocks(self.blocks, x, keys, self.remat, self.scan)
+    return patches(x)
 
   def pooled(self, tokens):
     """tokens [B, N, D] -> embedding [B, D], at least float32."""
-    return self.norm(at_least_float32(tokens).mean(axis=1))
+    mean = at_least_float32(tokens).mean(axis=1)
+    return self.norm(mean)
 
   def locate(self, tokens):
     """tokens [B, N, D] -> [B, N, D]: the embedding that each would give if all tokens were like
@@ -103,14 +103,14 @@ class StMem(nn.Module):
     """[B, N]: what each patch gets of the other patches' attention in the last block, mean over
     heads; see ecg_vit.EcgViT.attention_map."""
     size = vit.sized(self.size)
-    q, k = vit.queries_and_keys(qkv[f"block{size['depth'] - 1}"], size["heads"])
-    return patches(vit.attention_weights(patches(q), k).mean(axis=(1, 2)))
+    last = f"block{size['depth'] - 1}"
+    q, k = vit.queries_and_keys(qkv[last], size["heads"])
+    weights = vit.attention_weights(patches(q), k).mean(axis=(1, 2))  # [B, L (n + 2)]
+    return patches(weights)
 
 
 def patches(x):
   """Sequence [B, L (n + 2), ...] with separators -> the patches' [B, L n, ...]."""
-  B, length = x.shape[:2]
-  L = len(schema.LEADS)
-  return x.reshape(B, L, length // L, *x.shape[2:])[:, :, 1:-1].reshape(
-    B, length - 2 * L, *x.shape[2:]
-  )
+  B, length, *rest = x.shape
+  by_lead = x.reshape(B, L, length // L, *rest)
+  return by_lead[:, :, 1:-1].reshape(B, length - 2 * L, *rest)
