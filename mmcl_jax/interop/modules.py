@@ -113,82 +113,84 @@ class Modules(NamedTuple):
 def split(state: dict[str, np.ndarray], options: Options, path) -> Modules:
   """Raises UserError where a key belongs to no module, or the user must say which tower is
   wanted."""
-  found = leave_others(assign(state, options, path), options)
-  for module in found.arrays:
+  modules = leave_others(assign(state, options, path), options)
+  for module in modules.arrays:
     if not module.startswith("head_"):
-      found.kinds[module] = layout(found, module, path)
-  return check(call(found, options, path), options, path)
+      modules.kinds[module] = layout(modules, module, path)
+  return check(call(modules, options, path), options, path)
 
 
-def leave_others(found: Modules, options: Options) -> Modules:
+def leave_others(modules: Modules, options: Options) -> Modules:
   """Takes out the encoders beside a named one that is wanted, which may be of any layout, and their
   heads."""
-  towers = {module: module.removeprefix("cmr_").removeprefix("head_") for module in found.arrays}
+  towers = {module: module.removeprefix("cmr_").removeprefix("head_") for module in modules.arrays}
   encoders = {tower for module, tower in towers.items() if not module.startswith("head_")}
   if options.tower in encoders:
     for module, tower in towers.items():
       if tower in encoders and tower != options.tower:
-        found.ignore(module, "other towers", "")
-        del found.arrays[module]
-  return found
+        modules.ignore(module, "other towers", "")
+        del modules.arrays[module]
+  return modules
 
 
 def assign(state, options, path) -> Modules:
   """Every key to its module, kinds still unknown. A key may stand twice where its arrays are
   equal."""
-  found = Modules(collections.defaultdict(dict), {}, {}, {}, collections.defaultdict(list))
-  # Without the parts that wrappers put into a name.
-  plains = {
-    key: ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
-    for key in state
-  }
-  idle = [
-    (beginning, what)
-    for beginning, others, what in IDLE
-    if any(plain.startswith(others) for plain in plains.values())
-  ]
+  modules = Modules(collections.defaultdict(dict), {}, {}, {}, collections.defaultdict(list))
+  plains = {key: without_wrappers(key) for key in state}
+  idle = []
+  for beginning, others, what in IDLE:
+    if any(plain.startswith(others) for plain in plains.values()):
+      idle.append((beginning, what))
   for key, array in state.items():
     plain = plains[key]
     reasons = [f"--ignore={regex}" for regex in options.ignore if re.search(regex, key)]
     reasons += [what for beginning, what in idle if plain.startswith(beginning)]
     reasons += [what for regex, what in IGNORED if re.search(regex, plain)]
     if reasons:
-      found.ignored[reasons[0]].append(key)
+      modules.ignored[reasons[0]].append(key)
       continue
-    match, module = next(
-      (match, module) for regex, module in MODULES if (match := re.match(regex, plain))
-    )
-    module = module or match["ours"]
-    rest = re.sub(r"^(model|encoder|backbone)\.", "", plain[match.end() :])
-    arrays = found.arrays[module]
+    module, rest = module_and_rest(plain)
+    arrays = modules.arrays[module]
     if rest in arrays and not np.array_equal(arrays[rest], array):
       raise UserError(
-        f"{path} has {found.theirs[f'{module}.{rest}']} and {key}, which both are {module}.{rest} "
-        "and differ; leave one out with --ignore=REGEX"
+        f"{path} has {modules.theirs[f'{module}.{rest}']} and {key}, which both are "
+        f"{module}.{rest} and differ; leave one out with --ignore=REGEX"
       )
-    arrays[rest], found.theirs[f"{module}.{rest}"] = array, key
-    found.prefixes.setdefault(module, key.removesuffix(rest))
-  return found
+    arrays[rest], modules.theirs[f"{module}.{rest}"] = array, key
+    modules.prefixes.setdefault(module, key.removesuffix(rest))
+  return modules
 
 
-def layout(found: Modules, module: str, path) -> str:
+def without_wrappers(key: str) -> str:
+  """A key without what DistributedDataParallel and torch.compile put into it."""
+  names = [name for name in key.split(".") if name not in ("module", "_orig_mod")]
+  return ".".join(names)
+
+
+def module_and_rest(key: str) -> tuple[str, str]:
+  """The module that a key belongs to, by the first of MODULES that fits (the last fits all), and
+  the key within it."""
+  fitting = ((re.match(regex, key), module) for regex, module in MODULES)
+  match, module = next((match, module) for match, module in fitting if match)
+  within = re.sub(r"^(model|encoder|backbone)\.", "", key[match.end() :])
+  return module or match["ours"], within
+
+
+def layout(modules: Modules, module: str, path) -> str:
   """Tells the kind of an encoder, and brings its keys to the names that `naming` knows."""
-  keys = found.arrays[module]
-  kind = next(
-    (kind for kind, (_, regex) in LAYOUTS.items() if any(re.search(regex, key) for key in keys)),
-    None,
-  )
+  keys = modules.arrays[module]
+  kind = layout_of(keys)
   if kind is None:
-    shown = sorted(found.theirs[f"{module}.{key}"] for key in keys)
+    shown = sorted(modules.theirs[f"{module}.{key}"] for key in keys)
     more = f" and {len(shown) - 5} more keys" if len(shown) > 5 else ""
-    others = [
-      other.removeprefix("cmr_")
-      for other in found.arrays
-      if not other.startswith("head_") and other != module
-    ]
-    advice = (
-      f"take another encoder alone with --tower=, one of {', '.join(others)}, or " if others else ""
-    )
+    others = []
+    for other in modules.arrays:
+      if not other.startswith("head_") and other != module:
+        others.append(other.removeprefix("cmr_"))
+    advice = ""
+    if others:
+      advice = f"take another encoder alone with --tower=, one of {', '.join(others)}, or "
     raise UserError(
       f"{path} has {', '.join(shown[:5])}{more}, which no layout explains; expected "
       f"{', '.join(text for text, _ in LAYOUTS.values())}; {advice}leave out with --ignore=REGEX "
@@ -200,64 +202,71 @@ def layout(found: Modules, module: str, path) -> str:
       renamed = re.sub(pattern, text, renamed)
     if renamed != key:
       keys[renamed] = keys.pop(key)
-      found.theirs[f"{module}.{renamed}"] = found.theirs.pop(f"{module}.{key}")
+      modules.theirs[f"{module}.{renamed}"] = modules.theirs.pop(f"{module}.{key}")
   return kind
 
 
-def call(found: Modules, options: Options, path) -> Modules:
+def layout_of(keys) -> str | None:
+  """The first of LAYOUTS whose regex one of the keys matches."""
+  for kind, (_, regex) in LAYOUTS.items():
+    if any(re.search(regex, key) for key in keys):
+      return kind
+  return None
+
+
+def call(modules: Modules, options: Options, path) -> Modules:
   """Gives the only encoder of a file its name, and its head the same."""
-  if len(found.kinds) != 1:
-    return found
-  ((module, kind),) = found.kinds.items()
+  if len(modules.kinds) != 1:
+    return modules
+  ((module, kind),) = modules.kinds.items()
   default = DEFAULT[kind] if module == "*" else module.removeprefix("cmr_")
   tower = options.tower or default
   if (kind in OF_ECG) != (tower == "ecg"):
-    what, advice = (
-      ("an ECG", "leave --tower out")
-      if kind in OF_ECG
-      else ("a CMR", "give it another with --tower=NAME")
-    )
+    what, advice = "a CMR", "give it another with --tower=NAME"
+    if kind in OF_ECG:
+      what, advice = "an ECG", "leave --tower out"
     raise UserError(f"{path} holds {what} encoder, which the name {tower} is not for; {advice}")
   if not re.fullmatch(r"\w+", tower):
     raise UserError(f"--tower={tower}; expected a name of letters, digits and underscores")
-  renamed = {module: "ecg" if kind in OF_ECG else f"cmr_{tower}"} | dict.fromkeys(
-    ("head_*", f"head_{default}"), f"head_{tower}"
-  )
-
-  def name(module):
-    return renamed.get(module, module)
-
-  theirs = {
-    f"{name(key.partition('.')[0])}.{key.partition('.')[2]}": theirs
-    for key, theirs in found.theirs.items()
+  renamed = {
+    module: "ecg" if kind in OF_ECG else f"cmr_{tower}",
+    "head_*": f"head_{tower}",
+    f"head_{default}": f"head_{tower}",
   }
-  arrays, kinds, prefixes = (
-    {name(module): value for module, value in of.items()}
-    for of in (found.arrays, found.kinds, found.prefixes)
+
+  def by_new_name(by_module):
+    return {renamed.get(module, module): value for module, value in by_module.items()}
+
+  theirs = {}
+  for key, their_key in modules.theirs.items():
+    module, _, rest = key.partition(".")
+    theirs[f"{renamed.get(module, module)}.{rest}"] = their_key
+  return Modules(
+    arrays=by_new_name(modules.arrays),
+    kinds=by_new_name(modules.kinds),
+    theirs=theirs,
+    prefixes=by_new_name(modules.prefixes),
+    ignored=modules.ignored,
   )
-  return Modules(arrays, kinds, theirs, prefixes, found.ignored)
 
 
-def check(found: Modules, options: Options, path) -> Modules:
-  """`found`, whose encoders are what they are named, with the tower that the user wants among
+def check(modules: Modules, options: Options, path) -> Modules:
+  """`modules`, whose encoders are what they are named, with the tower that the user wants among
   them."""
-  wrong = [
-    module
-    for module, kind in found.kinds.items()
-    if module == "*" or (kind in OF_ECG) != (module == "ecg")
-  ]
-  strange = sorted(
-    found.theirs[f"{module}.{key}"] for module in wrong for key in found.arrays[module]
-  )
-  if not found.kinds or strange:
+  strange = []
+  for module, kind in modules.kinds.items():
+    if module == "*" or (kind in OF_ECG) != (module == "ecg"):
+      strange += [modules.theirs[f"{module}.{key}"] for key in modules.arrays[module]]
+  if not modules.kinds or strange:
+    shown = ", ".join(sorted(strange)[:5]) or "no encoder"
     raise UserError(
-      f"{path} holds {', '.join(strange[:5]) or 'no encoder'}; expected an encoder of the ECG (a "
+      f"{path} holds {shown}; expected an encoder of the ECG (a "
       "ViT), encoders of CMR (ResNets), or both under names such as encoder_ecg. and "
       "encoder_imaging.; leave out with --ignore=REGEX what is none of them"
     )
-  towers = [module.removeprefix("cmr_") for module in found.kinds]
+  towers = [module.removeprefix("cmr_") for module in modules.kinds]
   if options.tower and options.tower not in towers:
     raise UserError(
       f"{path} holds the towers {', '.join(towers)}; --tower={options.tower} is none of them"
     )
-  return found
+  return modules

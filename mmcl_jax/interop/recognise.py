@@ -20,18 +20,31 @@ MAX_DEPTH, MAX_WIDTH = 200, 16384  # beyond them it is no model but a way to tak
 # Width and blocks -> attention heads, of published encoders: our sizes; MMCL's and CardiacNets'
 # small, medium, big and huge (ECGEncoder.py); timm's ViT-Ti and ViT-S. The same of decoders: ours,
 # and that of MMCL's big.
-HEADS = {(size["width"], size["depth"]): size["heads"] for size in vit.SIZES.values()}
-HEADS |= {(512, 4): 8, (640, 6): 8, (768, 8): 8, (1280, 32): 16, (192, 12): 3, (384, 12): 6}
-DECODER_HEADS = {size["decoder"][:2]: size["decoder"][2] for size in vit.SIZES.values()}
-DECODER_HEADS |= {(256, 4): 8, (512, 8): 16}
+HEADS = {(size["width"], size["depth"]): size["heads"] for size in vit.SIZES.values()} | {
+  (512, 4): 8,
+  (640, 6): 8,
+  (768, 8): 8,
+  (1280, 32): 16,
+  (192, 12): 3,
+  (384, 12): 6,
+}
+DECODER_HEADS = {size["decoder"][:2]: size["decoder"][2] for size in vit.SIZES.values()} | {
+  (256, 4): 8,
+  (512, 8): 16,
+}
 
 
-class Found(NamedTuple):
-  """config: of the model; samples: of an ECG; modules: the arrays that are to become its variables.
+class Recognised(NamedTuple):
+  """What a state dict is recognised as.
 
-  fresh: paths of parameters that the file does not have -> what they are set to; troubles: what
-  makes it unusable;
-  notes: what the user is told; covariates: how many the ECG encoder takes (FiLM).
+  Attributes:
+    config: of the model.
+    samples: of an ECG.
+    modules: the arrays that are to become its variables.
+    fresh: paths of parameters that the file does not have -> what they are set to.
+    troubles: what makes it unusable.
+    notes: lines for the user.
+    covariates: how many the ECG encoder takes (FiLM).
   """
 
   config: ConfigDict
@@ -45,24 +58,26 @@ class Found(NamedTuple):
 
 def recognise(
   state: dict[str, np.ndarray], metadata: dict[str, str], options: Options, path
-) -> Found:
+) -> Recognised:
   """Raises UserError where no layout is known, or where the user must say more."""
   c = configuration.defaults(batch=32, steps=1)
   modules = split(state, options, path)
-  found = Found(c.model, options.samples or c.data.samples, modules, {}, [], [])
+  recognised = Recognised(c.model, options.samples or c.data.samples, modules, {}, [], [])
   widths = {}
   for module, kind in modules.kinds.items():
     if kind in OF_ECG:
       of_kind = ecg if kind == "ecg_vit" else st_mem
-      spec, samples, widths["ecg"] = of_kind(found, metadata, options)
+      spec, samples, width = of_kind(recognised, metadata, options)
+      widths["ecg"] = width
       c.model.towers.ecg = {"fn": kind, "view": "ecg", **spec}
       covariates = last_axis(modules.arrays["ecg"], r"^fcs\.0\.weight$")
-      found = found._replace(samples=samples, covariates=covariates)
+      recognised = recognised._replace(samples=samples, covariates=covariates)
     else:
       name = module.removeprefix("cmr_")
-      c.model.towers[name], widths[name] = cmr(found, kind, name, options)
-  c.model.projection.update(projection(found, widths, path))
-  return found
+      spec, widths[name] = cmr(recognised, kind, name, options)
+      c.model.towers[name] = spec
+  c.model.projection.update(projection(recognised, widths, path))
+  return recognised
 
 
 def common(values, default):
@@ -88,7 +103,8 @@ def count(keys, regex: str) -> int:
   total = 0
   for key in keys:
     if match := re.search(regex, key):
-      total = max(total, int(match[1][:9]) + 1)
+      number = int(match[1][:9])
+      total = max(total, number + 1)
   if total > MAX_DEPTH:
     raise UserError(f"the file numbers {total} blocks; expected at most {MAX_DEPTH}")
   return total
@@ -97,20 +113,28 @@ def count(keys, regex: str) -> int:
 # ---- the ECG encoder
 
 
-def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
+def ecg(recognised: Recognised, metadata, options: Options) -> tuple[dict, int, int]:
   """Config of the ECG tower, its samples, the width that its projection head sees. Takes out what
   are fixed tables."""
-  keys, head = found.modules.arrays["ecg"], found.modules.arrays.get("head_ecg", {})
+  keys = recognised.modules.arrays["ecg"]
   decodes = any(key.startswith(("decoder_", "mask_token")) for key in keys)
   width, depth, heads = transformer(
-    keys, "", r"cls_token|pos_embed|norm\.weight|fc_norm\.weight", options, metadata
+    keys,
+    "",
+    r"cls_token|pos_embed|norm\.weight|fc_norm\.weight",
+    options,
+    metadata,
   )
   size = {"width": width, "depth": depth, "heads": heads}
   if decodes:
     size["decoder"] = transformer(
-      keys, "decoder_", r"decoder_embed\.bias|mask_token|decoder_norm\.weight", options, metadata
+      keys,
+      "decoder_",
+      r"decoder_embed\.bias|mask_token|decoder_norm\.weight",
+      options,
+      metadata,
     )
-    found.notes.append(
+    recognised.notes.append(
       "mask ratio 0.8, which the file does not say (config.model.towers.ecg.mask_ratio)"
     )
   named = named_size(size)
@@ -122,32 +146,38 @@ def ecg(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
     "mask_ratio": 0.8 if decodes else 0.0,
     "head": 0,
   }
-  spec["positions"], samples = positions(found, width, patch, options)
+  spec["positions"], samples = positions(recognised, width, patch, options)
   if "decoder_pos_embed" in keys:
-    decoder_positions(found, size["decoder"][0])
-  spec["pool"] = pooling(found, decodes, options)
-  modulated = "fcs.0.weight" in keys
-  if modulated:
+    decoder_positions(recognised, size["decoder"][0])
+  spec["pool"] = pooling(recognised, decodes, options)
+  if "fcs.0.weight" in keys:
     spec |= {"film": True, "film_after": True}
     covariates = last_axis(keys, "fcs.0.weight")
-    found.notes.append(
+    recognised.notes.append(
       f"its tokens are modulated by {covariates} covariates, standardised, in the file's order"
     )
-
   if "head.weight" in keys:
-    out = len(keys["head.weight"])
-    if "layers.0.weight" in head and head["layers.0.weight"].shape[-1] != out:
-      # as in MMCL
-      found.modules.ignore("ecg", "head., which the projection head passes by", "head.")
-    else:
-      spec["head"] = out
-      spec["head_norm"] = spec["pool"] == "attention" and not head and not modulated
-  found.notes.insert(0, ecg_note(spec, size, samples))
+    spec |= timm_head(recognised, spec["pool"])
+  recognised.notes.insert(0, ecg_note(spec, size, samples))
   if spec.get("head_norm"):
-    found.notes.append(
+    recognised.notes.append(
       "its head sees the embedding through fc_norm once more, as in MMCL's code for fine-tuning"
     )
   return spec, samples, spec["head"] or width
+
+
+def timm_head(recognised: Recognised, pool: str) -> dict:
+  """head and head_norm of the ECG tower whose file has timm's `head`."""
+  keys = recognised.modules.arrays["ecg"]
+  width = len(keys["head.weight"])
+  projection_head = recognised.modules.arrays.get("head_ecg", {})
+  first = projection_head.get("layers.0.weight")
+  if first is not None and first.shape[-1] != width:
+    # as in MMCL
+    recognised.modules.ignore("ecg", "head., which the projection head passes by", "head.")
+    return {}
+  fine_tuned = not projection_head and "fcs.0.weight" not in keys
+  return {"head": width, "head_norm": pool == "attention" and fine_tuned}
 
 
 def ecg_note(spec: dict, size: dict, samples: int) -> str:
@@ -194,7 +224,8 @@ def transformer(keys, prefix: str, others: str, options: Options, metadata) -> t
   if prefix:
     what, flag, published = "decoder", "decoder_heads", DECODER_HEADS
   depth = count(keys, rf"^{prefix}blocks\.(\d+)\.")
-  heads = getattr(options, flag) or stated_heads(metadata, flag) or published.get((width, depth))
+  stated = getattr(options, flag) or stated_heads(metadata, flag)
+  heads = stated or published.get((width, depth))
   if not heads:
     sizes = []
     for (wide, blocks), number in sorted(published.items()):
@@ -215,17 +246,17 @@ def stated_heads(metadata, flag: str) -> int:
   return int(text) if re.fullmatch(r"\d{1,4}", text) else 0
 
 
-def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
+def st_mem(recognised: Recognised, metadata, options: Options) -> tuple[dict, int, int]:
   """`ecg` of ST-MEM's encoder. Its heads are 64 wide; the decoder of a whole autoencoder is left
   out."""
-  found.modules.ignore(
+  recognised.modules.ignore(
     "ecg",
     "ST-MEM's decoder, which works lead by lead",
     "to_decoder_embedding.",
     "mask_embedding",
     "decoder_",
   )
-  keys = found.modules.arrays["ecg"]
+  keys = recognised.modules.arrays["ecg"]
   width = last_axis(keys, r"^(sep_embedding|lead_embeddings\.\d+|norm\.weight)$")
   heads = options.heads or stated_heads(metadata, "heads") or width // 64
   if not 0 < width <= MAX_WIDTH or not heads or width % heads:
@@ -256,21 +287,23 @@ def st_mem(found: Found, metadata, options: Options) -> tuple[dict, int, int]:
     f"ECG encoder: ST-MEM, {width} wide, {depth} blocks, {heads} heads (size "
     f"{named or 'of its own'}), patches of {patch} samples, {samples} samples"
   )
-  found.notes.append(f"{note}, head {head}" if head else note)
+  recognised.notes.append(f"{note}, head {head}" if head else note)
   spec = {"size": named or size, "patch": patch, "head": head}
   return spec, samples, head or width
 
 
 def table(columns: int, width: int) -> np.ndarray:
   """Fixed positions with those of the CLS token, which are 0: [1, 1 + L columns, width]."""
-  return np.pad(vit.sincos_2d(L, columns, width), ((1, 0), (0, 0)))[None]
+  of_patches = vit.sincos_2d(L, columns, width)
+  return np.pad(of_patches, ((1, 0), (0, 0)))[None]
 
 
 def has_positions(x, width: int) -> bool:
   """Is x [1, 1 + L n, width]?"""
-  if x.ndim != 3 or (x.shape[0], x.shape[2]) != (1, width):
+  if x.ndim != 3:
     return False
-  return x.shape[1] > L and x.shape[1] % L == 1
+  count, length, last = x.shape
+  return count == 1 and last == width and length > L and length % L == 1
 
 
 def is_table(x, width: int) -> bool:
@@ -281,15 +314,15 @@ def is_table(x, width: int) -> bool:
   return np.abs(x - fixed).max() < 1e-5
 
 
-def positions(found: Found, width: int, patch: int, options: Options) -> tuple[str, int]:
+def positions(recognised: Recognised, width: int, patch: int, options: Options) -> tuple[str, int]:
   """ "sincos" or "learned", and how many samples the encoder sees."""
-  keys, theirs = found.modules.arrays["ecg"], found.modules.theirs
+  keys, theirs = recognised.modules.arrays["ecg"], recognised.modules.theirs
   x = keys.get("pos_embed")
   if x is None or not has_positions(x, width):
     what = "missing: pos_embed"
     if x is not None:
       what = f"of another shape: {theirs['ecg.pos_embed']} {x.shape}"
-    found.troubles.append(f"{what}, expected (1, 1 + {L} n, {width})")
+    recognised.troubles.append(f"{what}, expected (1, 1 + {L} n, {width})")
     keys.pop("pos_embed", None)
     return "sincos", 50 * patch
   samples = x.shape[1] // L * patch
@@ -301,26 +334,27 @@ def positions(found: Found, width: int, patch: int, options: Options) -> tuple[s
       f"the encoder has learned positions for {samples} samples, --samples={options.samples} are "
       "others; convert it as it is, and let config.init_from interpolate them for a later stage"
     )
-  found.notes.append(
+  recognised.notes.append(
     "positions of its own (trained): a later stage takes them with "
     "--config.model.towers.ecg.positions=learned"
   )
   return "learned", samples
 
 
-def decoder_positions(found: Found, width: int) -> None:
+def decoder_positions(recognised: Recognised, width: int) -> None:
   """Takes the decoder's fixed table out."""
-  x = found.modules.arrays["ecg"].pop("decoder_pos_embed")
+  modules = recognised.modules
+  x = modules.arrays["ecg"].pop("decoder_pos_embed")
   if not is_table(x, width):
-    found.troubles.append(
-      f"of another value: {found.modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the "
+    recognised.troubles.append(
+      f"of another value: {modules.theirs['ecg.decoder_pos_embed']} {x.shape}, expected the "
       f"fixed sin-cos table of (1, 1 + {L} n, {width}), the only one that the decoder has"
     )
 
 
-def pooling(found: Found, decodes: bool, options: Options) -> str:
+def pooling(recognised: Recognised, decodes: bool, options: Options) -> str:
   """mean, attention or cls; takes out what that does not use."""
-  keys, ignore = found.modules.arrays["ecg"], found.modules.ignore
+  keys, ignore = recognised.modules.arrays["ecg"], recognised.modules.ignore
 
   def has(beginning):
     return any(key.startswith(beginning) for key in keys)
@@ -339,8 +373,8 @@ def pooling(found: Found, decodes: bool, options: Options) -> str:
   if pool == "mean":
     ignore("ecg", "the pooling that --pool=mean does not use", "attention_pool.")
   if not has("fc_norm."):
-    found.fresh.update({"ecg/fc_norm/scale": "1", "ecg/fc_norm/bias": "0"})
-    found.notes.append(
+    recognised.fresh.update({"ecg/fc_norm/scale": "1", "ecg/fc_norm/bias": "0"})
+    recognised.notes.append(
       f"fc_norm is not in the file: identity after {pool} pooling (--pool=cls takes the CLS token "
       "instead)"
     )
@@ -350,36 +384,30 @@ def pooling(found: Found, decodes: bool, options: Options) -> str:
 # ---- CMR encoders
 
 
-def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int]:
+def cmr(recognised: Recognised, kind: str, name: str, options: Options) -> tuple[dict, int]:
   """Config of a CMR tower, and the width of its embedding."""
-  keys, slow = found.modules.arrays[f"cmr_{name}"], kind == "slow_resnet"
+  keys = recognised.modules.arrays[f"cmr_{name}"]
+  slow = kind == "slow_resnet"
   if slow:
-    stem, axes, channels, sizes = "blocks.0.conv.weight", 5, 1, slow_resnet.SIZES
+    stem, axes, channels = "blocks.0.conv.weight", 5, 1
     first = r"blocks\.{}\.res_blocks\.\d+\.branch2\.(conv_a|norm_a)\."
   else:
-    stem, axes, channels, sizes = "conv1.weight", 4, 3, resnet.SIZES
+    stem, axes, channels = "conv1.weight", 4, 3
     first = r"layer{}\.\d+\.(conv1|bn1)\."
   size = match_size(keys, slow, stem, first, name)
-  x, numbers = keys.get(stem), sizes[size]
+  x = keys.get(stem)
   if x is not None and x.ndim == axes:
     channels = x.shape[1]
+  planes = channels
   if slow:
-    pool = keys.get("temporal_mlp.weight")
-    planes = pool.shape[-1] if pool is not None and pool.ndim == 2 else 6
     if channels > 1:
       keys[stem] = x.sum(axis=1, keepdims=True)
-      found.notes.append(
+      recognised.notes.append(
         f"cmr_{name}: the stem's {channels} input channels are summed to one, the same for a grey "
         "image"
       )
-    if not any(key.startswith("temporal_mlp.") for key in keys):
-      found.fresh[f"cmr_{name}/backbone/slice_pool/kernel"] = "1 / planes"
-      found.fresh[f"cmr_{name}/backbone/slice_pool/bias"] = "0"
-      found.notes.append(
-        f"cmr_{name}: the Linear over slices is not in the file: the mean over {planes} of them"
-      )
-  else:
-    planes = channels
+    planes = slices(recognised, name)
+  numbers = (slow_resnet.SIZES if slow else resnet.SIZES)[size]
   view = options.view or default_view(name, slow, planes)
   if view not in schema.VIEWS:
     raise UserError(f"--view={view}; expected one of {', '.join(schema.VIEWS)}")
@@ -389,13 +417,38 @@ def cmr(found: Found, kind: str, name: str, options: Options) -> tuple[dict, int
   width = last_axis(keys, r"^fc\.bias$")
   if not width and "fc.weight" in keys:
     width = len(keys["fc.weight"])
-  linear = f", a Linear to {width} after them" if width else ""
-  found.notes.append(
-    f"CMR encoder {name}: {LAYOUTS[kind][0]}, size {size}, {planes} "
-    f"{'slices' if slow else 'channels'} seen of the view {view}, {features} features{linear}"
+  layout, _ = LAYOUTS[kind]
+  what = "slices" if slow else "channels"
+  note = (
+    f"CMR encoder {name}: {layout}, size {size}, {planes} {what} seen of the view {view}, "
+    f"{features} features"
   )
-  spec = dict(fn=kind, size=size, view=view, planes=planes, width=width, frozen=False)
+  recognised.notes.append(f"{note}, a Linear to {width} after them" if width else note)
+  spec = {
+    "fn": kind,
+    "size": size,
+    "view": view,
+    "planes": planes,
+    "width": width,
+    "frozen": False,
+  }
   return spec, width or features
+
+
+def slices(recognised: Recognised, name: str) -> int:
+  """How many slices a slow ResNet sees; without its Linear over them it takes their mean."""
+  keys = recognised.modules.arrays[f"cmr_{name}"]
+  pool = keys.get("temporal_mlp.weight")
+  planes = 6
+  if pool is not None and pool.ndim == 2:
+    planes = pool.shape[-1]
+  if not any(key.startswith("temporal_mlp.") for key in keys):
+    recognised.fresh[f"cmr_{name}/backbone/slice_pool/kernel"] = "1 / planes"
+    recognised.fresh[f"cmr_{name}/backbone/slice_pool/bias"] = "0"
+    recognised.notes.append(
+      f"cmr_{name}: the Linear over slices is not in the file: the mean over {planes} of them"
+    )
+  return planes
 
 
 def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
@@ -421,7 +474,8 @@ def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
     same_stem = channels in (0, numbers["stem"])
     if same_block and same_stem and list(numbers["widths"]) == widths:
       return size
-    described.append(f"{size}: {numbers['stem']}, {', '.join(map(str, numbers['widths']))}")
+    channels_of_size = numbers["stem"], *numbers["widths"]
+    described.append(f"{size}: {', '.join(map(str, channels_of_size))}")
   blocks = "bottleneck" if bottleneck else "basic"
   raise UserError(
     f"the encoder {name} has a stem of {channels} channels, {blocks} blocks and stages of "
@@ -441,18 +495,18 @@ def default_view(name: str, slow: bool, planes: int) -> str:
 # ---- projection heads
 
 
-def projection(found: Found, widths: dict[str, int], path) -> dict:
+def projection(recognised: Recognised, widths: dict[str, int], path) -> dict:
   """config.model.projection, which all towers share: as in the file, or, where it has no head, the
   identity.
 
   Args:
     widths: tower -> width of what its head sees.
   """
-  arrays = found.modules.arrays
+  arrays = recognised.modules.arrays
   strange = []
   for module, keys in arrays.items():
     if module.startswith("head_") and module.removeprefix("head_") not in widths:
-      strange += [found.modules.theirs[f"{module}.{key}"] for key in keys]
+      strange += [recognised.modules.theirs[f"{module}.{key}"] for key in keys]
   if strange:
     raise UserError(
       f"{path} has {', '.join(sorted(strange)[:5])}, a projection head of no encoder in it; leave "
@@ -466,15 +520,18 @@ def projection(found: Found, widths: dict[str, int], path) -> dict:
     width = max(widths.values())
     for name in widths:
       for layer in ("fc1", "fc2"):
-        found.fresh[f"head_{name}/{layer}/kernel"] = "(1, -1)"
-        found.fresh[f"head_{name}/{layer}/bias"] = "0"
-    found.notes.append(
+        recognised.fresh[f"head_{name}/{layer}/kernel"] = "(1, -1)"
+        recognised.fresh[f"head_{name}/{layer}/bias"] = "0"
+    recognised.notes.append(
       "no projection head in the file: the projections are the embeddings as they are"
     )
     return dict(hidden=2 * width, width=width, norm=False)
   own = sizes.get("ecg")
-  size, *others = [size for name, size in sizes.items() if name != "ecg"] or [own]
-  ecg_differs = own is not None and own | {"hidden": size["hidden"]} != size
+  of_cmr = [size for name, size in sizes.items() if name != "ecg"]
+  size, *others = of_cmr or [own]
+  ecg_differs = False
+  if own is not None:
+    ecg_differs = own | {"hidden": size["hidden"]} != size
   if ecg_differs or any(other != size for other in others):
     shown = []
     for name, head in sizes.items():
@@ -484,17 +541,20 @@ def projection(found: Found, widths: dict[str, int], path) -> dict:
       f"{path} has projection heads of different sizes ({', '.join(shown)}), and one run has them "
       "alike, but for the hidden width of the ECG's; convert one tower at a time with --tower=NAME"
     )
-  shown = "; ".join(f"{name} {head['hidden']} to {head['width']}" for name, head in sizes.items())
+  shown = [f"{name} {head['hidden']} to {head['width']}" for name, head in sizes.items()]
   norm = ", with batch norm" if size["norm"] else ""
-  found.notes.append(f"projection heads: {shown}{norm}")
-  return size | {"ecg_hidden": own["hidden"] if own and own != size else 0}
+  recognised.notes.append(f"projection heads: {'; '.join(shown)}{norm}")
+  ecg_hidden = own["hidden"] if own and own != size else 0
+  return size | {"ecg_hidden": ecg_hidden}
 
 
 def head_size(keys) -> dict:
   norm = any(key.startswith(("layers.1.", "layers.4.")) for key in keys)
 
   def rows(key):
-    return len(keys[key]) if key in keys and keys[key].ndim else 1
+    if key in keys and keys[key].ndim:
+      return len(keys[key])
+    return 1
 
   return dict(
     hidden=rows("layers.0.weight"),

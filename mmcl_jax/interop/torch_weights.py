@@ -16,7 +16,7 @@ from mmcl_jax.training import state as state_lib
 
 
 class Loaded(NamedTuple):
-  """What `read` found; `report` is for people."""
+  """What `read` gives; `report` is for people."""
 
   model: pretrainer.Pretrainer
   variables: dict[str, Any]
@@ -62,36 +62,36 @@ def read(path, dtype: str = "float32", **options) -> Loaded:
   options = modules.Options(**options)
   options.check()
   weights = torch_files.read(path)
-  found = recognise.recognise(weights.state, weights.metadata, options, path)
-  found.config.dtype = dtype
-  model = models.build(found.config, found.samples)
-  variables, troubles = fill(model, found, dtype)
+  recognised = recognise.recognise(weights.state, weights.metadata, options, path)
+  recognised.config.dtype = dtype
+  model = models.build(recognised.config, recognised.samples)
+  variables, troubles = fill(model, recognised, dtype)
   if troubles:
     raise UserError(
-      f"{path} does not fit. Recognised: {'; '.join(found.notes)}. Troubles: "
+      f"{path} does not fit. Recognised: {'; '.join(recognised.notes)}. Troubles: "
       f"{'; '.join(troubles)}. Leave keys out by --ignore=REGEX; what is missing cannot be made up"
     )
-  return Loaded(model, unflatten_variables(variables), report(path, weights, found, variables))
+  return Loaded(model, unflatten_variables(variables), report(path, weights, recognised, variables))
 
 
-def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
+def fill(model, recognised: recognise.Recognised, dtype: str) -> tuple[dict, list[str]]:
   """(collection, path) -> array of every variable, and what stands against that: every key that
   does not fit."""
+  theirs = recognised.modules.theirs
   arrays = {}
-  for module, keys in found.modules.arrays.items():
+  for module, keys in recognised.modules.arrays.items():
     for key, x in keys.items():
       arrays[f"{module}.{key}"] = x
-  theirs, prefixes = found.modules.theirs, found.modules.prefixes
-  expected = shapes(model, found.covariates)
+  expected = shapes(model, recognised.covariates)
   names = dict(naming.names(expected, model.config))
   variables, troubles = {}, collections.defaultdict(list)
   for place, shape in expected.items():
-    if place[1] in found.fresh:
-      variables[place] = fresh(place[1], shape, dtype)
+    _, path = place
+    if path in recognised.fresh:
+      variables[place] = fresh(path, shape, dtype)
       continue
     name = names[place]
-    module, _, rest = name.key.partition(".")
-    key = theirs.get(name.key, prefixes.get(module, f"{module}.") + rest)
+    key = their_key(recognised.modules, name.key)
     x = arrays.pop(name.key, None)
     if x is None:
       troubles["missing"].append(f"{key} {name.shape}")
@@ -100,26 +100,36 @@ def fill(model, found: recognise.Found, dtype: str) -> tuple[dict, list[str]]:
     elif x.dtype.kind != "f" and x.dtype.name != "bfloat16":
       troubles["of another type"].append(f"{key} {x.dtype}, expected floating-point numbers")
     else:
-      with np.errstate(over="ignore"):  # what becomes infinite is told
-        variables[place] = name.to_ours(x.astype(dtype), shape)
-      if not np.isfinite(variables[place]).all():
+      with np.errstate(over="ignore"):  # what becomes infinite is reported below
+        x = name.to_ours(x.astype(dtype), shape)
+      variables[place] = x
+      if not np.isfinite(x).all():
         troubles["not finite"].append(key)
-  troubles["not expected"] = [f"{theirs[key]} {x.shape}" for key, x in arrays.items()]
-  all_troubles = list(found.troubles)
+  for key, x in arrays.items():
+    troubles["not expected"].append(f"{theirs[key]} {x.shape}")
+  all_troubles = list(recognised.troubles)
   for what, keys in troubles.items():
     if keys:
       all_troubles.append(f"{what}: {', '.join(keys)}")
   return variables, all_troubles
 
 
-def report(path, weights, found: recognise.Found, variables) -> list[str]:
-  size = sum(x.size for place, x in variables.items() if place[1] not in found.fresh)
-  count = len(variables) - len(found.fresh)
-  lines = [*found.notes, f"{count} arrays of {size:,} numbers loaded from {path}"]
-  if found.fresh:
-    values = [f"{name} = {value}" for name, value in found.fresh.items()]
+def their_key(split: modules.Modules, key: str) -> str:
+  """The file's key for one of ours, MODULE.KEY; where it has none, what it would be called."""
+  module, _, within = key.partition(".")
+  prefix = split.prefixes.get(module, f"{module}.")
+  return split.theirs.get(key, prefix + within)
+
+
+def report(path, weights, recognised: recognise.Recognised, variables) -> list[str]:
+  """What was recognised, loaded, left at identity and ignored: lines for people."""
+  loaded = [x for (_, place), x in variables.items() if place not in recognised.fresh]
+  size = sum(x.size for x in loaded)
+  lines = [*recognised.notes, f"{len(loaded)} arrays of {size:,} numbers loaded from {path}"]
+  if recognised.fresh:
+    values = [f"{name} = {value}" for name, value in recognised.fresh.items()]
     lines.append(f"left at identity: {', '.join(values)}")
-  for what, keys in found.modules.ignored.items():
+  for what, keys in recognised.modules.ignored.items():
     lines.append(f"ignored, {what}: {', '.join(keys)}")
   if weights.beside:
     lines.append(f"ignored, beside the weights: {', '.join(weights.beside)}")
@@ -130,7 +140,9 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
   """What a parameter is set to that leaves its module the identity (a LayerNorm: without scale;
   slices: their mean)."""
   if path.endswith("/fc1/kernel"):  # relu(x) - relu(-x) = x
-    return np.eye(*shape, dtype=dtype) - np.eye(*shape, k=shape[1] // 2, dtype=dtype)
+    positive = np.eye(*shape, dtype=dtype)
+    negative = np.eye(*shape, k=shape[1] // 2, dtype=dtype)
+    return positive - negative
   if path.endswith("/fc2/kernel"):
     identity = np.eye(shape[0] // 2, shape[1], dtype=dtype)
     return np.concatenate([identity, -identity])
@@ -144,9 +156,8 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
 def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
   """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many
   FiLM takes."""
-  example = inputs.model_input(
-    model.config, model.samples, record_shapes(model.config, model.samples, covariates), 0, 1
-  )
+  records = record_shapes(model.config, model.samples, covariates)
+  example = inputs.model_input(model.config, model.samples, records, targets=0, rows=1)
   variables = jax.eval_shape(lambda: state_lib.variables(model, example))
   return {place: leaf.shape for place, leaf in flatten_variables(variables).items()}
 
@@ -202,7 +213,8 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
   c = model.config
   check_tower(c, tower)
   flat = {place: np.asarray(x) for place, x in flatten_variables(variables).items()}
-  names = dict(naming.names({place: x.shape for place, x in flat.items()}, c))
+  all_shapes = {place: x.shape for place, x in flat.items()}
+  names = dict(naming.names(all_shapes, c))
   state = {}
   for place, name in names.items():
     state[name.key] = name.to_torch(flat[place])
@@ -210,18 +222,20 @@ def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.nda
       batch_norm = name.key.removesuffix("running_mean")
       state[f"{batch_norm}num_batches_tracked"] = np.zeros((), np.int64)
   if "ecg" in c.towers:
-    state |= tables(model, flat["params", "ecg/patch_embed/kernel"].dtype)
+    state |= fixed_positions(model, flat["params", "ecg/patch_embed/kernel"].dtype)
   module, unwanted = module_of(c, tower)
-  theirs = {}  # key -> key within the module
-  for key in state:
+  exported, taken = {}, set()
+  for key, x in state.items():
     within = key.removeprefix(module)
     if key.startswith(module) and not within.startswith(unwanted):
-      theirs[key] = within
-  left = []
-  for place in flat:
-    if place not in names or names[place].key not in theirs:
-      left.append(place[1])
-  return {within: state[key] for key, within in theirs.items()}, left
+      exported[within] = x
+      taken.add(key)
+  left_out = []
+  for collection, path in flat:
+    name = names.get((collection, path))
+    if name is None or name.key not in taken:
+      left_out.append(path)
+  return exported, left_out
 
 
 def module_of(c, tower: str | None) -> tuple[str, tuple[str, ...]]:
@@ -258,8 +272,8 @@ def check_tower(c, tower: str | None) -> None:
       )
 
 
-def tables(model, dtype) -> dict[str, np.ndarray]:
-  """The fixed positions, which PyTorch keeps among the weights."""
+def fixed_positions(model, dtype) -> dict[str, np.ndarray]:
+  """The sine-cosine positions, which PyTorch keeps among the weights."""
   c = model.config.towers.ecg
   if c.fn != "ecg_vit":
     return {}
@@ -267,9 +281,11 @@ def tables(model, dtype) -> dict[str, np.ndarray]:
   columns = model.samples // c.patch
   positions = {}
   if c.positions == "sincos":
-    positions["ecg.pos_embed"] = recognise.table(columns, size["width"]).astype(dtype)
+    table = recognise.table(columns, size["width"])
+    positions["ecg.pos_embed"] = table.astype(dtype)
   if c.mask_ratio:
-    table = recognise.table(columns, size["decoder"][0])
+    width, _, _ = size["decoder"]
+    table = recognise.table(columns, width)
     positions["ecg.decoder_pos_embed"] = table.astype(dtype)
   return positions
 
@@ -279,12 +295,14 @@ def save(model, variables, path, tower: str | None = None) -> list[str]:
 
   Its metadata tells the attention heads, which no weight does.
   """
-  state, left = export(model, variables, tower)
-  metadata, ecg = {}, model.config.towers.get("ecg")
+  state, left_out = export(model, variables, tower)
+  metadata = {}
+  ecg = model.config.towers.get("ecg")
   if ecg and tower in (None, "ecg", "ecg_mae"):
-    numbers = vit.sized(ecg.size, ecg.get("decoder", ()))
-    metadata["heads"] = str(numbers["heads"])
+    size = vit.sized(ecg.size, ecg.get("decoder", ()))
+    metadata["heads"] = str(size["heads"])
     if ecg.get("mask_ratio"):
-      metadata["decoder_heads"] = str(numbers["decoder"][2])
+      _, _, heads = size["decoder"]
+      metadata["decoder_heads"] = str(heads)
   torch_files.save(state, path, metadata)
-  return left
+  return left_out

@@ -3,8 +3,8 @@ devices.
 
 A device keeps its B / n rows of one side. The other side's rows go round the mesh axis `data`, each
 with what it has summed up so far (ring attention, Liu et al. 2023; for contrastive losses Inf-CL,
-Cheng et al. 2024). Where the two come together, blocks of at most BLOCK x BLOCK logits are computed once and
-serve both directions: rows keep a running maximum and sum of exponentials, columns take theirs
+Cheng et al. 2024). Where the two come together, blocks of at most BLOCK x BLOCK logits are computed
+once and serve both directions: rows keep a running maximum and sum of exponentials, columns take theirs
 along and come home with it. The backward pass goes round once more with the finished logarithms,
 from which every block's gradient follows (as in FlashAttention, Dao et al. 2022). A device holds
 O(B E / n) and a few blocks, never O(B^2) and not even the whole other side, O(B E).
