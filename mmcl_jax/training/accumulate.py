@@ -33,12 +33,13 @@ def check(parts: int, batch: int, mesh) -> None:
   shards = mesh.shape.get("data", 1)
   rows = batch // shards
   if not isinstance(parts, int) or parts < 1 or rows % parts:
-    fitting = [n for n in range(1, rows + 1) if rows % n == 0]
-    shown = ", ".join(map(str, fitting[:8])) + (", ..." if len(fitting) > 8 else "")
+    divisors = [str(n) for n in range(1, rows + 1) if rows % n == 0]
+    shown = ", ".join(divisors[:8])
+    if len(divisors) > 8:
+      shown += ", ..."
     raise UserError(
       f"config.accumulation is {parts!r}, and of {batch} rows of a batch {rows} lie on each of "
-      f"{shards} "
-      f"devices of the mesh's data axis; expected a divisor of {rows}: {shown}"
+      f"{shards} devices of the mesh's data axis; expected a divisor of {rows}: {shown}"
     )
 
 
@@ -60,64 +61,96 @@ def value_and_grad(forward, loss, parts: int):
       rows = jax.tree.map(lambda x: cut(x, 0, parts, k), batch)
       return forward(params, statistics, rows)
 
-    whole, _ = jax.eval_shape(forward, params, statistics, batch)
-    part, _ = jax.eval_shape(forward_part, params, statistics, 0)
-    axes = []
-    for shapes in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
-      axes.append(rows_axis(*shapes))
-    smooth, given = leaves_that_count(loss, whole)
+    shapes, _ = jax.eval_shape(forward, params, statistics, batch)
+    shapes_of_part, _ = jax.eval_shape(forward_part, params, statistics, 0)
+    axes = rows_axes(shapes, shapes_of_part)
+    differentiated, constant = leaves_that_count(loss, shapes)
 
-    def chosen_leaves(params, statistics, k):
+    def leaves_of_part(params, statistics, k):
       """The leaves that the loss reads of part k, those that take a gradient first."""
-      seen, statistics = forward_part(params, statistics, k)
-      leaves = jax.tree.leaves(seen)
-      return [leaves[i] for i in smooth], ([leaves[i] for i in given], statistics)
+      outputs, statistics = forward_part(params, statistics, k)
+      leaves = jax.tree.leaves(outputs)
+      constants = [leaves[i] for i in constant]
+      return [leaves[i] for i in differentiated], (constants, statistics)
 
     # 1. The outputs of all parts.
-    def look(statistics, k):
-      outputs, (others, statistics) = chosen_leaves(params, statistics, k)
-      return statistics, outputs + others
-
-    _, stacks = jax.lax.scan(look, statistics, jnp.arange(parts))
-    known = {}
-    for i, stack in zip(smooth + given, stacks, strict=True):
-      known[i] = join(stack, axes[i])
+    stacks = run_parts(leaves_of_part, params, statistics, parts)
+    leaves = {}  # of the whole batch, by their number
+    for i, stack in zip(differentiated + constant, stacks, strict=True):
+      leaves[i] = join(stack, axes[i])
 
     # 2. The loss of the whole batch, and its gradient with respect to the outputs.
-    def loss_of(outputs):
-      leaves = known | dict(zip(smooth, outputs, strict=True))
-      return loss(*filled(whole, leaves))
-
-    outputs = [known[i] for i in smooth]
-    (value, metrics), wanted = jax.value_and_grad(loss_of, has_aux=True)(outputs)
+    (value, metrics), cotangents = loss_and_cotangents(loss, shapes, leaves, differentiated)
 
     # 3. That gradient taken back to the parameters, part after part.
-    def learn(carry, k):
-      gradient, statistics = carry
-      _, pull, (_, statistics) = jax.vjp(
-        lambda params: chosen_leaves(params, statistics, k), params, has_aux=True
-      )
-      rows = [cut(x, axes[i], parts, k) for i, x in zip(smooth, wanted, strict=True)]
-      [more] = pull(rows)
-      return (jax.tree.map(jnp.add, gradient, more), statistics), None
+    def cotangents_of_part(k):
+      rows = []
+      for i, cotangent in zip(differentiated, cotangents, strict=True):
+        rows.append(cut(cotangent, axes[i], parts, k))
+      return rows
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (gradient, statistics), _ = jax.lax.scan(learn, (zeros, statistics), jnp.arange(parts))
+    statistics, gradient = pull_back(leaves_of_part, params, statistics, cotangents_of_part, parts)
     return (value, metrics), statistics, gradient
 
   return compute
 
 
-def leaves_that_count(loss, whole) -> tuple[list[int], list[int]]:
-  """Which leaves of `whole`, shapes of (outputs, batch), the loss reads: those that gradients flow
-  into, and those of which the values are enough (of the batch itself, and integers)."""
-  shapes = jax.tree.leaves(whole)
-  outputs = len(jax.tree.leaves(whole[0]))
-  smooth, given = [], []
-  for i in which_are_read(loss, *whole):
-    differentiable = i < outputs and jnp.issubdtype(shapes[i].dtype, jnp.inexact)
-    (smooth if differentiable else given).append(i)
-  return smooth, given
+def run_parts(leaves_of_part, params, statistics, parts: int):
+  """The leaves of every part, stacked [parts, ...]."""
+
+  def run_part(statistics, k):
+    outputs, (constants, statistics) = leaves_of_part(params, statistics, k)
+    return statistics, outputs + constants
+
+  _, stacks = jax.lax.scan(run_part, statistics, jnp.arange(parts))
+  return stacks
+
+
+def loss_and_cotangents(loss, shapes, leaves: dict[int, jax.Array], differentiated: list[int]):
+  """(loss, metrics) of the whole batch, and the gradient with respect to the leaves of these
+  numbers."""
+
+  def loss_of(outputs):
+    replaced = dict(zip(differentiated, outputs, strict=True))
+    return loss(*filled(shapes, leaves | replaced))
+
+  outputs = [leaves[i] for i in differentiated]
+  return jax.value_and_grad(loss_of, has_aux=True)(outputs)
+
+
+def pull_back(leaves_of_part, params, statistics, cotangents_of_part, parts: int):
+  """The batch statistics after all parts, and the gradient with respect to params, summed over
+  them."""
+
+  def pull_back_part(carry, k):
+    gradient, statistics = carry
+
+    def outputs_of(params):
+      return leaves_of_part(params, statistics, k)
+
+    _, to_params, (_, statistics) = jax.vjp(outputs_of, params, has_aux=True)
+    (gradient_of_part,) = to_params(cotangents_of_part(k))
+    gradient = jax.tree.map(jnp.add, gradient, gradient_of_part)
+    return (gradient, statistics), None
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  (gradient, statistics), _ = jax.lax.scan(pull_back_part, (zeros, statistics), jnp.arange(parts))
+  return statistics, gradient
+
+
+def leaves_that_count(loss, shapes) -> tuple[list[int], list[int]]:
+  """Which leaves of (outputs, batch) the loss reads, by their numbers: those that take a gradient,
+  and those of which the values are enough (of the batch itself, and integers)."""
+  leaves = jax.tree.leaves(shapes)
+  outputs, _ = shapes
+  count = len(jax.tree.leaves(outputs))
+  differentiated, constant = [], []
+  for i in which_are_read(loss, *shapes):
+    if i < count and jnp.issubdtype(leaves[i].dtype, jnp.inexact):
+      differentiated.append(i)
+    else:
+      constant.append(i)
+  return differentiated, constant
 
 
 def filled(shapes, leaves: dict[int, jax.Array]):
@@ -125,7 +158,8 @@ def filled(shapes, leaves: dict[int, jax.Array]):
   flat, structure = jax.tree.flatten(shapes)
   arrays = []
   for i, shape in enumerate(flat):
-    arrays.append(leaves[i] if i in leaves else jnp.zeros(shape.shape, shape.dtype))
+    x = leaves[i] if i in leaves else jnp.zeros(shape.shape, shape.dtype)
+    arrays.append(x)
   return structure.unflatten(arrays)
 
 
@@ -133,7 +167,8 @@ def cut(x, axis: int | None, parts: int, k):
   """Rows k, k + parts, ... of x; of what has no rows, a share that adds up to x over the parts."""
   if axis is None:
     return x / parts
-  x = x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+  before, rows, after = split_shape(x.shape, axis)
+  x = x.reshape(*before, rows // parts, parts, *after)
   return jax.lax.dynamic_index_in_dim(x, k, axis + 1, keepdims=False)
 
 
@@ -141,16 +176,32 @@ def join(stack, axis: int | None):
   """What `cut` took apart, from all parts [parts, ...]."""
   if axis is None:
     return stack.mean(axis=0).astype(stack.dtype)
+  parts, *shape = stack.shape
+  before, rows, after = split_shape(shape, axis)
   x = jnp.moveaxis(stack, 0, axis + 1)
-  return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+  return x.reshape(*before, rows * parts, *after)
+
+
+def split_shape(shape, axis: int):
+  """Lengths before an axis, its own, lengths after it."""
+  return shape[:axis], shape[axis], shape[axis + 1 :]
+
+
+def rows_axes(shapes, shapes_of_part) -> list[int | None]:
+  """`rows_axis` of every leaf."""
+  axes = []
+  for pair in zip(jax.tree.leaves(shapes), jax.tree.leaves(shapes_of_part), strict=True):
+    axes.append(rows_axis(*pair))
+  return axes
 
 
 def rows_axis(whole, part) -> int | None:
   """The axis along which the outputs of a whole batch and of a part of it differ in length, or
   None."""
   differing = []
-  for axis, (length, part_length) in enumerate(zip(whole.shape, part.shape, strict=True)):
-    if length != part_length:
+  lengths = zip(whole.shape, part.shape, strict=True)
+  for axis, (of_whole, of_part) in enumerate(lengths):
+    if of_whole != of_part:
       differing.append(axis)
   if len(differing) > 1:
     raise UserError(

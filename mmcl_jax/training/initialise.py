@@ -63,49 +63,78 @@ def load_pretrained(
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
   excepted = state_lib.regexes(config.init_except, "config.init_except")
   check_wanted(config, wanted, excepted, sorted({top(key) for key in target}))
-  sources = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
-  loaded = {workdir: flatten_variables(source) for workdir, source in sources.items()}
+  stages = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
+  loaded = {workdir: flatten_variables(stage) for workdir, stage in stages.items()}
 
-  new, origin, left_over, troubles, seen = {}, dict.fromkeys(target, FRESH), {}, [], set()
+  transfer = Transfer({}, dict.fromkeys(target, FRESH), {}, [])
+  paths = set()
   for module, workdir in wanted.items():
     source, where = module_of(loaded[workdir], module, workdir)
-    where += difference(config, sources[workdir]["config"], module, where, workdir)
+    where += difference(config, stages[workdir]["config"], module, where, workdir)
     here = {key: leaf for key, leaf in target.items() if top(key) == module}
-    for key in sorted(source.keys() | here.keys()):
-      seen.add(key[1])
-      if any(re.search(regex, key[1]) for regex in excepted):
-        if key in here:
-          origin[key] = f"{FRESH} (config.init_except)"
-        if key in source:
-          left_over[label(key)] = f"{source[key].shape} in {where}"
-        continue
-      trouble = mismatch(key, source, here, where)
-      if trouble:
-        troubles.append(trouble)
-      else:
-        new[key], how = fitted(source[key], here[key].shape)
-        origin[key] = f"loaded from {where}{how}"
-  if troubles:
+    take_module(transfer, source, here, where, excepted)
+    paths |= {path for _, path in source.keys() | here.keys()}
+  if transfer.troubles:
     raise UserError(
-      f"config.init_from: {'; '.join(troubles)}. Make the configs agree, or name in "
-      "config.init_except, "
-      "by regex, what shall be left behind there and start fresh here"
+      f"config.init_from: {'; '.join(transfer.troubles)}. Make the configs agree, or name in "
+      "config.init_except, by regex, what shall be left behind there and start fresh here"
     )
-  check_excepted(excepted, seen, wanted)
+  check_excepted(excepted, paths, wanted)
+  origin = transfer.origin
   check_frozen(config, origin)
   for path, treatment in state_lib.treatments(config, state.params).items():
     if treatment.frozen and origin["params", path].startswith(FRESH):
       origin["params", path] += ", and frozen so"
 
   state = state.replace(
-    params=replaced(state.params, "params", new),
-    statistics=replaced(state.statistics, "batch_stats", new),
+    params=replaced(state.params, "params", transfer.new),
+    statistics=replaced(state.statistics, "batch_stats", transfer.new),
   )
-  return state, Report(
+  report = Report(
     {label(key): text for key, text in origin.items()},
     {label(key): leaf.shape for key, leaf in target.items()},
-    left_over,
+    transfer.left_over,
   )
+  return state, report
+
+
+class Transfer(NamedTuple):
+  """What is taken over so far, of leaves (collection, path).
+
+  Attributes:
+    new: leaf -> array that it is set to.
+    origin: leaf of this model -> where it comes from, as of Report.
+    left_over: as of Report.
+    troubles: what stands against it.
+  """
+
+  new: dict[tuple[str, str], np.ndarray]
+  origin: dict[tuple[str, str], str]
+  left_over: dict[str, str]
+  troubles: list[str]
+
+
+def take_module(transfer: Transfer, source, here, where: str, excepted) -> None:
+  """Takes the leaves of a module from an earlier stage, and keeps account of them in `transfer`.
+
+  Args:
+    source, here: leaves of the module in the earlier stage, `where`, and in this model.
+    excepted: regexes of config.init_except.
+  """
+  for key in sorted(source.keys() | here.keys()):
+    _, path = key
+    if any(re.search(regex, path) for regex in excepted):
+      if key in here:
+        transfer.origin[key] = f"{FRESH} (config.init_except)"
+      if key in source:
+        transfer.left_over[label(key)] = f"{source[key].shape} in {where}"
+      continue
+    trouble = mismatch(key, source, here, where)
+    if trouble:
+      transfer.troubles.append(trouble)
+      continue
+    transfer.new[key], how = fitted(source[key], here[key].shape)
+    transfer.origin[key] = f"loaded from {where}{how}"
 
 
 def check_wanted(config, wanted: dict[str, str], excepted, modules: list[str]) -> None:
@@ -123,10 +152,11 @@ def check_wanted(config, wanted: dict[str, str], excepted, modules: list[str]) -
     )
 
 
-def check_excepted(excepted, seen: set[str], wanted: dict[str, str]) -> None:
-  """Every regex of config.init_except must match a path that was `seen`."""
+def check_excepted(excepted, paths: set[str], wanted: dict[str, str]) -> None:
+  """Every regex of config.init_except must match one of the `paths`, of this model's modules or the
+  earlier stages'."""
   for regex in excepted:
-    if not any(re.search(regex, path) for path in seen):
+    if not any(re.search(regex, path) for path in paths):
       workdirs = dict.fromkeys(wanted.values())
       raise UserError(
         f"config.init_except has {regex!r}, which matches no parameter of {', '.join(wanted)}, "
@@ -183,18 +213,13 @@ def describe(report: Report) -> str:
   for path, origin in report.origin.items():
     groups[path.removeprefix("batch_stats/").split("/")[0], origin].append(path)
 
-  def size(paths):
-    return sum(int(np.prod(report.shapes[path])) for path in paths)
-
-  lines = [
-    f"{module}: {len(paths)} arrays of {size(paths):,} numbers {origin}"
-    for (module, origin), paths in sorted(groups.items())
-  ]
+  lines = []
+  for (module, origin), paths in sorted(groups.items()):
+    size = sum(int(np.prod(report.shapes[path])) for path in paths)
+    lines.append(f"{module}: {len(paths)} arrays of {size:,} numbers {origin}")
   if report.left_over:
-    lines.append(
-      "left behind: "
-      f"{', '.join(f'{path} {text}' for path, text in sorted(report.left_over.items()))}"
-    )
+    left_behind = [f"{path} {text}" for path, text in sorted(report.left_over.items())]
+    lines.append(f"left behind: {', '.join(left_behind)}")
   return "\n".join(lines)
 
 
@@ -204,45 +229,49 @@ def label(key: tuple[str, str]) -> str:
 
 
 def top(key: tuple[str, str]) -> str:
-  return key[1].split("/")[0]
+  """The module that a leaf belongs to."""
+  _, path = key
+  return path.split("/")[0]
 
 
 def module_of(source, module: str, workdir: str):
   """The module's leaves under this model's name for it, and how to call where they lie."""
-  have = sorted({top(key) for key in source})
-  towers = [other for other in have if other.startswith("cmr_")]
-  found = (
-    module if module in have or not module.startswith("cmr_") or len(towers) != 1 else towers[0]
-  )
-  if found not in have:
+  modules = sorted({top(key) for key in source})
+  cmr_towers = [name for name in modules if name.startswith("cmr_")]
+  name, where = module, workdir  # in the earlier stage
+  if module not in modules and module.startswith("cmr_") and len(cmr_towers) == 1:
+    (name,) = cmr_towers
+    where = f"{workdir} ({name})"
+  if name not in modules:
     raise UserError(
-      f"config.init_from.{module} is {workdir}, which has no {module}; it has {', '.join(have)}"
+      f"config.init_from.{module} is {workdir}, which has no {module}; it has {', '.join(modules)}"
     )
-  leaves = {
-    (collection, module + path.removeprefix(found)): np.asarray(leaf)
-    for (collection, path), leaf in source.items()
-    if path.split("/")[0] == found
-  }
-  return leaves, workdir if found == module else f"{workdir} ({found})"
+  leaves = {}
+  for key, leaf in source.items():
+    collection, path = key
+    if top(key) == name:
+      leaves[collection, module + path.removeprefix(name)] = np.asarray(leaf)
+  return leaves, where
 
 
 def difference(config, earlier, module: str, where: str, workdir: str) -> str:
   """What an encoder looked at in the earlier stage, where that is something else than here; ""
   where it is the same."""
-  if module == "ecg" and earlier.data.ecg_profile != config.data.ecg_profile:
-    return f" (whose ECGs had the profile {earlier.data.ecg_profile}, these have {config.data.ecg_profile})"
+  profile_before, profile = earlier.data.ecg_profile, config.data.ecg_profile
+  if module == "ecg" and profile_before != profile:
+    return f" (whose ECGs had the profile {profile_before}, these have {profile})"
   if not module.startswith("cmr_"):
     return ""
   name = module.removeprefix("cmr_")
   there = name if where == workdir else next(iter(towers.cmr(earlier.model)))
-  before, here = earlier.model.towers[there].view, config.model.towers[name].view
+  before = earlier.model.towers[there].view
+  here = config.model.towers[name].view
   if before == here:
     return ""
   if where != workdir:
     raise UserError(
       f"config.init_from.{module} is {where}, a tower that looked at {before}, this one looks at "
-      f"{here}; "
-      f"give the workdir of a tower of that view, or call the tower there {name}"
+      f"{here}; give the workdir of a tower of that view, or call the tower there {name}"
     )
   return f" (which looked at {before}, here at {here})"
 
@@ -254,11 +283,13 @@ def columns(shape) -> int:
 
 def resizable(old, new) -> bool:
   """Are both [1, 1 + L n, D] with one D, whole rows of L leads, and n of at least 2?"""
-  return (
-    len(old) == len(new) == 3
-    and (old[0], old[2]) == (new[0], new[2])
-    and all((shape[1] - 1) % len(schema.LEADS) == 0 and columns(shape) > 1 for shape in (old, new))
-  )
+  if not len(old) == len(new) == 3:
+    return False
+  for shape in (old, new):
+    patches = shape[1] - 1
+    if patches % len(schema.LEADS) or columns(shape) < 2:
+      return False
+  return (old[0], old[2]) == (new[0], new[2])
 
 
 def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
@@ -271,21 +302,23 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
   kept.
   """
   width, leads = positions.shape[2], len(schema.LEADS)
-  rows = positions[0, 1:].reshape(leads, -1, width).astype(np.float64)
-  n, m = rows.shape[1], (tokens - 1) // leads
+  n, m = columns(positions.shape), (tokens - 1) // leads
   if m == n:
     return positions
-  rows = CubicSpline(np.arange(n), rows, axis=1)(np.linspace(0, n - 1, m))
-  return np.concatenate(
-    [positions[:, :1], rows.reshape(1, -1, width).astype(positions.dtype)], axis=1
-  )
+  cls, patches = positions[:, :1], positions[:, 1:]
+  rows = patches.reshape(leads, n, width).astype(np.float64)
+  spline = CubicSpline(np.arange(n), rows, axis=1)
+  rows = spline(np.linspace(0, n - 1, m))  # [L, m, D]
+  patches = rows.reshape(1, -1, width).astype(positions.dtype)
+  return np.concatenate([cls, patches], axis=1)
 
 
 def check_frozen(config, origin) -> None:
   """No tower is frozen at random weights, and no module has them that must be trained."""
   fresh = [key for key, text in origin.items() if text.startswith(FRESH)]
   for tower, spec in towers.cmr(config.model).items():
-    backbone = [label(key) for key in fresh if key[1].startswith(f"cmr_{tower}/backbone/")]
+    within = f"cmr_{tower}/backbone/"
+    backbone = [label(key) for key in fresh if key[1].startswith(within)]
     if spec.get("frozen") and backbone:
       raise UserError(
         f"config.model.towers.{tower}.frozen would freeze random weights ({len(backbone)} arrays, "

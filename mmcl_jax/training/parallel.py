@@ -66,26 +66,39 @@ def make_mesh(data: int, model: int, devices=None) -> Mesh:
   if data != -1 and data * model != len(devices):
     raise UserError(
       f"config.mesh asks for data={data} x model={model} = {data * model} devices, there are "
-      f"{len(devices)}; "
-      "set config.mesh.data=-1 or a mesh of that size"
+      f"{len(devices)}; set config.mesh.data=-1 or a mesh of that size"
     )
-  hosts = grouped(devices, lambda device: (slice_of(device), device.process_index))
+  hosts = grouped(devices, slice_and_host)
+  check_hosts(hosts, model)
+  groups = hosts
+  if model == 1:
+    groups = [in_a_ring(of_slice) for of_slice in grouped(devices, slice_of)]
+  order = np.array([device for group in groups for device in group])
+  return Mesh(
+    order.reshape(-1, model),
+    ("data", "model"),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+  )
+
+
+def check_hosts(hosts: list[list], model: int) -> None:
+  """Raises a UserError where `model` devices do not divide the devices of each host."""
   for host in hosts:
+    first = host[0]
     if len(host) % model:
-      node = [other for other in hosts if slice_of(other[0]) == slice_of(host[0])]
-      advice = (
-        "; one process a node has all of its GPUs (docs/multi_host.md)"
-        if host[0].platform == "gpu" and len(node) > 1
-        else ""
-      )
+      same_node = [other for other in hosts if slice_of(other[0]) == slice_of(first)]
+      advice = ""
+      if first.platform == "gpu" and len(same_node) > 1:
+        advice = "; one process a node has all of its GPUs (docs/multi_host.md)"
       raise UserError(
         f"config.mesh asks for model={model} devices a part of the batch, which must "
-        f"be on one host, and host {host[0].process_index} has {len(host)}; expected "
+        f"be on one host, and host {first.process_index} has {len(host)}; expected "
         f"config.mesh.model to divide {len(host)}{advice}"
       )
-  groups = hosts if model > 1 else [in_a_ring(one) for one in grouped(devices, slice_of)]
-  order = np.array([device for group in groups for device in group])
-  return Mesh(order.reshape(-1, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def slice_and_host(device) -> tuple[int, int]:
+  return slice_of(device), device.process_index
 
 
 def slice_of(device) -> int:
@@ -95,7 +108,8 @@ def slice_of(device) -> int:
 
 def grouped(devices, key) -> list[list]:
   """Devices alike in `key`, in its order, each group in the order of `devices`."""
-  return [list(group) for _, group in itertools.groupby(sorted(devices, key=key), key)]
+  in_order = sorted(devices, key=key)
+  return [list(group) for _, group in itertools.groupby(in_order, key)]
 
 
 def in_a_ring(devices: list) -> list:
@@ -109,10 +123,11 @@ def in_a_ring(devices: list) -> list:
 def check_batch(batch: int, mesh: Mesh) -> None:
   shards = mesh.shape["data"]
   if batch < 1 or batch % shards:
+    below = max(batch // shards, 1) * shards
+    above = (batch // shards + 1) * shards
     raise UserError(
       f"config.batch is {batch}, which does not divide over {shards} devices of the mesh's data "
-      "axis; "
-      f"take {max(batch // shards, 1) * shards} or {(batch // shards + 1) * shards}"
+      f"axis; take {below} or {above}"
     )
 
 
@@ -130,22 +145,26 @@ def shardings(tree, rules, mesh: Mesh):
   Raises:
     UserError: a rule is malformed, does not fit an array that it finds, or decides nothing.
   """
-  rules, decided = check_rules(rules), set()
+  rules = check_rules(rules)
+  used = set()  # numbers of the rules that have decided something
 
   def place(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     for i, (regex, spec) in enumerate(rules):
-      axes = axes_of(spec, name, leaf.shape, mesh) if re.search(regex, name) else None
+      if not re.search(regex, name):
+        continue
+      axes = axes_of(spec, name, leaf.shape, mesh)
       if axes is not None:
-        decided.add(i)
+        used.add(i)
         check_fit(axes, name, leaf.shape, mesh, regex)
         return NamedSharding(mesh, P(*axes))
     return NamedSharding(mesh, P())
 
-  found = jax.tree_util.tree_map_with_path(place, tree)
-  if idle := [i for i in range(len(rules)) if i not in decided]:
-    raise UserError(decides_nothing(tree, rules, idle[0], mesh))
-  return found
+  placed = jax.tree_util.tree_map_with_path(place, tree)
+  for i in range(len(rules)):
+    if i not in used:
+      raise UserError(decides_nothing(tree, rules, i, mesh))
+  return placed
 
 
 def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None:
@@ -155,7 +174,7 @@ def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None
     return spec
   axes = (None,) * len(shape)
   if spec.startswith("tensor"):
-    axes = next((axes for regex, axes in TENSOR if re.search(regex, name)), None)
+    axes = tensor_axes(name)
     if axes is None or spec == "tensor":
       return axes
   free = []  # the dimensions that the data axis can split
@@ -166,6 +185,14 @@ def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None
     return axes if any(axes) else None
   longest = max(free, key=lambda i: shape[i])  # the first of equals
   return (*axes[:longest], "data", *axes[longest + 1 :])
+
+
+def tensor_axes(name: str) -> tuple | None:
+  """Mesh axes of a matrix of a transformer block (TENSOR); None: it is none."""
+  for regex, axes in TENSOR:
+    if re.search(regex, name):
+      return axes
+  return None
 
 
 def check_rules(rules) -> list[tuple[str, tuple | str]]:
@@ -187,55 +214,58 @@ def check_rules(rules) -> list[tuple[str, tuple | str]]:
 
 
 def is_rule(rule) -> bool:
-  if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+  if not isinstance(rule, (tuple, list)) or len(rule) != 2:
     return False
-  spec = rule[1]
-  return spec in WORDS if isinstance(spec, str) else isinstance(spec, (tuple, list))
+  regex, spec = rule
+  if isinstance(spec, str):
+    return isinstance(regex, str) and spec in WORDS
+  return isinstance(regex, str) and isinstance(spec, (tuple, list))
 
 
 def check_fit(axes: tuple, name: str, shape: tuple[int, ...], mesh: Mesh, regex: str) -> None:
   named = [axis for axis in axes if axis is not None]
-  if (
-    any(not isinstance(axis, str) or axis not in mesh.shape for axis in named)
-    or len(set(named)) < len(named)
-    or len(axes) > len(shape)
-  ):
+  unknown = [axis for axis in named if not isinstance(axis, str) or axis not in mesh.shape]
+  if unknown or len(set(named)) < len(named) or len(axes) > len(shape):
     raise UserError(
       f"config.sharding rule {regex!r} gives {axes} to {name} of shape {shape}; expected at most "
-      f"{len(shape)} "
-      f"entries out of {tuple(mesh.shape)} and None, no axis twice"
+      f"{len(shape)} entries out of {tuple(mesh.shape)} and None, no axis twice"
     )
   for axis, length in zip(axes, shape):
     if axis is not None and length % mesh.shape[axis]:
       raise UserError(
         f"config.sharding rule {regex!r} splits {name} of shape {shape} over {mesh.shape[axis]} "
-        "devices of "
-        f"{axis!r}, which does not divide {length}"
+        f"devices of {axis!r}, which does not divide {length}"
       )
 
 
 def decides_nothing(tree, rules, i: int, mesh: Mesh) -> str:
   """Why rule i has nothing to decide."""
   regex, spec = rules[i]
-  leaves = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  found = [name for name in leaves if re.search(regex, name)]
-  shown = [name for name in found or leaves if leaves[name].ndim > 1] or list(leaves)
-  shown = f"{', '.join(shown[:: max(len(shown) // 3, 1)][:3])}, ..."
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+  matching = [name for name in leaves if re.search(regex, name)]
+  matrices = [name for name in matching or leaves if leaves[name].ndim > 1] or list(leaves)
+  apart = max(len(matrices) // 3, 1)
+  examples = f"{', '.join(matrices[::apart][:3])}, ..."
   where = f"config.sharding rule {regex!r}"
-  if not found:
-    return f"{where} matches nothing; correct or remove it; paths are such as {shown}"
-  if all(axes_of(spec, name, leaves[name].shape, mesh) is None for name in found):
-    wanted = (
-      f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} devices "
-      "divide"
-      if spec == "fsdp"
-      else "matrix of a transformer block"
+  if not matching:
+    return f"{where} matches nothing; correct or remove it; paths are such as {examples}"
+  if all(axes_of(spec, name, leaves[name].shape, mesh) is None for name in matching):
+    wanted = "matrix of a transformer block"
+    if spec == "fsdp":
+      wanted = (
+        f"array of at least {FSDP_FROM:,} numbers with a dimension that {mesh.shape['data']} "
+        "devices divide"
+      )
+    return (
+      f"{where} finds no {wanted} for {spec!r} to split, only what {examples} are; correct or "
+      "remove it"
     )
-    return f"{where} finds no {wanted} for {spec!r} to split, only what {shown} are; correct or remove it"
-  return f"{where} has nothing left to decide: rules before it take all that it finds, such as {shown}; put it first, or remove it"
+  return (
+    f"{where} has nothing left to decide: rules before it take all that it finds, such as "
+    f"{examples}; put it first, or remove it"
+  )
 
 
 @dataclasses.dataclass
@@ -258,22 +288,24 @@ def table(tree, where, most: int | None = None) -> str:
     where: its shardings.
     most: rows, those that take most of a device; None: all, in the order of the tree.
   """
-  rows, parts = [], {}
-  total = [0, 0, 0]  # numbers, bytes, bytes on each device
+  rows = []
+  sums = {}  # top of the tree -> numbers, bytes, bytes on each device
+  total = np.zeros(3, np.int64)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   for (path, leaf), sharding in zip(leaves, jax.tree.leaves(where), strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    size, spec = leaf.dtype.itemsize, tuple(sharding.spec)
-    here = math.prod(sharding.shard_shape(leaf.shape)) * size
-    rows.append(Row(name, leaf.shape, str(leaf.dtype), spec, here))
-    part = parts.setdefault(name.split("/")[0], [0, 0, 0])
-    for sums in (part, total):
-      sums[0] += leaf.size
-      sums[1] += leaf.size * size
-      sums[2] += here
+    itemsize = leaf.dtype.itemsize
+    on_device = math.prod(sharding.shard_shape(leaf.shape)) * itemsize
+    rows.append(Row(name, leaf.shape, str(leaf.dtype), tuple(sharding.spec), on_device))
+    sizes = np.array([leaf.size, leaf.size * itemsize, on_device])
+    top, _, _ = name.partition("/")
+    sums[top] = sums.get(top, 0) + sizes
+    total += sizes
   lines = []
-  for part, (numbers, whole, here) in [*parts.items(), ("all", total)]:
-    lines.append(f"{part}: {numbers:,} numbers of {whole:,} bytes, {here:,} bytes on each device")
+  for top, (numbers, size, on_device) in [*sums.items(), ("all", total)]:
+    lines.append(
+      f"{top}: {numbers:,} numbers of {size:,} bytes, {on_device:,} bytes on each device"
+    )
   if most is not None:
     rows = sorted(rows, key=lambda row: -row.bytes)[:most]
   return "\n".join([parameter_overview.make_table(rows), *lines])
