@@ -40,7 +40,7 @@ def run(main, argv=None, hosts=False):
   """
   argv = sys.argv[1:] if argv is None else argv
   try:
-    on_hosts = distributed.joined(argv) if hosts else contextlib.nullcontext(argv)
+    on_hosts = distributed.connected(argv) if hosts else contextlib.nullcontext(argv)
     with contextlib.redirect_stdout(Inert(sys.stdout)), on_hosts as rest:
       if matplotlib := sys.modules.get("matplotlib"):
         # a matplotlibrc in the current folder may have every name run through LaTeX

@@ -61,7 +61,7 @@ def main(argv=None):
 
   own = parse_own(args.reader)
   paths = find_recordings(args.input, own)
-  here, out = distributed.here, Path(args.out)
+  here, out = distributed.this_host, Path(args.out)
   check_writable(out)
   names = hashlib.sha256()
   for path in paths:
@@ -74,7 +74,7 @@ def main(argv=None):
     "the hash of their names": names.hexdigest()[:16],
     "--reader": " ".join(args.reader),
   }
-  distributed.agree(run)
+  distributed.check_same(run)
   encoder = load_encoder(args.workdir, args.step)
   folder = evaluation(args.workdir, encoder.step, args.evaluation)
   probes = load_probes(args.workdir, encoder.step, folder)
@@ -91,7 +91,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     done = finished_parts(out, run)
   to_do = [number for number in range(len(parts)) if number not in done]
-  distributed.agree(run | {f"the number of parts to do in {args.out}": len(to_do)})
+  distributed.check_same(run | {f"the number of parts to do in {args.out}": len(to_do)})
   distributed.check_shared(out)
   if done and here.index == 0:
     print(f"{len(done)} of {len(parts)} parts are in {out}, {len(to_do)} to do", flush=True)
@@ -99,7 +99,7 @@ def main(argv=None):
   counts = sum(done.values()) if here.index == 0 else 0
   mine = {number: parts[number] for number in to_do[here.index :: here.count]}
   counts += embed_parts(encoder, probes, out, run, mine, args.batch, own)
-  distributed.meet()
+  distributed.barrier()
   embedded, later = sum(distributed.gather(counts))
   if here.index > 0:
     return
@@ -175,7 +175,7 @@ def find_recordings(inputs, own: Mapping[str, str] | None = None) -> list[str]:
         by_file.setdefault(recording, recording)
     else:
       by_file.setdefault(str(ecg_file(path, own)), str(path))
-  if others and distributed.here.index == 0:
+  if others and distributed.this_host.index == 0:
     print(f"{others.total()} files of other kinds, passed over: {listing(others)}", flush=True)
   return list(by_file.values())
 
@@ -207,7 +207,7 @@ def load_probes(workdir, step, folder: Path) -> Probes:
   are none."""
   path, again = folder / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
-    if distributed.here.index == 0:
+    if distributed.this_host.index == 0:
       print(
         f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR "
         "where the cohort has moved or the weights come from elsewhere)",
@@ -234,9 +234,9 @@ def load_probes(workdir, step, folder: Path) -> Probes:
       f"{probes.intercept.shape}, half_width {probes.half_width.shape}; expected [D, names] and "
       f"[names]; {again} makes it anew"
     )
-  if not columns and distributed.here.index == 0:
+  if not columns and distributed.this_host.index == 0:
     print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)
-  if note and distributed.here.index == 0:
+  if note and distributed.this_host.index == 0:
     print(f"predicted phenotypes and their intervals: {note}", flush=True)
   return probes
 
@@ -299,7 +299,7 @@ def embed_parts(encoder, probes, out, run, parts, batch, own=None) -> np.ndarray
     desc="embed",
     unit="ECG",
     mininterval=1,
-    disable=distributed.here.index > 0,
+    disable=distributed.this_host.index > 0,
   )
   with contextlib.closing(recordings), progress:
     for number, paths in parts.items():

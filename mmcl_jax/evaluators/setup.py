@@ -23,7 +23,7 @@ def of_checkpoint(
   """
   step = restore.choose(workdir, step)
   cohort = cohort_lib.load(cohort_path) if cohort_path else own_cohort(workdir, step)
-  distributed.agree(
+  distributed.check_same(
     {
       "--workdir": os.path.abspath(workdir),
       "the checkpoint": step,

@@ -45,7 +45,7 @@ def devices() -> list[jax.Device]:
       "that "
       "has one to cuda (pip install 'mmcl-jax[cuda]') or tpu (pip install 'mmcl-jax[tpu]')"
     ) from None
-  if distributed.here.index == 0:
+  if distributed.this_host.index == 0:
     counts = Counter(x.device_kind for x in found)
     say(", ".join(f"{count} device{'s' * (count > 1)}: {kind}" for kind, count in counts.items()))
   return found

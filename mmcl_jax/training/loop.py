@@ -35,7 +35,7 @@ class Requests:
   def now(self) -> int:
     if self.asked_to_stop():
       return STOP
-    keeps_time = distributed.here.index == 0 and self.seconds > 0
+    keeps_time = distributed.this_host.index == 0 and self.seconds > 0
     return SAVE if keeps_time and self.clock() - self.last_save >= self.seconds else NOTHING
 
   def add_to(self, rows: dict) -> dict:

@@ -92,7 +92,7 @@ class Monitor:
   def count_skipped(self, step: int, values: dict[str, float], worst: np.ndarray) -> None:
     if not values["finite"] or values["rows_left_out"]:
       self.checkpoints.finish()  # what is said about the last good one must be true,
-      distributed.meet()  # and host 0 has signed it before another host ends all
+      distributed.barrier()  # and host 0 has signed it before another host ends all
     try:
       self.skipped = update_skipped(
         self.skipped, step, values, worst, self.config, self.objectives, self.workdir

@@ -52,7 +52,7 @@ def choose(workdir: str, step: int | None = None) -> int:
     raise UserError(f"{workdir} has no checkpoint yet; train it with `mmcl train`")
   about = checkpoint.manifest(workdir, last)
   best = checkpoint.best_step(about)
-  if distributed.here.index == 0 and best is not None:
+  if distributed.this_host.index == 0 and best is not None:
     what = "the best" if step == best else f"the last, for the best, {best}, is not there any more"
     print(f"{workdir}: step {step}, {what} by {about['config']['stop_on']}", flush=True)
   return step

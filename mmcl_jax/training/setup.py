@@ -131,14 +131,14 @@ def check_hosts(config, workdir: str, start: int, all_cohorts: list[Cohort]) -> 
   facts["its last checkpoint"] = start
   facts["the fingerprint of the cohorts"] = [cohort.fingerprint for cohort in all_cohorts]
   facts["the content of the cohorts' files"] = [cohort.content for cohort in all_cohorts]
-  distributed.agree(facts)
+  distributed.check_same(facts)
 
 
 @contextlib.contextmanager
 def hold(job: Job):
   """Holds the workdir, of several hosts by the first one; a UserError where another run has gone on
   in it since it was looked at."""
-  first = distributed.here.index == 0
+  first = distributed.this_host.index == 0
   with locks.workdir_held(job.workdir) if first else contextlib.nullcontext():
     if (checkpoint.latest(job.workdir) or 0) != job.start:
       raise UserError(

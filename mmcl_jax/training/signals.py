@@ -74,8 +74,8 @@ def mute(stream: int) -> None:
 
 def end_at_once():
   say("interrupted; the same command goes on from what is saved")
-  if distributed.here.count > 1:
-    distributed.leave(130, "interrupted at once")
+  if distributed.this_host.count > 1:
+    distributed.abort_all(130, "interrupted at once")
   os._exit(130)
 
 

@@ -74,16 +74,20 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
   Raises:
     UserError: see `treatments`.
   """
-  c, treatment = config.optimizer, treatments(config, params, statistics)
+  c = config.optimizer
+  by_path = treatments(config, params, statistics)
 
-  def by_path(f, tree):
-    return jax.tree_util.tree_map_with_path(lambda path, x: f(treatment[path_name(path)], x), tree)
+  def labels(tree):
+    def label(path, _):
+      return "frozen" if by_path[path_name(path)].frozen else "trained"
 
-  def label(treatment, _):
-    return "frozen" if treatment.frozen else "trained"
+    return jax.tree_util.tree_map_with_path(label, tree)
 
-  def scale(treatment, update):
-    return update * treatment.factor
+  def scale(updates, _):
+    def scaled(path, update):
+      return update * by_path[path_name(path)].factor
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
 
   adam = optax.scale_by_adam(b1=c.b1, b2=c.b2)
   clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
@@ -91,14 +95,16 @@ def optimizer(config, params, statistics=None) -> optax.GradientTransformation:
     rule = [optax.add_decayed_weights(c.weight_decay), adam]
   else:
     rule = [adam, optax.add_decayed_weights(c.weight_decay, mask=decayed)]
-  factors = optax.stateless(lambda updates, _: by_path(scale, updates))
-  chain = [clip, *rule, factors, optax.scale_by_learning_rate(learning_rate(config))]
+  chain = [
+    clip,
+    *rule,
+    optax.stateless(scale),
+    optax.scale_by_learning_rate(learning_rate(config)),
+  ]
   if c.ema:
     chain.append(keep_average(c.ema))
-  return optax.partition(
-    {"trained": optax.chain(*chain), "frozen": optax.set_to_zero()},
-    lambda tree: by_path(label, tree),
-  )
+  transforms = {"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}
+  return optax.partition(transforms, labels)
 
 
 class Average(NamedTuple):
@@ -145,12 +151,13 @@ def averaged(params, opt_state):
     return params
   weight, mean = kept[0]
 
-  def so_far(mean, x):
+  def corrected(mean, x):
     if is_masked(mean):
       return x
-    return jnp.where(weight > 0, mean / jnp.maximum(weight, 1e-30), x).astype(x.dtype)
+    average = mean / jnp.maximum(weight, 1e-30)
+    return jnp.where(weight > 0, average, x).astype(x.dtype)
 
-  return jax.tree.map(so_far, mean, params, is_leaf=is_masked)
+  return jax.tree.map(corrected, mean, params, is_leaf=is_masked)
 
 
 def stop_frozen(params, treatment: dict[str, Treatment]):
@@ -183,45 +190,58 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
   """
   paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   decays = dict(zip(paths, jax.tree.leaves(decayed(params)), strict=True))
-  shown = f"{', '.join(paths[:: max(len(paths) // 5, 1)][:5])}, ..."
+  frozen = frozen_paths(config, paths, statistics)
+  trained = [path for path in paths if path not in frozen]
+  factors = rate_factors(config.optimizer.rates, trained, paths)
+  layers = layer_factors(config.optimizer.layer_decay, paths)
+  treatment = {}
+  for path in paths:
+    factor = factors.get(path, 1.0) * layers[path]
+    treatment[path] = Treatment(path in frozen, decays[path], factor)
+  return treatment
 
-  frozen_towers = [
-    f"^cmr_{re.escape(name)}/backbone/"
-    for name, tower in towers.cmr(config.model).items()
-    if tower.get("frozen")
-  ]
-  frozen = {path for path in paths if any(re.search(regex, path) for regex in frozen_towers)}
+
+def frozen_paths(config, paths: list[str], statistics) -> set[str]:
+  """The paths that config.freeze or config.model.towers.NAME.frozen keeps as they are."""
+  frozen = set()
+  for name, tower in towers.cmr(config.model).items():
+    if tower.get("frozen"):
+      frozen |= {path for path in paths if path.startswith(f"cmr_{name}/backbone/")}
   for regex in regexes(config.freeze, "config.freeze"):
-    found = [path for path in paths if re.search(regex, path)]
-    if not found:
+    matching = {path for path in paths if re.search(regex, path)}
+    if not matching:
       raise UserError(
-        f"config.freeze has {regex!r}, which matches no parameter; parameters are {shown}"
+        f"config.freeze has {regex!r}, which matches no parameter; parameters are {shown(paths)}"
       )
-    check_statistics(regex, sorted(set(found) - frozen), statistics)
-    frozen |= set(found)
+    check_statistics(regex, sorted(matching - frozen), statistics)
+    frozen |= matching
   if len(frozen) == len(paths):
     raise UserError(
       f"config.freeze {tuple(config.freeze)} and config.model.towers.*.frozen leave no parameter "
-      "to train; "
-      f"parameters are {shown}"
+      f"to train; parameters are {shown(paths)}"
     )
+  return frozen
 
-  factors, taken = {}, set()
-  for regex, factor in rates(config.optimizer.rates):
-    found = {path for path in paths if re.search(regex, path)} - frozen - taken
-    if not found:
+
+def rate_factors(entries, trained: list[str], paths: list[str]) -> dict[str, float]:
+  """Path of a trained parameter -> factor of the first entry of config.optimizer.rates that finds
+  it."""
+  factors = {}
+  for regex, factor in rates(entries):
+    matching = [path for path in trained if re.search(regex, path) and path not in factors]
+    if not matching:
       raise UserError(
         f"config.optimizer.rates has {regex!r}, which matches no trained parameter that an entry "
-        "before "
-        f"it has not taken; parameters are {shown}"
+        f"before it has not taken; parameters are {shown(paths)}"
       )
-    taken |= found
-    factors |= dict.fromkeys(found, factor)
-  layers = layer_factors(config.optimizer.layer_decay, paths)
-  return {
-    path: Treatment(path in frozen, decays[path], factors.get(path, 1.0) * layers[path])
-    for path in paths
-  }
+    factors |= dict.fromkeys(matching, factor)
+  return factors
+
+
+def shown(paths: list[str]) -> str:
+  """A few paths from everywhere, for a message."""
+  apart = max(len(paths) // 5, 1)
+  return f"{', '.join(paths[::apart][:5])}, ..."
 
 
 def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
@@ -232,7 +252,10 @@ def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
   tower is layer depth + 1. So are the other modules, whose factor is 1: heads, read-outs, and the
   CMR towers, which have no layer decay.
   """
-  blocks = {path: int(found[1]) for path in paths if (found := re.match(r"ecg/block(\d+)/", path))}
+  blocks = {}
+  for path in paths:
+    if match := re.match(r"ecg/block(\d+)/", path):
+      blocks[path] = int(match[1])
   if decay < 1 and not blocks:
     raise UserError(
       f"config.optimizer.layer_decay is {decay}, but this model has no ECG tower with layers named "
@@ -240,36 +263,36 @@ def layer_factors(decay: float, paths: list[str]) -> dict[str, float]:
     )
   depth = max(blocks.values(), default=-1) + 1
 
-  def first(path):
-    return re.match(r"ecg/(patch_embed|cls_token|pos_embed|stem\d*)(/|$)", path)
+  factors = {}
+  for path in paths:
+    layer = blocks.get(path, depth) + 1
+    if re.match(r"ecg/(patch_embed|cls_token|pos_embed|stem\d*)(/|$)", path):
+      layer = 0
+    factors[path] = decay ** (depth + 1 - layer)
+  return factors
 
-  return {
-    path: decay ** (depth + 1 - (0 if first(path) else blocks.get(path, depth) + 1))
-    for path in paths
-  }
 
-
-def check_statistics(regex: str, found: list[str], statistics) -> None:
+def check_statistics(regex: str, paths: list[str], statistics) -> None:
   """Refuses to freeze by regex what has batch statistics: `cmr_NAME/backbone`, `head_ecg/norm1`."""
 
-  def part(path):
+  def module_of(path):
     return "/".join(path.split("/")[:2])
 
-  moving = {
-    part(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(statistics or {})
-  }
-  if touched := [path for path in found if part(path) in moving]:
-    module = part(touched[0])
-    tower = re.fullmatch("cmr_(.+)/backbone", module)
-    way_out = (
-      f"set config.model.towers.{tower[1]}.frozen=True, which keeps all of it in evaluation mode"
-      if tower
-      else "leave it out of config.freeze"
-    )
+  with_statistics = set()
+  for path, _ in jax.tree_util.tree_leaves_with_path(statistics or {}):
+    with_statistics.add(module_of(path_name(path)))
+  for path in paths:
+    module = module_of(path)
+    if module not in with_statistics:
+      continue
+    way_out = "leave it out of config.freeze"
+    if tower := re.fullmatch("cmr_(.+)/backbone", module):
+      way_out = (
+        f"set config.model.towers.{tower[1]}.frozen=True, which keeps all of it in evaluation mode"
+      )
     raise UserError(
-      f"config.freeze has {regex!r}, which freezes {touched[0]}, but the batch statistics of "
-      f"{module} "
-      f"would go on changing; {way_out}"
+      f"config.freeze has {regex!r}, which freezes {path}, but the batch statistics of "
+      f"{module} would go on changing; {way_out}"
     )
 
 

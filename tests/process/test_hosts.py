@@ -45,7 +45,7 @@ def main(argv):
       stream = pipeline.train_batches
       def interrupted(*args, **kwargs):
         for rows in stream(*args, **kwargs):
-          if distributed.here.index == 1:
+          if distributed.this_host.index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
           yield rows
       pipeline.train_batches = interrupted
@@ -157,7 +157,7 @@ def main(argv):
   arrays = [np.asarray(x) for x in jax.tree.leaves(jax.device_get(run.state))]
   print(len(jax.devices()), hashlib.blake2b(b"".join(x.tobytes() for x in arrays)).hexdigest(), flush=True)
   distributed.gather(np.ones(1))
-  if distributed.here.index == 3:
+  if distributed.this_host.index == 3:
     os.kill(os.getpid(), signal.SIGKILL)
   while True:
     distributed.gather(np.ones(1))
@@ -241,8 +241,8 @@ def test_a_host_that_never_comes_is_named_on_those_that_did():
 def test_a_host_that_is_too_slow_is_named():
   code = (
     "import sys, time; from mmcl_jax import cli; from mmcl_jax.training import distributed; "
-    "distributed.WAIT_S, distributed.LEAVE_S = 3, 60\n"
-    "def main(argv):\n  time.sleep(12 * distributed.here.index); distributed.agree({})\n"
+    "distributed.WAIT_S, distributed.ABORT_S = 3, 60\n"
+    "def main(argv):\n  time.sleep(12 * distributed.this_host.index); distributed.check_same({})\n"
     "cli.run(main, sys.argv[1:], hosts=True)"
   )
   for status, _, err in launch(code, 2, 1):
@@ -568,14 +568,14 @@ class Store:
 def test_agreement_names_what_differs(mine, words, monkeypatch):
   store = Store()
   monkeypatch.setattr(distributed, "rounds", iter((0, 0)))
-  monkeypatch.setattr(distributed, "here", distributed.Host(0, 2, store))
-  distributed.agree({"cohort": "a"})
-  monkeypatch.setattr(distributed, "here", distributed.Host(1, 2, store))
+  monkeypatch.setattr(distributed, "this_host", distributed.Host(0, 2, store))
+  distributed.check_same({"cohort": "a"})
+  monkeypatch.setattr(distributed, "this_host", distributed.Host(1, 2, store))
   if words:
     with pytest.raises(UserError, match=words):
-      distributed.agree(mine)
+      distributed.check_same(mine)
   else:
-    distributed.agree(mine)
+    distributed.check_same(mine)
 
 
 def test_a_folder_that_hosts_do_not_share_is_found(tmp_path, monkeypatch):
@@ -588,7 +588,7 @@ def test_a_folder_that_hosts_do_not_share_is_found(tmp_path, monkeypatch):
   for folder, words in (("b", "of host 1 is another folder"), ("a", None)):
     store.entries.clear()
     monkeypatch.setattr(distributed, "rounds", iter((0, 0)))
-    monkeypatch.setattr(distributed, "here", distributed.Host(0, 2, store))
+    monkeypatch.setattr(distributed, "this_host", distributed.Host(0, 2, store))
     outcome = []
 
     def check(outcome=outcome):
@@ -597,7 +597,7 @@ def test_a_folder_that_hosts_do_not_share_is_found(tmp_path, monkeypatch):
     first = threading.Thread(target=check)
     first.start()
     wait_for(store.entries, "mmcl/shared/0")
-    distributed.here = distributed.Host(1, 2, store)
+    distributed.this_host = distributed.Host(1, 2, store)
     distributed.check_shared(tmp_path / folder)
     first.join()
     assert (words is None) == (outcome[0] is None) and (words or "") in str(outcome[0])
@@ -621,7 +621,7 @@ def outcome_of(function, *args):
   "owners, words", [([[0, 0], [1, 1]], None), ([[0], [0], [1]], "2, 1 devices")]
 )
 def test_meshes_that_hosts_do_not_fit(owners, words, monkeypatch):
-  monkeypatch.setattr(distributed, "here", distributed.Host(0, 2))
+  monkeypatch.setattr(distributed, "this_host", distributed.Host(0, 2))
   devices = np.array([[types.SimpleNamespace(process_index=i) for i in row] for row in owners])
   mesh = types.SimpleNamespace(devices=devices)
   if words is None:

@@ -27,8 +27,8 @@ from mmcl_jax.training import distributed
 
 
 def main(argv):
-  distributed.agree({{"argv": argv}})
-  line = f"mmcl on host {{distributed.here.index}} of {{distributed.here.count}} {{' '.join(argv)}}\\n"
+  distributed.check_same({{"argv": argv}})
+  line = f"mmcl on host {{distributed.this_host.index}} of {{distributed.this_host.count}} {{' '.join(argv)}}\\n"
   os.write(1, line.encode())  # in one piece: the processes share a pipe, and print may write word by word
   raise SystemExit(int(os.environ.get("STATUS", 0)))
 
