@@ -22,6 +22,7 @@ from mmcl_jax.support.text import SYNTHETIC_NOTE, aligned
 
 COUNTED = 2000  # records that are read for the tables; of larger cohorts a sample
 DPI = 254  # 10 pixels a millimetre of ECG paper
+LABELS = ", ".join(f"{value} {name}" for name, value in schema.LABELS.items())
 MEANING = {
   "subject": "keyed hash of the participant",
   "visit": "such as UK Biobank's instance",
@@ -30,8 +31,7 @@ MEANING = {
   "ecg": "[lead, sample], times ecg_scale",
   "ecg_scale": "see ecg",
   "ed_es_volumes": "[ED ES, slice, row, column], base to apex, grey values",
-  "labels": "[ED ES, slice, row, column], "
-  + ", ".join(f"{value} {name}" for name, value in schema.LABELS.items()),
+  "labels": f"[ED ES, slice, row, column], {LABELS}",
   "cine_slice": "[frame, row, column], frame 0 = ED",
   "three_frames": "[ED half-way ES, row, column], the mid-ventricular slice",
   "lax": "[frame, row, column], long axis and septum, frame 0 = ED",
@@ -53,16 +53,15 @@ def main(argv=None):
     return
   source = cohort.splits[args.split]
   if not 0 <= args.index < len(source):
-    raise UserError(
-      f"--index={args.index}, but split {args.split} of {args.cohort} has "
-      + (f"records 0 to {len(source) - 1}" if len(source) else "no records")
-    )
+    there = f"records 0 to {len(source) - 1}" if len(source) else "no records"
+    raise UserError(f"--index={args.index}, but split {args.split} of {args.cohort} has {there}")
   record = source[args.index]
   print(drawings.describe(record, cohort.info, args.split, args.index))
   figures = drawings.of_record(record, cohort.info)
   if not figures:
     raise UserError(f"{args.split} {args.index} has neither an ECG nor a short axis to draw")
-  out = Path(args.out or f"{Path(args.cohort).resolve().name}-{args.split}-{args.index}.png")
+  folder = Path(args.cohort).resolve()
+  out = Path(args.out or f"{folder.name}-{args.split}-{args.index}.png")
   save(drawings.stacked(figures, DPI), out)
   print(out)
 
@@ -128,11 +127,11 @@ def sample(cohort: cohort_lib.Cohort) -> list[dict[str, np.ndarray]]:
 def summary(cohort: cohort_lib.Cohort, records) -> list[str]:
   info = cohort.info
   total = sum(info["counts"].values())
-  counts = ", ".join(f"{n:,} {split}" for split, n in info["counts"].items())
+  counts = [f"{count:,} {split}" for split, count in info["counts"].items()]
   basis = f"numbers below are of {len(records):,} drawn at random"
   if len(records) == total:
     basis = "all of them read"
-  lines = [f"{cohort.path}: {total:,} records ({counts}); {basis}"]
+  lines = [f"{cohort.path}: {total:,} records ({', '.join(counts)}); {basis}"]
   for name, value in info.items():
     if type(value) in (str, int, float):
       lines.append(f"{name.replace('_', ' ')}: {value}")
@@ -166,8 +165,17 @@ def measures(kind: str, units: dict[str, str], records) -> list[str]:
   rows = []
   for (name, unit), column in zip(units.items(), values.T):
     moments = quality.moments_and_quantiles(column)
-    row = [name, unit, f"{moments['n']:,}", number(moments["mean"]), number(moments["sd"])]
-    row += [number(moments["quantiles"][q]) for q in ("0.5", "0.05", "0.95")]
+    quantiles = moments["quantiles"]
+    row = [
+      name,
+      unit,
+      f"{moments['n']:,}",
+      number(moments["mean"]),
+      number(moments["sd"]),
+      number(quantiles["0.5"]),
+      number(quantiles["0.05"]),
+      number(quantiles["0.95"]),
+    ]
     rows.append(row)
   return table([kind, "unit", "n", "mean", "SD", "median", "5 %", "95 %"], rows)
 
@@ -177,9 +185,10 @@ def diseases(names: list[str], records) -> list[str]:
   values = np.stack([record["diseases"] for record in records])
   rows = []
   for name, column in zip(names, values.T):
-    stated = np.isfinite(column)
-    prevalence = f"{np.nanmean(column):.2%}" if stated.any() else "-"
-    rows.append([name, f"{np.nansum(column):,.0f}", f"{stated.sum():,}", prevalence])
+    count = int(np.isfinite(column).sum())
+    prevalence = f"{np.nanmean(column):.2%}" if count else "-"
+    cases = np.nansum(column)
+    rows.append([name, f"{cases:,.0f}", f"{count:,}", prevalence])
   return table(["disease", "cases", "known", "prevalence"], rows)
 
 
@@ -187,7 +196,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
   """Aligned lines after an empty one; none where there are no rows."""
   if not rows:
     return []
-  return ["", *aligned([head, *rows], left=len(head)).splitlines()]
+  text = aligned([head, *rows], left=len(head))
+  return ["", *text.splitlines()]
 
 
 def number(value: float | None) -> str:

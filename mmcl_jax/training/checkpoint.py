@@ -70,13 +70,14 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, keep: int, people: dict[str, Any] | None = None):
+    workdir = pathlib.Path(os.path.abspath(workdir))
     self.people = people
-    self.folder, self.keep = pathlib.Path(os.path.abspath(workdir)) / "checkpoints", keep
-    # weights alone have none
-    self.config = [file for file in (self.folder.parent / "config.json",) if file.is_file()]
+    self.folder, self.keep = workdir / "checkpoints", keep
+    self.config = workdir / "config.json"
+    self.has_config = self.config.is_file()  # a workdir of converted weights has none
     self.pending = None
     files.no_links(self.folder)
-    self.run = name_run(self.folder.parent) if jax.process_index() == 0 else ""
+    self.run = name_run(workdir) if jax.process_index() == 0 else ""
     for step in unfinished(self.folder):  # of a run that was stopped while it saved
       if jax.process_index() == 0:
         shutil.rmtree(self.folder / str(step))
@@ -85,7 +86,9 @@ class Checkpoints:
     for name in ("absl", "asyncio"):
       logging.getLogger(name).addFilter(without_trace)
     options = ocp.CheckpointManagerOptions(
-      create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+      create=True,
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=True,
     )
     self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -93,11 +96,12 @@ class Checkpoints:
     """Starts to save `state` (pytree of arrays) and `data` (JSON) as `step`; meta["best"] names the
     best step, if any."""
     self.finish()
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=ocp.args.JsonSave(data),
+    )
     with self.saving(step):
-      self.manager.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
-      )
+      self.manager.save(step, args=items)
     self.pending = step, meta
 
   def poll(self) -> None:
@@ -114,14 +118,20 @@ class Checkpoints:
       self.manager.wait_until_finished()
       self.check_there()  # before it counts
       if jax.process_index() == 0:
+        folder = self.folder / str(step)
         if self.people is not None:
-          with files.atomic(self.folder / str(step) / PEOPLE, "wb") as file:
+          with files.atomic(folder / PEOPLE, "wb") as file:
             np.savez(file, **self.people)
-        sign(self.folder / str(step), {"run": self.run, "step": step, **meta})
-        for old in surplus(numbered(self.folder), self.keep, best_step(meta)):
-          # first: half a step must not count
-          (self.folder / str(old) / "meta" / "manifest.json").unlink(missing_ok=True)
-          shutil.rmtree(self.folder / str(old))
+        sign(folder, {"run": self.run, "step": step, **meta})
+        self.drop_old(best_step(meta))
+
+  def drop_old(self, best: int | None) -> None:
+    """Removes all but the last `keep` steps and the best one."""
+    for step in surplus(numbered(self.folder), self.keep, best):
+      folder = self.folder / str(step)
+      # first: half a step must not count
+      (folder / "meta" / "manifest.json").unlink(missing_ok=True)
+      shutil.rmtree(folder)
 
   def close(self) -> None:
     self.finish()
@@ -138,28 +148,19 @@ class Checkpoints:
       raise
     except Exception as error:
       self.check_there()
-      # The system's own word for it, out of several lines of paths, where there is one.
-      number = getattr(error, "errno", None) or next(
-        iter(map(int, re.findall(r"os_error_code='(\d+)'", str(error)))), None
-      )
-      reason = (
-        os.strerror(number)
-        if number
-        else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-      )
       raise UserError(
-        f"cannot save {self.folder / str(step)}: {reason}; the same command goes on from the last "
-        "checkpoint"
+        f"cannot save {self.folder / str(step)}: {reason(error)}; the same command goes on from "
+        "the last checkpoint"
       ) from error
 
   def check_there(self) -> None:
     """A UserError where the workdir has gone: orbax would make it anew, and training go on in a
     folder of few steps."""
-    if not self.folder.is_dir() or not all(file.is_file() for file in self.config):
+    config_lost = self.has_config and not self.config.is_file()
+    if not self.folder.is_dir() or config_lost:
       raise UserError(
         f"{self.folder} is not there any more; bring the folder back, and the same command goes on "
-        "from its last "
-        "checkpoint"
+        "from its last checkpoint"
       )
 
 
@@ -194,30 +195,46 @@ def best_step(meta: dict[str, Any]) -> int | None:
   return (meta.get("best") or {}).get("step")
 
 
+def reason(error: Exception) -> str:
+  """Why a save failed: the system's own word for it, out of several lines of paths, where there is
+  one."""
+  number = getattr(error, "errno", None)
+  if not number and (match := re.search(r"os_error_code='(\d+)'", str(error))):
+    number = int(match[1])
+  if number:
+    return os.strerror(number)
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:200]}"
+
+
 def sign(folder: pathlib.Path, meta: dict[str, Any]) -> None:
+  """Writes a step's manifest, by which it counts."""
   files.sync_all(folder)  # a step that counts must be on disk
-  packages = {
-    name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
-  }
-  whole = {"format": FORMAT, "packages": packages, **meta, "files": checksums(folder)}
-  whole["sha256"] = checksum_of(whole)
+  packages = {}
+  for name in ("jax", "flax", "optax", "orbax-checkpoint"):
+    packages[name] = importlib.metadata.version(name)
+  contents = {"format": FORMAT, "packages": packages, **meta, "files": checksums(folder)}
+  contents["sha256"] = checksum_of(contents)
   (folder / "meta").mkdir(exist_ok=True)
   with files.atomic(folder / "meta" / "manifest.json") as file:
-    file.write(json.dumps(whole, indent=1) + "\n")
+    file.write(json.dumps(contents, indent=1) + "\n")
 
 
-def checksum_of(whole: dict[str, Any]) -> str:
+def checksum_of(contents: dict[str, Any]) -> str:
   """Of a manifest without its own checksum, as JSON that does not depend on the order or the white
   space of the file."""
-  rest = {name: x for name, x in whole.items() if name != "sha256"}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+  rest = {name: x for name, x in contents.items() if name != "sha256"}
+  text = json.dumps(rest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checksums(folder: pathlib.Path) -> dict[str, str]:
-  files = sorted(
-    file for file in folder.rglob("*") if file.is_file() and file.parent != folder / "meta"
-  )
-  return {str(file.relative_to(folder)): checksum(file) for file in files}
+  """Of all files of a step but those in `meta`, by their path within it."""
+  sums = {}
+  for file in sorted(folder.rglob("*")):
+    if file.is_file() and file.parent != folder / "meta":
+      sums[str(file.relative_to(folder))] = checksum(file)
+  return sums
 
 
 def checksum(file: pathlib.Path) -> str:
@@ -226,11 +243,9 @@ def checksum(file: pathlib.Path) -> str:
 
 
 def numbered(folder: pathlib.Path) -> list[int]:
-  return (
-    sorted(int(d.name) for d in folder.glob("*") if d.name.isdigit() and d.is_dir())
-    if folder.is_dir()
-    else []
-  )
+  """The numbers that name subfolders, in order; none where there is no such folder."""
+  subfolders = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+  return sorted(int(path.name) for path in subfolders)
 
 
 def signed(folder: pathlib.Path, step: int) -> bool:
@@ -261,42 +276,39 @@ def chosen(workdir: str) -> int | None:
 
 def manifest(workdir: str, step: int) -> Manifest:
   """What was written about a step; a UserError where it is damaged or of another step or run."""
-  known = steps(workdir)
-  if step not in known:
-    raise UserError(
-      f"no checkpoint of step {step} in {workdir}; there are {', '.join(map(str, known)) or 'none'}"
-    )
+  saved = steps(workdir)
+  if step not in saved:
+    there = ", ".join(map(str, saved)) or "none"
+    raise UserError(f"no checkpoint of step {step} in {workdir}; there are {there}")
   file = step_folder(workdir, step) / "meta" / "manifest.json"
   try:
-    found = json.loads(file.read_text())
-    if found["format"] != FORMAT:
+    contents = json.loads(file.read_text())
+    if contents["format"] != FORMAT:
       raise UserError(
-        f"{file} says format {found['format']!r}, this program reads {FORMAT!r}; "
+        f"{file} says format {contents['format']!r}, this program reads {FORMAT!r}; "
         f"{way_out(workdir, step)}"
       )
-    if checksum_of(found) != found["sha256"]:
+    if checksum_of(contents) != contents["sha256"]:
       raise UserError(
         f"{file} is damaged: its checksum is not the one that it names; {way_out(workdir, step)}"
       )
-    if wrong := wrong_entries(found, Manifest):
+    if wrong := wrong_entries(contents, Manifest):
       raise UserError(
         f"{file} has no {', '.join(wrong)} in the form that `mmcl train` writes; "
         f"{way_out(workdir, step)}"
       )
-    if found["step"] != step:
+    if contents["step"] != step:
       raise UserError(
-        f"{file} is of step {found['step']}: its folder was renamed or exchanged with another's; "
-        "give "
-        f"every step its own name again, or {way_out(workdir, step)}"
+        f"{file} is of step {contents['step']}: its folder was renamed or exchanged with another's;"
+        f" give every step its own name again, or {way_out(workdir, step)}"
       )
-    run, other = run_name(workdir), found["run"]
+    run, other = run_name(workdir), contents["run"]
     if run and run != other:  # none where only the checkpoints were copied
       raise UserError(
         f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from "
-        "another "
-        f"run, or that file changed; put back what was there, or {way_out(workdir, step)}"
+        f"another run, or that file changed; put back what was there, or {way_out(workdir, step)}"
       )
-    return found
+    return contents
   except (ValueError, KeyError, TypeError, OSError, RecursionError):
     raise UserError(f"{file} is not readable; {way_out(workdir, step)}") from None
 
@@ -306,25 +318,27 @@ def step_folder(workdir: str, step: int) -> pathlib.Path:
 
 
 def way_out(workdir: str, step: int) -> str:
+  """What to do about a step that cannot be used."""
   others = [other for other in steps(workdir) if other != step]
-  return (
-    f"remove {step_folder(workdir, step)} to use step {max(others)}"
-    if others
-    else f"remove {workdir} and train again"
-  )
+  if not others:
+    return f"remove {workdir} and train again"
+  return f"remove {step_folder(workdir, step)} to use step {max(others)}"
 
 
 def check_files(workdir: str, step: int) -> Manifest:
   """The manifest of a step, once this host's share of its files is found as it was written; else a
   UserError."""
   folder, about = step_folder(workdir, step), manifest(workdir, step)
-  for name, written in sorted(about["files"].items())[jax.process_index() :: jax.process_count()]:
-    there = (folder / name).is_file()
-    if not there or checksum(folder / name) != written:
-      state = (
-        "damaged: its checksum is not the one written when it was saved" if there else "missing"
+  listed = sorted(about["files"].items())
+  for name, written in listed[jax.process_index() :: jax.process_count()]:
+    file = folder / name
+    if not file.is_file():
+      raise UserError(f"{file} is missing; {way_out(workdir, step)}")
+    if checksum(file) != written:
+      raise UserError(
+        f"{file} is damaged: its checksum is not the one written when it was saved; "
+        f"{way_out(workdir, step)}"
       )
-      raise UserError(f"{folder / name} is {state}; {way_out(workdir, step)}")
   return about
 
 
@@ -347,16 +361,14 @@ def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], Man
   folder, about = step_folder(workdir, step), check_files(workdir, step)
   try:
     with ocp.CheckpointManager(folder.parent) as manager:
-      items = manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-        ),
+      args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract),
+        data=ocp.args.JsonRestore(),
       )
+      items = manager.restore(step, args=args)
   except Exception as error:  # whatever orbax makes of arrays that do not fit
     raise UserError(
       f"{folder}/state does not fit this model ({type(error).__name__}: {str(error)[:300]}); was "
-      "it saved "
-      "by another config?"
+      "it saved by another config?"
     ) from None
   return items["state"], items["data"], about

@@ -90,12 +90,9 @@ def load_pretrained(
     params=replaced(state.params, "params", transfer.new),
     statistics=replaced(state.statistics, "batch_stats", transfer.new),
   )
-  report = Report(
-    {label(key): text for key, text in origin.items()},
-    {label(key): leaf.shape for key, leaf in target.items()},
-    transfer.left_over,
-  )
-  return state, report
+  shapes = {label(key): leaf.shape for key, leaf in target.items()}
+  origins = {label(key): text for key, text in origin.items()}
+  return state, Report(origins, shapes, transfer.left_over)
 
 
 class Transfer(NamedTuple):

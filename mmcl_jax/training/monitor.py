@@ -22,7 +22,7 @@ from mmcl_jax.training import checkpoint, distributed, metrics
 
 # what a host may ask of all; of several requests the largest counts
 NOTHING, SAVE, STOP = 0, 1, 2
-# losses that a spike is told by, and how many of them must be known
+# losses that a spike stands out from: how many at most, and at least
 WINDOW, ENOUGH = 50, 20
 # times the usual deviation (1.48 of the median absolute one, that of a normal distribution)
 SPIKE = 8.0
@@ -76,26 +76,26 @@ class Monitor:
       return NOTHING
     (step, values), self.pending = self.pending, None
     values = jax.device_get(values)
-    worst = values.pop("worst")
+    subjects = values.pop("top_loss_subjects")
     values = {name: float(x) for name, x in values.items()}
     request = int(values.pop("request"))
-    self.count_skipped(step, values, worst)
-    message = self.spikes.message(step, values["loss"], worst)
+    self.count_skipped(step, values, subjects)
+    message = self.spikes.message(step, values["loss"], subjects)
     if not values.pop("finite"):
-      message = skipped_message(step, self.skipped, values, worst, self.config, self.objectives)
+      message = skipped_message(step, self.skipped, values, subjects, self.config, self.objectives)
     if message and self.first_process:
       print(message, flush=True)
     if step % self.config.every.log == 0 or step == self.config.steps:
       self.write(step, values)
     return request
 
-  def count_skipped(self, step: int, values: dict[str, float], worst: np.ndarray) -> None:
+  def count_skipped(self, step: int, values: dict[str, float], subjects: np.ndarray) -> None:
     if not values["finite"] or values["rows_left_out"]:
       self.checkpoints.finish()  # what is said about the last good one must be true,
       distributed.barrier()  # and host 0 has signed it before another host ends all
     try:
       self.skipped = update_skipped(
-        self.skipped, step, values, worst, self.config, self.objectives, self.workdir
+        self.skipped, step, values, subjects, self.config, self.objectives, self.workdir
       )
     except UserError:
       self.checkpoints.close()
@@ -112,16 +112,17 @@ class Monitor:
   def evaluated(self, step: int, scores_of_each: Iterable[dict[str, float]]) -> None:
     """Writes and prints what each evaluator finds, as it is found, and keeps the best step."""
     scores = {}
-    for found in scores_of_each:
-      self.writer.write_scalars(step, found)
+    for of_evaluator in scores_of_each:
+      self.writer.write_scalars(step, of_evaluator)
       if self.first_process:
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in of_evaluator.items())
         print(f"validation {step}/{self.config.steps}  {shown}", flush=True)
-      scores |= found
+      scores |= of_evaluator
     if self.config.stop_after and self.config.stop_on in scores:
       # by the first host's number: hosts that differed by a rounding would part for good
-      loss = distributed.gather(np.float32([scores[self.config.stop_on]]))[0][0]
-      self.best = update_best(self.best, step, float(loss))
+      mine = np.float32([scores[self.config.stop_on]])
+      first, *_ = distributed.gather(mine)
+      self.best = update_best(self.best, step, float(first[0]))
 
   def is_over(self, step: int) -> bool:
     """Whether training ends with `step`: it is the last, or nothing was gained for long enough.
@@ -147,7 +148,7 @@ def update_skipped(
   skipped: Skipped,
   step: int,
   values: dict[str, float],
-  worst: np.ndarray,
+  subjects: np.ndarray,
   config,
   objectives,
   workdir: str,
@@ -156,7 +157,7 @@ def update_skipped(
 
   Args:
     values: metrics of the step, with `finite` and `rows_left_out`.
-    worst: subjects of the rows that are not finite or add most to the loss, uint32 [N, 2].
+    subjects: subjects of the rows that are not finite or add most to the loss, uint32 [N, 2].
 
   Raises:
     UserError: it is more than config.bad_rows or config.bad_steps allow; nothing is saved after it.
@@ -174,25 +175,34 @@ def update_skipped(
     before = f", as the {steps - 1} before" if steps > 1 else ""
     raise UserError(
       f"step {step}: {not_finite(values, objectives)}{before} (loss {json.dumps(values['loss'])}; "
-      f"subjects with the largest share {names(worst)}); {last_good(workdir)}; lower the learning "
+      f"subjects with the largest share {names(subjects)}); {last_good(workdir)}; lower the learning "
       "rate, look for broken recordings, or skip such steps by --config.bad_steps=N"
     )
   return Skipped(rows, steps)
 
 
 def skipped_message(
-  step: int, skipped: Skipped, values: dict[str, float], worst: np.ndarray, config, objectives
+  step: int,
+  skipped: Skipped,
+  values: dict[str, float],
+  subjects: np.ndarray,
+  config,
+  objectives,
 ) -> str:
   """A line on a step that changed nothing."""
   return (
     f"step {step} skipped, {skipped.steps} in a row of {config.bad_steps} allowed: "
-    f"{not_finite(values, objectives)}; subjects with the largest share: {names(worst)}"
+    f"{not_finite(values, objectives)}; subjects with the largest share: {names(subjects)}"
   )
 
 
 def not_finite(values: dict[str, float], objectives) -> str:
-  guilty = [o.name for o in objectives if not math.isfinite(values[f"{o.name}/loss"])]
-  return f"objective {', '.join(guilty)} is not finite" if guilty else "the gradient is not finite"
+  """What of a step is not finite: some objectives, else the gradient."""
+  names = [objective.name for objective in objectives]
+  guilty = [name for name in names if not math.isfinite(values[f"{name}/loss"])]
+  if guilty:
+    return f"objective {', '.join(guilty)} is not finite"
+  return "the gradient is not finite"
 
 
 def last_good(workdir: str) -> str:
@@ -205,28 +215,29 @@ def last_good(workdir: str) -> str:
 
 
 class Spikes:
-  """Tells losses that stand out from the WINDOW before them. It begins anew where a run resumes:
-  only what is told hangs on it."""
+  """Finds losses that stand out from the WINDOW before them. It begins anew where a run resumes:
+  only messages depend on it."""
 
   def __init__(self):
     self.losses = collections.deque(maxlen=WINDOW)
 
-  def message(self, step: int, loss: float, worst: np.ndarray) -> str | None:
-    """A line about a spike, which names the subjects `worst`, uint32 [N, 2] (hashes, as in
-    reports), or None."""
-    if not math.isfinite(loss):  # told as a step that is skipped
+  def message(self, step: int, loss: float, subjects: np.ndarray) -> str | None:
+    """A line about a spike, which names the `subjects`, uint32 [N, 2] (hashes, as in reports), or
+    None."""
+    if not math.isfinite(loss):  # reported as a step that is skipped
       return None
     usual = sorted(self.losses)
     self.losses.append(loss)
     if len(usual) < ENOUGH:
       return None
     median = statistics.median(usual)
-    deviation = 1.4826 * statistics.median(abs(x - median) for x in usual)
+    distances = [abs(x - median) for x in usual]
+    deviation = 1.4826 * statistics.median(distances)
     if loss - median <= SPIKE * max(deviation, 1e-6 * abs(median)):
       return None
     return (
       f"step {step}: the loss {loss:.4g} stands out from the {len(usual)} before (median "
-      f"{median:.4g}, deviation {deviation:.2g}); subjects with the largest share: {names(worst)}"
+      f"{median:.4g}, deviation {deviation:.2g}); subjects with the largest share: {names(subjects)}"
     )
 
 
@@ -240,11 +251,11 @@ def names(subjects: np.ndarray) -> str:
 
 def check_stopping(config) -> None:
   """Is there such a score as config.stop_on?"""
-  known = [f"validation/{name}" for name in sorted(config.objectives)]
-  if config.stop_after and config.stop_on not in known:
+  scores = [f"validation/{name}" for name in sorted(config.objectives)]
+  if config.stop_after and config.stop_on not in scores:
     raise UserError(
       f"config.stop_on is {config.stop_on!r}; expected a loss on validation, of which lower is "
-      f"better: {', '.join(known)}"
+      f"better: {', '.join(scores)}"
     )
   watching = []
   for entry in config.evaluators.values():

@@ -35,17 +35,18 @@ def handled(handler):
     heard = time.monotonic()
     handler(signum, frame)
 
-  before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-  before = {
-    signum: found for signum, found in before.items() if found not in (signal.SIG_IGN, None)
-  }
+  before = {}
+  for signum in SIGNALS:
+    previous = signal.getsignal(signum)
+    if previous not in (signal.SIG_IGN, None):
+      before[signum] = previous
   for signum in before:
     signal.signal(signum, hear)
   try:
     yield
   finally:
-    for signum, found in before.items():
-      signal.signal(signum, found)
+    for signum, previous in before.items():
+      signal.signal(signum, previous)
 
 
 def interrupt(signum, frame):
@@ -84,7 +85,8 @@ def stops():
   """For training: within, only a second Ctrl-C ends anything; yields a function that tells whether
   a signal has come.
 
-  Output that cannot be written (a closed terminal, `| head`) counts as one: the run shall save, not fail.
+  Output that cannot be written (a closed terminal, `| head`) counts as one: the run shall save, not
+  fail.
   """
   came = threading.Event()
 
@@ -134,30 +136,33 @@ def watched():
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  told, tell = os.pipe()
-  os.set_blocking(tell, False)
+  reading_end, writing_end = os.pipe()
+  os.set_blocking(writing_end, False)
   # a byte, the signal's number, from outside Python
-  before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-  threading.Thread(target=watch, args=(told,), daemon=True).start()
+  before = signal.set_wakeup_fd(writing_end, warn_on_full_buffer=False)
+  threading.Thread(target=watch, args=(reading_end,), daemon=True).start()
   try:
     yield
   finally:
     signal.set_wakeup_fd(before)
-    os.close(tell)
+    os.close(writing_end)
 
 
-def watch(told: int) -> None:
+def watch(reading_end: int) -> None:
+  """Answers the signals that come through the pipe and that Python has not handled by then."""
   interrupts = 0
-  while number := os.read(told, 1):
+  while received := os.read(reading_end, 1):
     came = time.monotonic()
-    interrupts += number[0] == signal.SIGINT
+    (number,) = received
+    if number == signal.SIGINT:
+      interrupts += 1
     time.sleep(BUSY_S)
-    if number[0] not in SIGNALS or heard > came - BUSY_S / 2:
+    if number not in SIGNALS or heard > came - BUSY_S / 2:
       continue
-    if number[0] == signal.SIGINT and interrupts > 1:
+    if number == signal.SIGINT and interrupts > 1:
       end_at_once()
     say("asked to stop: waits for what is computed or compiled now; Ctrl-C again ends at once")
-  os.close(told)
+  os.close(reading_end)
 
 
 def say(text: str) -> None:

@@ -1,4 +1,5 @@
-"""The jitted training step and the losses of a validation batch: batch in, state and metrics out."""
+"""The jitted training step and the losses of a validation batch: batch in, state and metrics
+out."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from mmcl_jax.models.inputs import first_window, sample_keys, to_float
 from mmcl_jax.objectives import mean
 from mmcl_jax.training import accumulate, state as state_lib
 
-WORST = 4  # rows of a batch that a spike of the loss names
+TOP_LOSS_ROWS = 4  # rows of a batch that a message on a spike of the loss names
 
 
 def augment(batch, keys, config):
@@ -83,8 +84,8 @@ def check_outputs(model, objectives, batch, state):
 def total_loss(outputs, batch, objectives, step):
   """Weighted sum of the objectives, and their metrics named objective/metric.
 
-  `worst` among them, uint32 [min(WORST, B), 2], are the subjects of the rows that add most to the
-  sum, not finite first.
+  `top_loss_subjects` among them, uint32 [min(TOP_LOSS_ROWS, B), 2], are the subjects of the rows
+  that add most to the sum, not finite first.
   """
   total, metrics, rows = 0.0, {}, jnp.zeros(len(batch["mask"]))
   for objective in objectives:
@@ -96,10 +97,10 @@ def total_loss(outputs, batch, objectives, step):
     )
     metrics |= {f"{objective.name}/loss": value, f"{objective.name}/weight": weight}
     metrics |= {f"{objective.name}/{name}": x for name, x in loss.metrics.items()}
-  _, worst = jax.lax.top_k(
-    jax.lax.stop_gradient(jnp.where(jnp.isfinite(rows), rows, jnp.inf)), min(WORST, len(rows))
-  )
-  return total, metrics | {"worst": batch["subject"][worst]}
+  shares = jnp.where(jnp.isfinite(rows), rows, jnp.inf)
+  count = min(TOP_LOSS_ROWS, len(rows))
+  _, largest = jax.lax.top_k(jax.lax.stop_gradient(shares), count)
+  return total, metrics | {"top_loss_subjects": batch["subject"][largest]}
 
 
 def make_train_step(model, objectives, tx, config, standardiser):
@@ -137,7 +138,9 @@ def make_train_step(model, objectives, tx, config, standardiser):
     else:
       in_parts = accumulate.value_and_grad(forward, loss_of, config.accumulation)
       (loss, metrics), statistics, grads = in_parts(state.params, state.statistics, batch)
-    worst = jax.lax.with_sharding_constraint(metrics["worst"], P())  # every host names them
+    subjects = jax.lax.with_sharding_constraint(
+      metrics["top_loss_subjects"], P()
+    )  # every host names them
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = schedule(state.step)
@@ -147,7 +150,7 @@ def make_train_step(model, objectives, tx, config, standardiser):
     new = state_lib.TrainState(state.step + 1, params, statistics, opt_state)
     state = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
     return state, metrics | {
-      "worst": worst,
+      "top_loss_subjects": subjects,
       "loss": loss,
       "gradient_norm": norm,
       "learning_rate": rate,

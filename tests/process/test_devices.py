@@ -32,8 +32,8 @@ for devices in (1, 8):
     compiled = step.lower(state, rows).compile()
     new, metrics = compiled(state, rows)
     grads = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), state.params, new.params)
-    result[devices] = grads, jax.device_get(new.statistics), {k: float(v) for k, v in metrics.items() if k != "worst"}
-    worst[devices] = metrics["worst"].tolist()
+    result[devices] = grads, jax.device_get(new.statistics), {k: float(v) for k, v in metrics.items() if k != "top_loss_subjects"}
+    worst[devices] = metrics["top_loss_subjects"].tolist()
     text = compiled.as_text()
 scale = np.sqrt(sum((g ** 2).sum() for g in jax.tree.leaves(result[1][0])))
 differ = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
