@@ -175,8 +175,8 @@ def update_skipped(
     before = f", as the {steps - 1} before" if steps > 1 else ""
     raise UserError(
       f"step {step}: {not_finite(values, objectives)}{before} (loss {json.dumps(values['loss'])}; "
-      f"subjects with the largest share {names(subjects)}); {last_good(workdir)}; lower the learning "
-      "rate, look for broken recordings, or skip such steps by --config.bad_steps=N"
+      f"subjects with the largest share {names(subjects)}); {last_good(workdir)}; lower the "
+      "learning rate, look for broken recordings, or skip such steps by --config.bad_steps=N"
     )
   return Skipped(rows, steps)
 
@@ -237,7 +237,8 @@ class Spikes:
       return None
     return (
       f"step {step}: the loss {loss:.4g} stands out from the {len(usual)} before (median "
-      f"{median:.4g}, deviation {deviation:.2g}); subjects with the largest share: {names(subjects)}"
+      f"{median:.4g}, deviation {deviation:.2g}); subjects with the largest share: "
+      f"{names(subjects)}"
     )
 
 
