@@ -141,7 +141,7 @@ class Pretrainer(nn.Module):
     if "ecg" in self.config.towers:
       rows, conditions, visible = batch["mask"] * batch["has_ecg"], batch.get("conditions"), None
       if mask_keys is not None:
-        visible = self.ecg.glimpse(batch["ecg"], mask_keys, conditions, keys)
+        visible = self.ecg.encode_visible(batch["ecg"], mask_keys, conditions, keys)
         outputs["visible"] = visible
       outputs |= self.encode_ecg(batch["ecg"], conditions, keys, rows, train, visible)
     if self.cmr:

@@ -230,7 +230,7 @@ def test_two_views_go_through_the_published_siamese_heads(float64):
   other = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
 
   def run(tower, x):
-    views = [tower.glimpse(x, seeds)["visible"] for seeds in (keys, other)]
+    views = [tower.encode_visible(x, seeds).tokens for seeds in (keys, other)]
     means = [tower.norm(view)[:, 1:].mean(axis=1) for view in views]
     return means, tower.reconstruct(x, keys, rows=jnp.ones(4), train=True)["siamese"]
 

@@ -27,7 +27,7 @@ What a tower may have besides:
     parameter film          True: called with conditions=[B, V] too, standardised covariates, NaN
                             where unknown
     parameter mask_ratio    above 0: `reconstruct(x, keys, ...)` -> outputs of a masked autoencoder
-    parameter masked_view   True: `glimpse`, `embed_visible` (see ecg_vit)
+    parameter masked_view   True: `encode_visible`, `embed_visible` (see ecg_vit)
     layers block0, ...      layer-wise decay of the learning rate counts them
     locate(tokens), attention_map(qkv)     of an ECG tower, for localisation (see ecg_vit)
     feature_map(x), centres(planes, H, W)  of a CMR tower, for localisation (see slow_resnet)

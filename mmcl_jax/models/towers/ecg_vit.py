@@ -4,7 +4,7 @@ masked-autoencoder decoder.
 Letters: B batch, L leads, T samples, N tokens, M visible ones, D width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,19 @@ from mmcl_jax.models.towers import one_of
 POOLS = ("mean", "attention", "cls")
 POSITIONS = ("sincos", "learned")
 SIMSIAM = 1024, 128  # hidden widths of projector and predictor in MMCL's and dual-phase's code
+
+
+class Visible(NamedTuple):
+  """What a random mask leaves of ECGs.
+
+  Attributes:
+    tokens: [B, 1 + M, D] of the visible patches before any final norm, CLS first.
+    restore, mask: [B, N], of mae.random_mask.
+  """
+
+  tokens: jax.Array
+  restore: jax.Array
+  mask: jax.Array
 
 
 class EcgViT(nn.Module):
@@ -233,12 +246,15 @@ class EcgViT(nn.Module):
   def __call__(self, ecg, rows=None, train=False, keys=None, conditions=None):
     """ecg [B, L, T] -> patch tokens [B, N, D], embedding [B, D]."""
     tokens = self.tokens(ecg, keys=keys, conditions=conditions)
-    return self.embed_visible({"visible": tokens})
+    return self.embed(tokens)
 
-  def embed_visible(self, seen):
-    """Tokens [B, M, D] and embedding [B, D] of the visible patches of a glimpse."""
-    tokens = seen["visible"]
+  def embed(self, tokens):
+    """Tokens [B, 1 + M, D], CLS first -> patch tokens [B, M, D], embedding [B, D]."""
     return at_least_float32(tokens[:, 1:]), self.pooled(tokens)
+
+  def embed_visible(self, visible):
+    """Tokens [B, M, D] and embedding [B, D] of the visible patches (`encode_visible`)."""
+    return self.embed(visible.tokens)
 
   def fill_in(self, ecg, keep, restore, conditions=None):
     """Reconstruction [B, L, T] from the patches keep [B, M]; restore [B, N] as random_mask gives
@@ -249,22 +265,22 @@ class EcgViT(nn.Module):
   def decode(self, visible, restore):
     return self.mae_decoder(self.norm(visible), restore, len(schema.LEADS))
 
-  def glimpse(self, ecg, mask_keys, conditions=None, keys=None):
+  def encode_visible(self, ecg, mask_keys, conditions=None, keys=None) -> Visible:
     """Hides patches by mask_keys [B] and encodes the others, as the masked autoencoder does (He et
     al. 2022).
 
     With keys [B] drop-path is in it, and so in what the decoder gets.
-
-    Returns: visible tokens [B, 1 + M, D] before any final norm; restore and mask [B, N] of
-    mae.random_mask.
     """
-    B, L, T = ecg.shape
+    _, L, T = ecg.shape
     keep, restore, mask = mae.random_mask(mask_keys, L * T // self.patch, self.mask_ratio)
-    return {"visible": self.tokens(ecg, keep, keys, conditions), "restore": restore, "mask": mask}
+    tokens = self.tokens(ecg, keep, keys, conditions)
+    return Visible(tokens, restore, mask)
 
-  def reconstruct(self, ecg, mask_keys, conditions=None, rows=None, train=False, seen=None):
-    """Fills in what a glimpse at the ECG leaves hidden; `seen` is that glimpse where it was had
-    already.
+  def reconstruct(self, ecg, mask_keys, conditions=None, rows=None, train=False, visible=None):
+    """Fills in what a random mask hides of the ECG.
+
+    Args:
+      visible: of `encode_visible` with the same mask_keys, where it was computed already.
 
     Returns:
       reconstruction [B, L, T], patch_mask [B, L, T / patch] (1 = hidden); with `siamese` also
@@ -272,10 +288,11 @@ class EcgViT(nn.Module):
         in MMCL's later code.
     """
     B, L, _ = ecg.shape
-    seen = seen or self.glimpse(ecg, mask_keys, conditions)
+    if visible is None:
+      visible = self.encode_visible(ecg, mask_keys, conditions)
     outputs = {
-      "reconstruction": self.decode(seen["visible"], seen["restore"]),
-      "patch_mask": seen["mask"].reshape(B, L, -1),
+      "reconstruction": self.decode(visible.tokens, visible.restore),
+      "patch_mask": visible.mask.reshape(B, L, -1),
     }
     if self.siamese:
 
@@ -283,15 +300,15 @@ class EcgViT(nn.Module):
         return jax.random.fold_in(key, 1)
 
       other_keys = jax.vmap(fold)(mask_keys)
-      other = self.glimpse(ecg, other_keys, conditions)
-      outputs["siamese"] = self.siamese_outputs([seen, other], rows, train)
+      other = self.encode_visible(ecg, other_keys, conditions)
+      outputs["siamese"] = self.siamese_outputs([visible, other], rows, train)
     return outputs
 
   def siamese_outputs(self, views, rows, train):
     """SimSiam's projections and predictions [2, B, E] of what is visible in two views."""
     embeddings = []
     for view in views:
-      patches = self.norm(view["visible"])[:, 1:]
+      patches = self.norm(view.tokens)[:, 1:]
       embeddings.append(patches.mean(axis=1))
     # one call a view: batch statistics are of one view
     projections = [self.projector(x, rows, train) for x in embeddings]
