@@ -15,6 +15,10 @@ from mmcl_jax.support.tree import flatten_variables, unflatten_variables
 from mmcl_jax.training import state as state_lib
 
 
+StateDict = dict[str, np.ndarray]  # by PyTorch's keys
+Place = tuple[str, str]  # of a variable: its collection, params or batch_stats, and its path
+
+
 class Loaded(NamedTuple):
   """What `read` gives; `report` is for people."""
 
@@ -153,7 +157,7 @@ def fresh(path: str, shape, dtype) -> np.ndarray:
   return np.zeros(shape, dtype)
 
 
-def shapes(model, covariates: int) -> dict[tuple[str, str], tuple[int, ...]]:
+def shapes(model, covariates: int) -> dict[Place, tuple[int, ...]]:
   """(collection, path) -> shape of the model's variables; nothing is computed. covariates: how many
   FiLM takes."""
   records = record_shapes(model.config, model.samples, covariates)
@@ -188,7 +192,7 @@ def image_shapes(config) -> dict[str, list[int]]:
   return shapes
 
 
-def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarray]:
+def state_dict(model, variables, tower: str | None = None) -> StateDict:
   """The weights under PyTorch's keys.
 
   Args:
@@ -208,13 +212,15 @@ def state_dict(model, variables, tower: str | None = None) -> dict[str, np.ndarr
   return export(model, variables, tower)[0]
 
 
-def export(model, variables, tower: str | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
+def export(model, variables, tower: str | None = None) -> tuple[StateDict, list[str]]:
   """`state_dict`, and which parameters it leaves out."""
   c = model.config
   check_tower(c, tower)
-  flat = {place: np.asarray(x) for place, x in flatten_variables(variables).items()}
-  all_shapes = {place: x.shape for place, x in flat.items()}
-  names = dict(naming.names(all_shapes, c))
+  flat, shape_of = {}, {}
+  for place, x in flatten_variables(variables).items():
+    flat[place] = np.asarray(x)
+    shape_of[place] = flat[place].shape
+  names = dict(naming.names(shape_of, c))
   state = {}
   for place, name in names.items():
     state[name.key] = name.to_torch(flat[place])
@@ -272,7 +278,7 @@ def check_tower(c, tower: str | None) -> None:
       )
 
 
-def fixed_positions(model, dtype) -> dict[str, np.ndarray]:
+def fixed_positions(model, dtype) -> StateDict:
   """The sine-cosine positions, which PyTorch keeps among the weights."""
   c = model.config.towers.ecg
   if c.fn != "ecg_vit":

@@ -96,7 +96,8 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place) -> jax.Arr
   def draw(key):
     return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
 
-  keep = jax.vmap(draw)(jax.vmap(fold)(keys))
+  keys = jax.vmap(fold)(keys)
+  keep = jax.vmap(draw)(keys)
   return jnp.where(keep, x / (1 - rate), 0)
 
 
@@ -253,9 +254,10 @@ def apply_blocks(blocks: list[Block], x, keys=None, remat: str = "none", scan: b
 
   params = [compute_params(block) for block in blocks]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-  layers = jnp.array([block.layer for block in blocks])
-  rates = jnp.array([float(block.drop_path) for block in blocks])
-  x, _ = jax.lax.scan(body, x, (stacked, layers, rates))
+  layers = [block.layer for block in blocks]
+  rates = [float(block.drop_path) for block in blocks]
+  per_block = stacked, jnp.array(layers), jnp.array(rates)
+  x, _ = jax.lax.scan(body, x, per_block)
   return x
 
 

@@ -1,13 +1,14 @@
-"""InfoNCE over a global batch whose [B, B] logits nobody holds: block by block, and round the
-devices.
+"""InfoNCE over a global batch without ever holding its [B, B] logits: block by block, around a ring
+of devices.
 
-A device keeps its B / n rows of one side. The other side's rows go round the mesh axis `data`, each
-with what it has summed up so far (ring attention, Liu et al. 2023; for contrastive losses Inf-CL,
-Cheng et al. 2024). Where the two come together, blocks of at most BLOCK x BLOCK logits are computed
-once and serve both directions: rows keep a running maximum and sum of exponentials, columns take theirs
-along and come home with it. The backward pass goes round once more with the finished logarithms,
-from which every block's gradient follows (as in FlashAttention, Dao et al. 2022). A device holds
-O(B E / n) and a few blocks, never O(B^2) and not even the whole other side, O(B E).
+Each device keeps its B / n rows of one side. The rows of the other side travel along the mesh axis
+`data` from device to device, together with what has been summed up for them so far (ring attention,
+Liu et al. 2023; for contrastive losses Inf-CL, Cheng et al. 2024). At every stop, blocks of at most
+BLOCK x BLOCK logits are computed once and serve both directions: rows keep a running maximum and
+sum of exponentials, and columns carry theirs along until they are back on their own device. The
+backward pass goes around once more with the finished logarithms, from which the gradient of every
+block follows (as in FlashAttention, Dao et al. 2022). A device holds O(B E / n) numbers and a few
+blocks, never O(B^2), and not even the whole other side, O(B E).
 """
 
 import functools
@@ -93,7 +94,8 @@ def on_each_device(function, *args):
     return jax.lax.ppermute(tree, "data", to_next)
 
   on_device = functools.partial(function, devices, send)
-  return jax.shard_map(on_device, in_specs=P("data"), out_specs=P("data"))(*args)
+  on_devices = jax.shard_map(on_device, in_specs=P("data"), out_specs=P("data"))
+  return on_devices(*args)
 
 
 # Below, `mine` are the rows of x that stay on this device, `theirs` those of y that travel; `rows`
@@ -137,10 +139,12 @@ def backward(devices, send, x, y, identity, rows, columns, d_own, d_rows, d_colu
 
   def visit(theirs, d_theirs, mine, d_mine):
     logits, pair, others = compare(mine, theirs)  # [I, J] each
-    of_rows = mine["d_sum"][:, None] * jnp.exp(logits - mine["log_sum"][:, None])
+    d_sum, log_sum, d_own = (mine[name][:, None] for name in ("d_sum", "log_sum", "d_own"))
+    # the gradient of log sum e^s is the softmax e^(s - log sum e^s)
+    of_rows = d_sum * jnp.exp(logits - log_sum)
     of_columns = theirs["d_sum"] * jnp.exp(logits - theirs["log_sum"])
-    softmax = jnp.where(pair | others, of_rows + of_columns, 0)
-    d_logits = softmax + jnp.where(pair, mine["d_own"][:, None], 0)
+    of_sums = jnp.where(pair | others, of_rows + of_columns, 0)
+    d_logits = of_sums + jnp.where(pair, d_own, 0)
     d_theirs = d_theirs + dot("ij,ie->je", d_logits, mine["z"])
     d_mine = d_mine + dot("ij,je->ie", d_logits, theirs["z"])
     return d_theirs, d_mine
@@ -155,7 +159,7 @@ def backward(devices, send, x, y, identity, rows, columns, d_own, d_rows, d_colu
 
 
 def go_round(devices, send, visit, mine, rows, theirs, columns):
-  """Takes every block of `mine` with every block of everybody's `theirs`.
+  """Brings every block of `mine` together with every block of all devices' `theirs`.
 
   Args:
     visit: (theirs, columns, mine, rows), a block of each -> columns, rows.
@@ -192,7 +196,8 @@ def compare(mine, theirs):
   pair = mine["row"][:, None] == theirs["row"]
   same_ids = mine["subject"][:, None] == theirs["subject"]  # [I, J, 2]
   same = same_ids.all(axis=-1)  # so is a row to itself
-  others = ~same & mine["valid"][:, None] & theirs["valid"]
+  both_valid = mine["valid"][:, None] & theirs["valid"]
+  others = ~same & both_valid
   logits = dot("ie,je->ij", mine["z"], theirs["z"])
   return logits, pair, others
 
@@ -205,7 +210,8 @@ def add(running, logits, others, axis):
   new = jnp.maximum(largest, of_block)
   exponentials = jnp.exp(logits - jnp.expand_dims(new, axis))
   terms = jnp.where(others, exponentials, 0)
-  return new, total * jnp.exp(largest - new) + terms.sum(axis)
+  total = total * jnp.exp(largest - new)  # relative to the new maximum
+  return new, total + terms.sum(axis)
 
 
 def in_blocks(tree):

@@ -18,6 +18,7 @@ from mmcl_jax.support.tree import flatten_variables
 from mmcl_jax.training import state as state_lib
 
 FRESH = "fresh"
+Key = tuple[str, str]  # of a leaf: its collection, params or batch_stats, and its path
 
 
 class Report(NamedTuple):
@@ -62,9 +63,11 @@ def load_pretrained(
   target = flatten_variables({"params": state.params, "batch_stats": state.statistics})
   wanted = {module: workdir for module, workdir in config.init_from.items() if workdir}
   excepted = state_lib.regexes(config.init_except, "config.init_except")
-  check_wanted(config, wanted, excepted, sorted({top(key) for key in target}))
-  stages = {workdir: load(workdir) for workdir in dict.fromkeys(wanted.values())}
-  loaded = {workdir: flatten_variables(stage) for workdir, stage in stages.items()}
+  check_wanted(config, wanted, excepted, modules_of(target))
+  stages, loaded = {}, {}
+  for workdir in dict.fromkeys(wanted.values()):
+    stages[workdir] = load(workdir)
+    loaded[workdir] = flatten_variables(stages[workdir])
 
   transfer = Transfer({}, dict.fromkeys(target, FRESH), {}, [])
   paths = set()
@@ -96,7 +99,7 @@ def load_pretrained(
 
 
 class Transfer(NamedTuple):
-  """What is taken over so far, of leaves (collection, path).
+  """What is taken over so far.
 
   Attributes:
     new: leaf -> array that it is set to.
@@ -105,8 +108,8 @@ class Transfer(NamedTuple):
     troubles: what stands against it.
   """
 
-  new: dict[tuple[str, str], np.ndarray]
-  origin: dict[tuple[str, str], str]
+  new: dict[Key, np.ndarray]
+  origin: dict[Key, str]
   left_over: dict[str, str]
   troubles: list[str]
 
@@ -161,7 +164,7 @@ def check_excepted(excepted, paths: set[str], wanted: dict[str, str]) -> None:
       )
 
 
-def mismatch(key: tuple[str, str], source, here, where: str) -> str | None:
+def mismatch(key: Key, source, here, where: str) -> str | None:
   """Why a leaf cannot be taken over, or None.
 
   Args:
@@ -191,7 +194,7 @@ def fitted(leaf: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
   return resize_positions(leaf, shape[1]), how
 
 
-def replaced(tree, collection: str, new: dict[tuple[str, str], np.ndarray]):
+def replaced(tree, collection: str, new: dict[Key, np.ndarray]):
   """The tree with the leaves of `new`, in its dtypes and shardings."""
 
   def leaf(path, old):
@@ -220,12 +223,17 @@ def describe(report: Report) -> str:
   return "\n".join(lines)
 
 
-def label(key: tuple[str, str]) -> str:
+def label(key: Key) -> str:
   collection, path = key
   return path if collection == "params" else f"{collection}/{path}"
 
 
-def top(key: tuple[str, str]) -> str:
+def modules_of(leaves) -> list[str]:
+  """The modules that some leaves belong to, sorted."""
+  return sorted({top(key) for key in leaves})
+
+
+def top(key: Key) -> str:
   """The module that a leaf belongs to."""
   _, path = key
   return path.split("/")[0]
@@ -233,7 +241,7 @@ def top(key: tuple[str, str]) -> str:
 
 def module_of(source, module: str, workdir: str):
   """The module's leaves under this model's name for it, and how to call where they lie."""
-  modules = sorted({top(key) for key in source})
+  modules = modules_of(source)
   cmr_towers = [name for name in modules if name.startswith("cmr_")]
   name, where = module, workdir  # in the earlier stage
   if module not in modules and module.startswith("cmr_") and len(cmr_towers) == 1:
