@@ -27,9 +27,8 @@ PROFILES = {"tiny": "mmcl", "medium": "dual_phase", "st_mem": "cardionets"}
 def main(argv=None):
   args = parse(argv)
   if args.input:
-    convert_in(
-      args.input, args.out, args.ecg_profile, {name: getattr(args, name) for name in FLAGS}
-    )
+    options = {name: getattr(args, name) for name in FLAGS}
+    convert_in(args.input, args.out, args.ecg_profile, options)
   else:
     convert_out(args.workdir, args.step, args.out, args.tower)
 
@@ -82,13 +81,12 @@ def parse(argv):
     help="keys to leave out; may be repeated",
   )
   args = parser.parse_args(argv)
-  unused = ["step"] if args.step is not None and args.input else []
+  chosen, of_the_other = "input", ["step"]
   if args.workdir:
-    unused = [name for name in (*FLAGS[1:], "ecg_profile") if getattr(args, name) not in (None, [])]
+    chosen, of_the_other = "workdir", [*FLAGS[1:], "ecg_profile"]
+  unused = [name for name in of_the_other if getattr(args, name) not in (None, [])]
   if unused:
-    parser.error(
-      f"--{', --'.join(unused)} cannot go with --{'workdir' if args.workdir else 'input'}"
-    )
+    parser.error(f"--{', --'.join(unused)} cannot go with --{chosen}")
   return args
 
 
@@ -121,12 +119,11 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
     why = "as published with this encoder" if size in PROFILES else "which the file does not say"
     report.append(f"ECG profile {config.data.ecg_profile}, {why} (--ecg_profile)")
   length = preprocess_ecg.samples(config.data.ecg_profile)
-  config.data.samples = min(model.samples, length) if not size else model.samples
+  config.data.samples = model.samples if size else min(model.samples, length)
   if config.data.samples > length:
     raise UserError(
       f"the encoder sees {model.samples} samples, the profile {config.data.ecg_profile} gives "
-      f"{length}; "
-      "name the profile it was trained on with --ecg_profile"
+      f"{length}; name the profile it was trained on with --ecg_profile"
     )
 
   covariates = 0
@@ -154,13 +151,15 @@ def convert_out(workdir: str, step: int | None, out: str, tower: str | None) -> 
   if not out.endswith(".safetensors"):
     raise UserError(f"--out={out}; expected a name that ends in .safetensors")
   run = restore.load_run(workdir, step)
-  left = torch_weights.save(run.model, run.state.variables, out, tower)
+  left_out = torch_weights.save(run.model, run.state.variables, out, tower)
   print(f"{tower or 'all towers'} of step {run.step} written to {out}")
-  if left:
-    parts = collections.Counter(
-      "/".join(path.split("/")[: 2 if path.startswith("ecg/") else 1]) for path in left
-    )
-    print(f"left out: {', '.join(f'{part} ({count} arrays)' for part, count in parts.items())}")
+  if left_out:
+    groups = collections.Counter()
+    for path in left_out:
+      depth = 2 if path.startswith("ecg/") else 1
+      groups["/".join(path.split("/")[:depth])] += 1
+    counts = [f"{group} ({count} arrays)" for group, count in groups.items()]
+    print(f"left out: {', '.join(counts)}")
 
 
 if __name__ == "__main__":

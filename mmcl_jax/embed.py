@@ -63,15 +63,12 @@ def main(argv=None):
   paths = find_recordings(args.input, own)
   here, out = distributed.this_host, Path(args.out)
   check_writable(out)
-  names = hashlib.sha256()
-  for path in paths:
-    names.update(f"{os.path.abspath(path)}\0".encode("utf-8", "surrogateescape"))
   run = {
     "--workdir": os.path.abspath(args.workdir),
     "--step": args.step,
     "--batch": args.batch,
     "the number of recordings": len(paths),
-    "the hash of their names": names.hexdigest()[:16],
+    "the hash of their names": hash_of_names(paths),
     "--reader": " ".join(args.reader),
   }
   distributed.check_same(run)
@@ -114,6 +111,13 @@ def main(argv=None):
   print(f"{summary} with step {encoder.step}: {out}, one table to pandas.read_parquet")
   if later:
     print(f"{later} {LATER}; the same command tries their parts again")
+
+
+def hash_of_names(paths: list[str]) -> str:
+  names = hashlib.sha256()
+  for path in paths:
+    names.update(f"{os.path.abspath(path)}\0".encode("utf-8", "surrogateescape"))
+  return names.hexdigest()[:16]
 
 
 def parse(argv):
@@ -188,7 +192,8 @@ def evaluation(workdir, step, given: str | None) -> Path:
   from mmcl_jax.training import restore
 
   try:
-    of = json.loads((Path(given) / "results.json").read_bytes())["checkpoint"]
+    results = json.loads((Path(given) / "results.json").read_bytes())
+    of = results["checkpoint"]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(
       f"--evaluation={given} is not what this version of mmcl evaluate writes ({error!r}); "
@@ -205,11 +210,12 @@ def evaluation(workdir, step, given: str | None) -> Path:
 def load_probes(workdir, step, folder: Path) -> Probes:
   """The phenotype probes in the `folder` of an evaluation; none, with a line that says so, if there
   are none."""
-  path, again = folder / "probes.npz", f"mmcl evaluate --workdir={workdir} --step={step}"
+  path = folder / "probes.npz"
+  evaluate = f"mmcl evaluate --workdir={workdir} --step={step}"
   if not path.exists():
     if distributed.this_host.index == 0:
       print(
-        f"no phenotypes will be predicted: {path} is missing; {again} makes it (with --cohort=DIR "
+        f"no phenotypes will be predicted: {path} is missing; {evaluate} makes it (with --cohort=DIR "
         "where the cohort has moved or the weights come from elsewhere)",
         flush=True,
       )
@@ -217,22 +223,22 @@ def load_probes(workdir, step, folder: Path) -> Probes:
   try:
     arrays = files.arrays(path)
     units = tuple(map(one_line, arrays["units"]))
-    columns = tuple(
-      f"{one_line(name)}_{unit}" for name, unit in zip(arrays["names"], units, strict=True)
-    )
+    named = zip(arrays["names"], units, strict=True)
+    columns = tuple(f"{one_line(name)}_{unit}" for name, unit in named)
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     coef, intercept, half_width = (
       np.asarray(arrays[name], np.float64) for name in ("coef", "intercept", "half_width")
     )
     probes = Probes(columns, coef, intercept, half_width, checksum, units)
     note = str(arrays["note"]) if "note" in arrays else ""
-  except Exception as error:  # see `files.arrays`; an old one a KeyError
-    raise UserError(f"cannot read {path} ({error}); {again} makes it anew") from error
-  if {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape} != {(len(columns),)}:
+  except Exception as error:  # see `files.arrays`; a KeyError where an array is missing
+    raise UserError(f"cannot read {path} ({error}); {evaluate} makes it anew") from error
+  lengths = {probes.coef.shape[1:], probes.intercept.shape, probes.half_width.shape}
+  if lengths != {(len(columns),)}:
     raise UserError(
       f"{path}: {len(columns)} names, coef {probes.coef.shape}, intercept "
       f"{probes.intercept.shape}, half_width {probes.half_width.shape}; expected [D, names] and "
-      f"[names]; {again} makes it anew"
+      f"[names]; {evaluate} makes it anew"
     )
   if not columns and distributed.this_host.index == 0:
     print(f"no phenotypes will be predicted: {folder} is of a cohort without them", flush=True)
@@ -263,7 +269,7 @@ def finished_parts(out, run) -> dict[int, np.ndarray]:
         before = about["run"].get(fact)
         if before != now:
           differing.append(f"{fact} is {before} there, {now} now")
-      to_try_again = counts[1]
+      to_retry = counts[1]
     # Arrow's own are ValueErrors
     except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError):
       raise UserError(
@@ -274,7 +280,7 @@ def finished_parts(out, run) -> dict[int, np.ndarray]:
         f"{file} is of another run: {'; '.join(differing)}; name another folder with --out, or "
         f"remove {out}"
       )
-    if not to_try_again:
+    if not to_retry:
       finished[int(match[1])] = counts
   return finished
 

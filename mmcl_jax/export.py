@@ -63,12 +63,12 @@ def main(argv):
 
   run = restore.load_ecg_run(args.workdir, args.step)
   folder = evaluation(args.workdir, run.step, args.evaluation)
-  probes, results = load_probes(args.workdir, run.step, folder), load_results(args.workdir, folder)
+  probes = load_probes(args.workdir, run.step, folder)
+  results = load_results(args.workdir, folder)
   if (probes.checksum is None) != (results is None):
     raise UserError(
       f"{folder} has only one of probes.npz and results.json; mmcl evaluate "
-      f"--workdir={args.workdir} "
-      "makes both"
+      f"--workdir={args.workdir} makes both"
     )
   try:
     card = model_card.model_card(run.config, run.manifest, results)
@@ -77,8 +77,7 @@ def main(argv):
       raise
     raise UserError(
       f"{folder}/results.json is not in the form that mmcl evaluate writes ({error!r}); mmcl "
-      "evaluate "
-      f"--workdir={args.workdir} makes it anew"
+      f"evaluate --workdir={args.workdir} makes it anew"
     ) from error
   exported = lower(run, probes, platforms)
   artefact = exported.serialize()
@@ -122,8 +121,7 @@ def lower(run: restore.Run, probes: Probes, platforms: tuple[str, ...]) -> expor
   if probes.columns and len(probes.coef) != width:
     raise UserError(
       f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; mmcl "
-      "evaluate "
-      "fits them anew"
+      "evaluate fits them anew"
     )
   if (size := 4 * model_card.parameters(config)) > MOST_BYTES:
     raise UserError(
@@ -132,19 +130,20 @@ def lower(run: restore.Run, probes: Probes, platforms: tuple[str, ...]) -> expor
     )
   embed = inference.make_embed_ecg(run.model, config.data.samples, "embed_ecg")
   variables = jax.device_get(run.state.variables)
-  coef, intercept = (np.asarray(x, np.float32) for x in (probes.coef, probes.intercept))
+  coef = np.asarray(probes.coef, np.float32)
+  intercept = np.asarray(probes.intercept, np.float32)
 
   def encode(ecg):
     embedding = embed(variables, ecg)["ecg_embedding"]
     if not probes.columns:
       return {"embedding": embedding}
-    return {
-      "embedding": embedding,
-      "phenotypes": jnp.dot(embedding, coef, precision="highest") + intercept,
-    }
+    phenotypes = jnp.dot(embedding, coef, precision="highest") + intercept
+    return {"embedding": embedding, "phenotypes": phenotypes}
 
-  leads, samples = run.manifest["shapes"]["ecg"][0], preprocess_ecg.samples(config.data.ecg_profile)
-  ecg = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), leads, samples), jnp.float32)
+  leads, _ = run.manifest["shapes"]["ecg"]
+  samples = preprocess_ecg.samples(config.data.ecg_profile)
+  (batch,) = export.symbolic_shape("batch")
+  ecg = jax.ShapeDtypeStruct((batch, leads, samples), jnp.float32)
   before = jax.config.jax_traceback_in_locations_limit
   # else every operation names the files of this machine
   jax.config.update("jax_traceback_in_locations_limit", 0)
@@ -163,12 +162,12 @@ def describe(run, probes, exported, artefact) -> dict:
   def array(aval):
     return {"dtype": str(aval.dtype), "shape": shape(aval)}
 
-  outputs = {
-    name: array(aval)
-    for name, aval in jax.tree.unflatten(exported.out_tree, exported.out_avals).items()
-  }
+  avals = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+  outputs = {name: array(aval) for name, aval in avals.items()}
   if probes.columns:
-    names = [column.removesuffix(f"_{unit}") for column, unit in zip(probes.columns, probes.units)]
+    names = []
+    for column, unit in zip(probes.columns, probes.units, strict=True):
+      names.append(column.removesuffix(f"_{unit}"))
     outputs["phenotypes"] |= {"names": names, "units": list(probes.units)}
   config = run.config
   return {
