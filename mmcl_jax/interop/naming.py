@@ -148,7 +148,7 @@ def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, 
   if kind == "resnet":
     return out, into, *window
   span = 1
-  if found := re.match(r"backbone/stage(\d+)_block\d+/conv1/", rest):
+  if match := re.match(r"backbone/stage(\d+)_block\d+/conv1/", rest):
     size = config.towers[module.removeprefix("cmr_")].size
-    span = slow_resnet.SIZES[size]["spans"][int(found[1])]
+    span = slow_resnet.SIZES[size]["spans"][int(match[1])]
   return out, into // span, span, *window

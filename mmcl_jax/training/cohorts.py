@@ -38,8 +38,9 @@ def load_mix(mix) -> list[tuple[cohort_lib.Cohort, float]]:
 
 def check(cohort, others, config) -> None:
   """The cohorts must have been prepared the way the config says, and alike."""
-  for one in [cohort, *(other for other, _ in others)]:
-    check_alike(one, cohort, config)
+  check_alike(cohort, cohort, config)
+  for other, _ in others:
+    check_alike(other, cohort, config)
   check_images(cohort, others, config)
   models.check(config.model, cohort.info["shapes"])
   check_covariates(cohort, config)
@@ -53,7 +54,7 @@ def check(cohort, others, config) -> None:
   if watching and not cohort.splits["val"]:
     raise UserError(
       f"the cohort {cohort.path} has no val split; prepare it with one or set "
-      f"config.evaluators.NAME.every=0 for {', '.join(one.name for one in watching)}"
+      f"config.evaluators.NAME.every=0 for {', '.join(evaluator.name for evaluator in watching)}"
     )
   length = cohort.info["shapes"]["ecg"][1]
   if "ecg" in config.model.towers and not 0 < config.data.samples <= length:

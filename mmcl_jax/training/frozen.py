@@ -39,17 +39,15 @@ def fingerprint(cohort, name: str, config, variables) -> str:
   for collection in ("params", "batch_stats"):
     backbone = variables[collection].get(f"cmr_{name}", {}).get("backbone", {})
     for path, leaf in jax.tree_util.tree_leaves_with_path(backbone):
-      digest.update(jax.tree_util.keystr(path).encode() + whole(leaf).tobytes())
+      digest.update(jax.tree_util.keystr(path).encode() + on_host(leaf).tobytes())
   return digest.hexdigest()
 
 
-def whole(leaf) -> np.ndarray:
+def on_host(leaf) -> np.ndarray:
   """A parameter on the host, wherever its parts lie."""
-  return np.asarray(
-    leaf
-    if getattr(leaf, "is_fully_replicated", True)
-    else multihost_utils.process_allgather(leaf, tiled=True)
-  )
+  if not getattr(leaf, "is_fully_replicated", True):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
 
 
 def with_features(
@@ -76,12 +74,12 @@ def with_features(
   }
   # One host may have what another lacks, and all must run the towers together or not at all.
   lacking = np.array([not kept(file, len(source)) for file in places.values()])
-  somewhere = (
-    multihost_utils.process_allgather(lacking).any(axis=0) if jax.process_count() > 1 else lacking
-  )
+  somewhere = lacking
+  if jax.process_count() > 1:
+    somewhere = multihost_utils.process_allgather(lacking).any(axis=0)
   if run := [name for name, absent in zip(places, somewhere) if absent]:
     fields = models.fields(model.config, only=run)
-    found = over_split(
+    features = over_split(
       jax.jit(inference.make_features(model, run)),
       variables,
       source,
@@ -93,15 +91,15 @@ def with_features(
       title=f"frozen towers ({', '.join(run)}), {split}",
     )
     # records that cannot be read today: features of nothing must not be those of tomorrow
-    if not found["mask"].all():
+    complete = features["mask"].all()
+    if not complete:
       places |= {name: places[name].with_name(f"{split}-incomplete.npy") for name in run}
     # host 0 first: where the folder is shared, the others find the files there
-    for turn in (True, False):
+    for turn_of_host_0 in (True, False):
+      my_turn = (jax.process_index() == 0) is turn_of_host_0
       for name in run:
-        if (jax.process_index() == 0) is turn and (
-          not found["mask"].all() or not kept(places[name], len(source))
-        ):
-          write(places[name], found[name].astype(np.float32))
+        if my_turn and not (complete and kept(places[name], len(source))):
+          write(places[name], features[name].astype(np.float32))
       multihost_utils.sync_global_devices(f"features of {split}")
   return pipeline.WithFeatures(source, {name: str(file) for name, file in places.items()})
 
@@ -125,8 +123,8 @@ def folder(cohort, workdir: str) -> pathlib.Path:
 def kept(file: pathlib.Path, rows: int) -> bool:
   """Is the file there and whole? Mapped, and never a pickle."""
   try:
-    found = np.load(file, mmap_mode="r", allow_pickle=False)
-    return found.dtype == np.float32 and found.ndim == 2 and len(found) == rows
+    features = np.load(file, mmap_mode="r", allow_pickle=False)
+    return features.dtype == np.float32 and features.ndim == 2 and len(features) == rows
   except (OSError, ValueError, EOFError):
     return False
 

@@ -1,5 +1,8 @@
 """A jitted function over every record of a split, the same arrays on every host."""
 
+import collections
+import math
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -44,24 +47,31 @@ def over_split(
     hosts=jax.process_count(),
     threads=threads,
   )
-  parts = []
-  for rows in tqdm(
+  batches = tqdm(
     batches,
     title,
-    -(-len(source) // batch),
+    math.ceil(len(source) / batch),
     unit_scale=batch,
     unit="record",
     mininterval=1,
     disable=not title or jax.process_index() > 0,
-  ):
+  )
+  results = collections.defaultdict(list)  # name -> of every batch
+  for rows in batches:
     rows = parallel.to_global(rows, mesh)
-    found = function(variables, rows) | {
-      name: rows[name] for name in (*also, "index") if name in rows
-    }
-    many = jax.process_count() > 1
-    parts.append(
-      multihost_utils.process_allgather(found, tiled=True) if many else jax.device_get(found)
-    )
-  whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-  order = np.argsort(whole.pop("index"), kind="stable")[: len(source)]  # padding comes last
-  return {name: x[order] for name, x in whole.items()}
+    outputs = dict(function(variables, rows))
+    for name in (*also, "index"):
+      if name in rows:
+        outputs[name] = rows[name]
+    for name, x in on_host(outputs).items():
+      results[name].append(x)
+  joined = {name: np.concatenate(arrays) for name, arrays in results.items()}
+  order = np.argsort(joined.pop("index"), kind="stable")[: len(source)]  # padding comes last
+  return {name: x[order] for name, x in joined.items()}
+
+
+def on_host(arrays):
+  """The whole of arrays whose rows lie on several hosts, on each of them."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(arrays, tiled=True)
+  return jax.device_get(arrays)

@@ -6,6 +6,7 @@ stage to stage.
 Hashes are kept by the salt of their cohort, for those of different salts cannot be compared.
 """
 
+import collections
 from typing import NamedTuple
 
 import numpy as np
@@ -41,67 +42,69 @@ def salt_of(cohort) -> str:
 
 def hashes(cohort) -> dict[str, np.ndarray]:
   """{split: uint64 [N]}, every person once."""
-  return {
-    split: np.unique(np.ascontiguousarray(rows).view(np.uint64))
-    for split, rows in cohort_lib.subjects(cohort).items()
-  }
+  of_splits = {}
+  for split, rows in cohort_lib.subjects(cohort).items():
+    as_numbers = np.ascontiguousarray(rows).view(np.uint64)
+    of_splits[split] = np.unique(as_numbers)
+  return of_splits
 
 
 def of_cohort(cohort, chooses: bool = False) -> People:
   """Whom a run on this cohort learns from; `chooses`: it picks its best step by val."""
-  found, salt = hashes(cohort), salt_of(cohort)
-  return People({salt: found["train"]}, {salt: found["val"]} if chooses else {})
+  of_splits, salt = hashes(cohort), salt_of(cohort)
+  train, val = {salt: of_splits["train"]}, {}
+  if chooses:
+    val[salt] = of_splits["val"]
+  return People(train, val)
 
 
 def of_run(workdir: str, step: int) -> People:
   """Whom a checkpoint has learned from, in all stages up to it."""
-  about, file = (
-    checkpoint.manifest(workdir, step),
-    checkpoint.step_folder(workdir, step) / checkpoint.PEOPLE,
-  )
+  about = checkpoint.manifest(workdir, step)
+  file = checkpoint.step_folder(workdir, step) / checkpoint.PEOPLE
   if file.name not in about["files"]:
     return People({}, {}, (about["origin"],))
   try:
     arrays = files.arrays(file)
     unknown = tuple(map(str, arrays["unknown"]))
-    kept = [
-      {
-        name.removeprefix(role): x.astype(np.uint64)
-        for name, x in arrays.items()
-        if name.startswith(role)
-      }
-      for role in ("train/", "val/")
-    ]
+    by_role = {"train": {}, "val": {}}
+    for name, x in arrays.items():
+      role, slash, salt = name.partition("/")
+      if slash and role in by_role:
+        by_role[role][salt] = x.astype(np.uint64)
   except Exception as error:  # see `files.arrays`
     raise UserError(
       f"{file} is missing or damaged ({error}); {checkpoint.way_out(workdir, step)}"
     ) from None
-  return People(*kept, unknown)
+  return People(by_role["train"], by_role["val"], unknown)
 
 
-def together(*all_of_them: People) -> People:
-  def merged(role):
-    kept = [getattr(one, role) for one in all_of_them]
-    salts = sorted(set().union(*kept))
-    return {
-      salt: np.unique(np.concatenate([one[salt] for one in kept if salt in one])) for salt in salts
-    }
+def together(*groups: People) -> People:
+  """The people of several runs and cohorts, everyone once."""
+  unknown = set()
+  for group in groups:
+    unknown.update(group.unknown)
+  train = merged([group.train for group in groups])
+  val = merged([group.val for group in groups])
+  return People(train, val, tuple(sorted(unknown)))
 
-  return People(
-    merged("train"),
-    merged("val"),
-    tuple(sorted({name for one in all_of_them for name in one.unknown})),
-  )
+
+def merged(by_salt: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """{salt: uint64 [N]}, of several such dicts."""
+  lists = collections.defaultdict(list)
+  for hashes_of in by_salt:
+    for salt, numbers in hashes_of.items():
+      lists[salt].append(numbers)
+  return {salt: np.unique(np.concatenate(lists[salt])) for salt in sorted(lists)}
 
 
 def as_arrays(people: People) -> dict[str, np.ndarray]:
   """What people.npz holds."""
-  kept = {
-    f"{role}/{salt}": found
-    for role in ("train", "val")
-    for salt, found in getattr(people, role).items()
-  }
-  return kept | {"unknown": np.array(people.unknown, str)}
+  arrays = {"unknown": np.array(people.unknown, str)}
+  for role, by_salt in (("train", people.train), ("val", people.val)):
+    for salt, numbers in by_salt.items():
+      arrays[f"{role}/{salt}"] = numbers
+  return arrays
 
 
 def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) -> dict:
@@ -122,32 +125,33 @@ def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) ->
   Raises:
     UserError: some are, and that is not allowed.
   """
-  mine, salt, counts, parts = hashes(cohort), salt_of(cohort), {}, []
+  of_splits, salt = hashes(cohort), salt_of(cohort)
   nobody = np.zeros(0, np.uint64)
-  for split, roles in (("test", ("train", "val")), ("val", ("train",))):
-    known = np.concatenate([getattr(people, role).get(salt, nobody) for role in roles])
-    counts[split] = int(np.isin(mine[split], known).sum())
+  train = people.train.get(salt, nobody)
+  val = people.val.get(salt, nobody)
+  counts, shown = {}, []
+  for split, others in (("test", np.concatenate([train, val])), ("val", train)):
+    numbers = of_splits[split]
+    counts[split] = int(np.isin(numbers, others).sum())
     if counts[split]:
-      parts.append(f"{counts[split]} of {len(mine[split])} {split} people")
-  if parts and not allowed:
+      shown.append(f"{counts[split]} of {len(numbers)} {split} people")
+  among = " and ".join(shown)
+  if shown and not allowed:
     raise UserError(
-      f"{' and '.join(parts)} of {cohort.path} {part}, so scores on them would be too good; use "
-      "cohorts "
+      f"{among} of {cohort.path} {part}, so scores on them would be too good; use cohorts "
       f"prepared with the same --private and --split, or {to_go_on} to go on, as every report will "
       "say"
     )
   note = ""
-  if parts:
+  if shown:
     note = (
-      f"{' and '.join(parts)} of the cohort had part in training: scores on them are too good, and "
-      "intervals too "
-      "narrow. "
+      f"{among} of the cohort had part in training: scores on them are too good, and intervals "
+      "too narrow. "
     )
   if salt != SYNTHETIC and people.train.keys() - {salt, SYNTHETIC}:
     note += (
       "Not everybody in the cohort can be checked for a part in training: cohorts prepared with "
-      "different salts "
-      "(--private) cannot be compared. "
+      "different salts (--private) cannot be compared. "
     )
   if people.unknown:
     note += f"It is not known whom {' and '.join(people.unknown)} learned from. "
