@@ -63,10 +63,28 @@ ST_MEM = (  # its own keys, after vit-pytorch's
   (r"^(block\d+)/fc1/", r"\1/ff/fn/net/0/"),
   (r"^(block\d+)/fc2/", r"\1/ff/fn/net/3/"),
 )
+
+
+def resnet_block(match: re.Match) -> str:
+  """stage0_block1 -> layer1/1, by (stage, block)."""
+  return f"layer{int(match[1]) + 1}/{match[2]}/"
+
+
+def slow_resnet_block(match: re.Match) -> str:
+  """stage0_block1 -> blocks/1/res_blocks/1, by (stage, block)."""
+  return f"blocks/{int(match[1]) + 1}/res_blocks/{match[2]}/"
+
+
+def slow_resnet_layer(match: re.Match) -> str:
+  """conv1 -> branch2/conv_a, by (kind, number)."""
+  letter = "abc"[int(match[2]) - 1]
+  return f"/branch2/{match[1]}_{letter}/"
+
+
 RESNET = (  # torchvision
   (r"^backbone/stem/", "conv1/"),
   (r"^backbone/stem_norm/", "bn1/"),
-  (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"layer{int(m[1]) + 1}/{m[2]}/"),
+  (r"^backbone/stage(\d+)_block(\d+)/", resnet_block),
   (r"/norm(\d)/", r"/bn\1/"),
   (r"/skip/", "/downsample/0/"),
   (r"/skip_norm/", "/downsample/1/"),
@@ -75,8 +93,8 @@ SLOW = (  # PyTorchVideo; temporal_mlp is the dual-phase system's Linear over sl
   (r"^backbone/stem/", "blocks/0/conv/"),
   (r"^backbone/stem_norm/", "blocks/0/norm/"),
   (r"^backbone/slice_pool/", "temporal_mlp/"),
-  (r"^backbone/stage(\d+)_block(\d+)/", lambda m: f"blocks/{int(m[1]) + 1}/res_blocks/{m[2]}/"),
-  (r"/(conv|norm)(\d)/", lambda m: f"/branch2/{m[1]}_{'abc'[int(m[2]) - 1]}/"),
+  (r"^backbone/stage(\d+)_block(\d+)/", slow_resnet_block),
+  (r"/(conv|norm)(\d)/", slow_resnet_layer),
   (r"/skip/", "/branch1_conv/"),
   (r"/skip_norm/", "/branch1_norm/"),
 )

@@ -88,8 +88,15 @@ def find(fn: str, where: str) -> Callable:
 
 def schedule(weight, where: str) -> Callable:
   """step -> weight, of a number or of dict(steps=(...), values=(...)), linear between the steps."""
+
+  def constant(step):
+    return jnp.asarray(float(weight))
+
+  def linear(step):
+    return jnp.interp(jnp.asarray(step, float), steps, values)
+
   if isinstance(weight, (int, float)):
-    return lambda step: jnp.asarray(float(weight))
+    return constant
   try:
     steps = jnp.asarray(weight["steps"], float)
     values = jnp.asarray(weight["values"], float)
@@ -101,9 +108,10 @@ def schedule(weight, where: str) -> Callable:
       f"{where} is {weight}; expected a number or dict(steps=(0, 1000), values=(0.0, 1.0)) "
       "with rising steps and as many values"
     ) from None
-  return lambda step: jnp.interp(jnp.asarray(step, float), steps, values)
+  return linear
 
 
 def mean(loss: Loss) -> jax.Array:
   """Mean over the rows that count; 0 where none does."""
-  return jnp.sum(loss.values * loss.weight) / jnp.maximum(jnp.sum(loss.weight), 1.0)
+  total = jnp.sum(loss.values * loss.weight)
+  return total / jnp.maximum(jnp.sum(loss.weight), 1.0)

@@ -196,8 +196,7 @@ def compare(mine, theirs):
   pair = mine["row"][:, None] == theirs["row"]
   same_ids = mine["subject"][:, None] == theirs["subject"]  # [I, J, 2]
   same = same_ids.all(axis=-1)  # so is a row to itself
-  both_valid = mine["valid"][:, None] & theirs["valid"]
-  others = ~same & both_valid
+  others = ~same & mine["valid"][:, None] & theirs["valid"]
   logits = dot("ie,je->ij", mine["z"], theirs["z"])
   return logits, pair, others
 

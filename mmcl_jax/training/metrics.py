@@ -126,10 +126,11 @@ class Progress:
     rate = (step - self.step) / max(now - self.time, 1e-9)
     left = round((self.end - step) / rate) if rate else 0
     values = "  ".join(f"{name} {x:.4g}" for name, x in scalars.items())
+    recordings = rate * self.batch
+    minutes, seconds = divmod(left, 60)
     print(
-      f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {rate * self.batch:.0f} "
-      "recordings/s  "
-      f"ETA {left // 60}:{left % 60:02d}",
+      f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {recordings:.0f} recordings/s  "
+      f"ETA {minutes}:{seconds:02d}",
       flush=True,
     )
     self.step, self.time = step, now

@@ -325,11 +325,11 @@ def rates(entries) -> list[tuple[str, float]]:
 def variables(model, example, seed: int = 0):
   """Fresh params and batch_stats for a float batch `example` (arrays or shapes); under
   jax.eval_shape, their shapes."""
-  keys = jax.random.split(jax.random.key(0), example["mask"].shape[0])
+  (rows,) = example["mask"].shape
+  keys = jax.random.split(jax.random.key(0), rows)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
-  return {"batch_stats": {}} | model.init(
-    {"params": jax.random.key(seed)}, zeros, keys, train=False
-  )
+  rngs = {"params": jax.random.key(seed)}
+  return {"batch_stats": {}} | model.init(rngs, zeros, keys, train=False)
 
 
 def optimizer_for(model, example, config) -> optax.GradientTransformation:
@@ -348,7 +348,8 @@ def create(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]
     state, its shardings.
   """
   _, where = abstract(model, tx, example, seed, mesh, rules)
-  return jax.jit(lambda: fresh(model, tx, example, seed), out_shardings=where)(), where
+  make = jax.jit(lambda: fresh(model, tx, example, seed), out_shardings=where)
+  return make(), where
 
 
 def abstract(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]:
@@ -359,7 +360,8 @@ def abstract(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, An
 
 def fresh(model, tx, example, seed: int) -> TrainState:
   made = variables(model, example, seed)
-  return TrainState(jnp.int32(0), made["params"], made["batch_stats"], tx.init(made["params"]))
+  params, statistics = made["params"], made["batch_stats"]
+  return TrainState(jnp.int32(0), params, statistics, tx.init(params))
 
 
 def cap_temperature(params, max_scale: float):
