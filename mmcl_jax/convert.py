@@ -1,9 +1,9 @@
 """`mmcl convert`: PyTorch weights into a workdir, and a workdir's weights out to PyTorch.
 
-    mmcl convert --input=signal_encoder_mmcl.pth --out=W     then evaluate, embed, or config.init_from of a later stage
+    mmcl convert --input=signal_encoder_mmcl.pth --out=W
     mmcl convert --workdir=W --out=ecg.safetensors --tower=ecg
 
-Nothing in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an
+A workdir made so can be evaluated, embed ECGs, and start a later stage (config.init_from). Nothing in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an
 error that lists it.
 """
 

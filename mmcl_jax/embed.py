@@ -215,8 +215,8 @@ def load_probes(workdir, step, folder: Path) -> Probes:
   if not path.exists():
     if distributed.this_host.index == 0:
       print(
-        f"no phenotypes will be predicted: {path} is missing; {evaluate} makes it (with --cohort=DIR "
-        "where the cohort has moved or the weights come from elsewhere)",
+        f"no phenotypes will be predicted: {path} is missing; {evaluate} makes it (with "
+        "--cohort=DIR where the cohort has moved or the weights come from elsewhere)",
         flush=True,
       )
     return Probes()
