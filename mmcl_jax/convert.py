@@ -3,8 +3,9 @@
     mmcl convert --input=signal_encoder_mmcl.pth --out=W
     mmcl convert --workdir=W --out=ecg.safetensors --tower=ecg
 
-A workdir made so can be evaluated, embed ECGs, and start a later stage (config.init_from). Nothing in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an
-error that lists it.
+A workdir made so can be evaluated, embed ECGs, and start a later stage (config.init_from). Nothing
+in a file is executed, and nothing is made up: what a file lacks, or has too much of, is an error
+that lists it.
 """
 
 import argparse
