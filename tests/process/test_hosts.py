@@ -567,7 +567,7 @@ class Store:
 )
 def test_agreement_names_what_differs(mine, words, monkeypatch):
   store = Store()
-  monkeypatch.setattr(distributed, "rounds", iter((0, 0)))
+  monkeypatch.setattr(distributed, "counter", iter((0, 0)))
   monkeypatch.setattr(distributed, "this_host", distributed.Host(0, 2, store))
   distributed.check_same({"cohort": "a"})
   monkeypatch.setattr(distributed, "this_host", distributed.Host(1, 2, store))
@@ -587,7 +587,7 @@ def test_a_folder_that_hosts_do_not_share_is_found(tmp_path, monkeypatch):
   (tmp_path / "b").mkdir()
   for folder, words in (("b", "of host 1 is another folder"), ("a", None)):
     store.entries.clear()
-    monkeypatch.setattr(distributed, "rounds", iter((0, 0)))
+    monkeypatch.setattr(distributed, "counter", iter((0, 0)))
     monkeypatch.setattr(distributed, "this_host", distributed.Host(0, 2, store))
     outcome = []
 
