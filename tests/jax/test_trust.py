@@ -242,7 +242,7 @@ def test_hosts_compare_what_they_have_found_and_not_what_cohort_json_says(
 
   edited(copied / "cohort.json", lambda info: info["checksums"].clear())
   told = []
-  monkeypatch.setattr(distributed, "agree", keep)
+  monkeypatch.setattr(distributed, "check_same", keep)
   for change in (lambda records: records, lambda records: records[::-1]):
     rewritten(shard(copied, "val"), change)
     edited(

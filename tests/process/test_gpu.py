@@ -63,7 +63,7 @@ def recipes():
   def one(blocks, x, *_):
     return blocks[0](x) if blocks else x  # all of a tower are alike
 
-  patch.setattr(vit, "through", one)
+  patch.setattr(vit, "apply_blocks", one)
   for file in sorted(ROOT.glob("configs/*.py")):
     module = importlib.import_module(file.stem)
     variants = [f"stage={name}" for name in getattr(module, "STAGES", ())]
