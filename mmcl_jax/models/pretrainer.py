@@ -64,12 +64,7 @@ class Pretrainer(nn.Module):
 
   def setup(self):
     c = self.config
-    given = {
-      "dtype": jnp.dtype(c.dtype),
-      "remat": c.remat,
-      "scan": c.scan,
-      "samples": self.samples,
-    }
+    given = dict(dtype=jnp.dtype(c.dtype), remat=c.remat, scan=c.scan, samples=self.samples)
     cmr = towers.cmr(c)
     hidden = dict.fromkeys(cmr, c.projection.hidden)
     if "ecg" in c.towers:
@@ -124,12 +119,9 @@ class Pretrainer(nn.Module):
     if "ecg" in self.config.towers:
       embeddings["ecg"] = outputs["ecg_embedding"]
     made = {}
-    if self.regression:
-      made["regression"] = {name: head(embeddings[name]) for name, head in self.regression.items()}
-    if self.classification:
-      made["classification"] = {
-        name: head(embeddings[name]) for name, head in self.classification.items()
-      }
+    for kind, heads in (("regression", self.regression), ("classification", self.classification)):
+      if heads:
+        made[kind] = {name: head(embeddings[name]) for name, head in heads.items()}
     return made
 
   # -- Encoding --
@@ -240,7 +232,9 @@ class Pretrainer(nn.Module):
 def fold(keys, i: int):
   """Other keys [B] for the i-th use of the same ones, as by the i-th tower; those of the 0th are
   the keys themselves."""
-  return keys if keys is None or not i else jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+  if keys is None or i == 0:
+    return keys
+  return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
 
 def interleave(a, b):
@@ -249,4 +243,8 @@ def interleave(a, b):
   if isinstance(a, dict):
     a = {name: x for name, x in a.items() if name != "again"}
     b = {name: b[name] for name in a}
-  return jax.tree.map(lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:]), a, b)
+
+  def in_turn(x, y):
+    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
+
+  return jax.tree.map(in_turn, a, b)

@@ -26,8 +26,10 @@ def examples(real: np.ndarray, rebuilt: np.ndarray, draws: np.ndarray, note: str
   """
   middle = real.shape[2] // 2
   columns = [("real", real), ("tokenizer", rebuilt)]
-  columns += [(f"GENERATED {i + 1}", draws[:, i]) for i in range(draws.shape[1])]
-  figure = Figure(figsize=(1.6 * len(columns) + 0.4, 0.85 * len(real) + 0.7), layout="constrained")
+  for i in range(draws.shape[1]):
+    columns.append((f"GENERATED {i + 1}", draws[:, i]))
+  size = 1.6 * len(columns) + 0.4, 0.85 * len(real) + 0.7
+  figure = Figure(figsize=size, layout="constrained")
   panels = figure.subplots(len(real), 2 * len(columns), squeeze=False)
   for c, (title, stacks) in enumerate(columns):
     for n, row in enumerate(panels):

@@ -300,7 +300,8 @@ def alternatives(run, hearts, train: dict, test: dict, of_train: np.ndarray) -> 
   segment = jax.jit(make_segment(run.model))
   labels = np.asarray(segment(run.state.variables, stack[None]))
   values = measure(np.asarray(volumes(labels, np.float32([run.manifest["spacing"]]))))
-  pictures["mean_heart"] = stack[None].repeat(people, axis=0), labels.repeat(people, axis=0)
+  stacks = stack[None].repeat(people, axis=0)
+  pictures["mean_heart"] = stacks, labels.repeat(people, axis=0)
   ensembles["mean_heart"] = values[:, None].repeat(people, axis=0)
   return pictures, ensembles
 
@@ -391,9 +392,11 @@ def ensemble_scores(y, ensembles: dict, of_train, weights) -> dict:
   results["diversity"] = dict(zip(PHENOTYPES, spread.tolist()))
   crps = {}
   for name, x in ensembles.items():
-    results["unmeasured"][name] = float(1 - np.isfinite(x).all(axis=2).mean())
+    measured = np.isfinite(x).all(axis=2)
+    results["unmeasured"][name] = float(1 - measured.mean())
     x = filled(x)
-    crps[name] = statistics.crps(y, x[:, :ENSEMBLE] if len(x) > 1 else x)
+    of_each = len(x) > 1  # else all subjects share one ensemble
+    crps[name] = statistics.crps(y, x[:, :ENSEMBLE] if of_each else x)
     scores = phenotype_scores(y, x, crps[name], weights)
     results["phenotypes"][name] = dict(zip(PHENOTYPES, scores))
   for name in AGAINST:

@@ -172,7 +172,8 @@ def write_hearts(run, recordings: dict[str, str], out: pathlib.Path, about: dict
   for name, (row, ecg) in progress:
     rows[name] = row
     if ecg is not None:
-      stacks, labels = jax.device_get(draw(run.state.variables, ecg, key_of(name, about["seed"])))
+      key = key_of(name, about["seed"])
+      stacks, labels = jax.device_get(draw(run.state.variables, ecg, key))
       of_recording = about | {"recording": row}
       rows[name] |= write_recording(
         out / name, stacks, labels, run.manifest["spacing"], of_recording
@@ -185,12 +186,13 @@ def make_draw(run, about: dict):
   shape = tuple(run.manifest["shapes"]["ed_es_volumes"][1:])
   # covariates, of which ECG files say nothing
   unknown = jnp.full((1, len(run.standardiser.covariates)), jnp.nan)
-  noise = about["samples"], *noise_shape(run.config.model, shape)
+  shape_of_noise = about["samples"], *noise_shape(run.config.model, shape)
   generate = make_generate(run.model, run.config, shape, evaluator.STEPS, about["guidance"])
   segment = make_segment(run.model)
 
   def draw(variables, ecg, key):
-    stacks = generate(variables, ecg[None], jax.random.normal(key, (1, *noise)), unknown)[0]
+    noise = jax.random.normal(key, (1, *shape_of_noise))
+    stacks = generate(variables, ecg[None], noise, unknown)[0]
     labels = jax.lax.map(lambda x: segment(variables, x[None])[0], stacks, batch_size=8)
     return (255 * stacks).round().astype("uint8"), labels
 
@@ -260,7 +262,8 @@ def summarised(columns: list[str], values: np.ndarray) -> dict[str, float | None
 
 def save_nifti(file: pathlib.Path, stack: np.ndarray, spacing: list[float]) -> None:
   """stack [P, Z, H, W] as [W, H, Z, P] with its voxel size in mm (spacing along Z, H, W)."""
-  image = nibabel.Nifti1Image(stack.transpose(3, 2, 1, 0), np.diag([*spacing[::-1], 1.0]))
+  affine = np.diag([*spacing[::-1], 1.0])
+  image = nibabel.Nifti1Image(stack.transpose(3, 2, 1, 0), affine)
   image.header["descrip"], image.header["intent_name"] = MARK.encode(), b"generated"
   image.header.set_xyzt_units("mm")
   nibabel.save(image, file)
@@ -272,7 +275,8 @@ def write_table(file: pathlib.Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(table, columns)
     writer.writeheader()
     for row in rows:
-      writer.writerow({name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()})
+      cells = {name: as_cell(x) if isinstance(x, str) else x for name, x in row.items()}
+      writer.writerow(cells)
 
 
 if __name__ == "__main__":

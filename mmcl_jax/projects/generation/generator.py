@@ -49,23 +49,27 @@ class Block(nn.Module):
       return vit.Dense(width, self.dtype, name=name, **options)
 
     modulation = dense(9 * D, "modulation", kernel_init=ZEROS)(nn.silu(when))
-    # of each of the three layers [B, 3, 1, D]
-    shifts, scales, gates = jnp.split(modulation.reshape(B, 3, 1, 3 * D), 3, axis=-1)
+    modulation = modulation.reshape(B, 3, 1, 3 * D)  # of each of the three layers
+    shifts, scales, gates = jnp.split(modulation, 3, axis=-1)
 
     def norm(x, layer):
       name = f"norm{layer}"
       return modulated_norm(x, shifts[:, layer], scales[:, layer], self.dtype, name)
 
+    def by_head(x):
+      return x.reshape(B, -1, self.heads, D // self.heads)
+
     def attend(q, k, v):
-      q, k, v = (a.reshape(B, -1, self.heads, D // self.heads) for a in (q, k, v))
-      return kernels.attention(q, k, v).reshape(B, N, D)
+      return kernels.attention(by_head(q), by_head(k), by_head(v)).reshape(B, N, D)
 
-    q, k, v = jnp.split(dense(3 * D, "qkv")(norm(x, 0)), 3, axis=-1)
-    x = x + gates[:, 0] * dense(D, "proj")(attend(q, k, v))
+    qkv = dense(3 * D, "qkv")(norm(x, 0))
+    attended = attend(*jnp.split(qkv, 3, axis=-1))
+    x = x + gates[:, 0] * dense(D, "proj")(attended)
 
-    k, v = jnp.split(dense(2 * D, "cross_kv")(context), 2, axis=-1)
+    kv = dense(2 * D, "cross_kv")(context)
     q = dense(D, "cross_q")(norm(x, 1))
-    x = x + gates[:, 1] * dense(D, "cross_proj")(attend(q, k, v))
+    attended = attend(q, *jnp.split(kv, 2, axis=-1))
+    x = x + gates[:, 1] * dense(D, "cross_proj")(attended)
 
     hidden = kernels.gelu(dense(4 * D, "fc1")(norm(x, 2)))
     return x + gates[:, 2] * dense(D, "fc2")(hidden)
@@ -99,9 +103,9 @@ class Generator(nn.Module):
 
     init = nn.initializers.normal(1.0)
     withheld = self.param("no_ecg", init, (1, 1, tokens.shape[-1]), jnp.float32)
-    tokens = jnp.where(given[:, None, None] > 0, tokens, withheld).astype(self.dtype)
+    tokens = jnp.where(given[:, None, None] > 0, tokens, withheld)
     norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="context_norm")
-    context = norm(dense(self.width, "context")(tokens))
+    context = norm(dense(self.width, "context")(tokens.astype(self.dtype)))
     if covariates is not None:
       values = pooling.with_unknown(covariates).astype(self.dtype)
       person = dense(self.width, "covariates")(values)
@@ -190,7 +194,8 @@ def integrate(velocity, noise, steps: int):
 
   def heun(i, x):
     slope = velocity(x, at(i))
-    return x + size / 2 * (slope + velocity(x + size * slope, at(i + 1)))
+    next_slope = velocity(x + size * slope, at(i + 1))
+    return x + size / 2 * (slope + next_slope)
 
   x = jax.lax.fori_loop(0, steps - 1, heun, noise)
   return x + size * velocity(x, at(steps - 1))

@@ -103,7 +103,8 @@ def known_after(tokens: int, rounds: int) -> np.ndarray:
   Hidden ones fall like a cosine (MaskGIT, Chang et al. 2022), by at least one a round.
   """
   i = np.arange(rounds + 1)
-  count = np.round(tokens * (1 - np.cos(np.pi / 2 * i / rounds)))
+  hidden = np.cos(np.pi / 2 * i / rounds)
+  count = np.round(tokens * (1 - hidden))
   return np.clip(count, i, tokens - rounds + i).astype(int)
 
 
@@ -114,7 +115,11 @@ def take(x, places):
 
 def put(x, places, new):
   """x [B, N, ...] with new [B, M, ...] at places [B, M]."""
-  return jax.vmap(lambda row, at, values: row.at[at].set(values))(x, places, new)
+
+  def of_row(row, at, values):
+    return row.at[at].set(values)
+
+  return jax.vmap(of_row)(x, places, new)
 
 
 def draw(condition, velocity, noise, order, steps: int, rounds: int = ROUNDS):
@@ -144,9 +149,9 @@ def draw(condition, velocity, noise, order, steps: int, rounds: int = ROUNDS):
       return velocity(x, jnp.broadcast_to(time[:, None], x.shape[:2]), z)
 
     new = integrate(of_tokens, take(noise, places), steps)
-    fresh = ((rank >= known[i]) & (rank < known[i + 1]))[None, :, None]
-    new = jnp.where(fresh, new, take(latents, places))
-    still_hidden = jnp.where(fresh[..., 0], 0.0, take(hidden, places))
+    fresh = (rank >= known[i]) & (rank < known[i + 1])
+    new = jnp.where(fresh[None, :, None], new, take(latents, places))
+    still_hidden = jnp.where(fresh[None], 0.0, take(hidden, places))
     return put(latents, places, new), put(hidden, places, still_hidden)
 
   start = jnp.zeros_like(noise), jnp.ones((B, N))

@@ -119,7 +119,8 @@ class GenerationModel(Pretrainer):
     if c.covariates:  # withheld by a chance of their own: of some people they are unknown
       known = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout))(fold(keys, USE + 1))
       conditions = jnp.where(known[:, None], conditions, jnp.nan)
-    given = tokens, kept * batch["has_ecg"], batch["cmr"]["ed_es_volumes"].shape[2:], conditions
+    shape = batch["cmr"]["ed_es_volumes"].shape[2:]
+    given = tokens, kept * batch["has_ecg"], shape, conditions
     if not c.masked:
       return {"velocity": self.velocity(x, time, *given), "target": target}
     hidden = mar.hide(fold(keys, USE + 2), latents.shape[1])
@@ -161,9 +162,9 @@ def noise_shape(config: ConfigDict, shape: tuple[int, int, int]) -> tuple[int, i
 def check_keys(config: ConfigDict, part: str, keys: tuple[str, ...], sizes) -> None:
   entry = config[part]
   if sorted(entry) != sorted(keys):
+    expected = f"{', '.join(keys[:-1])} and {keys[-1]}"
     raise UserError(
-      f"config.model.{part} has {', '.join(entry)}; expected {', '.join(keys[:-1])} and "
-      f"{keys[-1]}, or {{}} for none"
+      f"config.model.{part} has {', '.join(entry)}; expected {expected}, or {{}} for none"
     )
   if entry.size not in sizes:
     raise UserError(

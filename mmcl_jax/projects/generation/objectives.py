@@ -29,7 +29,8 @@ def kl_autoencoder(outputs, batch, noise: float = 0.05) -> Loss:
   squared = jnp.square(error).mean(axis=(1, 2, 3, 4))
   mean = common.at_least_float32(made["latent_mean"])
   log_variance = common.at_least_float32(made["latent_log_variance"])
-  kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1).sum(axis=(1, 2))
+  of_latent = jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1
+  kl = 0.5 * of_latent.sum(axis=(1, 2))
   weight = common.row_weight(batch, "cmr")
   metrics = {"mse": common.average(squared, weight), "kl_nats": common.average(kl, weight)}
   return Loss(squared / (2 * noise**2) + kl / voxels, weight, metrics)
@@ -48,7 +49,8 @@ def segmentation(outputs, batch) -> Loss:
   log_p = jax.nn.log_softmax(logits)
   voxels = tuple(range(1, labels.ndim))
   cross_entropy = -(truth * log_p).sum(axis=-1).mean(axis=voxels)
-  p, truth = jnp.exp(log_p)[..., 1:], truth[..., 1:]
+  p = jnp.exp(log_p)[..., 1:]
+  truth = truth[..., 1:]
   overlap = 2 * (p * truth).sum(axis=voxels)
   total = p.sum(axis=voxels) + truth.sum(axis=voxels)
   # 1 voxel: none of a label

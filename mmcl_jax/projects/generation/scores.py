@@ -18,7 +18,8 @@ CHAMBERS = ("LV", "MYO", "RV")
 def measure(millilitres: np.ndarray) -> np.ndarray:
   """Volumes [..., P, 3] of LV, MYO and RV at ED and ES -> PHENOTYPES [..., K] (data.measure); NaN
   where there is no LV or RV."""
-  ed, es = np.moveaxis(np.where(millilitres > 0, millilitres, np.nan), -2, 0)
+  known = np.where(millilitres > 0, millilitres, np.nan)
+  ed, es = known[..., 0, :], known[..., 1, :]
   ejected = 100 * (ed - es) / ed
   values = {
     "LVEDV": ed[..., 0],
@@ -37,7 +38,8 @@ def volumes(labels, spacing):
   ..., 3]."""
   counts = []
   for name in CHAMBERS:
-    counts.append((labels == schema.LABELS[name]).sum(axis=(-3, -2, -1)))
+    inside = labels == schema.LABELS[name]
+    counts.append(inside.sum(axis=(-3, -2, -1)))
   counts = jnp.stack(counts, axis=-1)
   voxel_ml = spacing.prod(axis=-1) / 1000
   return counts * jnp.expand_dims(voxel_ml, tuple(range(1, counts.ndim)))

@@ -44,7 +44,8 @@ class Segmenter(nn.Module):
       norm = nn.GroupNorm(num_groups=4, dtype=self.dtype, name=f"{name}_norm")
       return nn.relu(norm(layer(x)))
 
-    x = (2 * stacks - 1).astype(self.dtype).reshape(-1, *stacks.shape[-2:], 1)
+    x = (2 * stacks - 1).astype(self.dtype)
+    x = x.reshape(-1, *stacks.shape[-2:], 1)  # slices
     skips = []
     for i, width in enumerate(self.widths):
       x = conv(x, width, 2, f"down{i}")

@@ -62,7 +62,8 @@ class Tokenizer(nn.Module):
   def encode(self, stacks):
     """stacks [B, P, Z, H, W] -> mean and log-variance [B, N, C] of the latents, at least
     float32."""
-    patches = [video_vit.patchify(2 * stacks[:, phase] - 1, self.patch) for phase in range(PHASES)]
+    x = 2 * stacks - 1
+    patches = [video_vit.patchify(x[:, phase], self.patch) for phase in range(PHASES)]
     x = self.patch_embed(jnp.concatenate(patches, axis=-1).astype(self.dtype))
     grid = grid_of(stacks.shape[2:], self.patch)
     x = self.posterior(self.transform(x, grid, self.encoder, self.encoder_norm))
@@ -95,7 +96,11 @@ class Tokenizer(nn.Module):
 
 def draw(mean, log_variance, keys):
   """A latent of each row [B, N, C] by its own key [B] (Kingma & Welling 2014)."""
-  noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
+
+  def of_row(key):
+    return jax.random.normal(key, mean.shape[1:], mean.dtype)
+
+  noise = jax.vmap(of_row)(keys)
   return mean + jnp.exp(0.5 * log_variance) * noise
 
 

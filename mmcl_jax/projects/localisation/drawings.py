@@ -51,7 +51,8 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
   figure = blank_figure(title, height)
 
   def panel(row, column, image, **options):
-    x, y = left + column * side, height - HEAD - (row + 1) * side
+    x = left + column * side
+    y = height - HEAD - (row + 1) * side
     width = side - gap
     axes = figure.add_axes([x / WIDTH, y / height, width / WIDTH, width / height])
     axes.imshow(image, interpolation="nearest", aspect="auto", **options)
@@ -119,7 +120,9 @@ def ecg_relevance(ecg: dict, title: str, note: str = "") -> Figure:
     page.text(2, middle, name, fontsize=9, fontweight="bold", va="center", color=INK)
     for j, (what, values) in enumerate(strips.items()):
       draw_strip(page, top - TRACE - (j + 1) * STRIP, name, what, values, i)
-  ranges = [f"{what} {values.min():z.3g} to {values.max():z.3g}" for what, values in strips.items()]
+  ranges = []
+  for what, values in strips.items():
+    ranges.append(f"{what} {values.min():z.3g} to {values.max():z.3g}")
   seconds = signal.shape[1] / ecg["rate_hz"]
   text = f"{seconds:g} s; white to black: {'; '.join(ranges)} (size)"
   page.text(LEFT, 3, text, fontsize=7, color=INK)

@@ -220,7 +220,8 @@ def completeness(start: dict, end: dict, gradients: dict) -> dict[str, dict]:
   """Of each input, what its cosine gains from start to end beside the sum of its gradients."""
   sums = {}
   for name, x in gradients.items():
-    gain, total = end[name] - start[name], x.reshape(len(x), -1).sum(axis=1)
+    gain = end[name] - start[name]
+    total = x.reshape(len(x), -1).sum(axis=1)
     error = float(np.abs(gain - total).max())
     sums[name] = {"gain": gain.tolist(), "sum": total.tolist(), "error": error}
   return sums

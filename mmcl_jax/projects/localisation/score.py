@@ -36,7 +36,8 @@ def score(towers, source, maps: dict, weights: np.ndarray) -> dict:
     record = source[i]
     for name, spec in towers.items():
       # own ECG, CONTROLS
-      cells = np.concatenate([maps[f"map/{name}"][i], maps[f"untrained_map/{name}"][i, :1]])
+      trained, untrained = maps[f"map/{name}"][i], maps[f"untrained_map/{name}"][i, :1]
+      cells = np.concatenate([trained, untrained])
       for phase, row in shares_of(spec, record, cells).items():
         shares.setdefault(f"{name}/{phase}", []).append(row)
   scores = {}
@@ -76,14 +77,16 @@ def truth(spec, labels: np.ndarray) -> dict:
   of which no plane is labelled give {}.
   """
   if schema.VIEWS[spec.view] == "ed_es_volumes":
-    return {spec.view[:2]: (slice(None), select_view({"ed_es_volumes": labels[None]}, spec)[0])}
+    seen = select_view({"ed_es_volumes": labels[None]}, spec)[0]
+    return {spec.view[:2]: (slice(None), seen)}
   moments = {"three_frames": {"ed": 0, "es": 2}, "cine_slice": {"ed": 0}}.get(spec.view, {})
   has_lv = (labels == schema.LABELS["LV"]).any(axis=(2, 3)).all(axis=0)
   slices = np.flatnonzero(has_lv)
   middle = slices[len(slices) // 2] if len(slices) else 0  # no LV: nothing to find in any slice
   labelled = {}
   for phase, plane in moments.items():
-    labelled[phase] = slice(plane, plane + 1), labels[schema.PHASES.index(phase), [middle]]
+    of_phase = labels[schema.PHASES.index(phase)]
+    labelled[phase] = slice(plane, plane + 1), of_phase[[middle]]
   return labelled
 
 
@@ -145,8 +148,9 @@ def summary(shares: np.ndarray, weights: np.ndarray) -> dict:
 def mean_and_interval(x: np.ndarray, weights: np.ndarray) -> tuple[float, list[float]]:
   """Mean of the known values of x [B], and its interval by weights [R, B] of the bootstrap."""
   known = np.isfinite(x)
-  total = weights @ known
+  count = weights @ known
+  total = weights @ np.where(known, x, 0)
   draws = np.full(len(weights), np.nan)
-  np.divide(weights @ np.where(known, x, 0), total, out=draws, where=total > 0)
+  np.divide(total, count, out=draws, where=count > 0)
   mean = float(x[known].mean()) if known.any() else np.nan
   return mean, statistics.interval(draws).tolist()
