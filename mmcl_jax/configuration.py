@@ -27,6 +27,7 @@ FREE = (
   "loader",
   "every",
   "evaluators",
+  "writers",
   "keep",
   "per_device_batch",
   "bad_rows",
@@ -35,7 +36,7 @@ FREE = (
 STOPPING = ("every.evaluate", "evaluators.losses.every")
 
 # Groups whose entries a recipe names itself.
-OPEN = ("init_from", "objectives", "evaluators")
+OPEN = ("init_from", "augment.ecg", "augment.cmr", "objectives", "evaluators", "writers")
 
 
 def parse_arg(arg: str | None, **names) -> ConfigDict:
@@ -168,19 +169,21 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   c.data.samples = 5000
   c.data.targets = ()  # phenotypes that objectives may learn from; (): all of the cohort
 
+  # fn: "standard" or "package.module:function" (mmcl_jax.augment); what follows are its parameters
   c.augment = ConfigDict()
   # sigmas: units of the normalised ECG
   c.augment.ecg = dict(
+    fn="standard",
     phase_noise_strength=0.0,
     jitter_sigma=0.0,
     rescale_sigma=0.0,
     gain_noise_sigma=0.0,
     time_flip=0.0,
     sign_flip=0.0,  # flips: probabilities
-    phase_noise_always=False,
-  )  # else to one ECG in two
+    phase_noise_always=False,  # else to one ECG in two
+  )
   # shift: share of the image's side
-  c.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)
+  c.augment.cmr = dict(fn="standard", rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)
   # a second augmentation of every row, for objectives that compare two (outputs.again)
   c.augment.twice = False
 
@@ -255,6 +258,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
     reconstruction=dict(fn="reconstruction", every=0),
     data=dict(fn="data", every=0),
   )
+  # name -> dict(fn, parameters of fn): where metrics are written (training/metrics.py)
+  c.writers = dict(jsonl=dict(fn="jsonl"), tensorboard=dict(fn="tensorboard"))
   # evaluations in a row without a better c.stop_on after which training ends; 0: never
   c.stop_after = 0
   # a loss on validation, such as "validation/phenotypes"; the step where it is best is kept

@@ -54,7 +54,9 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       make_train_step(job.model, job.objectives, begun.optimizer, config, job.standardiser),
       begun.shardings,
     )
-    writer = metrics.create_writer(workdir, job.start, just_logging=jax.process_index() > 0)
+    writer = metrics.create_writer(
+      config.writers, workdir, job.start, just_logging=jax.process_index() > 0
+    )
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, people.as_arrays(job.people))
     requests = loop.Requests(asked_to_stop, clock, config.every.save_minutes)
     watch = monitor.Monitor(

@@ -6,7 +6,7 @@ import contextlib
 import jax
 import numpy as np
 
-from mmcl_jax import evaluators, models
+from mmcl_jax import augment, evaluators, models
 from mmcl_jax.data import cohort as cohort_lib, pipeline
 from mmcl_jax.errors import DamagedRecord, UserError
 from mmcl_jax.training import checkpoint, people
@@ -132,18 +132,18 @@ def check_covariates(cohort, config) -> None:
 
 def check_augmentation(config) -> None:
   """No augmentation of images that are looked at once, or that have labels."""
-  strengths = config.augment.cmr
-  if not any(strengths.values()):
+  entry = config.augment.cmr
+  if augment.is_neutral("cmr", entry):
     return
   if models.frozen(config.model):
     raise UserError(
-      f"config.augment.cmr is {strengths.to_dict()}, and frozen towers look at every heart once, "
-      "as it is; set all of it to 0"
+      f"config.augment.cmr is {entry.to_dict()}, and frozen towers look at every heart once, "
+      "as it is; take fn='standard' with all of it 0"
     )
   if "labels" in models.fields(config.model):
     raise UserError(
-      f"config.augment.cmr is {strengths.to_dict()}, and labels, which the model learns from, "
-      "would not follow; set all of it to 0"
+      f"config.augment.cmr is {entry.to_dict()}, and labels, which the model learns from, "
+      "would not follow; take fn='standard' with all of it 0"
     )
 
 

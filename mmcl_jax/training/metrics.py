@@ -1,8 +1,8 @@
-"""Where metrics go: JSON lines, TensorBoard and the terminal, through the interface of clu's metric
-writers.
+"""Where metrics go: the writers that config.writers names, and the terminal.
 
-clu's own writers cannot be imported without TensorFlow; these have the same methods and need
-tensorboardX only.
+A writer is a class `(workdir, start_step, **parameters)` with the methods write_scalars(step,
+scalars), flush() and close() of clu's metric writers, made on the first process alone. clu's own
+cannot be imported without TensorFlow; these need tensorboardX only.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import pathlib
 import sys
 import time
 
+from mmcl_jax import registry
+from mmcl_jax.errors import UserError
 from mmcl_jax.support import files
 
 # tensorboardX loads torch where it is installed, seconds of start-up for tensors that it is never
@@ -25,11 +27,21 @@ if without_torch:
   del sys.modules["torch"]
 
 
-class JsonlWriter:
-  """One line a call: {"step": ..., "name": value, ...}. Opened for appending; a resumed run
-  continues the file."""
+BUILT_IN = {
+  "jsonl": "mmcl_jax.training.metrics:JsonlWriter",
+  "tensorboard": "mmcl_jax.training.metrics:TensorBoardWriter",
+}
+METHODS = ("write_scalars", "flush", "close")
 
-  def __init__(self, file: pathlib.Path):
+
+class JsonlWriter:
+  """metrics.jsonl, one line a call: {"step": ..., "name": value, ...}. A resumed run continues the
+  file from the step that it starts at."""
+
+  def __init__(self, workdir: str, start_step: int):
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    files.no_links(file)
+    keep_before(file, start_step)
     # open until the run ends
     self.file = open(files.opened(file, os.O_WRONLY | os.O_APPEND), "a")  # noqa: SIM115
 
@@ -47,11 +59,12 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-  """Begins its file with the first number: of a run that is refused before that, Python 3.12 would
-  print a trace at its exit."""
+  """The folder tensorboard. Begins its file with the first number: of a run that is refused before
+  that, Python 3.12 would print a trace at its exit."""
 
-  def __init__(self, folder: pathlib.Path):
-    self.folder, self.writer = folder, None
+  def __init__(self, workdir: str, start_step: int):
+    self.folder, self.writer = pathlib.Path(workdir) / "tensorboard", None
+    files.no_links(self.folder)
 
   def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
     self.writer = self.writer or tensorboardX.SummaryWriter(str(self.folder))
@@ -86,14 +99,35 @@ class MultiWriter:
       writer.close()
 
 
-def create_writer(workdir: str, start_step: int, just_logging: bool) -> MultiWriter:
-  """The writers of a run; none on processes other than the first (`just_logging`, as in clu)."""
+def create_writer(entries, workdir: str, start_step: int, just_logging: bool) -> MultiWriter:
+  """The writers of a run, of `entries` (config.writers); none on processes other than the first
+  (`just_logging`, as in clu)."""
   if just_logging:
     return MultiWriter([])
-  file = pathlib.Path(workdir) / "metrics.jsonl"
-  files.no_links(pathlib.Path(workdir) / "tensorboard")
-  keep_before(file, start_step)
-  return MultiWriter([JsonlWriter(file), TensorBoardWriter(pathlib.Path(workdir) / "tensorboard")])
+  writers = []
+  for writer, parameters in find(entries):
+    writers.append(writer(workdir, start_step, **parameters))
+  return MultiWriter(writers)
+
+
+def find(entries) -> list[tuple[type, dict]]:
+  """The writers that `entries` (config.writers) name, and their parameters, checked."""
+  found = []
+  for name, entry in entries.to_dict().items():
+    where = f"config.writers.{name}"
+    if "fn" not in entry:
+      raise UserError(f"{where} has the keys {sorted(entry)}; expected fn and its parameters")
+    fn = entry.pop("fn")
+    writer = registry.resolve(fn, BUILT_IN, f"{where}.fn")
+    missing = [method for method in METHODS if not hasattr(writer, method)]
+    if missing:
+      raise UserError(
+        f"{where}.fn is {fn!r}, which has no {', '.join(missing)}; expected a class with "
+        f"{', '.join(METHODS)}"
+      )
+    registry.check_parameters(writer, entry, where, fn, passed=2)
+    found.append((writer, entry))
+  return found
 
 
 def read(file: pathlib.Path) -> list[dict]:

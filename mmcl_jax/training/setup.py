@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from mmcl_jax import configuration, evaluators, models, objectives as objective_lib, ranges
+from mmcl_jax import augment, configuration, evaluators, models, objectives as objective_lib, ranges
 from mmcl_jax.data import pipeline, standardise
 from mmcl_jax.data.cohort import Cohort, load
 from mmcl_jax.errors import UserError
@@ -25,6 +25,7 @@ from mmcl_jax.training import (
   distributed,
   frozen,
   initialise,
+  metrics,
   monitor,
   parallel,
   people,
@@ -99,6 +100,9 @@ def check(config, workdir: str) -> Job:
   objectives = objective_lib.build(config.objectives)
   watching = evaluators.in_training(config)
   monitor.check_stopping(config)
+  for view in augment.BUILT_IN:
+    augment.build(view, config.augment[view])
+  metrics.find(config.writers)
   model = models.build(
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )

@@ -7,7 +7,7 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import PartitionSpec as P
 
-from mmcl_jax.augment import cmr as augment_cmr, ecg as augment_ecg
+from mmcl_jax import augment as augment_lib
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import pretrainer
 from mmcl_jax.models.inputs import first_window, sample_keys, to_float
@@ -24,34 +24,29 @@ def augment(batch, keys, config):
   Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a
   gather per row.
   """
-  reads_ecg, samples, strengths = "ecg" in config.model.towers, config.data.samples, config.augment
+  reads_ecg = "ecg" in config.model.towers
+  of_ecg = augment_lib.build("ecg", config.augment.ecg)
+  of_cmr = augment_lib.build("cmr", config.augment.cmr)
+
+  def one_ecg(key, ecg):
+    return of_ecg(key, ecg, config.data.samples)
 
   def rows(ecg, cmr, keys):
     ecg_keys, cmr_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     if reads_ecg:
-      ecg = jax.vmap(lambda key, x: augment_ecg.augment(key, x, samples, **strengths.ecg))(
-        ecg_keys, ecg
-      )
-    # Every field by keys of its own: a rotation that two views share would tell which belong
-    # together.
-    return ecg, {
-      field: jax.vmap(lambda key, x: augment_cmr.augment(key, x, **strengths.cmr))(
-        pretrainer.fold(cmr_keys, i), x
-      )
-      for i, (field, x) in enumerate(sorted(cmr.items()))
-    }
+      ecg = jax.vmap(one_ecg)(ecg_keys, ecg)
+    fields = {}
+    for i, (field, x) in enumerate(sorted(cmr.items())):
+      # By keys of its own: a rotation that two views share would tell which belong together.
+      fields[field] = jax.vmap(of_cmr)(pretrainer.fold(cmr_keys, i), x)
+    return ecg, fields
 
   def augmented(keys):
-    return dict(
-      zip(
-        ("ecg", "cmr"),
-        jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))(
-          batch["ecg"], batch["cmr"], keys
-        ),
-      )
-    )
+    on_each_device = jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))
+    ecg, cmr = on_each_device(batch["ecg"], batch["cmr"], keys)
+    return {"ecg": ecg, "cmr": cmr}
 
-  if not strengths.twice:
+  if not config.augment.twice:
     return batch | augmented(keys)
   return batch | augmented(keys) | {"again": augmented(pretrainer.fold(keys, 1))}
 

@@ -358,13 +358,14 @@ def test_a_run_that_ends_before_its_first_number_prints_nothing_more(tmp_path):
   """TensorBoard's writer starts a thread to say that it ends, which Python 3.12 answers with a
   trace where nothing was written."""
   code = (
-    f"from mmcl_jax.training import metrics; writer = metrics.create_writer({str(tmp_path)!r}, 0, "
-    "just_logging=False); "
+    "from mmcl_jax.training import metrics; "
+    f"writer = metrics.TensorBoardWriter({str(tmp_path)!r}, 0); "
     "raise SystemExit(2)"
   )
   ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
   assert ended.returncode == 2 and ended.stderr == "" and not (tmp_path / "tensorboard").exists()
-  writer = metrics.create_writer(str(tmp_path), 0, just_logging=False)
+  writers = configuration.defaults(8, 6).writers
+  writer = metrics.create_writer(writers, str(tmp_path), 0, just_logging=False)
   writer.write_scalars(1, {"loss": 2.0})
   writer.close()
   assert list((tmp_path / "tensorboard").iterdir()) and metrics.read(

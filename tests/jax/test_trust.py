@@ -15,7 +15,7 @@ import pytest
 from array_record.python import array_record_module
 from common import ROOT
 
-from mmcl_jax import cli, evaluate, inspect, prepare, train
+from mmcl_jax import cli, configuration, evaluate, inspect, prepare, train
 from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.errors import UserError
 from mmcl_jax.support import files, locks
@@ -72,8 +72,8 @@ def test_a_new_file_takes_the_place_of_a_link(tmp_path, victim, make):
 LINKS = {  # what is written to, and the program that writes there
   "checkpoints": lambda out: checkpoint.Checkpoints(str(out), keep=1),
   "checkpoints/7": lambda out: checkpoint.Checkpoints(str(out), keep=1),
-  "tensorboard": lambda out: metrics.create_writer(str(out), 0, just_logging=False),
-  "metrics.jsonl": lambda out: metrics.JsonlWriter(out / "metrics.jsonl"),
+  "tensorboard": lambda out: metrics.TensorBoardWriter(str(out), 0),
+  "metrics.jsonl": lambda out: metrics.JsonlWriter(str(out), 0),
   "evaluation": lambda out: evaluate.evaluate(str(out), step=1),
   "evaluation/7": lambda out: evaluate.evaluate(str(out), step=1),
   "evaluation/scored.jsonl": lambda out: evaluate.evaluate(str(out), step=1),
@@ -119,7 +119,9 @@ def test_no_write_follows_a_link(tmp_path, victim, name):
 def test_a_workdir_itself_may_be_a_link(tmp_path):
   (tmp_path / "scratch").mkdir()
   (tmp_path / "w").symlink_to(tmp_path / "scratch")
-  metrics.create_writer(str(tmp_path / "w"), 0, just_logging=False).write_scalars(1, {"loss": 2.0})
+  writers = configuration.defaults(8, 6).writers
+  writer = metrics.create_writer(writers, str(tmp_path / "w"), 0, just_logging=False)
+  writer.write_scalars(1, {"loss": 2.0})
   with locks.workdir_held(str(tmp_path / "w")):
     files.no_links(tmp_path / "w/tensorboard")
   assert (tmp_path / "scratch/metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'

@@ -13,7 +13,9 @@ import pytest
 from common import ROOT
 from extending import SECTIONS, blocks, write
 
-from mmcl_jax import configuration, evaluate, objectives
+from ml_collections import ConfigDict
+
+from mmcl_jax import augment, configuration, evaluate, objectives
 from mmcl_jax.data import cohort as cohort_lib, schema, synthetic
 from mmcl_jax.data.preprocess import ecg as preprocess_ecg
 from mmcl_jax.training import metrics, restore
@@ -116,6 +118,31 @@ def test_a_tower(tmp_path, cohort, monkeypatch):
   assert embedding.shape == (2, 64) and np.ptp(embedding, axis=0).max() > 0
   names = parameter_names(str(tmp_path / "run"))
   assert {"ecg/block0/kernel", "ecg/block2/bias", "head_ecg/fc1/kernel"} <= names
+
+
+def test_an_augmentation_and_a_metric_writer(tmp_path, cohort):
+  heading = "An augmentation and a metric writer"
+  write(heading, tmp_path)
+  flags = "--config.every.log=1", "--config.every.save=2", "--config.every.evaluate=2"
+  run(heading, tmp_path, *flags, **{":demo": ":test,steps=2", "=cohort": f"={cohort.path}"})
+  log = metrics.read(tmp_path / "run/metrics.jsonl")
+  rows = [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()]
+  expected = [(row["step"], name) for row in log for name in row if name != "step"]
+  assert [(int(step), name) for step, name, _ in rows] == expected and expected
+  for (step, name, value), (_, key) in zip(rows, expected):
+    (record,) = (row for row in log if row["step"] == int(step) and key in row)
+    assert float(value) == record[name]
+
+  standard = configuration.recipe("joint", "test,arm=mae").augment.ecg.to_dict()
+  sys.path.insert(0, str(tmp_path))
+  try:
+    own = augment.build("ecg", ConfigDict(dict(fn="my_augmentation:lead_dropout", probability=0.5)))
+  finally:
+    sys.path.remove(str(tmp_path))
+  ecg = np.ones((12, 40), np.float32)
+  window = np.asarray(own(jax.random.key(0), ecg, 30))
+  assert window.shape == (12, 30) and set(np.ptp(window, axis=1)) == {0}
+  assert set(window[:, 0]) == {0, 1} and standard["fn"] == "standard"
 
 
 def parameter_names(workdir: str) -> set[str]:

@@ -25,7 +25,9 @@ def second(cohort, first, **changes):
   config.steps = 4
   config.init_from.cmr_ed = config.init_from.cmr_es = first
   config.model.towers.ed.frozen = config.model.towers.es.frozen = True
-  config.augment.cmr = dict(rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0)
+  config.augment.cmr = dict(
+    fn="standard", rotation_deg=0.0, scale=0.0, shift=0.0, intensity_sigma=0.0
+  )
   return config
 
 

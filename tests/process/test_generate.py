@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import wfdb
 
-from common import ROOT
+from common import ROOT, only_evaluators
 from mistakes import error_of
 from mmcl_jax import configuration, evaluate, train
 from mmcl_jax.data import measure, schema
@@ -229,6 +229,7 @@ def test_a_generator_that_takes_covariates_draws_without(stages, recordings, tmp
 def test_evaluation_judges_draws_beside_what_else_one_could_show(stages, monkeypatch, which, given):
   for name, value in dict(SUBJECTS=6, SAMPLES=4, ENSEMBLE=3, STEPS=2).items():
     monkeypatch.setattr(generation, name, value)
+  only_evaluators(monkeypatch, "phenotypes", "generation")
   found = evaluate.evaluate(str(stages / which))["generation"]
   everything = {
     "drawn",
@@ -266,6 +267,7 @@ def test_evaluation_judges_draws_beside_what_else_one_could_show(stages, monkeyp
 
 
 def test_evaluation_says_why_no_hearts_are_drawn(stages, monkeypatch, capsys):
+  only_evaluators(monkeypatch, "generation", "data")
   monkeypatch.setattr(generation, "PHENOTYPES", ("LVM", "nope"))
   assert (
     "generation" not in evaluate.evaluate(str(stages / "told"))

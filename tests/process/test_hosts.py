@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import wfdb
 
-from common import ROOT, tiny_config, tiny_flags
+from common import ROOT, only_evaluators, tiny_config, tiny_flags
 from hosts import DEAD_PROXY, errors, launch, said, statuses
 from mistakes import error_of
 from mmcl_jax import cli, evaluate, train
@@ -179,11 +179,12 @@ def test_four_hosts_restore_it_and_a_killed_one_ends_the_others(two):
   assert "host 3 of 4: ended without a word: killed" in lines[3][0]
 
 
-def test_evaluation_on_two_hosts_is_that_on_one(two, tmp_path):
+def test_evaluation_on_two_hosts_is_that_on_one(two, tmp_path, monkeypatch):
   """Batches of 12, so that the last one of every split is padded."""
   workdir, _ = two
   together = json.loads((workdir / "evaluation/6/results.json").read_text())
   shutil.copytree(workdir, tmp_path / "w", ignore=shutil.ignore_patterns("evaluation"))
+  only_evaluators(monkeypatch, "phenotypes", "retrieval")
   alone = evaluate.evaluate(str(tmp_path / "w"), batch=12)
   assert together["counts"] == alone["counts"]
   for name, scores in alone["phenotypes"].items():

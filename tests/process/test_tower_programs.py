@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from common import only_evaluators
 
 from mmcl_jax import evaluate, export, train
 from mmcl_jax.training import restore
 
 
 @pytest.mark.parametrize("name", ["xresnet1d", "s4"])
-def test_every_program_works_with_it(name, cohort, tmp_path, capsys):
+def test_every_program_works_with_it(name, cohort, tmp_path, capsys, monkeypatch):
   workdir = str(tmp_path / "w")
   flags = [
     f"--config=joint:test,arm=contrastive,encoder={name},steps=2",
@@ -25,6 +26,7 @@ def test_every_program_works_with_it(name, cohort, tmp_path, capsys):
   ecg = record["ecg"] * record["ecg_scale"]
   width = encoder.embed(np.float32(ecg)[None]).shape[1]
   assert width == {"xresnet1d": 32, "s4": 8}[name]
+  only_evaluators(monkeypatch, "phenotypes", "localisation")
   evaluate.main([f"--workdir={workdir}"])
   told = capsys.readouterr().out
   assert "no relevance maps of the ECG" in told
