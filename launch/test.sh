@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the environment with the test extras and runs the tests, a file on every core.
-#   bash launch/test.sh        tests/unit (NumPy) and tests/jax (what compiles in one process)
-#   bash launch/test.sh all    tests/process and tests/fuzz too: several processes, hosts and devices, kills, full disks,
-#                                every recipe trained
+#   bash launch/test.sh        tests/unit (NumPy) and tests/jax (what compiles, and one run for all)
+#   bash launch/test.sh all    tests/process and tests/fuzz too: runs trained for one test, every recipe, several
+#                                processes, hosts and devices, kills, full disks
 # Further arguments go to pytest (-n 0: one after the other, in one process).
 set -euo pipefail
 cd "$(dirname "$0")/.."
