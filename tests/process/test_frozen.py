@@ -135,7 +135,7 @@ def test_features_are_made_once_and_never_left_half_written(
   # of two towers
   assert sorted(file.name for file in files) == ["train.npy", "train.npy", "val.npy", "val.npy"]
   monkeypatch.setattr(
-    frozen.inference, "over_split", lambda *args, **kwargs: pytest.fail("the towers ran again")
+    frozen, "over_split", lambda *args, **kwargs: pytest.fail("the towers ran again")
   )
   train.train(second(cohort, first), str(tmp_path / "again"))
   assert files == {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
