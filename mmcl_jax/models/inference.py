@@ -41,36 +41,36 @@ def make_embed(model, config, standardiser):
   [B, K], the targets in their units, and own_diseases [B, C], probabilities. Those of a recording
   of several windows are of the mean of its log-odds.
   """
-  embed_ecg, (mean, sd) = make_embed_ecg(model, config.data.samples), standardiser.target_moments
+  embed_ecg = make_embed_ecg(model, config.data.samples)
+  mean, sd = standardiser.target_moments
+  spec = config.model.towers.get("ecg", {})
+
+  def read_out(variables, embedding, kind):
+    # Linear, so that reading out the mean over windows is the mean of reading out each.
+    def head(module, x):
+      return getattr(module, kind)["ecg"](x)
+
+    return model.apply(variables, embedding, method=head)
+
+  def of_ecg(variables, batch):
+    ecg = embed_ecg(variables, batch["ecg"], batch.get("conditions"))
+    outputs = {"embedding": ecg["ecg_embedding"], "ecg_projection": ecg["ecg_projection"]}
+    if "ecg" in config.model.regression:
+      standardised = read_out(variables, outputs["embedding"], "regression")
+      outputs["own_phenotypes"] = mean + sd * standardised
+    if "ecg" in config.model.classification:
+      log_odds = read_out(variables, outputs["embedding"], "classification")
+      outputs["own_diseases"] = jax.nn.sigmoid(log_odds)
+    return outputs
 
   def embed(variables, batch):
-    batch, outputs = (
-      to_float(batch, standardiser if config.model.towers.get("ecg", {}).get("film") else None),
-      {},
-    )
-    if "ecg" in config.model.towers:
-      found = embed_ecg(variables, batch["ecg"], batch.get("conditions"))
-      outputs = {"embedding": found["ecg_embedding"], "ecg_projection": found["ecg_projection"]}
-
-      # Linear, so that reading out the mean over windows is the mean of reading out each.
-      def read_out(kind):
-        return model.apply(
-          variables, outputs["embedding"], method=lambda m, x: getattr(m, kind)["ecg"](x)
-        )
-
-      if "ecg" in config.model.regression:
-        outputs["own_phenotypes"] = mean + sd * read_out("regression")
-      if "ecg" in config.model.classification:
-        outputs["own_diseases"] = jax.nn.sigmoid(read_out("classification"))
+    batch = to_float(batch, standardiser if spec.get("film") else None)
+    outputs = of_ecg(variables, batch) if spec else {}
     if towers.cmr(config.model) and models.sees_all(config.model, batch):
-      found = model.apply(variables, batch, method="encode_cmr")
-      outputs["cmr_projection"] = jnp.stack(
-        [tower["projection"] for tower in found.values()], axis=1
-      )
-      if "ecg" not in config.model.towers:
-        outputs["embedding"] = jnp.concatenate(
-          [tower["embedding"] for tower in found.values()], axis=1
-        )
+      cmr = model.apply(variables, batch, method="encode_cmr").values()
+      outputs["cmr_projection"] = jnp.stack([tower["projection"] for tower in cmr], axis=1)
+      if not spec:
+        outputs["embedding"] = jnp.concatenate([tower["embedding"] for tower in cmr], axis=1)
     return outputs
 
   return embed

@@ -69,8 +69,7 @@ def check_outputs(model, objectives, batch, state):
       )
       raise UserError(
         f"config.objectives.{objective.name} asks for {error}, which this model or batch does not "
-        "make; "
-        f"outputs are {names}; batch has {', '.join(batch)}"
+        f"make; outputs are {names}; batch has {', '.join(batch)}"
       ) from None
     except (TypeError, ValueError) as error:
       raise UserError(f"config.objectives.{objective.name} cannot be computed: {error}") from None
@@ -87,11 +86,12 @@ def total_loss(outputs, batch, objectives, step):
     loss = objective.loss(outputs, batch)
     value, weight = mean(loss), objective.weight(step)
     total += weight * value
-    rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / jnp.maximum(
-      jnp.sum(loss.weight), 1
-    )
-    metrics |= {f"{objective.name}/loss": value, f"{objective.name}/weight": weight}
-    metrics |= {f"{objective.name}/{name}": x for name, x in loss.metrics.items()}
+    counted = jnp.maximum(jnp.sum(loss.weight), 1)
+    rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / counted
+    metrics[f"{objective.name}/loss"] = value
+    metrics[f"{objective.name}/weight"] = weight
+    for name, x in loss.metrics.items():
+      metrics[f"{objective.name}/{name}"] = x
   shares = jnp.where(jnp.isfinite(rows), rows, jnp.inf)
   count = min(TOP_LOSS_ROWS, len(rows))
   _, largest = jax.lax.top_k(jax.lax.stop_gradient(shares), count)
@@ -122,20 +122,19 @@ def make_train_step(model, objectives, tx, config, standardiser):
     def loss_of(outputs, batch):
       return total_loss(outputs, batch, objectives, state.step)
 
-    def whole(params):
-      seen, statistics = forward(params, state.statistics, batch)
-      loss, metrics = loss_of(*seen)
+    def loss_of_batch(params):
+      (outputs, float_batch), statistics = forward(params, state.statistics, batch)
+      loss, metrics = loss_of(outputs, float_batch)
       return loss, (metrics, statistics)
 
     if config.accumulation == 1:
-      value_and_grad = jax.value_and_grad(whole, has_aux=True)
+      value_and_grad = jax.value_and_grad(loss_of_batch, has_aux=True)
       (loss, (metrics, statistics)), grads = value_and_grad(state.params)
     else:
       in_parts = accumulate.value_and_grad(forward, loss_of, config.accumulation)
       (loss, metrics), statistics, grads = in_parts(state.params, state.statistics, batch)
-    subjects = jax.lax.with_sharding_constraint(
-      metrics["top_loss_subjects"], P()
-    )  # every host names them
+    # every host names them
+    subjects = jax.lax.with_sharding_constraint(metrics["top_loss_subjects"], P())
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = schedule(state.step)
@@ -166,10 +165,11 @@ def make_loss_step(model, objectives, config, standardiser):
 
   def loss_step(state, batch):
     keys = sample_keys(config.seed, batch["index"])
-    whole = to_float(batch, standardiser)
-    batch = first_window(whole, config.data.samples)
+    recordings = to_float(batch, standardiser)
     if config.augment.twice:
-      batch = augment(whole, keys, config)
+      batch = augment(recordings, keys, config)
+    else:
+      batch = first_window(recordings, config.data.samples)
     outputs = model.apply(state.variables, batch, keys, train=False)
     losses = {objective.name: objective.loss(outputs, batch) for objective in objectives}
     return {
