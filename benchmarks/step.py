@@ -11,8 +11,7 @@ int16 and uint8 in, forward, backward, AdamW. Augmentation and drop-path are off
 reference step; --config.x=y words change anything else (--config.model.dtype=bfloat16).
 
 Data are random and lie on the device already. Steps are timed one by one, each waited for, after
-the compilation and
---warmup further ones. Last line: JSON with samples_per_s (of the median), step_ms, params_m
+the compilation and --warmup further ones. Last line: JSON with samples_per_s (of the median), step_ms, params_m
 (trained parameters), the compile time, load of the machine; and how far from the limit it is: the
 FLOPs of the step's matrix products (as written) and the bytes that its program reads and writes
 (XLA's count), against peaks measured here (`peaks`), and of_roofline, the longer of the two bounds

@@ -21,8 +21,8 @@ OUT/sweep.svg, of the runs that are finished.
 
 Scores are means over seeds; intervals are 95 %, from one bootstrap over test subjects shared by all
 runs (1,000 draws), so differences are paired by subject and by seed. They hold the cohort's test
-subjects responsible, not the choice of
-seed: the SD over seeds stands beside them, and does not cover the teachers, which are trained once.
+subjects responsible, not the choice of seed: the SD over seeds stands beside them, and does not
+cover the teachers, which are trained once.
 """
 
 import argparse

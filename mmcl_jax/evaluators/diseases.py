@@ -78,7 +78,7 @@ def evaluate(
       unknown.
     names: C, of the columns of `diseases`.
     others: {model: {split: probabilities [N, C]}} of 'val' and 'test', of read-outs that were
-    fitted elsewhere.
+      fitted elsewhere.
     draws, seed: of the bootstrap over test subjects.
 
   Returns:
@@ -86,7 +86,7 @@ def evaluate(
       least FEWEST_TEST_CASES cases and controls and train has both: auroc, auprc and, at the
       threshold of best balanced accuracy on validation, balanced_accuracy, each with its interval
       NAME_ci; threshold; ece; reliability (predicted, observed, n: a list each over tenths of the
-        test rows, by predicted probability); and, of logistic probes, C.
+      test rows, by predicted probability); and, of logistic probes, C.
     predictions: probabilities on test: `subject`, `y_true` [N, C], and one [N, C] per model.
     probe: of the ECG embedding alone, as `fit_probe` returns it, with `names`.
   """

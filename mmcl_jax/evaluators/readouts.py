@@ -1,11 +1,11 @@
 """Phenotypes and diseases read off without a linear probe.
 
 own_head        what the network's own read-outs say, where training made some
-(config.model.regression, classification)
+                (config.model.regression, classification)
 knn             the nearest neighbours of the embedding in train
 mlp             an MLP on the embedding
 cmr_neighbours  zero-shot: the people of train whose CMR lies nearest to the ECG in the space of the
-projections
+                projections
 """
 
 import numpy as np

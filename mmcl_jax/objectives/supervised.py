@@ -59,9 +59,8 @@ def disease_classification(outputs, batch, of: str = "ecg", smoothing: float = 0
       2016; MMCL: 0.1),
 
   which is the cross-entropy of two classes with as much label smoothing. Every disease weighs
-  alike, and so do cases and
-  controls: no class weights, so that probabilities keep to the prevalence. A row without a known
-  disease does not count.
+  alike, and so do cases and controls: no class weights, so that probabilities keep to the
+  prevalence. A row without a known disease does not count.
 
   Args:
     outputs: classification.NAME [B, C], log-odds.

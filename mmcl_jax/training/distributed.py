@@ -4,12 +4,11 @@ together.
 A host is a process of the run; they are numbered from 0, and host 0 coordinates. They are started
 from, in this order,
 
-    --coordinator=HOST:PORT --processes=N --process=I    on every host, I from 0 to N - 1
-    SLURM                                                a step of srun with more than one task
-    a TPU slice                                          GKE's variables or the metadata of a TPU
-      VM, more than one worker
+    --coordinator=HOST:PORT --processes=N --process=I  on every host, I from 0 to N - 1
+    SLURM          a step of srun with more than one task
+    a TPU slice    GKE's variables or the metadata of a TPU VM, more than one worker
 
-and else there is one process, nothing is started and nothing waited for (a shell of salloc, a
+Without any of them there is one process, and nothing is started or waited for (a shell of salloc, a
 single TPU VM).
 
 JAX's distributed runtime does the work: its heartbeats, key-value store and barriers. JAX is

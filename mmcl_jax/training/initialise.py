@@ -302,9 +302,8 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
   of each lead.
 
   A cubic spline (not-a-knot) through the n columns of a row, read at evenly spaced places from the
-  first column to the
-  last: nothing is extrapolated, and no lead's row touches another's. The class token's position is
-  kept.
+  first column to the last: nothing is extrapolated, and no lead's row touches another's. The class
+  token's position is kept.
   """
   width, leads = positions.shape[2], len(schema.LEADS)
   n, m = columns(positions.shape), (tokens - 1) // leads

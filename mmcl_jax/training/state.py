@@ -182,8 +182,7 @@ def treatments(config, params, statistics=None) -> dict[str, Treatment]:
   Args:
     params: arrays or ShapeDtypeStructs.
     statistics: batch statistics, likewise. Where given, a regex of `config.freeze` must not touch a
-      module that has
-      some: it would stay in training mode, and its statistics would go on changing.
+      module that has some: it would stay in training mode, and its statistics would go on changing.
 
   Raises:
     UserError: an entry is malformed or decides nothing, or nothing is left to train.

@@ -3,8 +3,8 @@
 Since torch 1.6 such a file is a zip of stored (not compressed) members: `NAME/data.pkl`, a pickle
 of the structure, and `NAME/data/KEY`, the bytes of each storage. The pickle is read by Python's own
 unpickler with all opcodes cut out that torch does not write, and only the callables of CALLS, which
-are functions of this file. Storages are not read but
-mapped: memory is taken by what is used. Format:
+are functions of this file. Storages are not read but mapped: memory is taken by what is used.
+Format:
 https://pytorch.org/docs/stable/notes/serialization.html
 
 Data (`load`) may hold nothing else. A checkpoint (`load_checkpoint`) also holds objects of programs
