@@ -108,7 +108,7 @@ def check_images(cohort, others, config) -> None:
   if fields and not cohort.info["with_cmr"]["train"]:
     raise UserError(
       f"the cohort {cohort.path} has no CMR to train on; take a recipe without CMR towers "
-      "(configs/joint.py:demo,arm=mae) or a cohort of pairs, into which this one is mixed by "
+      "(joint:demo,arm=mae) or a cohort of pairs, into which this one is mixed by "
       "config.data.mix"
     )
   absent = [name for name in fields if name not in shapes]
