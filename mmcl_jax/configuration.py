@@ -401,7 +401,8 @@ def _other_beginnings(kept, config):
   for key in sorted(before.keys() & now.keys()):
     if not key.startswith("init_from."):
       continue
-    earlier, later = before[key], now[key]
+    earlier = before[key]
+    later = now[key]
     if not earlier or not later:
       continue
     if os.path.realpath(str(earlier)) != os.path.realpath(str(later)):
@@ -437,7 +438,8 @@ def differences(kept: ConfigDict, config: ConfigDict) -> list[str]:
   stops_early = before.get("stop_after")
   differing = []
   for key in sorted(before.keys() | now.keys()):
-    earlier, later = before.get(key), now.get(key)
+    earlier = before.get(key)
+    later = now.get(key)
     if same(key, earlier, later):
       continue
     group, *_ = key.split(".")

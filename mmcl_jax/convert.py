@@ -84,7 +84,8 @@ def parse(argv):
   args = parser.parse_args(argv)
   chosen, of_the_other = "input", ["step"]
   if args.workdir:
-    chosen, of_the_other = "workdir", [*FLAGS[1:], "ecg_profile"]
+    chosen = "workdir"
+    of_the_other = [*FLAGS[1:], "ecg_profile"]
   unused = [name for name in of_the_other if getattr(args, name) not in (None, [])]
   if unused:
     parser.error(f"--{', --'.join(unused)} cannot go with --{chosen}")
@@ -110,7 +111,8 @@ def convert_in(path: str, out: str, profile: str | None, options: dict) -> None:
 
   config = configuration.defaults(batch=32, steps=1)
   config.model = model.config
-  ecg, size = model.config.towers.get("ecg"), ""
+  ecg = model.config.towers.get("ecg")
+  size = ""
   if ecg:
     size = ecg.size if isinstance(ecg.size, str) else "of its own"
     if ecg.fn == "st_mem":

@@ -61,7 +61,8 @@ def main(argv=None):
 
   own = parse_own(args.reader)
   paths = find_recordings(args.input, own)
-  here, out = distributed.this_host, Path(args.out)
+  here = distributed.this_host
+  out = Path(args.out)
   check_writable(out)
   run = {
     "--workdir": os.path.abspath(args.workdir),
@@ -357,7 +358,8 @@ def write(file, rows, embeddings, probes, run) -> np.ndarray:
     embeddings.ravel(), embeddings.shape[1], mask=pa.array(rejected)
   )
   for place, name in enumerate(probes.columns):
-    coef, intercept = probes.coef[:, place], probes.intercept[place]
+    coef = probes.coef[:, place]
+    intercept = probes.intercept[place]
     value = embeddings.astype(np.float64) @ coef + intercept
     half_width = probes.half_width[place]
     columns[name] = pa.array(value, mask=rejected)

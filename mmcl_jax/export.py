@@ -117,7 +117,8 @@ def lower(run: restore.Run, probes: Probes, platforms: tuple[str, ...]) -> expor
 
   Kernels choose their form by platform when the program is compiled, so that one file suits all.
   """
-  config, width = run.config, model_card.width(run.config)
+  config = run.config
+  width = model_card.width(run.config)
   if probes.columns and len(probes.coef) != width:
     raise UserError(
       f"the probes take embeddings of width {len(probes.coef)}, the encoder gives {width}; mmcl "

@@ -60,14 +60,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, people.as_arrays(job.people))
     requests = loop.Requests(asked_to_stop, clock, config.every.save_minutes)
     watch = monitor.Monitor(
-      config,
-      workdir,
-      job.objectives,
-      writer,
-      checkpoints,
-      job.start,
-      begun.best,
-      begun.skipped,
+      config, workdir, job.objectives, writer, checkpoints, job.start, begun.best, begun.skipped
     )
 
     # Evaluate -> save -> take the next batch -> step -> write the metrics of the step before. What

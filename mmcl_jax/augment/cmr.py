@@ -28,7 +28,8 @@ def affine(
   angle = jnp.deg2rad(rotation_deg * angle)
   zoom = 1 + scale * zoom
   H, W = cmr.shape[-2:]
-  middle_y, middle_x = (H - 1) / 2, (W - 1) / 2
+  middle_y = (H - 1) / 2
+  middle_x = (W - 1) / 2
   rows = jnp.arange(H) - middle_y
   columns = jnp.arange(W) - middle_x
   y, x = jnp.meshgrid(rows, columns, indexing="ij")

@@ -92,7 +92,8 @@ def from_entry(name: str, entry: dict, default: int) -> Evaluator:
     raise UserError(
       f"{where} has the keys {sorted(entry)}; expected fn, every and the parameters of fn"
     )
-  fn, every = entry.pop("fn"), entry.pop("every", -1)
+  fn = entry.pop("fn")
+  every = entry.pop("every", -1)
   function = find(fn, f"{where}.fn")
   registry.check_parameters(function, entry, where, fn, passed=1)
   return Evaluator(name, default if every == -1 else every, checked(function, entry, where, fn))

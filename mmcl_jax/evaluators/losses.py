@@ -17,7 +17,8 @@ def losses(context: Context) -> Result:
   """
   if context.split != "val":
     return Result()
-  run, config = context.run, context.run.config
+  run = context.run
+  config = context.run.config
 
   def make():
     losses = objectives.build(config.objectives)

@@ -18,7 +18,8 @@ def probes(context: Context) -> Result:
   """
   if context.split != "val":
     return Result()
-  run, config = context.run, context.run.config
+  run = context.run
+  config = context.run.config
   names = list(context.cohort.info["phenotypes"])
   if not names:
     context.say(

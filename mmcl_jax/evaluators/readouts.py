@@ -72,7 +72,8 @@ def of_kind(
     wanted: names of the columns of KIND.
   """
   train, val, test = (features[split] for split in ("train", "val", "test"))
-  y, y_val = train[kind], val[kind]
+  y = train[kind]
+  y_val = val[kind]
   x, x_val, x_test = (split["embedding"].astype(np.float64) for split in (train, val, test))
   mean, scale = ridge.standardisation(x)
   readouts = {}

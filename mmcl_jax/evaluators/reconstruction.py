@@ -13,7 +13,8 @@ from mmcl_jax.reports import figures
 
 def reconstruction(context: Context) -> Result:
   """A figure of the first recording of the split; nothing of a model that masks no ECG."""
-  run, config = context.run, context.run.config
+  run = context.run
+  config = context.run.config
   tower = config.model.towers.get("ecg", {})
   if not tower.get("mask_ratio"):
     return Result()

@@ -57,7 +57,8 @@ def check(run, cohort, workdir: str) -> None:
     )
   # a run without an ECG tower is evaluated by its CMR embedding
   reads = "ECG" if "ecg" in model.towers else "CMR"
-  info, fields = cohort.info, models.fields(model)
+  info = cohort.info
+  fields = models.fields(model)
   if reads == "ECG" and info["ecg_profile"] != run.config.data.ecg_profile:
     raise UserError(
       f"the cohort {cohort.path} was normalised by profile {info['ecg_profile']!r}, the encoder "

@@ -316,7 +316,8 @@ def is_table(x, width: int) -> bool:
 
 def positions(recognised: Recognised, width: int, patch: int, options: Options) -> tuple[str, int]:
   """ "sincos" or "learned", and how many samples the encoder sees."""
-  keys, theirs = recognised.modules.arrays["ecg"], recognised.modules.theirs
+  keys = recognised.modules.arrays["ecg"]
+  theirs = recognised.modules.theirs
   x = keys.get("pos_embed")
   if x is None or not has_positions(x, width):
     what = "missing: pos_embed"
@@ -354,7 +355,8 @@ def decoder_positions(recognised: Recognised, width: int) -> None:
 
 def pooling(recognised: Recognised, decodes: bool, options: Options) -> str:
   """mean, attention or cls; takes out what that does not use."""
-  keys, ignore = recognised.modules.arrays["ecg"], recognised.modules.ignore
+  keys = recognised.modules.arrays["ecg"]
+  ignore = recognised.modules.ignore
 
   def has(beginning):
     return any(key.startswith(beginning) for key in keys)
@@ -458,9 +460,11 @@ def match_size(keys, slow: bool, stem: str, first: str, name: str) -> str:
     stem: key of the first convolution.
     first: regex, with the stage to be filled in, of the layers that are as wide as their stage.
   """
-  sizes, stages = resnet.SIZES, count(keys, r"^layer(\d+)\.")
+  sizes = resnet.SIZES
+  stages = count(keys, r"^layer(\d+)\.")
   if slow:
-    sizes, stages = slow_resnet.SIZES, count(keys, r"^blocks\.(\d+)\.")
+    sizes = slow_resnet.SIZES
+    stages = count(keys, r"^blocks\.(\d+)\.")
   widths = []
   for stage in range(1, stages):
     of_stage = re.compile(first.format(stage))

@@ -48,7 +48,7 @@ def find(config: ConfigDict) -> type[nn.Module]:
 
 
 def fields(config: ConfigDict, only=None) -> tuple[str, ...]:
-  """Stored fields of the cohort that the model sees; of its CMR towers those of the towers `only`."""
+  """Stored fields of the cohort that the model sees; `only`: those of these CMR towers."""
   read = set(find(config).part_fields(config))
   for name, spec in towers.cmr(config).items():
     if only is None or name in only:

@@ -59,7 +59,8 @@ class Decoder(nn.Module):
     """
     B, N = restore.shape
     x = vit.Dense(self.width, self.dtype, name="embed")(tokens)  # [B, 1 + M, width]
-    cls, visible = x[:, :1], x[:, 1:]
+    cls = x[:, :1]
+    visible = x[:, 1:]
     mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
     hidden = jnp.broadcast_to(mask_token, (B, N - visible.shape[1], self.width))
     hidden = hidden.astype(x.dtype)

@@ -131,7 +131,9 @@ class Pretrainer(nn.Module):
     `visible` (FLIP, Li et al. 2023)."""
     outputs, keys = {}, keys if train else None
     if "ecg" in self.config.towers:
-      rows, conditions, visible = batch["mask"] * batch["has_ecg"], batch.get("conditions"), None
+      rows = batch["mask"] * batch["has_ecg"]
+      conditions = batch.get("conditions")
+      visible = None
       if mask_keys is not None:
         visible = self.ecg.encode_visible(batch["ecg"], mask_keys, conditions, keys)
         outputs["visible"] = visible
@@ -191,7 +193,8 @@ class Pretrainer(nn.Module):
   def encode_cmr(self, batch, keys=None, train=False, only=None):
     """{tower: features [B, F], embedding [B, D], projection [B, E]}; cached features are taken
     where the batch has them."""
-    rows, cached = batch["mask"] * batch["has_cmr"], batch.get("features", {})
+    rows = batch["mask"] * batch["has_cmr"]
+    cached = batch.get("features", {})
     outputs = {}
     for i, (name, tower) in enumerate(self.cmr.items()):
       if only is not None and name not in only:

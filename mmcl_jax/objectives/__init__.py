@@ -71,7 +71,8 @@ def build_one(name: str, entry: dict) -> Objective:
     raise UserError(
       f"{where} has the keys {sorted(entry)}; expected fn, weight and the parameters of fn"
     )
-  fn, weight = entry.pop("fn"), entry.pop("weight")
+  fn = entry.pop("fn")
+  weight = entry.pop("weight")
   function = find(fn, f"{where}.fn")
   registry.check_parameters(function, entry, where, fn, passed=2)
 

@@ -131,7 +131,8 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
     say(f"compiled in {seconds:.0f} s")
 
   collectives, loops = hlo.read(compiled.as_text())
-  memory, costs = hlo.memory(compiled), hlo.costs(compiled)
+  memory = hlo.memory(compiled)
+  costs = hlo.costs(compiled)
   if chip:
     memory["capacity"] = chip.hbm_gib * 2**30
   matmul_flops = hlo.matmul_flops(traced.jaxpr) / len(devices)
@@ -162,7 +163,8 @@ def training_step(config, mesh, topology: str) -> Step:
     config.model, config.data.samples, len(standardiser.targets), len(standardiser.diseases)
   )
   models.check(config.model, shapes)
-  data, rows = mesh.shape["data"], config.batch // mesh.shape["data"]
+  data = mesh.shape["data"]
+  rows = config.batch // mesh.shape["data"]
   say(
     f"{topology}: {mesh.size} devices, data={data} x model={mesh.shape['model']}; "
     f"batch {config.batch} ({rows} a device)"

@@ -92,11 +92,13 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
       here = modules.setdefault(header[2], [])
       entry = header[2] if header[1] else entry
     elif here is not None and (assignment := INSTRUCTION.match(line)):
-      name, value = assignment[1], assignment[2]
+      name = assignment[1]
+      value = assignment[2]
       # The type comes first; it may hold spaces and layouts such as {1,0:T(8,128)}, whose letters
       # are capital.
       if operation := OPERATION.search(value):
-        result, rest = value[: operation.start()], value[operation.end() :]
+        result = value[: operation.start()]
+        rest = value[operation.end() :]
         here.append(Instruction(name, result, operation[1], rest))
   return modules, entry
 
@@ -106,7 +108,8 @@ def executions(
 ) -> tuple[dict[str, int], list[Loop]]:
   """How often every computation runs in one step, and the loops. A loop of unknown length counts
   once."""
-  times, loops = collections.Counter({entry: 1}), []
+  times = collections.Counter({entry: 1})
+  loops = []
   for name in reversed(modules):  # the text defines what is called before what calls
     for instruction in modules[name]:
       trips = 1
@@ -258,12 +261,14 @@ def flops_of(jaxpr) -> int:
 
 def dot_flops(eqn) -> int:
   (contracted, _), _ = eqn.params["dimension_numbers"]
-  left, out = eqn.invars[0].aval, eqn.outvars[0].aval
+  left = eqn.invars[0].aval
+  out = eqn.outvars[0].aval
   return 2 * out.size * math.prod(left.shape[i] for i in contracted)
 
 
 def convolution_flops(eqn) -> int:
-  kernel, numbers = eqn.invars[1].aval, eqn.params["dimension_numbers"]
+  kernel = eqn.invars[1].aval
+  numbers = eqn.params["dimension_numbers"]
   # multiply-adds of one output; in groups already divided
   taps = kernel.size // kernel.shape[numbers.rhs_spec[0]]
   # dilation puts zeros in between

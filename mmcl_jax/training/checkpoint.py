@@ -302,7 +302,8 @@ def manifest(workdir: str, step: int) -> Manifest:
         f"{file} is of step {contents['step']}: its folder was renamed or exchanged with another's;"
         f" give every step its own name again, or {way_out(workdir, step)}"
       )
-    run, other = run_name(workdir), contents["run"]
+    run = run_name(workdir)
+    other = contents["run"]
     if run and run != other:  # none where only the checkpoints were copied
       raise UserError(
         f"{file} is of the run {other}, and {workdir}/run says {run}: the step was copied from "
@@ -328,7 +329,8 @@ def way_out(workdir: str, step: int) -> str:
 def check_files(workdir: str, step: int) -> Manifest:
   """The manifest of a step, once this host's share of its files is found as it was written; else a
   UserError."""
-  folder, about = step_folder(workdir, step), manifest(workdir, step)
+  folder = step_folder(workdir, step)
+  about = manifest(workdir, step)
   listed = sorted(about["files"].items())
   for name, written in listed[jax.process_index() :: jax.process_count()]:
     file = folder / name
@@ -358,7 +360,8 @@ def restore(workdir: str, step: int, abstract) -> tuple[Any, dict[str, Any], Man
     UserError: the step is absent, foreign, or a file of it is damaged; names the file and the way
       out.
   """
-  folder, about = step_folder(workdir, step), check_files(workdir, step)
+  folder = step_folder(workdir, step)
+  about = check_files(workdir, step)
   try:
     with ocp.CheckpointManager(folder.parent) as manager:
       args = ocp.args.Composite(

@@ -65,7 +65,8 @@ def check(cohort, others, config) -> None:
 
 def check_alike(one, first, config) -> None:
   """A cohort against the config, and against the first one: ECGs, units, something to train on."""
-  profile, reads_ecg = one.info["ecg_profile"], "ecg" in config.model.towers
+  profile = one.info["ecg_profile"]
+  reads_ecg = "ecg" in config.model.towers
   if reads_ecg and profile != config.data.ecg_profile:
     raise UserError(
       f"the cohort {one.path} was normalised by profile {profile!r}, config.data.ecg_profile is "
@@ -96,7 +97,8 @@ def check_alike(one, first, config) -> None:
 
 def check_images(cohort, others, config) -> None:
   """The images that the CMR towers look at: there, and of one shape in all cohorts."""
-  fields, shapes = models.fields(config.model), cohort.info["shapes"]
+  fields = models.fields(config.model)
+  shapes = cohort.info["shapes"]
   for other, _ in others:
     theirs = other.info["shapes"]
     differing = [name for name in fields if name in theirs and theirs[name] != shapes.get(name)]
@@ -237,7 +239,8 @@ def tolerant(cohort: cohort_lib.Cohort, config) -> cohort_lib.Cohort:
 def mixed(cohort, others, config, records) -> list[pipeline.Mixed]:
   """The other cohorts' records in the form of the first one's; `records(cohort, split)` reads
   them."""
-  fields, sources = models.fields(config.model), []
+  fields = models.fields(config.model)
+  sources = []
   for other, share in others:
     has_all = all(name in other.info["shapes"] for name in fields)
     source = records(other, "train") if has_all else other.splits["train"]

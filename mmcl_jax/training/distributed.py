@@ -131,7 +131,8 @@ def flags(argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
   if not all(re.fullmatch(form, given.get(name, "")) for name, form in forms.items()):
     shown = " ".join(f"--{name}={value}" for name, value in given.items())
     raise UserError(f"{shown} does not tell where the other hosts are; {usage}")
-  count, index = int(given["processes"]), int(given["process"])
+  count = int(given["processes"])
+  index = int(given["process"])
   if not index < count:
     raise UserError(f"--process={index} is none of --processes={count}; {usage}")
   start = {
@@ -172,7 +173,8 @@ def gpus_of_task(environ) -> list[int] | None:
   gpus = len(visible) or int(environ.get("SLURM_GPUS_ON_NODE", 0))
   if not gpus or environ.get("JAX_LOCAL_DEVICE_IDS"):
     return None
-  tasks, local = tasks_of_node(environ), int(environ["SLURM_LOCALID"])
+  tasks = tasks_of_node(environ)
+  local = int(environ["SLURM_LOCALID"])
   if tasks == 1 or gpus < tasks or "SLURM_GPUS_PER_TASK" in environ:
     return list(range(gpus))
   if gpus % tasks:

@@ -174,7 +174,8 @@ def mismatch(key: Key, source, here, where: str) -> str | None:
     return f"{label(key)} {source[key].shape} of {where} is not in this model"
   if key not in source:
     return f"{label(key)} {here[key].shape} is not in {where}"
-  old, new = source[key].shape, here[key].shape
+  old = source[key].shape
+  new = here[key].shape
   positions = key == ("params", "ecg/pos_embed")
   if old == new or (positions and resizable(old, new)):
     return None
@@ -189,7 +190,8 @@ def fitted(leaf: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
   where it was not. Only positions of another length are."""
   if leaf.shape == shape:
     return leaf, ""
-  before, after = columns(leaf.shape), columns(shape)
+  before = columns(leaf.shape)
+  after = columns(shape)
   how = f", interpolated from {before} to {after} columns a lead"
   return resize_positions(leaf, shape[1]), how
 
@@ -262,7 +264,8 @@ def module_of(source, module: str, workdir: str):
 def difference(config, earlier, module: str, where: str, workdir: str) -> str:
   """What an encoder looked at in the earlier stage, where that is something else than here; ""
   where it is the same."""
-  profile_before, profile = earlier.data.ecg_profile, config.data.ecg_profile
+  profile_before = earlier.data.ecg_profile
+  profile = config.data.ecg_profile
   if module == "ecg" and profile_before != profile:
     return f" (whose ECGs had the profile {profile_before}, these have {profile})"
   if not module.startswith("cmr_"):
@@ -305,11 +308,14 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
   first column to the last: nothing is extrapolated, and no lead's row touches another's. The class
   token's position is kept.
   """
-  width, leads = positions.shape[2], len(schema.LEADS)
-  n, m = columns(positions.shape), (tokens - 1) // leads
+  width = positions.shape[2]
+  leads = len(schema.LEADS)
+  n = columns(positions.shape)
+  m = (tokens - 1) // leads
   if m == n:
     return positions
-  cls, patches = positions[:, :1], positions[:, 1:]
+  cls = positions[:, :1]
+  patches = positions[:, 1:]
   rows = patches.reshape(leads, n, width).astype(np.float64)
   spline = CubicSpline(np.arange(n), rows, axis=1)
   rows = spline(np.linspace(0, n - 1, m))  # [L, m, D]

@@ -51,7 +51,8 @@ def hashes(cohort) -> dict[str, np.ndarray]:
 
 def of_cohort(cohort, chooses: bool = False) -> People:
   """Whom a run on this cohort learns from; `chooses`: it picks its best step by val."""
-  of_splits, salt = hashes(cohort), salt_of(cohort)
+  of_splits = hashes(cohort)
+  salt = salt_of(cohort)
   train, val = {salt: of_splits["train"]}, {}
   if chooses:
     val[salt] = of_splits["val"]
@@ -125,7 +126,8 @@ def held_out(cohort, people: People, part: str, allowed: bool, to_go_on: str) ->
   Raises:
     UserError: some are, and that is not allowed.
   """
-  of_splits, salt = hashes(cohort), salt_of(cohort)
+  of_splits = hashes(cohort)
+  salt = salt_of(cohort)
   nobody = np.zeros(0, np.uint64)
   train = people.train.get(salt, nobody)
   val = people.val.get(salt, nobody)

@@ -47,7 +47,8 @@ def choose(workdir: str, step: int | None = None) -> int:
   else the last."""
   if step is not None:
     return step
-  step, last = checkpoint.chosen(workdir), checkpoint.latest(workdir)
+  step = checkpoint.chosen(workdir)
+  last = checkpoint.latest(workdir)
   if step is None:
     raise UserError(f"{workdir} has no checkpoint yet; train it with `mmcl train`")
   about = checkpoint.manifest(workdir, last)

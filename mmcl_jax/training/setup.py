@@ -87,7 +87,8 @@ def check(config, workdir: str) -> Job:
   config.model = towers.complete(config.model)
   ranges.check(config)
   configuration.check_workdir(config, workdir)
-  cohort, others = load(config.data.cohort), cohorts.load_mix(config.data.mix)
+  cohort = load(config.data.cohort)
+  others = cohorts.load_mix(config.data.mix)
   start = checkpoint.latest(workdir) or 0
   stages = cohorts.stages_of(config, workdir, start)
   if start:

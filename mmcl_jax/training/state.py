@@ -359,7 +359,8 @@ def abstract(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, An
 
 def fresh(model, tx, example, seed: int) -> TrainState:
   made = variables(model, example, seed)
-  params, statistics = made["params"], made["batch_stats"]
+  params = made["params"]
+  statistics = made["batch_stats"]
   return TrainState(jnp.int32(0), params, statistics, tx.init(params))
 
 

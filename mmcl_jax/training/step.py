@@ -81,10 +81,13 @@ def total_loss(outputs, batch, objectives, step):
   `top_loss_subjects` among them, uint32 [min(TOP_LOSS_ROWS, B), 2], are the subjects of the rows
   that add most to the sum, not finite first.
   """
-  total, metrics, rows = 0.0, {}, jnp.zeros(len(batch["mask"]))
+  total = 0.0
+  metrics = {}
+  rows = jnp.zeros(len(batch["mask"]))
   for objective in objectives:
     loss = objective.loss(outputs, batch)
-    value, weight = mean(loss), objective.weight(step)
+    value = mean(loss)
+    weight = objective.weight(step)
     total += weight * value
     counted = jnp.maximum(jnp.sum(loss.weight), 1)
     rows += jnp.where(loss.weight > 0, weight * loss.values, 0) / counted

@@ -404,7 +404,8 @@ def _crop(heart, spacing, shape, flags):
     ratio = 1.0
     if name != "Z":
       ratio = output[k] / round(spacing[k], 5)
-    first, end = heart.first[k], heart.last[k] + 1
+    first = heart.first[k]
+    end = heart.last[k] + 1
     axis = _cropped_axis(first, end, sizes[k], ratio, lengths[k])
     axes.append(axis)
     need_mm = (end - first) * spacing[k] + 2 * margins[k]

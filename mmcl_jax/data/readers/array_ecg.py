@@ -48,7 +48,8 @@ DECLARE = '{"rate_hz": 500, "leads": ["I", "II", ...], "unit": "mV"}'
 def sidecar(path) -> Path | None:
   """The file that declares what an array holds: NAME.json, else ecg.json in its folder, else
   None."""
-  folder, name = Path(path).parent, Path(path).name
+  folder = Path(path).parent
+  name = Path(path).name
   stem = name[: len(name) - len(suffix(name))]
   return beside(folder, f"{stem}.json") or beside(folder, "ecg.json")
 

@@ -42,7 +42,8 @@ def base_first(direction: np.ndarray) -> bool | None:
   `direction` is [3], of any length, to the patient's left, back and head as in DICOM; the apex
   points left, forward and down. None: it does not tell.
   """
-  along, length = float(direction @ TO_APEX), float(np.linalg.norm(direction))
+  along = float(direction @ TO_APEX)
+  length = float(np.linalg.norm(direction))
   return along > 0 if abs(along) > TELLS * length else None
 
 

@@ -313,7 +313,8 @@ class _Unpickler(pickle._Unpickler):
     return CALLS[module, name]
 
   def load_reduce(self):
-    arguments, call = self.stack.pop(), self.stack.pop()
+    arguments = self.stack.pop()
+    call = self.stack.pop()
     if not isinstance(call, _Call):
       raise BadRecord("a pickle that would run what is no function of torch")
     self.append(call.run(*arguments))
@@ -326,7 +327,8 @@ class _Unpickler(pickle._Unpickler):
       raise BadRecord("a pickle that would set attributes")
 
   def load_setitem(self):
-    value, key = self.stack.pop(), self.stack.pop()
+    value = self.stack.pop()
+    key = self.stack.pop()
     self.fill([key, value])
 
   def load_setitems(self):

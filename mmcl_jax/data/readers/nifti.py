@@ -54,7 +54,8 @@ def read(path) -> Volume:
   """Reads images of 3 axes (as one frame) or 4. Raises BadRecord with the reason; errors of disk
   and memory pass."""
   voxels, header = _load(path)
-  low, high = voxels.min(), voxels.max()
+  low = voxels.min()
+  high = voxels.max()
   if not (low >= -MAX_INTENSITY and high <= MAX_INTENSITY):  # NaN is neither
     raise BadRecord(
       f"intensities from {low:g} to {high:g}; expected finite ones of at most {MAX_INTENSITY}"
@@ -108,7 +109,8 @@ def read_labels(path, numbers: dict[str, int]) -> np.ndarray:
   rounded = voxels
   if voxels.dtype.kind == "f":
     rounded = np.rint(voxels)
-  low, high = rounded.min(), rounded.max()
+  low = rounded.min()
+  high = rounded.max()
   if not (low >= 0 and high <= largest):
     raise BadRecord(f"labels from {low:g} to {high:g}; expected 0 to {largest}")
   if np.abs(rounded - voxels).max() > WHOLE:

@@ -531,7 +531,8 @@ def _frame_s(slices, count):
 def _base_first(slices):
   """As in Cine; None where positions are missing."""
   positions = [images[0].position for images in slices.values()]
-  first, last = positions[0], positions[-1]
+  first = positions[0]
+  last = positions[-1]
   if first is None or last is None:
     return None
   return base_first(last - first)

@@ -39,11 +39,13 @@ def read(folder) -> Cine:
     frames = {"ED": 0}
     for phase, volume in phases.items():
       frames[phase] = _frame_of(phase, volume.voxels[0], images)
-    labels, flags = _labels(folder, frames, of_cine=True), ()
+    labels = _labels(folder, frames, of_cine=True)
+    flags = ()
   elif len(phases) == 2:
     images, spacing, frame_s, base_first = nifti.two_frames(phases["ED"], phases["ES"])
     frames = {"ED": 0, "ES": 1}
-    labels, flags = _labels(folder, frames, of_cine=False), (ED_ES_ONLY,)
+    labels = _labels(folder, frames, of_cine=False)
+    flags = (ED_ES_ONLY,)
   else:
     raise BadRecord("no sa.nii.gz, nor sa_ED.nii.gz with sa_ES.nii.gz")
   return assemble(

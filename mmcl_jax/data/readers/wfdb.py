@@ -230,7 +230,8 @@ def _scales(channels, lines):
   scales, flags = {}, []
   for lead, channel in channels.items():
     match = rx_signal.match(lines[channel])
-    gain, unit = match["adc_gain"], match["units"]
+    gain = match["adc_gain"]
+    unit = match["units"]
     if not gain or float(gain) == 0:
       raise BadRecord(f"lead {lead} has gain {gain or 'missing'}: its voltage is not calibrated")
     if not unit and not flags:

@@ -320,7 +320,8 @@ def _ext_icd(cells, codes):
   if hospital is None or either is None:
     states, flags = {}, (f"its ICD-10 codes {UNREAD}: diseases unknown",)
   else:
-    states, flags = labels.icd(hospital, either, codes), ()
+    states = labels.icd(hospital, either, codes)
+    flags = ()
   return Row(
     tables.canonical(cells["subject_id"]),
     cells.get("ecg_time", ""),

@@ -172,7 +172,8 @@ def to_uint8(image, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]
   if image.dtype == np.uint8:
     return image.copy(), ()
   image = image.astype(np.float64)
-  low, high = image.min(), image.max()
+  low = image.min()
+  high = image.max()
   if not np.isfinite([low, high]).all():
     raise BadRecord("an image with values that are not finite")
   if low >= 0 and high <= 1:
@@ -195,7 +196,8 @@ def _files(inputs):
     if not match:
       unused += 1
       continue
-    kind, split = match["kind"], match["split"]
+    kind = match["kind"]
+    split = match["split"]
     other = files.setdefault(split, {}).setdefault(kind, path)
     if other != path:
       raise UserError(

@@ -62,7 +62,8 @@ def plan(options, identify) -> Plan:
   """`options`: input, tables, segmentations, withdrawn, diseases, codes, censored, shape. The CMR
   are zips of DICOM files."""
   listed = list(files.walk(options.input))
-  ecgs, images = index(listed, ECG_FILE), index(listed, CMR_FILE)
+  ecgs = index(listed, ECG_FILE)
+  images = index(listed, CMR_FILE)
   if not ecgs and not images:
     raise _nothing(options, listed, "ID_20209_VISIT_ARRAY.zip or ID_20205_VISIT_ARRAY.xml")
   return _plan(options, identify, listed, ecgs, images, segmentations_of(options, images))
@@ -72,7 +73,8 @@ def plan_folders(options, identify) -> Plan:
   """As `plan`; the CMR are folders ID_VISIT of NIfTI files, as the ukbb_cardiac pipeline leaves
   them."""
   listed = list(files.walk(options.input))
-  ecgs, images = index(listed, ECG_FILE), index_folders(listed, "sa.nii.gz")
+  ecgs = index(listed, ECG_FILE)
+  images = index_folders(listed, "sa.nii.gz")
   if not images:
     or_ecgs = "" if ecgs else " or ID_20205_VISIT_ARRAY.xml"
     raise _nothing(options, listed, f"sa.nii.gz in a folder ID_VISIT{or_ecgs}")
@@ -291,7 +293,10 @@ def of_tables(
 def read(shape: preprocess_cmr.Shape, names: list[str], item: Item) -> tuple[dict, tuple[str, ...]]:
   """Reads one visit: the record as in mmcl_jax.data.schema, and remarks. `names` are those of the
   phenotypes."""
-  visit, flags, fields, measured = item.key, list(item.key.remarks), {}, None
+  visit = item.key
+  flags = list(item.key.remarks)
+  fields = {}
+  measured = None
   ecg = np.zeros((len(schema.LEADS), schema.ECG_SAMPLES), np.float32)
   if visit.ecg:
     recording = first_good("ECG", visit.ecg, ukb_ecg_xml.read, flags)
@@ -310,7 +315,8 @@ def read(shape: preprocess_cmr.Shape, names: list[str], item: Item) -> tuple[dic
     if measured:
       values[:] = list(measured.values())
   elif measured and "LVEDV" in names:
-    given, seen = values[names.index("LVEDV")], measured["LVEDV"]
+    given = values[names.index("LVEDV")]
+    seen = measured["LVEDV"]
     if abs(given - seen) > DISAGREEMENT * max(given, seen):  # False where one is NaN
       flags.append(f"LVEDV is {given:.0f} ml in the tables and {seen:.0f} ml on the segmentation")
   record = {

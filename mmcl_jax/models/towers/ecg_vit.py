@@ -113,7 +113,8 @@ class EcgViT(nn.Module):
 
   def setup(self):
     size = vit.sized(self.size, self.decoder)
-    width, heads = size["width"], size["heads"]
+    width = size["width"]
+    heads = size["heads"]
     self.set_up_embedding(width)
     of_blocks = {}
     if self.timm_start:
@@ -195,7 +196,8 @@ class EcgViT(nn.Module):
     Returns: tokens [B, 1 + M, D] before any final norm, CLS first.
     """
     B, L, T = ecg.shape
-    N, width = L * T // self.patch, self.patch_embed.features
+    N = L * T // self.patch
+    width = self.patch_embed.features
     x = ecg.reshape(B, N, self.patch)
     learned = self.positions == "learned"
     if learned:

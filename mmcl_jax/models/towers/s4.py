@@ -110,7 +110,8 @@ class StateSpace(nn.Module):
 
   @nn.compact
   def __call__(self, u):
-    H, N = u.shape[-1], self.state // 2
+    H = u.shape[-1]
+    N = self.state // 2
     half = nn.initializers.constant(np.log(0.5))
     normal = nn.initializers.normal
     log_dt = self.param("log_dt", log_uniform, (H,), jnp.float32)

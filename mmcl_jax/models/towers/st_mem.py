@@ -41,7 +41,8 @@ class StMem(nn.Module):
 
   def setup(self):
     size = vit.sized(self.size)
-    width, columns = size["width"], self.samples // self.patch
+    width = size["width"]
+    columns = self.samples // self.patch
     normal = nn.initializers.normal(0.02)
     self.patch_norm = nn.LayerNorm(epsilon=EPSILON)
     self.patch_embed = vit.Dense(width, self.dtype)

@@ -332,7 +332,8 @@ def add_draws(
 ) -> None:
   """Adds to `alternatives` what was drawn, with and without the ECG, rebuilt and real."""
   values = measure(drawn["ml"])
-  stacks, labels = of_bytes(drawn["draws"][:, 0]), drawn["labels_draw"]
+  stacks = of_bytes(drawn["draws"][:, 0])
+  labels = drawn["labels_draw"]
   pictures["drawn"], ensembles["drawn"] = (stacks, labels), values
   pictures["rebuilt"] = of_bytes(drawn["rebuilt"]), drawn["labels_rebuilt"]
   ensembles["rebuilt"] = measure(drawn["ml_rebuilt"])[:, None]
@@ -374,7 +375,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Both by the mean and SD of train; what is unknown is the mean, and a column that does not vary
   counts for nothing."""
-  mean, deviation = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
+  mean = np.nanmean(train, axis=0)
+  deviation = np.nanstd(train, axis=0)
   scale = np.where(deviation > 0, deviation, np.inf)
   return np.nan_to_num((train - mean) / scale), np.nan_to_num((test - mean) / scale)
 

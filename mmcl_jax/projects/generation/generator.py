@@ -187,7 +187,8 @@ def integrate(velocity, noise, steps: int):
 
   The last step is Euler's: the velocity at time 1 itself was never asked for in training.
   """
-  B, size = len(noise), 1 / steps
+  B = len(noise)
+  size = 1 / steps
 
   def at(i):
     return jnp.full(B, i * size)

@@ -26,7 +26,8 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
   scores = []
   for a, b in zip(x.astype(np.float64), y.astype(np.float64)):
-    mean_a, mean_b = window(a), window(b)
+    mean_a = window(a)
+    mean_b = window(b)
     var_a = window(a * a) - mean_a**2
     var_b = window(b * b) - mean_b**2
     cov = window(a * b) - mean_a * mean_b

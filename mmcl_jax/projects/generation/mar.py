@@ -135,7 +135,8 @@ def draw(condition, velocity, noise, order, steps: int, rounds: int = ROUNDS):
   B, N, _ = noise.shape
   rounds = min(rounds, N)
   schedule = known_after(N, rounds)
-  most, known = int(np.diff(schedule).max()), jnp.asarray(schedule)
+  most = int(np.diff(schedule).max())
+  known = jnp.asarray(schedule)
 
   def draw_round(i, drawn):
     latents, hidden = drawn

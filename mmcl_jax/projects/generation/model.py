@@ -69,7 +69,8 @@ class GenerationModel(Pretrainer):
 
   def setup(self):
     super().setup()
-    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    c = self.config
+    dtype = jnp.dtype(self.config.dtype)
     if spec := c.get("tokenizer"):
       width, depth, heads = tokenizer.SIZES[spec.size]
       self.tokenizer = tokenizer.Tokenizer(
@@ -98,7 +99,8 @@ class GenerationModel(Pretrainer):
       stacks = batch["cmr"]["ed_es_volumes"]
       outputs["tokenizer"] = self.tokenizer(stacks, keys if train else None)
     if c.get("generator"):
-      latents, tokens = outputs["tokenizer"]["latent_mean"], outputs["ecg_tokens"]
+      latents = outputs["tokenizer"]["latent_mean"]
+      tokens = outputs["ecg_tokens"]
       outputs["generator"] = self.flow(batch, tokens, latents, fold(keys, USE), train)
     if c.get("segmenter"):
       outputs["segmentation"] = self.segmenter(batch["cmr"]["ed_es_volumes"])

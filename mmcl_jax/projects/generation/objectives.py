@@ -44,7 +44,8 @@ def segmentation(outputs, batch) -> Loss:
     outputs: segmentation [B, P, Z, H, W, classes], log-odds.
     batch: labels [B, P, Z, H, W], integers; mask, has_cmr [B]. Rows without any label do not count.
   """
-  logits, labels = common.at_least_float32(outputs["segmentation"]), batch["labels"]
+  logits = common.at_least_float32(outputs["segmentation"])
+  labels = batch["labels"]
   truth = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
   log_p = jax.nn.log_softmax(logits)
   voxels = tuple(range(1, labels.ndim))

@@ -19,7 +19,8 @@ def measure(millilitres: np.ndarray) -> np.ndarray:
   """Volumes [..., P, 3] of LV, MYO and RV at ED and ES -> PHENOTYPES [..., K] (data.measure); NaN
   where there is no LV or RV."""
   known = np.where(millilitres > 0, millilitres, np.nan)
-  ed, es = known[..., 0, :], known[..., 1, :]
+  ed = known[..., 0, :]
+  es = known[..., 1, :]
   ejected = 100 * (ed - es) / ed
   values = {
     "LVEDV": ed[..., 0],

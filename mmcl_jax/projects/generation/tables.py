@@ -18,7 +18,8 @@ TITLES = {
 
 
 def tables(results: dict) -> list[Table]:
-  counts, hearts = results["counts"], f"Hearts drawn from the {results['given']}"
+  counts = results["counts"]
+  hearts = f"Hearts drawn from the {results['given']}"
   measured = (
     f"{hearts}: what they measure ({counts['draws']} of each of {counts['subjects']} test subjects)"
   )

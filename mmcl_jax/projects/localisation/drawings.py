@@ -65,7 +65,8 @@ def heart_relevance(towers: dict, title: str, note: str = "", most: int = 6) -> 
 
   for row, (name, tower) in enumerate(towers.items()):
     planes = np.linspace(0, len(tower["seen"]) - 1, columns).round().astype(int)
-    near, size = tower["cosine"], np.abs(tower["gradients"])
+    near = tower["cosine"]
+    size = np.abs(tower["gradients"])
     largest = np.percentile(size, 99.5) or 1.0
     label(2 * row, f"{plain(name)}: cosine\n{near.min():z.2f} to {near.max():z.2f}")
     label(2 * row + 1, f"{plain(name)}: integrated\ngradients, size")

@@ -127,7 +127,8 @@ def say(text: str) -> None:
 
 def paired(source, most: int) -> pipeline.Rows:
   """The first records with both an ECG and a CMR."""
-  places, silent = [], jax.process_index() > 0
+  places = []
+  silent = jax.process_index() > 0
   for i in tqdm(range(len(source)), "look for pairs", unit="record", delay=3, disable=silent):
     record = source[i]
     if record["has_ecg"] and record["has_cmr"]:
@@ -174,7 +175,8 @@ def explain(run, source, maps: dict) -> tuple[dict, list[dict]]:
       rate_hz}, "towers": {TOWER: {seen, labels, cosine, top (of the most relevant tenth), gradients
         [P, H, W]}}}; labels are 0 where there are none.
   """
-  config, specs = run.config, towers.cmr(run.config.model)
+  config = run.config
+  specs = towers.cmr(run.config.model)
   standardiser = standardiser_of(run)
 
   def jitted(function):

@@ -133,7 +133,8 @@ def integrated_gradients(slope, x, title: str = ""):
 def make_ecg_maps(run):
   """(variables, batch, projections) -> cosine and attention of each patch of the ECG, [B, L,
   patches]; projections as of `make_maps`."""
-  model, towers = run.model, tower_lib.cmr(run.config.model)
+  model = run.model
+  towers = tower_lib.cmr(run.config.model)
   samples = run.config.data.samples
 
   def maps(variables, batch, projections):
@@ -164,7 +165,8 @@ def make_slopes(run):
   The other modality stays as it is (projections, as of `make_maps`); the ECG's cosine is the mean
   over towers.
   """
-  model, samples = open_model(run.model), run.config.data.samples
+  model = open_model(run.model)
+  samples = run.config.data.samples
   towers = tower_lib.cmr(run.config.model)
   embed_ecg = inference.make_embed_ecg(model, samples)
 

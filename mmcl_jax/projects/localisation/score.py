@@ -36,7 +36,8 @@ def score(towers, source, maps: dict, weights: np.ndarray) -> dict:
     record = source[i]
     for name, spec in towers.items():
       # own ECG, CONTROLS
-      trained, untrained = maps[f"map/{name}"][i], maps[f"untrained_map/{name}"][i, :1]
+      trained = maps[f"map/{name}"][i]
+      untrained = maps[f"untrained_map/{name}"][i, :1]
       cells = np.concatenate([trained, untrained])
       for phase, row in shares_of(spec, record, cells).items():
         shares.setdefault(f"{name}/{phase}", []).append(row)
@@ -115,7 +116,8 @@ def top_tenth(relevance: np.ndarray) -> np.ndarray:
   pixels = relevance.shape[1]
   places = math.ceil(pixels / 10)
   last = np.partition(relevance, pixels - places, axis=1)[:, [pixels - places]]
-  above, tied = relevance > last + TIE, np.abs(relevance - last) <= TIE
+  above = relevance > last + TIE
+  tied = np.abs(relevance - last) <= TIE
   left = places - above.sum(axis=1, keepdims=True)
   share = left / np.maximum(tied.sum(axis=1, keepdims=True), 1)
   return np.where(np.isfinite(last), above + tied * share, np.nan)
