@@ -210,7 +210,7 @@ def test_what_is_said_of_the_file(out, workdir, cohort):
 
 
 def by_the_words(words, ecg, rate=500):
-  """Carries out the steps of a profile as they are told, those with filters and standardiser."""
+  """Carries out the steps of a profile as they are told, those with filters and scales."""
   for step in words[1:]:
 
     def found(pattern, step=step):

@@ -147,7 +147,7 @@ def test_an_encoder_with_covariates_becomes_a_run_to_start_from(cohort, tmp_path
     [f"--input={tmp_path / 'film.pth'}", f"--out={tmp_path / 'w'}", "--ecg_profile=minimal"]
   )
   assert capsys.readouterr().out.strip().endswith(", for config.init_from")
-  with pytest.raises(UserError, match="covariates, whose names and standardiser .* does not tell"):
+  with pytest.raises(UserError, match="covariates, whose names and scales .* does not tell"):
     evaluate.evaluate(str(tmp_path / "w"), cohort_path=cohort.path)
 
 
