@@ -384,7 +384,7 @@ def test_evaluation_keeps_the_probabilities_of_diseases_beside_the_phenotypes(
     mesh=parallel.make_mesh(data=-1, model=1),
     manifest={"cohort": cohort.fingerprint},
     state=None,
-    standardiser=types.SimpleNamespace(names=(), diseases=()),
+    standardiser=types.SimpleNamespace(targets=(), diseases=()),
   )
   monkeypatch.setattr(setup.restore, "load_run", lambda *_: run)
   monkeypatch.setattr(evaluate.restore, "checksum", lambda *_: "")
