@@ -443,7 +443,7 @@ BY_CLS = AUXILIARY.replace("norm", "fc_norm")
 @pytest.mark.parametrize("recipe", COUNTS)
 def test_full_sizes_can_be_built_and_have_the_known_number_of_weights(recipe):
   c = configure(recipe)
-  c.model.scan = True  # the same parameters (test_levers.py), traced once for all blocks
+  c.model.scan = True  # the same parameters (test_remat.py), traced once for all blocks
   shapes = {
     "ecg": [12, 2500 if c.data.ecg_profile == "cardionets" else 5000],
     "phenotypes": [12],
