@@ -1,4 +1,4 @@
-"""Every recipe trains for two steps, and its stages chain. In one process, but for minutes."""
+"""Every recipe trains for two steps at its smallest, and its stages chain."""
 
 import types
 
@@ -12,57 +12,56 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.training import initialise, metrics
 
 # stage -> recipe with its argument, modules and the stages they start from, objectives
-DEMO = "demo,batch=8,steps=2"
+SMALL = "test,steps=2"
 STAGES = {
-  "mae": (f"ecg_mae:{DEMO}", {}, {"reconstruction"}),
-  "siamese": ("ecg_mae:test,steps=2", {}, {"reconstruction", "siamese"}),
-  "simclr": (f"cmr_simclr:{DEMO}", {}, {"simclr"}),
-  "mmcl": (f"mmcl:{DEMO}", {"ecg": "mae", "cmr_image": "simclr"}, {"contrastive"}),
-  "wo_mdm": (f"mmcl:{DEMO},arm=wo_mdm", {"cmr_image": "simclr"}, {"contrastive"}),
-  "ed": (f"cmr_phenotype:{DEMO}", {}, {"phenotypes"}),
-  "es": (f"cmr_phenotype:{DEMO},view=es_volume,targets=3", {}, {"phenotypes"}),
-  "slice": (f"cmr_phenotype:{DEMO},view=ed_slice", {}, {"phenotypes"}),
-  "cine": (f"cmr_phenotype:{DEMO},view=cine_slice,targets=all", {}, {"phenotypes"}),
-  "dual": (f"dual_phase:{DEMO}", {"ecg": "mae", "cmr_ed": "ed", "cmr_es": "es"}, {"dual_phase"}),
+  "mae": (f"ecg_mae:{SMALL}", {}, {"reconstruction", "siamese"}),
+  "simclr": (f"cmr_simclr:{SMALL}", {}, {"simclr"}),
+  "mmcl": (f"mmcl:{SMALL}", {"ecg": "mae", "cmr_image": "simclr"}, {"contrastive"}),
+  "wo_mdm": (f"mmcl:{SMALL},arm=wo_mdm", {"cmr_image": "simclr"}, {"contrastive"}),
+  "ed": (f"cmr_phenotype:{SMALL}", {}, {"phenotypes"}),
+  "es": (f"cmr_phenotype:{SMALL},view=es_volume,targets=3", {}, {"phenotypes"}),
+  "slice": (f"cmr_phenotype:{SMALL},view=ed_slice", {}, {"phenotypes"}),
+  "cine": (f"cmr_phenotype:{SMALL},view=cine_slice,targets=all", {}, {"phenotypes"}),
+  "dual": (f"dual_phase:{SMALL}", {"ecg": "mae", "cmr_ed": "ed", "cmr_es": "es"}, {"dual_phase"}),
   "arm_ecg_only": (
-    "arms:test,steps=2,arm=ecg_only",
-    {"ecg": "siamese"},
+    f"arms:{SMALL},arm=ecg_only",
+    {"ecg": "mae"},
     {"reconstruction", "siamese"},
   ),
   "arm_ed_slice": (
-    f"arms:{DEMO},arm=ed_slice",
+    f"arms:{SMALL},arm=ed_slice",
     {"ecg": "mae", "cmr_slice": "slice"},
     {"contrastive"},
   ),
   "arm_cine_slice": (
-    f"arms:{DEMO},arm=cine_slice",
+    f"arms:{SMALL},arm=cine_slice",
     {"ecg": "mae", "cmr_cine": "cine"},
     {"contrastive"},
   ),
-  "arm_ed_volume": (f"arms:{DEMO},arm=ed_volume", {"ecg": "mae", "cmr_ed": "ed"}, {"contrastive"}),
-  "cardiacnets_cmr": (f"cardiacnets:{DEMO},stage=cmr", {}, {"sax_mim", "lax_mim", "sax_lax"}),
-  "cardiacnets_ecg": (f"cardiacnets:{DEMO},stage=ecg", {}, {"reconstruction"}),
+  "arm_ed_volume": (f"arms:{SMALL},arm=ed_volume", {"ecg": "mae", "cmr_ed": "ed"}, {"contrastive"}),
+  "cardiacnets_cmr": (f"cardiacnets:{SMALL},stage=cmr", {}, {"sax_mim", "lax_mim", "sax_lax"}),
+  "cardiacnets_ecg": (f"cardiacnets:{SMALL},stage=ecg", {}, {"reconstruction"}),
   "cardiacnets": (
-    f"cardiacnets:{DEMO},stage=align",
+    f"cardiacnets:{SMALL},stage=align",
     {"ecg": "cardiacnets_ecg", "cmr_sax": "cardiacnets_cmr", "cmr_lax": "cardiacnets_cmr"},
     {"ecg_sax", "ecg_lax"},
   ),
-  "cardionets_cmr": (f"cardionets:{DEMO},stage=cmr", {}, {"video"}),
-  "cardionets_ecg": (f"cardionets:{DEMO},stage=ecg", {}, {"reconstruction"}),
+  "cardionets_cmr": (f"cardionets:{SMALL},stage=cmr", {}, {"video"}),
+  "cardionets_ecg": (f"cardionets:{SMALL},stage=ecg", {}, {"reconstruction"}),
   "cardionets": (
-    f"cardionets:{DEMO},stage=align",
+    f"cardionets:{SMALL},stage=align",
     {"ecg": "cardionets_ecg", "cmr_cine": "cardionets_cmr"},
     {"contrastive"},
   ),
-  "supervised": (f"supervised:{DEMO}", {}, {"phenotypes"}),
-  "tuned": (f"supervised:{DEMO},start=pretrained", {"ecg": "mmcl"}, {"phenotypes"}),
-  "diagnosed": ("supervised:test,steps=2,task=diseases", {}, {"diseases"}),
-  "tuned_medium": ("supervised:test,steps=2,start=pretrained", {"ecg": "siamese"}, {"phenotypes"}),
-  "joint": (f"joint:{DEMO}", {}, {"reconstruction", "dual_phase"}),
-  "autoencoder": (f"cmr_autoencoder:{DEMO}", {}, {"autoencoder"}),
-  "segmenter": (f"cmr_segmenter:{DEMO}", {}, {"segmentation"}),
+  "supervised": (f"supervised:{SMALL}", {}, {"phenotypes"}),
+  "tuned": (f"supervised:{SMALL},start=pretrained", {"ecg": "mmcl"}, {"phenotypes"}),
+  "diagnosed": (f"supervised:{SMALL},task=diseases", {}, {"diseases"}),
+  "tuned_medium": (f"supervised:{SMALL},start=pretrained", {"ecg": "mae"}, {"phenotypes"}),
+  "joint": (f"joint:{SMALL}", {}, {"reconstruction", "dual_phase"}),
+  "autoencoder": (f"cmr_autoencoder:{SMALL}", {}, {"autoencoder"}),
+  "segmenter": (f"cmr_segmenter:{SMALL}", {}, {"segmentation"}),
   "generator": (
-    f"ecg_to_cmr:{DEMO}",
+    f"ecg_to_cmr:{SMALL}",
     {"ecg": "joint", "tokenizer": "autoencoder", "segmenter": "segmenter"},
     {"flow"},
   ),
@@ -80,6 +79,7 @@ FROZEN = {
 # stage -> what of the modules it starts from is fresh, and what it leaves behind: the first two
 # parts of the paths
 AUTOENCODER = {"ecg/decoder", "ecg/norm"}
+OF_MAE = AUTOENCODER | {"ecg/siamese_predictor", "ecg/siamese_projector"}
 FRESH = {
   "dual": {"ecg/head"},
   "arm_ed_slice": {"ecg/head"},
@@ -90,11 +90,12 @@ FRESH = {
   "tuned_medium": {"ecg/pool"},
 }
 LEFT = {
+  **dict.fromkeys(("mmcl", "dual", "arm_ed_slice", "arm_cine_slice", "arm_ed_volume"), OF_MAE),
   "wo_mdm": set(),
   "arm_ecg_only": set(),
   "tuned": set(),
-  "tuned_medium": AUTOENCODER | {"ecg/siamese_predictor", "ecg/siamese_projector"},
-  "cardiacnets": AUTOENCODER | {"cmr_sax/backbone/decoder", "cmr_lax/backbone/decoder"},
+  "tuned_medium": OF_MAE,
+  "cardiacnets": {"ecg/decoder", "cmr_sax/backbone/decoder", "cmr_lax/backbone/decoder"},
   "cardionets": AUTOENCODER | {"cmr_cine/backbone/decoder"},
 }
 
@@ -246,16 +247,16 @@ def test_a_frozen_stage_cannot_start_without_its_encoder(lax_cohort, walk, tmp_p
     f"--config.init_from.cmr_ed={walk('ed').workdir}",
   ]
   with pytest.raises(UserError, match="towers.es.frozen would freeze random weights"):
-    train.train(configure(f"dual_phase:{DEMO}", *flags), str(tmp_path / "w"))
+    train.train(configure(f"dual_phase:{SMALL}", *flags), str(tmp_path / "w"))
   # nor without the ECG encoder that it names
   with pytest.raises(UserError, match="matches no parameter of cmr_ed"):
-    train.train(configure(f"arms:{DEMO},arm=ed_volume", flags[0], flags[2]), str(tmp_path / "w"))
+    train.train(configure(f"arms:{SMALL},arm=ed_volume", flags[0], flags[2]), str(tmp_path / "w"))
   with pytest.raises(
     UserError,
     match="the random weights of tokenizer and segmenter; give config.init_from.tokenizer",
   ):
     train.train(
-      configure(f"ecg_to_cmr:{DEMO}", flags[0], f"--config.init_from.ecg={walk('joint').workdir}"),
+      configure(f"ecg_to_cmr:{SMALL}", flags[0], f"--config.init_from.ecg={walk('joint').workdir}"),
       str(tmp_path / "w"),
     )
   assert not (tmp_path / "w").exists()
