@@ -247,7 +247,9 @@ def case(name: str, batch: int, steps: int, overrides: list[str]):
   with config.unlocked():
     config.batch, config.steps, config.init_except = batch, steps, ()
     for kind in (config.augment.ecg, config.augment.cmr):
-      kind.update({key: type(value)() for key, value in kind.items()})  # 0.0 and False
+      for key, value in kind.items():
+        if key != "fn":
+          kind[key] = type(value)()  # 0.0 and False
     # The decoder's parameters are there in every case, whether or not its output is asked for.
     config.model.towers.ecg.update(
       size=size, mask_ratio=0.8 if size == "tiny" else 0.7, drop_path=0.0
