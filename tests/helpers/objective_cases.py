@@ -97,3 +97,22 @@ def counts(batch, needs):
   return np.array(
     [batch["mask"][i] > 0 and all(batch[need][i] > 0 for need in needs) for i in range(B)]
   )
+
+
+VALUE_AND_GRAD = {}  # compiled once an objective: every case has the same shapes
+
+
+def value_and_grad(name, outputs, batch):
+  """Mean of the objective `name` of CASES over the rows that count, and its gradients in the
+  outputs."""
+  import jax
+
+  from mmcl_jax import objectives
+
+  if name not in VALUE_AND_GRAD:
+    parameters, _ = CASES[name]
+    fn = objectives.find(name, "")
+    VALUE_AND_GRAD[name] = jax.jit(
+      jax.value_and_grad(lambda o, b: objectives.mean(fn(o, b, **parameters)))
+    )
+  return jax.device_get(VALUE_AND_GRAD[name](outputs, batch))

@@ -5,22 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_cases import CASES, B, case, counts
+from objective_cases import CASES, B, case, counts, value_and_grad
 
 from mmcl_jax import objectives
 from mmcl_jax.objectives import contrastive
-
-VALUE_AND_GRAD = {}  # compiled once an objective: every case has the same shapes
-
-
-def value_and_grad(name, outputs, batch):
-  if name not in VALUE_AND_GRAD:
-    parameters, _ = CASES[name]
-    fn = objectives.find(name, "")
-    VALUE_AND_GRAD[name] = jax.jit(
-      jax.value_and_grad(lambda o, b: objectives.mean(fn(o, b, **parameters)))
-    )
-  return jax.device_get(VALUE_AND_GRAD[name](outputs, batch))
 
 
 def entropy(p):

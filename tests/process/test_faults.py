@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from common import ecg_config, tiny_config
 from hypothesis import given, settings, strategies as st
-from objective_cases import CASES, case
-from test_objectives_degenerate import value_and_grad
+from objective_cases import CASES, case, value_and_grad
 
 from mmcl_jax import evaluate, train
 from mmcl_jax.data import cohort as cohort_lib, pipeline
