@@ -46,6 +46,20 @@ def resolve(fn: str, built_in: Mapping[str, str], where: str) -> Callable:
   return part
 
 
+def first_parameter(part: Any) -> str | None:
+  """The name of the first parameter of `part`; None where it has none, is a built-in function of
+  Python or cannot be called.
+
+  The config of a workdir may come from somebody else: by this name a part is known to have been
+  written as one, and nothing else is called.
+  """
+  try:
+    names = list(inspect.signature(part).parameters)
+  except (TypeError, ValueError):
+    return None
+  return names[0] if names else None
+
+
 def parameters(
   part: Callable, passed: int = 0, without: Collection[str] = ()
 ) -> list[inspect.Parameter]:

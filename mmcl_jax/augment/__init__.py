@@ -7,7 +7,6 @@ An augmentation is a pure function of one row and its random key, under jit and 
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -30,23 +29,13 @@ def build(view: str, entry: ConfigDict) -> Callable:
     raise UserError(f"{where} has the keys {sorted(parameters)}; expected fn and its parameters")
   fn = parameters.pop("fn")
   function = registry.resolve(fn, BUILT_IN[view], f"{where}.fn")
-  check_first_parameter(function, f"{where}.fn", fn, view)
-  registry.check_parameters(function, parameters, where, fn, passed=len(PASSED[view]))
-  return functools.partial(function, **parameters)
-
-
-def check_first_parameter(function: Callable, where: str, fn: str, view: str) -> None:
-  """Accepts only what was written as an augmentation: the config of a workdir may come from
-  somebody else."""
-  try:
-    names = list(inspect.signature(function).parameters)
-  except (TypeError, ValueError):  # no function, or a built-in one of Python
-    names = []
-  if names[:1] != ["key"]:
+  if registry.first_parameter(function) != "key":
     raise UserError(
-      f"{where} is {fn!r}, whose first parameter is not `key`; expected an augmentation, "
+      f"{where}.fn is {fn!r}, whose first parameter is not `key`; expected an augmentation, "
       f"({', '.join(PASSED[view])}, **parameters)"
     )
+  registry.check_parameters(function, parameters, where, fn, passed=len(PASSED[view]))
+  return functools.partial(function, **parameters)
 
 
 def is_neutral(view: str, entry: ConfigDict) -> bool:

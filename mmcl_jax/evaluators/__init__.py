@@ -9,7 +9,6 @@ many steps and at the end; -1, or no `every`, is config.every.evaluate, and 0 is
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -106,11 +105,7 @@ def find(fn: str, where: str) -> Callable:
   is accepted that was not written as one: its first parameter must be called `context`.
   """
   function = registry.resolve(fn, BUILT_IN, where)
-  try:
-    names = list(inspect.signature(function).parameters)
-  except (TypeError, ValueError):  # no function, or a built-in one of Python
-    names = []
-  if names[:1] != ["context"]:
+  if registry.first_parameter(function) != "context":
     raise UserError(
       f"{where} is {fn!r}, whose first parameter is not `context`; expected an evaluator, "
       "(context, **parameters) -> Result"
