@@ -68,7 +68,7 @@ def measure(args, overrides) -> dict:
   import jax
 
   from mmcl_jax.tools import hlo
-  from mmcl_jax.training import parallel
+  from mmcl_jax.training import flops as flops_lib, parallel
 
   built = build(args.case, args.batch, args.warmup + args.steps, overrides, args.cohort)
   config, mesh, step, state, rows = built.config, built.mesh, built.step, built.state, built.rows
@@ -90,7 +90,7 @@ def measure(args, overrides) -> dict:
   memory, device = step.memory_analysis(), jax.devices()[0]
   median = statistics.median(times)
   flops, moved = (
-    hlo.matmul_flops(built.jaxpr) / jax.device_count(),
+    flops_lib.matmul_flops(built.jaxpr) / jax.device_count(),
     hlo.costs(step)["bytes_accessed"],
   )
   peak = peaks(config.model.dtype)

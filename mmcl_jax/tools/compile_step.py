@@ -47,7 +47,7 @@ from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ec
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import inference, inputs
 from mmcl_jax.tools import hlo
-from mmcl_jax.training import cohorts, parallel, state as state_lib, step as step_lib
+from mmcl_jax.training import cohorts, flops, parallel, state as state_lib, step as step_lib
 
 USAGE = (
   "usage: mmcl compile --config=joint:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
@@ -135,7 +135,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   costs = hlo.costs(compiled)
   if chip:
     memory["capacity"] = chip.hbm_gib * 2**30
-  matmul_flops = hlo.matmul_flops(traced.jaxpr) / len(devices)
+  matmul_flops = flops.matmul_flops(traced.jaxpr) / len(devices)
   sent = sum(collective.sent for collective in collectives)
   return {
     "topology": topology,

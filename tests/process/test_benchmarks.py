@@ -16,7 +16,7 @@ from mmcl_jax import models, objectives
 from mmcl_jax.data import standardise
 from mmcl_jax.models import inputs, vit
 from mmcl_jax.tools import hlo
-from mmcl_jax.training import parallel, state as state_lib, step as step_lib
+from mmcl_jax.training import flops, parallel, state as state_lib, step as step_lib
 
 # written out in PyTorch
 MILLIONS = {"mae": 7.07, "mae_medium": 49.68, "mmcl": 31.95, "dual_phase": 116.59, "joint": 116.59}
@@ -61,7 +61,7 @@ def test_operations_of_the_autoencoder_are_those_counted_by_hand():
   blocks = depth * block(visible + 1, D) + decoder * block(patches + 1, E)
   ends = 2 * (visible + 1) * D * E + 2 * (patches + 1) * E * patch
   expected = batch * (3 * (blocks + ends) + 2 * 2 * patches * patch * D)
-  assert hlo.matmul_flops(traced("mae", batch)[1]) == pytest.approx(expected, rel=0.02)
+  assert flops.matmul_flops(traced("mae", batch)[1]) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("word", ["--config.model.nothing=1", "--config.model.dtype", "--nothing"])

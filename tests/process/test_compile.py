@@ -18,7 +18,7 @@ from mmcl_jax import models
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import inputs
 from mmcl_jax.tools import compile_step as program, hlo
-from mmcl_jax.training import state as state_lib
+from mmcl_jax.training import flops, state as state_lib
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import joint
@@ -140,7 +140,7 @@ def test_devices_of_a_group(text, size):
 
 def test_products_are_counted_by_hand():
   def count(f, *shapes):
-    return hlo.matmul_flops(
+    return flops.matmul_flops(
       jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
     )
 

@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from common import python
 from mmcl_jax import objectives
 from mmcl_jax.objectives import ring
-from mmcl_jax.tools import hlo
+from mmcl_jax.training import flops
 from objective_cases import B, E, RING, case
 
 COMPARE = """
@@ -192,7 +192,7 @@ def test_each_logit_is_computed_once_and_once_more_for_the_gradient(monkeypatch)
     return objectives.mean(objectives.find("clip", "")(outputs, batch, b="image", ring=True))
 
   def products(function):
-    return hlo.matmul_flops(jax.make_jaxpr(function)(outputs)) / (2 * B * B * E)
+    return flops.matmul_flops(jax.make_jaxpr(function)(outputs)) / (2 * B * B * E)
 
   assert products(loss) == 1  # for both directions
   assert products(jax.grad(loss)) == 1 + 3  # logits, again, and what they hand to either side
