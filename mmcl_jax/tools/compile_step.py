@@ -47,34 +47,15 @@ from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ec
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import inference, inputs
 from mmcl_jax.tools import hlo
-from mmcl_jax.training import cohorts, flops, parallel, state as state_lib, step as step_lib
+from mmcl_jax.training import chips, cohorts, flops, parallel, state as state_lib, step as step_lib
 
 USAGE = (
   "usage: mmcl compile --config=joint:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
 )
 
 
-class Chip(NamedTuple):
-  """Published peaks of one chip."""
-
-  flops: float  # bfloat16 FLOP/s
-  hbm_gib: int
-  hbm: float  # its bytes/s
-  network: float  # bytes/s sent over all links to other chips
-  dimensions: int  # of a slice
-  config: str  # of libtpu: whether both cores of a chip are one device
-
-
-# Cloud TPU documentation, "System architecture" of each chip (docs.cloud.google.com/tpu/docs/v4,
-# v5e, v5p, v6e). It gives the network in both directions, 400 GB/s for v5e and 800 for v6e, or in
-# bits, 4,800 Gbit/s one way for v5p; here it is one way. v4: six links of 50 GB/s (Jouppi et al.
-# 2023).
-CHIPS = {
-  "v4": Chip(275e12, 32, 1200e9, 300e9, 3, "megacore"),
-  "v5e": Chip(197e12, 16, 819e9, 200e9, 2, "default"),
-  "v5p": Chip(459e12, 95, 2765e9, 600e9, 3, "megacore"),
-  "v6e": Chip(918e12, 32, 1638e9, 400e9, 2, "default"),
-}
+# chip -> how libtpu is told whether both cores of a chip are one device
+TPUS = {"v4": "megacore", "v5e": "default", "v5p": "megacore", "v6e": "default"}
 SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e
 LARGEST = {"v4": 4096, "v5p": 6144}  # chips of one job
 
@@ -90,7 +71,7 @@ def main(argv):
     USAGE,
     rest,
     paths={},
-    words={"topology": f"TPU slice ({', '.join(CHIPS)}, such as v5e:4x4 or v5p:8x8x8), or cpu:N"},
+    words={"topology": f"TPU slice ({', '.join(TPUS)}, such as v5e:4x4 or v5p:8x8x8), or cpu:N"},
   )
   print(json.dumps(compile_step(config, flags.topology, given.batch)))
 
@@ -198,7 +179,7 @@ def say(text: str) -> None:
 # what to compile
 
 
-def find_devices(topology: str) -> tuple[list, Chip | None]:
+def find_devices(topology: str) -> tuple[list, chips.Chip | None]:
   """Devices to compile for, none of which need exist, and what their chip can do (None: a CPU)."""
   name, _, size = topology.partition(":")
   if name == "cpu" and re.fullmatch("[1-9][0-9]{0,3}", size):
@@ -206,7 +187,7 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
   sides = ()
   if re.fullmatch(r"\d{1,3}(x\d{1,3}){1,2}", size):
     sides = tuple(int(side) for side in size.split("x"))
-  if name not in CHIPS or not is_slice(name, sides):
+  if name not in TPUS or not is_slice(name, sides):
     expected = " ".join("x".join(map(str, slice_)) for slice_ in SLICES)
     raise UserError(
       f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with "
@@ -224,10 +205,10 @@ def find_devices(topology: str) -> tuple[list, Chip | None]:
     description = topologies.get_topology_desc(
       platform="tpu",
       topology_name=topology,
-      chip_config_name=CHIPS[name].config,
+      chip_config_name=TPUS[name],
       chips_per_host_bounds=host,
     )
-    return description.devices, CHIPS[name]
+    return description.devices, chips.CHIPS[name]
   except Exception as error:  # libtpu has errors of its own for what it does not know
     raise UserError(f"--topology={topology}: libtpu refuses it: {error}") from None
 
@@ -260,7 +241,7 @@ def prepare_libtpu() -> None:
 
 
 def is_slice(name: str, sides: tuple[int, ...]) -> bool:
-  if CHIPS[name].dimensions == 2:
+  if chips.CHIPS[name].dimensions == 2:
     return sides in SLICES
   if len(sides) != 3 or int(np.prod(sides)) > LARGEST[name]:
     return False
@@ -350,7 +331,7 @@ def compile_or_explain(lowered, topology: str, config):
 # estimate
 
 
-def estimate(chip: Chip, costs: dict[str, float], matmul_flops: float, sent: float) -> dict:
+def estimate(chip: chips.Chip, costs: dict[str, float], matmul_flops: float, sent: float) -> dict:
   """Bounds from the published peaks: no step is faster than the slowest of its three, each by
   itself."""
   seconds = {

@@ -18,7 +18,7 @@ from mmcl_jax import models
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import inputs
 from mmcl_jax.tools import compile_step as program, hlo
-from mmcl_jax.training import flops, state as state_lib
+from mmcl_jax.training import chips, flops, state as state_lib
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import joint
@@ -208,7 +208,9 @@ def test_memory_and_costs_of_a_product():
 
 
 def test_estimate_is_the_slowest_of_three():
-  chip = program.Chip(flops=100.0, hbm_gib=1, hbm=10.0, network=5.0, dimensions=2, config="")
+  chip = chips.Chip(
+    flops=100.0, hbm_gib=1, hbm=10.0, network=5.0, network_between=1.0, dimensions=2
+  )
   found = program.estimate(
     chip, {"flops": 200.0, "bytes_accessed": 80.0}, matmul_flops=150.0, sent=20.0
   )

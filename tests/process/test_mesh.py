@@ -123,10 +123,10 @@ from mmcl_jax.training import parallel
 
 found = {}
 for size in ("v5e:4x4", "v4:4x4x4", "v5p:4x4x4", "v6e:4x4"):
-  _, chip = program.find_devices(size)
+  program.find_devices(size)
   for slices in (1, 2):
     devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=size, chip_config_name=chip.config,
+        platform="tpu", topology_name=size, chip_config_name=program.TPUS[size.partition(":")[0]],
         chips_per_host_bounds=(2, 2, 1), num_slices=slices).devices
     for model in (1, 2, 4):
       grid = parallel.make_mesh(-1, model, devices).devices
