@@ -4,7 +4,7 @@
 # Ctrl-C and SIGTERM reach all of them: training saves a checkpoint and exits with 75, the same command goes on.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-command -v nvidia-smi > /dev/null || source "$root/launch/env.sh"
+source "$root/launch/env.sh"
 count=$1; shift
 port=$("$root/.venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 

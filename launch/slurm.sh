@@ -17,6 +17,7 @@
 #SBATCH --output=mmcl-%j.log
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}" || exit
+source launch/env.sh || exit
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch
 
 # Hosts end each other; srun must not, or the status would be that of its SIGKILL.

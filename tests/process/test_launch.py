@@ -71,12 +71,13 @@ def executable(file, text):
 
 @pytest.fixture
 def job(tmp_path):
-  """A folder to submit from, with mmcl in its environment and SLURM's commands on PATH."""
+  """A checkout to submit from, with mmcl in its environment and SLURM's commands on PATH."""
   executable(tmp_path / ".venv/bin/mmcl", ALONE)
   executable(tmp_path / "bin/srun", SRUN)
   for name in ("scontrol", "sbatch"):
     executable(tmp_path / f"bin/{name}", RECORD)
   executable(tmp_path / "bin/gcloud", GCLOUD)
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
   return tmp_path
 
 
@@ -118,6 +119,24 @@ def test_scripts_are_bash(script):
       ["shellcheck", "--severity=warning", "--shell=bash", script], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout
+
+
+def test_flags_for_a_gpu_are_set_where_one_is_and_known_to_xla(job):
+  """An unknown flag would end every program at its start; flags of one's own come last."""
+
+  def flags(**env):
+    done = run(job / "bin/env", job, XLA_FLAGS="--xla_dump_to=", **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+  program = f"{sys.executable} -c 'import jax; jax.devices()'"
+  executable(job / "bin/env", f'source launch/env.sh\necho "$XLA_FLAGS"\n{program}\n')
+  assert flags() == ["--xla_dump_to="]
+  executable(job / "bin/nvidia-smi", RECORD)
+  *ours, last = flags()
+  assert last == "--xla_dump_to="
+  assert "--xla_gpu_enable_latency_hiding_scheduler=true" in ours
+  assert all(flag.startswith("--xla_gpu_") for flag in ours)
 
 
 def test_a_slurm_job_that_was_told_to_stop_is_queued_again(job):
@@ -164,7 +183,6 @@ def test_tasks_of_srun_find_each_other_and_their_75_requeues(job):
 def test_local_starts_the_hosts_of_one_run(job):
   executable(job / ".venv/bin/mmcl", ALONE)
   (job / ".venv/bin/python").symlink_to(sys.executable)
-  shutil.copytree(ROOT / "launch", job / "launch")
   done = run(job / "launch/local.sh", job, "3", "train", "--workdir=W", STATUS="3")
   started = sorted((job / "started").read_text().splitlines())
   address = started[0].split()[3]
