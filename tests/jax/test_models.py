@@ -76,6 +76,7 @@ def test_encoder_of_visible_tokens_sees_only_them():
   x = jax.random.normal(jax.random.key(0), (2, 12, 40))
   variables = init(encoder, jax.random.key(1), x)
 
+  @jax.jit
   def tokens(*args):
     return encoder.apply(variables, *args, method="tokens")
 
@@ -234,7 +235,11 @@ def test_two_views_go_through_the_published_siamese_heads(float64):
     means = [tower.norm(view)[:, 1:].mean(axis=1) for view in views]
     return means, tower.reconstruct(x, keys, rows=jnp.ones(4), train=True)["siamese"]
 
-  (means, found), changed = tower.apply(variables, x, method=run, mutable=["batch_stats"])
+  @jax.jit
+  def apply(variables, x):
+    return tower.apply(variables, x, method=run, mutable=["batch_stats"])
+
+  (means, found), changed = apply(variables, x)
 
   def theirs(name, width, end):
     p = params[f"siamese_{name}"]
