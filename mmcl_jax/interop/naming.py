@@ -8,6 +8,9 @@ torch keeps kernels as [out, in, *window], we as [in, out] and [*window, in, out
 convolutions are over the plane, [h, w, in, out], or over s slices, [s * in, out] with the slices'
 channels one after the other. All of them are torch's numbers with the axes in the order *window,
 in, out, and the axes of 1 left out.
+
+Of the columns of a qkv, torch has all of the queries first, [3, heads, width], we all of the first
+head, [heads, 3, width] (vit.split_qkv).
 """
 
 import re
@@ -17,24 +20,27 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from mmcl_jax.models import vit
 from mmcl_jax.models.towers import slow_resnet
 
 
 class Name(NamedTuple):
-  """Where a leaf of ours stands in torch: its key, its shape there, and the axes that bring it into
-  our order."""
+  """Where a leaf of ours stands in torch: its key, its shape there, that shape with the columns of
+  a qkv as [3, heads, width], and the axes that bring this into our order."""
 
   key: str
   shape: tuple[int, ...]
+  parts: tuple[int, ...]
   axes: tuple[int, ...]
 
   def to_ours(self, x: np.ndarray, shape) -> np.ndarray:
-    return np.ascontiguousarray(x.transpose(self.axes)).reshape(shape)
+    ours = x.reshape(self.parts).transpose(self.axes)
+    return np.ascontiguousarray(ours).reshape(shape)
 
   def to_torch(self, x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(
-      x.reshape([self.shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
-    )
+    parts = x.reshape([self.parts[axis] for axis in self.axes])
+    theirs = parts.transpose(np.argsort(self.axes))
+    return np.ascontiguousarray(theirs).reshape(self.shape)
 
 
 VIT = (  # timm, and MAE's decoder; attention_pool is MMCL's torch.nn.MultiheadAttention
@@ -146,11 +152,25 @@ def names(
     *layers, leaf = theirs.split("/")
     key = ".".join([module, *layers, LEAVES.get(leaf, leaf)])
     there = torch_shape(rest, shape, config, module, kind)
-    axes = range(len(there))
-    yield (
-      (collection, path),
-      Name(key, there, (*axes[2:], 1, 0) if rest.endswith("/kernel") else tuple(axes)),
-    )
+    parts = there
+    axes = tuple(range(len(there)))
+    if rest.endswith("/kernel"):
+      axes = (*axes[2:], 1, 0)
+    if "/qkv/" in rest:
+      heads = heads_of(rest, config)
+      parts = (3, heads, there[0] // (3 * heads), *there[1:])
+      axes = (1, 0, 2) if rest.endswith("/bias") else (3, 1, 0, 2)
+    yield (collection, path), Name(key, there, parts, axes)
+
+
+def heads_of(rest: str, config: ConfigDict) -> int:
+  """Of the attention of the ECG encoder, or of its decoder, that leaf `rest` belongs to."""
+  ecg = config.towers.ecg
+  size = vit.sized(ecg.size, ecg.get("decoder", ()))
+  if rest.startswith("decoder/"):
+    _, _, heads = size["decoder"]
+    return heads
+  return size["heads"]
 
 
 def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, ...]:

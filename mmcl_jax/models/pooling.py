@@ -12,7 +12,7 @@ class AttentionPool(nn.Module):
   the tokens.
 
   As MMCL fine-tunes (Turgut et al. 2025), with torch.nn.MultiheadAttention's parameters: `qkv` [D,
-  3D] in the order q, k, v, and `proj` [D, D], both with bias.
+  3D], its columns as of vit.split_qkv, and `proj` [D, D], both with bias.
   """
 
   heads: int
@@ -20,18 +20,15 @@ class AttentionPool(nn.Module):
 
   @nn.compact
   def __call__(self, tokens):
-    B, N, D = tokens.shape
+    B, _, D = tokens.shape
 
-    def dense(width, name):
-      return vit.Dense(width, self.dtype, name=name)
-
-    qkv = dense(3 * D, "qkv")(tokens)
-    qkv = qkv.reshape(B, N, 3, self.heads, D // self.heads)
-    q, k, v = jnp.moveaxis(qkv, 2, 0)  # [B, N, heads, D / heads] each
+    start = vit.by_heads(vit.Dense.kernel_init, self.heads)
+    qkv = vit.Dense(3 * D, self.dtype, kernel_init=start, name="qkv")(tokens)
+    q, k, v = vit.split_qkv(qkv, self.heads)
     # a Linear of the mean token is the mean of the tokens' Linear
     q = q.mean(axis=1, keepdims=True)
     pooled = kernels.attention(q, k, v)
-    return dense(D, "proj")(pooled.reshape(B, D))
+    return vit.Dense(D, self.dtype, name="proj")(pooled.reshape(B, D))
 
 
 class FiLM(nn.Module):

@@ -131,10 +131,35 @@ class Dense(nn.Module):
     return kernels.linear(*[array.astype(self.dtype) for array in arrays])
 
 
+def by_heads(init: nn.initializers.Initializer, heads: int) -> nn.initializers.Initializer:
+  """`init` for the `qkv` of an attention, whose columns lie as [heads, 3, width] (`split_qkv`).
+
+  It draws them as [3, heads, width], PyTorch's order, and sorts them.
+  """
+
+  def draw(key, shape, dtype):
+    x = init(key, shape, dtype)
+    return x.reshape(*shape[:-1], 3, heads, -1).swapaxes(-3, -2).reshape(shape)
+
+  return draw
+
+
+def split_qkv(qkv, heads: int):
+  """[B, N, 3 D] -> queries, keys and values [B, N, H, D / H].
+
+  The columns lie as [H, 3, D / H]: an equal part of them is all of some heads, so that devices that
+  share a matrix (config.sharding) need nothing of each other's (Shoeybi et al. 2019).
+  """
+  B, N, columns = qkv.shape
+  qkv = qkv.reshape(B, N, heads, 3, columns // (3 * heads))
+  return qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+
+
 class Block(nn.Module):
   """Pre-norm transformer block; x [B, N, D].
 
-  Exact GELU, qkv in one matrix; dropout as timm's drop_rate: after `proj`, GELU and `fc2`.
+  Exact GELU, qkv in one matrix (`split_qkv`); dropout as timm's drop_rate: after `proj`, GELU and
+  `fc2`.
   """
 
   heads: int
@@ -149,8 +174,8 @@ class Block(nn.Module):
   def __call__(self, x, keys=None):
     B, N, D = x.shape
 
-    def dense(width, name):
-      return Dense(width, self.dtype, kernel_init=self.kernel_init, name=name)
+    def dense(width, name, kernel_init=self.kernel_init):
+      return Dense(width, self.dtype, kernel_init=kernel_init, name=name)
 
     def norm(name):
       return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
@@ -165,9 +190,8 @@ class Block(nn.Module):
 
     # attention between the tokens
     y = norm("norm1")(x)
-    qkv = dense(3 * D, "qkv")(y)
-    qkv = qkv.reshape(B, N, 3, self.heads, D // self.heads)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D / heads] each
+    qkv = dense(3 * D, "qkv", by_heads(self.kernel_init, self.heads))(y)
+    q, k, v = split_qkv(qkv, self.heads)
     y = kernels.attention(q, k, v)
     y = y.reshape(B, N, D)
     y = drop(dense(D, "proj")(y), 1)
@@ -270,9 +294,8 @@ def attention_weights(q, k):
 
 def queries_and_keys(qkv, heads: int):
   """[B, N, 3 D] -> queries and keys [B, N, H, D / H], float32."""
-  B, N, _ = qkv.shape
-  qkv = qkv.astype(jnp.float32).reshape(B, N, 3, heads, -1)
-  return qkv[:, :, 0], qkv[:, :, 1]
+  q, k, _ = split_qkv(qkv.astype(jnp.float32), heads)
+  return q, k
 
 
 def compute_params(block: Block):

@@ -32,7 +32,7 @@ from mmcl_jax.errors import UserError
 from mmcl_jax.support import files
 from mmcl_jax.support.typed import wrong_entries
 
-FORMAT = "mmcl_jax/4"
+FORMAT = "mmcl_jax/5"
 PEOPLE = "people.npz"
 
 

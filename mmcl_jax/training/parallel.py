@@ -35,7 +35,7 @@ from mmcl_jax.training import backend
 WORDS = ("fsdp", "tensor", "tensor+fsdp")
 FSDP_FROM = 2**16  # numbers; what is smaller costs more time to gather than it takes room
 # parameter of a transformer block -> axes: heads and hidden units over `model`, one sum at the end
-# of each half
+# of each half, and one of the gradient at its beginning
 TENSOR = (
   (r"block\d+/(qkv|fc1)/kernel$", (None, "model")),
   (r"block\d+/(qkv|fc1)/bias$", ("model",)),
@@ -165,6 +165,24 @@ def shardings(tree, rules, mesh: Mesh):
     if i not in used:
       raise UserError(decides_nothing(tree, rules, i, mesh))
   return placed
+
+
+def check_heads(where, heads: dict[str, int], mesh: Mesh) -> None:
+  """Raises a UserError where a `qkv` is split over `model` and a device would get part of a head.
+
+  Args:
+    where: shardings of the parameters.
+    heads: path of a module with a `qkv`, such as `ecg/block0` -> how many heads it has.
+  """
+  devices = mesh.shape["model"]
+  for path, sharding in jax.tree_util.tree_leaves_with_path(where):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    module, found, _ = name.partition("/qkv/")
+    if found and "model" in sharding.spec and heads[module] % devices:
+      raise UserError(
+        f"config.sharding splits {name} over config.mesh.model={devices} devices, and {module} has "
+        f"{heads[module]} attention heads; expected config.mesh.model to divide them"
+      )
 
 
 def axes_of(spec, name: str, shape: tuple[int, ...], mesh: Mesh) -> tuple | None:

@@ -4,6 +4,7 @@ import re
 from typing import Any, NamedTuple
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -353,8 +354,18 @@ def create(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]
 
 def abstract(model, tx, example, seed: int, mesh, rules) -> tuple[TrainState, Any]:
   """The shapes of `create`'s state and its shardings; nothing is computed."""
-  shapes = jax.eval_shape(lambda: fresh(model, tx, example, seed))
-  return shapes, parallel.shardings(shapes, rules, mesh)
+  heads = {}  # path of a module with attention -> its heads
+
+  def note_heads(call, args, kwargs, context):
+    if hasattr(context.module, "heads"):
+      heads["/".join(context.module.path)] = context.module.heads
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note_heads):
+    shapes = jax.eval_shape(lambda: fresh(model, tx, example, seed))
+  where = parallel.shardings(shapes, rules, mesh)
+  parallel.check_heads(where.params, heads, mesh)
+  return shapes, where
 
 
 def fresh(model, tx, example, seed: int) -> TrainState:

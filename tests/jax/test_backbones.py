@@ -425,9 +425,13 @@ def test_attention_pool_is_torch_s_with_the_mean_token_as_query():
   tokens, pool = rng.normal(size=(3, 7, 12)), pooling.AttentionPool(3, jnp.float64)
   params = randomised(shapes(pool, tokens))["params"]
   theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64)
+
+  def in_torchs_order(x):  # columns [heads, 3, width] -> rows [3, heads, width]
+    return x.reshape(*x.shape[:-1], 3, 3, 4).swapaxes(-3, -2).reshape(x.shape).T
+
   ours = {
-    "in_proj_weight": params["qkv"]["kernel"].T,
-    "in_proj_bias": params["qkv"]["bias"],
+    "in_proj_weight": in_torchs_order(params["qkv"]["kernel"]),
+    "in_proj_bias": in_torchs_order(params["qkv"]["bias"]),
     "out_proj.weight": params["proj"]["kernel"].T,
     "out_proj.bias": params["proj"]["bias"],
   }
@@ -440,8 +444,8 @@ def test_attention_pool_is_torch_s_with_the_mean_token_as_query():
   grads = jit(jax.grad(lambda p: (pool.apply({"params": p}, tokens) * weight).sum()))(params)
   norm = np.sqrt(sum((p.grad**2).sum().item() for p in theirs.parameters()))
   for found, torchs in (
-    (grads["qkv"]["kernel"].T, theirs.in_proj_weight),
-    (grads["qkv"]["bias"], theirs.in_proj_bias),
+    (in_torchs_order(grads["qkv"]["kernel"]), theirs.in_proj_weight),
+    (in_torchs_order(grads["qkv"]["bias"]), theirs.in_proj_bias),
     (grads["proj"]["kernel"].T, theirs.out_proj.weight),
     (grads["proj"]["bias"], theirs.out_proj.bias),
   ):

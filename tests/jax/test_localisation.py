@@ -102,7 +102,8 @@ def test_a_token_is_embedded_as_if_all_were_like_it(pool):
     def dense(z, q):
       return z @ q["kernel"] + q["bias"]
 
-    z = dense(dense(z, p["pool"]["qkv"])[..., 32:], p["pool"]["proj"])
+    _, _, value = vit.split_qkv(dense(z, p["pool"]["qkv"]), 2)
+    z = dense(value.reshape(z.shape), p["pool"]["proj"])
   z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * norm[
     "scale"
   ] + norm["bias"]
@@ -475,7 +476,7 @@ def test_attention_is_the_softmax_of_the_model_s_own_parameters(run, pool, scan)
     if pool == "attention"
     else (norm(x, block["norm1"]), block["qkv"])
   )
-  q, k, _ = (y @ dense["kernel"] + dense["bias"]).reshape(2, -1, 3, 2, 8).transpose(2, 0, 3, 1, 4)
+  q, k, _ = (y @ dense["kernel"] + dense["bias"]).reshape(2, -1, 2, 3, 8).transpose(3, 0, 2, 1, 4)
   q = {"attention": q.mean(axis=2, keepdims=True), "cls": q[:, :, :1], "mean": q[:, :, 1:]}[pool]
   e = q @ k.swapaxes(-1, -2) / np.sqrt(8)
   rows = np.exp(e - e.max(-1, keepdims=True))

@@ -43,7 +43,7 @@ def test_block_is_numpy_attention_and_mlp():
     return z @ q["kernel"] + q["bias"]
 
   y = np.asarray(x, np.float64)
-  q, k, v = dense(norm(y, p["norm1"]), p["qkv"]).reshape(2, 5, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+  q, k, v = dense(norm(y, p["norm1"]), p["qkv"]).reshape(2, 5, 2, 3, 4).transpose(3, 0, 2, 1, 4)
   logits = q @ k.swapaxes(-1, -2) / np.sqrt(4)
   attention = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   y = y + dense((attention @ v).transpose(0, 2, 1, 3).reshape(2, 5, 8), p["proj"])
@@ -158,7 +158,7 @@ def test_dropout_is_timm_s_and_belongs_to_the_sample():
   def drop(x, i):
     return vit.dropout(x, keys, 0.4, 3 * 5 + i)
 
-  q, k, v = jnp.moveaxis(dense(norm(x), "qkv").reshape(2, 5, 3, 2, 4), (2, 3), (0, 2))
+  q, k, v = jnp.moveaxis(dense(norm(x), "qkv").reshape(2, 5, 2, 3, 4), (3, 2), (0, 2))
   y = (jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2) @ v).swapaxes(1, 2).reshape(2, 5, 8)
   y = x + drop(dense(y, "proj"), 1)
   y = y + drop(dense(drop(nn.gelu(dense(norm(y), "fc1"), approximate=False), 2), "fc2"), 3)

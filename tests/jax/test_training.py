@@ -201,7 +201,7 @@ def test_a_finished_run_resumes_to_itself(finished, cohort):
 def test_checkpoint_says_what_it_is(finished, cohort):
   assert checkpoint.steps(str(finished[0])) == [3, 6]
   manifest = checkpoint.manifest(str(finished[0]), 6)
-  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/4"
+  assert manifest["cohort"] == cohort.fingerprint and manifest["format"] == "mmcl_jax/5"
   assert any(name.startswith("state/") for name in manifest["files"])
 
 

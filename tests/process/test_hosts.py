@@ -140,7 +140,7 @@ def test_a_checkpoint_of_two_hosts_is_that_of_one_process(one, two):
 
   def compare(path, x, y):
     if jax.tree_util.keystr(path, simple=True, separator="/").endswith("qkv/bias"):
-      x, y = (np.delete(z.reshape(3, -1), 1, axis=0) for z in (x, y))
+      x, y = (np.delete(z.reshape(2, 3, -1), 1, axis=1) for z in (x, y))  # [heads, 3, width]
     np.testing.assert_allclose(y, x, rtol=0, atol=1e-4 * np.abs(x).max())
 
   jax.tree_util.tree_map_with_path(compare, a, b)

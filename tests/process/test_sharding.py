@@ -5,12 +5,15 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
-from common import python
+from common import ROOT, python
 from jax.sharding import AbstractMesh, AxisType
 
+from mmcl_jax import configuration, models
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import parallel
+from mmcl_jax.models import inputs
+from mmcl_jax.training import parallel, state as state_lib
 
 MESH = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
@@ -200,12 +203,15 @@ import json, math, os, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from common import tiny_step
+from mmcl_jax import models
 from mmcl_jax.models import inputs, vit
 from mmcl_jax.tools import hlo
 from mmcl_jax.training import checkpoint, parallel, state as state_lib, step as step_lib
 
 parallel.FSDP_FROM = 1  # the arrays of a tiny model are split too
 config, cohort, standardiser, model, objectives, batch = tiny_step(sys.argv[1])
+config.model.towers.ecg.size = dict(width=16, depth=1, heads=4, decoder=(16, 1, 4))  # heads for 4 devices
+model = models.build(config.model, config.data.samples)
 tx = optax.sgd(1.0, momentum=0.9)  # linear in the gradient, where AdamW would blow up the rounding of one near 0
 CASES = {"one": (1, 1, ()), "fsdp": (8, 1, ((".*", "fsdp"),)), "zero1": (8, 1, (("^opt_state/", "fsdp"),)),
          "tensor": (2, 4, ((".*", "tensor"),)), "both": (4, 2, ((".*", "tensor+fsdp"), (".*", "fsdp")))}
@@ -257,7 +263,7 @@ for source, target in (("fsdp", "one"), ("one", "fsdp"), ("both", "zero1")):
   assert differ(jax.device_get(restored), host[source]) == 0, (source, target)
 results["restored"] = 3
 
-# One transformer block alone, forwards.
+# One transformer block alone, forwards, and with its gradient.
 B, N, D = 16, 12, 64
 tower = vit.Block(heads=4)
 mesh = mesh_of(4, 2)
@@ -267,8 +273,12 @@ with jax.set_mesh(mesh):
   put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   rows = NamedSharding(mesh, P("data"))
   run = jax.jit(lambda p, x: tower.apply({"params": p["block0"]}, x), out_shardings=rows)
-  text = run.lower(jax.tree.map(put, shapes, where), jax.ShapeDtypeStruct((B, N, D), jnp.float32, sharding=rows)).compile().as_text()
-results["block"] = [list(one) for one in hlo.read(text)[0]]
+  given = jax.tree.map(put, shapes, where), jax.ShapeDtypeStruct((B, N, D), jnp.float32, sharding=rows)
+  squares = lambda p, x: (run(p, x) ** 2).sum()
+  gradient = jax.jit(jax.value_and_grad(squares, argnums=(0, 1)), out_shardings=(None, (where, rows)))
+  for name, function in (("block", run), ("gradient", gradient)):
+    text = function.lower(*given).compile().as_text()
+    results[name] = [list(one) for one in hlo.read(text)[0]]
 results["activation"] = B // 4 * N * D * 4
 print(json.dumps(results))
 """
@@ -332,10 +342,32 @@ def test_collectives_of_every_way(compared):
 
 
 def test_a_block_split_over_the_model_axis_sums_its_activations_twice(compared):
-  sums = [(count, size) for kind, count, size, _ in compared["block"] if kind == "all-reduce"]
-  assert sum(count for count, _ in sums) == 2 and {size for _, size in sums} == {
-    compared["activation"]
-  }, compared["block"]
+  assert compared["block"] == [["all-reduce", 2, compared["activation"], 2]]
+
+
+def test_the_gradient_of_a_split_block_takes_two_sums_more_and_gathers_nothing(compared):
+  """As Megatron-LM: at the end of each half forwards, at its beginning backwards. Over the data
+  axis, whose groups are of 4 devices, the gradients of the parameters are summed."""
+  found = compared["gradient"]
+  assert {kind for kind, *_ in found} == {"all-reduce"}, found
+  assert [one for one in found if one[3] != 4] == [["all-reduce", 4, compared["activation"], 2]]
+
+
+def test_heads_that_the_model_axis_does_not_divide_are_one_line():
+  config = configuration.recipe(str(ROOT / "configs/ecg_mae.py"), "test")
+  config.data.samples = 500
+  model = models.build(config.model, config.data.samples)
+  shapes = {"ecg": [12, 500], "phenotypes": [0], "diseases": [0], "covariates": [0]}
+  example = inputs.example(config, shapes, 0, 4)
+  mesh = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  tx = optax.sgd(1.0)
+  with pytest.raises(UserError) as error:
+    state_lib.abstract(model, tx, example, 0, mesh, ((".*", "tensor"),))
+  assert str(error.value) == (
+    "config.sharding splits ecg/block0/qkv/bias over config.mesh.model=4 devices, and ecg/block0 "
+    "has 2 attention heads; expected config.mesh.model to divide them"
+  )
+  state_lib.abstract(model, tx, example, 0, mesh, (("fc1/kernel", (None, "model")),))
 
 
 def test_checkpoints_go_from_any_way_to_any_other(compared):
