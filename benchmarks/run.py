@@ -115,7 +115,8 @@ def checkpoint(args) -> dict:
     "run", "", [f"--config={re.sub(',(steps|batch)=[0-9]+', '', args.recipe)}"], {}
   )
   began, held, writing = [], [], []
-  to_global, save, finish = parallel.to_global, room.Checkpoints.save, room.Checkpoints.finish
+  polled = {}  # step that is being written or signed -> seconds for which the loop asked after it
+  to_global, save, poll = parallel.to_global, room.Checkpoints.save, room.Checkpoints.poll
 
   def timed_to_global(*given):
     began.append(time.perf_counter())
@@ -125,17 +126,20 @@ def checkpoint(args) -> dict:
     at = time.perf_counter()
     save(self, step, *given, **named)
     held.append((step, time.perf_counter() - at))
+    polled[step] = 0.0
 
-  def timed_finish(self):
-    if self.pending is not None:
-      step, at = self.pending[0], time.perf_counter()
-      finish(self)
-      writing.append((step, len(began), time.perf_counter() - at))
+  def timed_poll(self):
+    at = time.perf_counter()
+    poll(self)
+    for step in list(polled):
+      polled[step] += time.perf_counter() - at
+      if self.pending is None and self.signing is None:
+        writing.append((step, len(began), polled.pop(step)))
 
-  parallel.to_global, room.Checkpoints.save, room.Checkpoints.finish = (
+  parallel.to_global, room.Checkpoints.save, room.Checkpoints.poll = (
     timed_to_global,
     timed_save,
-    timed_finish,
+    timed_poll,
   )
   with contextlib.redirect_stdout(io.StringIO()):
     train.train(config, flags.workdir)

@@ -9,9 +9,11 @@
                                             file above, its own step and run
 
 The manifest is written last and makes the step count: orbax itself keeps no checksum on array data
-and takes any numbered folder for a checkpoint. Older steps go only once a newer one counts.
+and takes any numbered folder for a checkpoint. Older steps go only once a newer one counts. All of
+this is done beside the training loop, by a thread of the first host.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.metadata
@@ -63,8 +65,8 @@ class Manifest(TypedDict):
 
 
 class Checkpoints:
-  """The checkpoints of one workdir. `save` returns at once; `finish` waits, writes the manifest and
-  drops old steps.
+  """The checkpoints of one workdir. `save` returns at once, while orbax writes; once it has, `poll`
+  lets a thread sign the step, which reads back and hashes all of it; `finish` waits for both.
 
   `people`: {name: array}, kept as PEOPLE in every step; None: nobody knows them.
   """
@@ -75,7 +77,9 @@ class Checkpoints:
     self.folder, self.keep = workdir / "checkpoints", keep
     self.config = workdir / "config.json"
     self.has_config = self.config.is_file()  # a workdir of converted weights has none
-    self.pending = None
+    self.pending = None  # (step, meta) that orbax writes
+    self.signing = None  # what the thread does, a Future
+    self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     files.no_links(self.folder)
     self.run = name_run(workdir) if jax.process_index() == 0 else ""
     for step in unfinished(self.folder):  # of a run that was stopped while it saved
@@ -105,25 +109,38 @@ class Checkpoints:
     self.pending = step, meta
 
   def poll(self) -> None:
-    """Signs the save under way if it is on disk by now."""
+    """Has the save under way signed if it is written by now; raises what went wrong with it."""
     if self.pending is not None and not self.manager.is_saving_in_progress():
+      self.written()
+    if self.signing is not None and self.signing.done():
       self.finish()
 
   def finish(self) -> None:
-    """Waits for the save under way, if any, and signs it."""
-    if self.pending is None:
-      return
+    """Waits until the save under way, if any, is signed."""
+    if self.pending is not None:
+      self.written()
+    if self.signing is not None:
+      signing, self.signing = self.signing, None
+      signing.result()
+
+  def written(self) -> None:
+    """Waits until orbax has written the save under way, and lets the thread sign it."""
     (step, meta), self.pending = self.pending, None
     with self.saving(step):
       self.manager.wait_until_finished()
       self.check_there()  # before it counts
-      if jax.process_index() == 0:
-        folder = self.folder / str(step)
-        if self.people is not None:
-          with files.atomic(folder / PEOPLE, "wb") as file:
-            np.savez(file, **self.people)
-        sign(folder, {"run": self.run, "step": step, **meta})
-        self.drop_old(best_step(meta))
+    if jax.process_index() == 0:
+      self.signing = self.thread.submit(self.sign, step, meta)
+
+  def sign(self, step: int, meta: dict[str, Any]) -> None:
+    """Makes a step count, and drops old ones."""
+    folder = self.folder / str(step)
+    with self.saving(step):
+      if self.people is not None:
+        with files.atomic(folder / PEOPLE, "wb") as file:
+          np.savez(file, **self.people)
+      sign(folder, {"run": self.run, "step": step, **meta})
+      self.drop_old(best_step(meta))
 
   def drop_old(self, best: int | None) -> None:
     """Removes all but the last `keep` steps and the best one."""
@@ -135,6 +152,7 @@ class Checkpoints:
 
   def close(self) -> None:
     self.finish()
+    self.thread.shutdown()
     self.manager.close()
 
   @contextlib.contextmanager
