@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from mmcl_jax import models
 from mmcl_jax.data import schema
 from mmcl_jax.models import towers
 from mmcl_jax.models.kernels import at_least_float32
@@ -44,6 +45,34 @@ class CmrTower(nn.Module):
 
   def reconstruct(self, planes, keys):
     return self.backbone.reconstruct(planes, keys)
+
+
+def seen(cmr: dict, config: ConfigDict) -> dict:
+  """The planes {field: [B, ...]} that the towers of `config` (config.model) see; of them
+  `select_view` takes the same as of all.
+
+  Slices are left out evenly on both sides, so one more than is seen may stay. What parts of the
+  model other than towers see, and frames of which towers see different ones, stay whole.
+  """
+  specs = {}
+  for spec in towers.cmr(config).values():
+    specs.setdefault(schema.VIEWS[spec.view], []).append(spec)
+  for field in models.find(config).part_fields(config):
+    specs.pop(field, None)
+  return {field: cut(x, specs[field]) if field in specs else x for field, x in cmr.items()}
+
+
+def cut(x, specs: list) -> jax.Array:
+  """`seen` of one field [B, ...], at which the towers of `specs` look."""
+  views = {spec.view for spec in specs}
+  planes = {1 if spec.view == "ed_slice" else spec.planes for spec in specs}
+  if views <= {"ed_volume", "es_volume", "ed_slice"}:
+    each_side = (x.shape[2] - max(planes)) // 2
+    phases = 2 if "es_volume" in views else 1
+    return x[:, :phases, each_side : x.shape[2] - each_side]
+  if views <= {"cine_slice", "lax"} and len(planes) == 1:
+    return select_view({schema.VIEWS[specs[0].view]: x}, specs[0])
+  return x
 
 
 def select_view(cmr: dict, spec) -> jax.Array:

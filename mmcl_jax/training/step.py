@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmcl_jax import augment as augment_lib
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import pretrainer
+from mmcl_jax.models import cmr_tower, pretrainer
 from mmcl_jax.models.inputs import first_window, sample_keys, to_float
 from mmcl_jax.objectives import mean
 from mmcl_jax.training import accumulate, state as state_lib
@@ -21,12 +21,18 @@ def augment(batch, keys, config):
   """Crops and augments every row with its own key, each device its own rows; a model without an ECG
   tower leaves the ECG.
 
+  The augmentation of this package changes each plane by itself, and gets only those that towers
+  see; one of the user's own gets all.
+
   Under shard_map, because the partitioner would gather whole batches for a Fourier transform or a
   gather per row.
   """
   reads_ecg = "ecg" in config.model.towers
   of_ecg = augment_lib.build("ecg", config.augment.ecg)
   of_cmr = augment_lib.build("cmr", config.augment.cmr)
+  cmr = batch["cmr"]
+  if config.augment.cmr.fn in augment_lib.BUILT_IN["cmr"]:
+    cmr = cmr_tower.seen(cmr, config.model)
 
   def one_ecg(key, ecg):
     return of_ecg(key, ecg, config.data.samples)
@@ -43,8 +49,8 @@ def augment(batch, keys, config):
 
   def augmented(keys):
     on_each_device = jax.shard_map(rows, in_specs=P("data"), out_specs=P("data"))
-    ecg, cmr = on_each_device(batch["ecg"], batch["cmr"], keys)
-    return {"ecg": ecg, "cmr": cmr}
+    changed_ecg, changed_cmr = on_each_device(batch["ecg"], cmr, keys)
+    return {"ecg": changed_ecg, "cmr": changed_cmr}
 
   if not config.augment.twice:
     return batch | augmented(keys)
