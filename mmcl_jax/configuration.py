@@ -28,6 +28,7 @@ FREE = (
   "every",
   "evaluators",
   "writers",
+  "profile",
   "keep",
   "per_device_batch",
   "bad_rows",
@@ -260,6 +261,8 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   )
   # name -> dict(fn, parameters of fn): where metrics are written (training/metrics.py)
   c.writers = dict(jsonl=dict(fn="jsonl"), tensorboard=dict(fn="tensorboard"))
+  # steps that JAX's profiler traces, and the first of them; 0: none (training/profile.py)
+  c.profile = dict(first=10, steps=0)
   # evaluations in a row without a better c.stop_on after which training ends; 0: never
   c.stop_after = 0
   # a loss on validation, such as "validation/phenotypes"; the step where it is best is kept

@@ -63,7 +63,7 @@ OF_CONFIG = (
   (r"every\.(log|evaluate|save)", COUNT),
   (r"evaluators\.\w+\.every", COUNT_NONE_OR_DEFAULT),
   (r"every\.save_minutes", NOT_NEGATIVE),
-  (r"per_device_batch|bad_rows|bad_steps|stop_after", COUNT_OR_NONE),
+  (r"per_device_batch|bad_rows|bad_steps|stop_after|profile\.(first|steps)", COUNT_OR_NONE),
   (r"data\.mix\[\d+\]\[1\]", PROPER_PART),
   (r"augment\.ecg\.(time_flip|sign_flip|phase_noise_strength)", SHARE),
   (r"augment\.ecg\.\w+_sigma|augment\.cmr\.intensity_sigma", NOT_NEGATIVE),

@@ -15,7 +15,18 @@ import jax
 
 from mmcl_jax import configuration, evaluators
 from mmcl_jax.errors import writing
-from mmcl_jax.training import checkpoint, loop, metrics, monitor, parallel, people, setup, signals
+from mmcl_jax.training import (
+  checkpoint,
+  goodput,
+  loop,
+  metrics,
+  monitor,
+  parallel,
+  people,
+  profile,
+  setup,
+  signals,
+)
 from mmcl_jax.training.step import make_train_step
 
 USAGE = (
@@ -40,8 +51,10 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
   Args:
     asked_to_stop: read before every step; once it is true on any host, all save after the next step
       and exit with 75.
-    clock: seconds, by which host 0 knows that config.every.save_minutes are over.
+    clock: seconds, by which host 0 knows that config.every.save_minutes are over, and what the time
+      went to.
   """
+  spent = goodput.Goodput(clock)
   job = setup.check(config, workdir)
   with setup.hold(job), jax.set_mesh(job.mesh):
     begun = setup.state(job)
@@ -60,36 +73,62 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, people.as_arrays(job.people))
     requests = loop.Requests(asked_to_stop, clock, config.every.save_minutes)
     watch = monitor.Monitor(
-      config, workdir, job.objectives, writer, checkpoints, job.start, begun.best, begun.skipped
+      config,
+      workdir,
+      job.objectives,
+      writer,
+      checkpoints,
+      spent,
+      job.start,
+      begun.best,
+      begun.skipped,
     )
+    trace = profile.Profile(config.profile, workdir)
 
     # Evaluate -> save -> take the next batch -> step -> write the metrics of the step before. What
     # is saved holds the word of its own evaluation, so that a resumed run repeats none and misses
     # none.
     request = monitor.NOTHING
+    spent.switch("training")
     for step in range(job.start, config.steps + 1):
       begins = step == job.start
+      with spent.on("saving"):
+        trace.end(step, state)
       watching = [one for one in job.evaluators if loop.is_due(job, step, one.every)]
       saving = loop.is_due(job, step, config.every.save)
       if watching or saving or request:
         request = max(request, watch.flush())
       if watching:
-        watch.evaluated(step, evaluators.scores(watching, context.at(step, state)))
+        with spent.on("evaluating"):
+          watch.evaluated(step, evaluators.scores(watching, context.at(step, state)))
       over = watch.is_over(step)
       if saving or (not begins and (request or over or step == watch.best.step)):
         about = loop.meta(job, step, watch.best, watch.skipped, data.spacing)
-        checkpoints.save(step, state, loop.position(config, step), about)
+        with spent.on("saving"):
+          checkpoints.save(step, state, loop.position(config, step), about)
         requests.saved()
       if over or request == monitor.STOP:
         break
-      rows = requests.add_to(next(data.batches))
-      state, values = train_step(state, parallel.to_global(rows, job.mesh))
+      trace.begin(step + 1)
+      with spent.on("waiting_for_data", unless=watch.is_computing):
+        rows = requests.add_to(next(data.batches))
+        batch = parallel.to_global(rows, job.mesh)
+      if begins:
+        with spent.on("compiling"):
+          watch.at_peak_s = loop.seconds_at_peak(train_step, state, batch)
+          state, values = train_step(state, batch)
+      else:
+        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+          state, values = train_step(state, batch)
       request = watch.flush()
-      checkpoints.poll()
+      with spent.on("saving"):
+        checkpoints.poll()
       watch.add(step + 1, values)
-    checkpoints.close()
+    with spent.on("saving"):
+      trace.end(step, state, over=True)
+      checkpoints.close()
     writer.close()
-  loop.finish(job, step, over, watch.best)
+  loop.finish(job, step, over, watch.best, spent)
   return state
 
 

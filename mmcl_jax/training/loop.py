@@ -1,5 +1,5 @@
-"""The parts of the training loop that are not the step: requests of hosts, what a checkpoint says,
-the last lines."""
+"""The parts of the training loop that are not the step: requests of hosts, the peak that it is held
+against, what a checkpoint says, the last lines."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mmcl_jax import configuration
-from mmcl_jax.training import distributed, restore
+from mmcl_jax.training import chips, distributed, flops, goodput, restore, step as step_lib
 from mmcl_jax.training.monitor import NOTHING, SAVE, STOP
 
 
@@ -50,9 +50,22 @@ def jit_step(train_step, shardings):
   def step(state, batch):
     request = batch.pop("request").max()
     state, values = train_step(state, batch)
-    return state, values | {"request": request}
+    return state, step_lib.pack(values | {"request": request})
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def seconds_at_peak(train_step, state, batch) -> float | None:
+  """What a step would take if all devices did its matrix products (flops.matmul_flops) at their
+  published peak; None, and a line that says so, where none is known of them."""
+  kind = jax.devices()[0].device_kind
+  chip = chips.of_kind(kind)
+  if chip is None:
+    if jax.process_index() == 0:
+      print(f"no peak is known of the device {kind!r}, so the log has no MFU", flush=True)
+    return None
+  count = flops.matmul_flops(train_step.trace(state, batch).jaxpr)
+  return count / (jax.device_count() * chip.flops)
 
 
 def is_due(job, step: int, every: int) -> bool:
@@ -83,11 +96,14 @@ def meta(job, step: int, best, skipped, spacing: dict) -> dict:
   )
 
 
-def finish(job, step: int, over: bool, best) -> None:
+def finish(job, step: int, over: bool, best, spent: goodput.Goodput) -> None:
   """The last lines of a run, which has saved `step`; SystemExit 75 where it was asked to stop."""
   workdir, config = job.workdir, job.config
   saved = f"{workdir}/checkpoints/{step}"
   if jax.process_index() == 0:
+    if step > job.start:
+      print(goodput.describe(spent.shares(), sum(spent.seconds.values())))
+      spent.write(workdir, job.start, step)
     if not over:
       print(f"asked to stop: saved {saved}; the same command goes on from there", flush=True)
     else:

@@ -150,21 +150,24 @@ def keep_before(file: pathlib.Path, start_step: int) -> None:
 
 
 class Progress:
-  """Lines such as `train 120/300  loss 3.21  2.1 steps/s  134 recordings/s  ETA 1:26`."""
+  """Lines such as `train 120/300  loss 3.21  2.1 steps/s  134 recordings/s  MFU 38.2%  ETA
+  1:26`."""
 
   def __init__(self, start: int, end: int, batch: int):
     self.step, self.end, self.batch, self.time = start, end, batch, time.monotonic()
 
-  def report(self, step: int, scalars: dict[str, float]) -> None:
+  def report(self, step: int, scalars: dict[str, float], utilisation: float | None = None) -> None:
+    """Prints the line of a step; utilisation: a share, None where it is not known."""
     now = time.monotonic()
     rate = (step - self.step) / max(now - self.time, 1e-9)
     left = round((self.end - step) / rate) if rate else 0
     values = "  ".join(f"{name} {x:.4g}" for name, x in scalars.items())
     recordings = rate * self.batch
+    mfu = "" if utilisation is None else f"MFU {utilisation:.1%}  "
     minutes, seconds = divmod(left, 60)
     print(
       f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {recordings:.0f} recordings/s  "
-      f"ETA {minutes}:{seconds:02d}",
+      f"{mfu}ETA {minutes}:{seconds:02d}",
       flush=True,
     )
     self.step, self.time = step, now

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.training import checkpoint, distributed, metrics
+from mmcl_jax.training import checkpoint, distributed, metrics, step as step_lib
 
 # what a host may ask of all; of several requests the largest counts
 NOTHING, SAVE, STOP = 0, 1, 2
@@ -49,22 +49,30 @@ class Monitor:
   device; counts, writes and prints.
 
   Args:
+    spent: what the time goes to (goodput.Goodput).
     start: the step that the run begins or resumes at.
     best, skipped: as of `start`.
   """
 
-  def __init__(self, config, workdir, objectives, writer, checkpoints, start, best, skipped):
+  def __init__(self, config, workdir, objectives, writer, checkpoints, spent, start, best, skipped):
     self.config, self.workdir, self.objectives = config, workdir, objectives
-    self.writer, self.checkpoints = writer, checkpoints
+    self.writer, self.checkpoints, self.spent = writer, checkpoints, spent
     self.best, self.skipped = best, skipped
     self.spikes = Spikes()
     self.progress = metrics.Progress(start, config.steps, config.batch)
     self.pending = None  # (step, metrics) on the device
+    # a step's products at the devices' published peak, where that is known (loop.seconds_at_peak)
+    self.at_peak_s = None
+    self.looked = start, 0.0  # step and seconds of steps when utilisation was last computed
     self.first_process = jax.process_index() == 0
 
   def add(self, step: int, values) -> None:
     """The metrics of `step`, which may not be computed yet."""
     self.pending = step, values
+
+  def is_computing(self) -> bool:
+    """Whether the devices are still busy with a step that was added."""
+    return self.pending is not None and not self.pending[1].words.is_ready()
 
   def flush(self) -> int:
     """Fetches the metrics that are pending; returns what a host had asked for by then.
@@ -75,9 +83,7 @@ class Monitor:
     if self.pending is None:
       return NOTHING
     (step, values), self.pending = self.pending, None
-    values = jax.device_get(values)
-    subjects = values.pop("top_loss_subjects")
-    values = {name: float(x) for name, x in values.items()}
+    values, subjects = step_lib.unpack(values)
     request = int(values.pop("request"))
     self.count_skipped(step, values, subjects)
     message = self.spikes.message(step, values["loss"], subjects)
@@ -107,7 +113,15 @@ class Monitor:
       shown = {"loss": values["loss"]}
       for objective in self.objectives:
         shown[objective.name] = values[f"{objective.name}/loss"]
-      self.progress.report(step, shown)
+      self.progress.report(step, shown, self.utilisation(step))
+
+  def utilisation(self, step: int) -> float | None:
+    """Model FLOP/s utilisation since it was last asked for: products at peak, as a share of the
+    time that steps took."""
+    (earlier, before), self.looked = self.looked, (step, self.spent.stepping())
+    if self.at_peak_s is None:
+      return None
+    return (step - earlier) * self.at_peak_s / max(self.looked[1] - before, 1e-9)
 
   def evaluated(self, step: int, scores_of_each: Iterable[dict[str, float]]) -> None:
     """Writes and prints what each evaluator finds, as it is found, and keeps the best step."""

@@ -29,6 +29,7 @@ from mmcl_jax.training import (
   monitor,
   parallel,
   people,
+  profile,
   restore,
   state as state_lib,
   step as step_lib,
@@ -101,6 +102,7 @@ def check(config, workdir: str) -> Job:
   objectives = objective_lib.build(config.objectives)
   watching = evaluators.in_training(config)
   monitor.check_stopping(config)
+  profile.check(config)
   for view in augment.BUILT_IN:
     augment.build(view, config.augment[view])
   metrics.find(config.writers)

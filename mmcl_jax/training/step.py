@@ -1,8 +1,12 @@
 """The jitted training step and the losses of a validation batch: batch in, state and metrics
 out."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import metrics as clu_metrics
 from jax.sharding import PartitionSpec as P
@@ -105,6 +109,36 @@ def total_loss(outputs, batch, objectives, step):
   count = min(TOP_LOSS_ROWS, len(rows))
   _, largest = jax.lax.top_k(jax.lax.stop_gradient(shares), count)
   return total, metrics | {"top_loss_subjects": batch["subject"][largest]}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("words",), meta_fields=("names",))
+@dataclasses.dataclass
+class Packed:
+  """Metrics of a step in one array, so that the host asks for one transfer and not for thirty.
+
+  words: uint32 [N + 2 R]: the bits of N float32 scalars in the order of `names`, then subjects.
+  """
+
+  words: jax.Array
+  names: tuple[str, ...]
+
+
+def pack(metrics) -> Packed:
+  """The metrics of a train step, scalars and `top_loss_subjects` uint32 [R, 2], as one array."""
+  subjects = metrics.pop("top_loss_subjects")
+  names = tuple(sorted(metrics))
+  scalars = jnp.stack([jnp.asarray(metrics[name], jnp.float32).reshape(()) for name in names])
+  bits = jax.lax.bitcast_convert_type(scalars, jnp.uint32)
+  words = jnp.concatenate([bits, subjects.reshape(-1)])
+  return Packed(jax.lax.with_sharding_constraint(words, P()), names)
+
+
+def unpack(packed: Packed) -> tuple[dict[str, float], np.ndarray]:
+  """Scalars by name and subjects uint32 [R, 2], on the host."""
+  words = np.asarray(packed.words)
+  count = len(packed.names)
+  scalars = words[:count].view(np.float32).tolist()
+  return dict(zip(packed.names, scalars, strict=True)), words[count:].reshape(-1, 2)
 
 
 def make_train_step(model, objectives, tx, config, standardiser):

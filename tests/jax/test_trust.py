@@ -8,18 +8,20 @@ import pickle
 import re
 import shutil
 import signal
+import time
 
 import matplotlib
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 from common import ROOT
+from ml_collections import ConfigDict
 
 from mmcl_jax import cli, configuration, evaluate, inspect, prepare, train
 from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.errors import UserError
 from mmcl_jax.support import files, locks
-from mmcl_jax.training import checkpoint, cohorts, distributed, frozen, metrics
+from mmcl_jax.training import checkpoint, cohorts, distributed, frozen, goodput, metrics, profile
 
 
 @pytest.fixture
@@ -74,6 +76,8 @@ LINKS = {  # what is written to, and the program that writes there
   "checkpoints/7": lambda out: checkpoint.Checkpoints(str(out), keep=1),
   "tensorboard": lambda out: metrics.TensorBoardWriter(str(out), 0),
   "metrics.jsonl": lambda out: metrics.JsonlWriter(str(out), 0),
+  "goodput.jsonl": lambda out: goodput.Goodput(time.monotonic).write(str(out), 0, 1),
+  "profile": lambda out: profile.Profile(ConfigDict(dict(first=1, steps=1)), str(out)).begin(1),
   "evaluation": lambda out: evaluate.evaluate(str(out), step=1),
   "evaluation/7": lambda out: evaluate.evaluate(str(out), step=1),
   "evaluation/scored.jsonl": lambda out: evaluate.evaluate(str(out), step=1),

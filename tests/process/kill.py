@@ -114,13 +114,12 @@ def programs(base: pathlib.Path) -> dict[str, Program]:
 
 def same_names(folder: pathlib.Path, reference: pathlib.Path, besides=()) -> list[str]:
   """Files that only one of them has; contents of orbax's and TensorBoard's folders have names drawn
-  at random."""
+  at random, and a run that was killed leaves no goodput."""
+  left_out = ("/d/", "tensorboard/", "goodput.jsonl", *besides)
 
   def names(root):
     found = {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
-    return {
-      name for name in found if not any(part in name for part in ("/d/", "tensorboard/", *besides))
-    }
+    return {name for name in found if not any(part in name for part in left_out)}
 
   return [
     f"{name} is {'left over' if name in names(folder) else 'missing'}"
