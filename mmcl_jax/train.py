@@ -9,6 +9,7 @@ SIGUSR1 or SIGUSR2 to any host, or Ctrl-C, saves a checkpoint on all and exits w
 training/distributed.py and docs/multi_host.md.
 """
 
+import contextlib
 import time
 
 import jax
@@ -56,7 +57,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
   """
   spent = goodput.Goodput(clock)
   job = setup.check(config, workdir)
-  with setup.hold(job), jax.set_mesh(job.mesh):
+  with setup.hold(job), jax.set_mesh(job.mesh), contextlib.ExitStack() as at_the_end:
     begun = setup.state(job)
     state = begun.state
     data = setup.open_data(job, state.variables)
@@ -71,6 +72,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       config.writers, workdir, job.start, just_logging=jax.process_index() > 0
     )
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, people.as_arrays(job.people))
+    at_the_end.callback(checkpoints.release)  # before another run may hold the workdir
     requests = loop.Requests(asked_to_stop, clock, config.every.save_minutes)
     watch = monitor.Monitor(
       config,

@@ -152,8 +152,12 @@ class Checkpoints:
 
   def close(self) -> None:
     self.finish()
-    self.thread.shutdown()
     self.manager.close()
+    self.release()
+
+  def release(self) -> None:
+    """Waits until the thread has ended, also after an error: it writes to the workdir."""
+    self.thread.shutdown()
 
   @contextlib.contextmanager
   def saving(self, step: int):

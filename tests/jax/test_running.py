@@ -222,6 +222,22 @@ def test_hashing_a_checkpoint_does_not_hold_the_loop(tmp_path, monkeypatch):
   checkpoint.check_files(str(tmp_path), 2)
 
 
+def test_nothing_is_written_once_checkpoints_are_released(tmp_path, monkeypatch):
+  checksum = checkpoint.checksum
+
+  def slow(file):
+    time.sleep(0.05)
+    return checksum(file)
+
+  monkeypatch.setattr(checkpoint, "checksum", slow)
+  saved = checkpoint.Checkpoints(str(tmp_path), keep=1)
+  saved.save(1, {"a": np.zeros(3)}, {}, {})
+  saved.manager.wait_until_finished()
+  saved.poll()
+  saved.release()
+  assert checkpoint.steps(str(tmp_path)) == [1]
+
+
 @pytest.mark.parametrize("ask", ["poll", "finish", "save"])
 def test_what_fails_beside_the_loop_is_one_line_in_it(ask, tmp_path, monkeypatch):
   def full(file):
