@@ -230,6 +230,9 @@ def defaults(batch: int, steps: int) -> ConfigDict:
   # (regex, spec) rules for parameters and optimiser (training/parallel.py); spec: a mesh axis or
   # None a dimension, or "fsdp", "tensor", "tensor+fsdp"; nothing matched: replicated
   c.sharding = ()
+  # in which devices exchange gradients of matrices and convolutions: float32, or bfloat16 where
+  # model.dtype is that (models/exchange.py)
+  c.gradient_dtype = "float32"
   c.loader = dict(threads=2, buffer=4, workers=0)
   c.every = dict(
     log=10,

@@ -40,10 +40,10 @@ class FiLM(nn.Module):
   @nn.compact
   def __call__(self, tokens, covariates):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
-    fc = nn.Dense(
+    fc = vit.Dense(
       2 * tokens.shape[-1],
+      self.dtype,
       kernel_init=nn.initializers.zeros,
-      dtype=self.dtype,
       name="fc",
     )
     both = fc(with_unknown(covariates))[:, None]  # [B, 1, 2 D]
@@ -64,11 +64,11 @@ class GatedFiLM(nn.Module):
   def __call__(self, tokens, covariates):
     """Args: tokens [B, N, D]; covariates [B, V] standardised, NaN = unknown. Returns: [B, N, D]."""
     start = vit.torch_uniform(covariates.shape[-1])
-    fc = nn.Dense(
+    fc = vit.Dense(
       2 * tokens.shape[-1],
+      self.dtype,
       kernel_init=start,
       bias_init=start,
-      dtype=self.dtype,
       name="fc",
     )
     both = nn.relu(fc(jnp.nan_to_num(covariates)))[:, None]  # [B, 1, 2 D]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcl_jax.models import kernels, vit
+from mmcl_jax.models import exchange, kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.towers import one_of
 
@@ -134,8 +134,8 @@ class Residual(nn.Module):
       use_bias=False,
       kernel_init=kernel_init,
       dtype=self.dtype,
-      conv_general_dilated=kernels.convolve,
       name=name,
+      **exchange.conv(kernels.convolve),
     )
     return functools.partial(per_slice, conv)
 
@@ -208,6 +208,7 @@ class Body(nn.Module):
       kernel_init=kernel_init,
       dtype=self.dtype,
       name="stem",
+      **exchange.conv(),
     )
     x = per_slice(stem, x.astype(self.dtype))
     x = nn.relu(BatchNorm(self.dtype, name="stem_norm")(x, rows, train))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcl_jax.models import kernels
+from mmcl_jax.models import exchange, kernels
 
 # decoder: width, blocks and heads of the masked autoencoder's
 SIZES = {
@@ -112,7 +112,8 @@ def torch_uniform(inputs: int) -> nn.initializers.Initializer:
 
 
 class Dense(nn.Module):
-  """x [..., I] -> [..., features]: flax's Dense by kernels.linear, Glorot-uniform at first."""
+  """x [B, ..., I] -> [B, ..., features]: flax's Dense by kernels.linear and exchange.rounded,
+  Glorot-uniform at first."""
 
   features: int
   dtype: jnp.dtype = jnp.float32
@@ -124,11 +125,11 @@ class Dense(nn.Module):
   def __call__(self, x):
     shape = x.shape[-1], self.features
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-    arrays = [x, kernel]
+    params = [kernel]
     if self.use_bias:
       bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-      arrays.append(bias)
-    return kernels.linear(*[array.astype(self.dtype) for array in arrays])
+      params.append(bias)
+    return exchange.rounded(kernels.linear, x.astype(self.dtype), *params)
 
 
 def by_heads(init: nn.initializers.Initializer, heads: int) -> nn.initializers.Initializer:
@@ -300,10 +301,11 @@ def queries_and_keys(qkv, heads: int):
 
 def compute_params(block: Block):
   """Its parameters in the dtype that it computes with; those of the norms stay, as they are used in
-  float32."""
+  float32, and so do all where their gradients are exchanged in that (models.exchange)."""
 
   def cast(path, x):
     of_norm = path[0].key.startswith("norm")
     return x if of_norm else x.astype(block.dtype)
 
-  return jax.tree_util.tree_map_with_path(cast, block.variables["params"])
+  params = block.variables["params"]
+  return jax.tree_util.tree_map_with_path(cast, params) if exchange.narrow() else params

@@ -45,7 +45,7 @@ from mmcl_jax import configuration, models, objectives, ranges
 from mmcl_jax.data import cohort as cohort_lib, pipeline, schema, standardise
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import inference, inputs
+from mmcl_jax.models import exchange, inference, inputs
 from mmcl_jax.tools import hlo
 from mmcl_jax.training import chips, cohorts, flops, parallel, state as state_lib, step as step_lib
 
@@ -97,6 +97,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
     batch: rows of the global batch; None: see the module.
   """
   ranges.check(config)
+  exchange.check(config)
   devices, chip = find_devices(topology)
   mesh = parallel.make_mesh(**config.mesh, devices=devices)
   config.batch = batch or batch_of(config, mesh)

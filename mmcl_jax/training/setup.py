@@ -16,7 +16,7 @@ from mmcl_jax.data import pipeline, standardise
 from mmcl_jax.data.cohort import Cohort, load
 from mmcl_jax.errors import UserError
 from mmcl_jax.evaluators.context import Context
-from mmcl_jax.models import inputs, towers
+from mmcl_jax.models import exchange, inputs, towers
 from mmcl_jax.support import locks
 from mmcl_jax.support.tree import flatten
 from mmcl_jax.training import (
@@ -87,6 +87,7 @@ def check(config, workdir: str) -> Job:
   """
   config.model = towers.complete(config.model)
   ranges.check(config)
+  exchange.check(config)
   configuration.check_workdir(config, workdir)
   cohort = load(config.data.cohort)
   others = cohorts.load_mix(config.data.mix)
@@ -249,5 +250,6 @@ def announce(job: Job, begun: Start) -> None:
   else:
     print(json.dumps(json.loads(job.config.to_json()), indent=1))
   print(parallel.table(begun.state, begun.shardings, most=8))
+  print(f"gradients are exchanged in {job.config.gradient_dtype} (config.gradient_dtype)")
   if begun.report:
     print(initialise.describe(begun.report))

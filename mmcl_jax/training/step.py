@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmcl_jax import augment as augment_lib
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import cmr_tower, pretrainer
+from mmcl_jax.models import cmr_tower, exchange, pretrainer
 from mmcl_jax.models.inputs import first_window, sample_keys, to_float
 from mmcl_jax.objectives import mean
 from mmcl_jax.training import accumulate, state as state_lib
@@ -156,9 +156,10 @@ def make_train_step(model, objectives, tx, config, standardiser):
     batch = augment(to_float(batch, standardiser), keys, config)
     params = state_lib.stop_frozen(params, state_lib.treatments(config, params))
     variables = {"params": params, "batch_stats": statistics}
-    outputs, changed = model.apply(
-      variables, batch, model_keys, train=True, mutable=["batch_stats"]
-    )
+    with exchange.gradients_in(config.gradient_dtype):
+      outputs, changed = model.apply(
+        variables, batch, model_keys, train=True, mutable=["batch_stats"]
+      )
     return (outputs, batch), changed.get("batch_stats", {})
 
   def train_step(state, batch):

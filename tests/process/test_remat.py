@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comparing import difference, drawn
 
-from mmcl_jax.models import resnet, vit
+from mmcl_jax.models import exchange, resnet, vit
 from mmcl_jax.models.towers import ecg_vit, slow_resnet, video_vit
 
 # The tests' time is compilation, and neither numbers nor memory depend on how hard LLVM tries.
@@ -107,18 +107,19 @@ def test_scan_in_bfloat16_casts_what_the_blocks_cast():
     measured(remat="none", scan=scan, dtype=jnp.bfloat16) for scan in (False, True)
   )
   assert abs(a - b) < 1e-2 * abs(a) and difference(gb, ga) < 0.1
-  norms = vit.compute_params(
-    vit.Block(2, dtype=jnp.bfloat16).bind(
-      {
-        "params": {
-          "norm1": {"scale": jnp.ones(4)},
-          "qkv": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)},
-        }
+  block = vit.Block(2, dtype=jnp.bfloat16).bind(
+    {
+      "params": {
+        "norm1": {"scale": jnp.ones(4)},
+        "qkv": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)},
       }
-    )
+    }
   )
-  assert norms["norm1"]["scale"].dtype == jnp.float32
-  assert norms["qkv"]["kernel"].dtype == norms["qkv"]["bias"].dtype == jnp.bfloat16
+  for gradients, expected in (("bfloat16", jnp.bfloat16), ("float32", jnp.float32)):
+    with exchange.gradients_in(gradients):
+      params = vit.compute_params(block)
+    assert params["norm1"]["scale"].dtype == jnp.float32
+    assert params["qkv"]["kernel"].dtype == params["qkv"]["bias"].dtype == expected
 
 
 def test_video_tower_scans_and_forgets_alike():

@@ -103,7 +103,8 @@ class Decoder(nn.Module):
     x = vit.Dense(self.width, self.dtype, name="embed")(tokens)  # [B, M, width]
     start = nn.initializers.normal(0.02)
     mask_token = self.param("mask_token", start, (1, 1, self.width), jnp.float32)
-    hidden = jnp.broadcast_to(mask_token.astype(x.dtype), (B, N - x.shape[1], self.width))
+    hidden = jnp.broadcast_to(mask_token, (B, N - x.shape[1], self.width))
+    hidden = hidden.astype(x.dtype)
     x = jnp.concatenate([x, hidden], axis=1)
     x = kernels.permute(x, restore)  # [B, N, width], in the order of the planes
     positions = sincos_3d(*grid, self.width)

@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mmcl_jax.models import vit
+from mmcl_jax.models import exchange, vit
 from mmcl_jax.models.kernels import at_least_float32
 from mmcl_jax.models.resnet import BatchNorm
 from mmcl_jax.models.towers import one_of
@@ -81,6 +81,7 @@ class Layer(nn.Module):
         (self.stride,),
         padding=self.kernel // 2,
         **common,
+        **exchange.conv(),
       )
     norm = BatchNorm(self.dtype, scale_init=self.scale_init, name="norm")
     return norm(conv(x), rows, train)

@@ -10,7 +10,7 @@ one gives the labels of four pixels at a time (sub-pixel convolution, Shi et al.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mmcl_jax.models import kernels
+from mmcl_jax.models import exchange, kernels, vit
 from mmcl_jax.models.kernels import at_least_float32
 
 # name -> channels at 1/2, 1/4 and 1/8 of the resolution, multiples of 4.
@@ -38,11 +38,15 @@ class Segmenter(nn.Module):
         (stride, stride),
         padding=1,
         dtype=self.dtype,
-        conv_general_dilated=kernels.convolve,
         name=name,
+        **exchange.conv(kernels.convolve),
       )
       norm = nn.GroupNorm(num_groups=4, dtype=self.dtype, name=f"{name}_norm")
       return nn.relu(norm(layer(x)))
+
+    def dense(width, name):
+      start = nn.initializers.lecun_normal()
+      return vit.Dense(width, self.dtype, kernel_init=start, name=name)
 
     x = (2 * stacks - 1).astype(self.dtype)
     x = x.reshape(-1, *stacks.shape[-2:], 1)  # slices
@@ -52,10 +56,10 @@ class Segmenter(nn.Module):
       x = conv(x, width, 1, f"level{i}")
       skips.append(x)
     for i, skip in reversed(list(enumerate(skips[:-1]))):
-      x = nn.Dense(self.widths[i], dtype=self.dtype, name=f"narrow{i}")(x)
+      x = dense(self.widths[i], f"narrow{i}")(x)
       x = x.repeat(2, axis=1).repeat(2, axis=2)
       x = conv(x + skip, self.widths[i], 1, f"up{i}")
-    x = at_least_float32(nn.Dense(4 * self.classes, dtype=self.dtype, name="labels")(x))
+    x = at_least_float32(dense(4 * self.classes, "labels")(x))
     slices, H, W, _ = x.shape
     x = x.reshape(slices, H, W, 2, 2, self.classes).swapaxes(2, 3)
     return x.reshape(*stacks.shape, self.classes)
