@@ -157,20 +157,10 @@ def names(
     if rest.endswith("/kernel"):
       axes = (*axes[2:], 1, 0)
     if "/qkv/" in rest:
-      heads = heads_of(rest, config)
+      heads = vit.heads_of(rest, config.towers.ecg)
       parts = (3, heads, there[0] // (3 * heads), *there[1:])
       axes = (1, 0, 2) if rest.endswith("/bias") else (3, 1, 0, 2)
     yield (collection, path), Name(key, there, parts, axes)
-
-
-def heads_of(rest: str, config: ConfigDict) -> int:
-  """Of the attention of the ECG encoder, or of its decoder, that leaf `rest` belongs to."""
-  ecg = config.towers.ecg
-  size = vit.sized(ecg.size, ecg.get("decoder", ()))
-  if rest.startswith("decoder/"):
-    _, _, heads = size["decoder"]
-    return heads
-  return size["heads"]
 
 
 def torch_shape(rest: str, shape, config, module: str, kind: str) -> tuple[int, ...]:

@@ -42,6 +42,20 @@ def sized(size, decoder=()) -> dict:
   return numbers
 
 
+def heads_of(path: str, spec) -> int:
+  """Attention heads of an ECG transformer, or of its decoder, whichever `path` lies in.
+
+  Args:
+    path: of a parameter within the tower, such as `decoder/block0/qkv/kernel`.
+    spec: the tower's entry of config.model.towers.
+  """
+  size = sized(spec.size, spec.get("decoder", ()))
+  if path.startswith("decoder/"):
+    _, _, heads = size["decoder"]
+    return heads
+  return size["heads"]
+
+
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
   """Fixed 2-D sine-cosine positions, float64 [rows * columns, width]; half the width for the
   column, half for the row.

@@ -13,11 +13,15 @@ from scipy.interpolate import CubicSpline
 from mmcl_jax import models
 from mmcl_jax.data import schema
 from mmcl_jax.errors import UserError
-from mmcl_jax.models import towers
+from mmcl_jax.models import towers, vit
 from mmcl_jax.support.tree import flatten_variables
 from mmcl_jax.training import state as state_lib
 
 FRESH = "fresh"
+WITH_HEADS = (
+  "ecg_vit",
+  "st_mem",
+)  # ECG towers whose `size` says how many attention heads they have
 Key = tuple[str, str]  # of a leaf: its collection, params or batch_stats, and its path
 
 
@@ -76,6 +80,8 @@ def load_pretrained(
     where += difference(config, stages[workdir]["config"], module, where, workdir)
     here = {key: leaf for key, leaf in target.items() if top(key) == module}
     take_module(transfer, source, here, where, excepted)
+    if module == "ecg":
+      transfer.troubles.extend(other_heads(transfer, config, stages[workdir]["config"], where))
     paths |= {path for _, path in source.keys() | here.keys()}
   if transfer.troubles:
     raise UserError(
@@ -282,6 +288,24 @@ def difference(config, earlier, module: str, where: str, workdir: str) -> str:
       f"{here}; give the workdir of a tower of that view, or call the tower there {name}"
     )
   return f" (which looked at {before}, here at {here})"
+
+
+def other_heads(transfer: Transfer, config, earlier, where: str) -> list[str]:
+  """What is taken of the ECG encoder and has other attention heads here than in the earlier stage,
+  and so other columns of queries, keys and values (vit.split_qkv)."""
+  spec, before = (one.model.towers.get("ecg", {}) for one in (config, earlier))
+  if not {spec.get("fn"), before.get("fn")} <= set(WITH_HEADS):
+    return []
+  troubles = []
+  for key in transfer.new:
+    path = label(key)
+    _, _, within = path.partition("/")
+    if not re.fullmatch(r"ecg/.*\bqkv/kernel", path):
+      continue
+    there, here = vit.heads_of(within, before), vit.heads_of(within, spec)
+    if there != here:
+      troubles.append(f"{path} has {there} attention heads in {where} and {here} here")
+  return troubles
 
 
 def columns(shape) -> int:

@@ -395,6 +395,26 @@ def test_a_frozen_tower_that_is_loaded_is_fine():
   same(new.params["cmr_ed"]["backbone"], source["params"]["cmr_ed"]["backbone"])
 
 
+def test_other_attention_heads_of_the_same_width_are_an_error():
+  """Shapes fit, but the columns of queries, keys and values lie head by head."""
+  kernels = ("ecg/block0/qkv/kernel", "ecg/decoder/block0/qkv/kernel", "ecg/pool/qkv/kernel")
+
+  def config(heads, decoder_heads):
+    size = dict(width=8, depth=1, heads=heads, decoder=(8, 1, decoder_heads))
+    return ConfigDict(dict(model=dict(towers=dict(ecg=dict(fn="ecg_vit", size=size)))))
+
+  def troubles(here, there):
+    taken = dict.fromkeys([("params", path) for path in (*kernels, "ecg/cls_token")], 0)
+    transfer = initialise.Transfer(taken, {}, {}, [])
+    return initialise.other_heads(transfer, config(*here), config(*there), "W")
+
+  assert troubles((2, 4), (2, 4)) == []
+  assert troubles((2, 4), (2, 8)) == [f"{kernels[1]} has 8 attention heads in W and 4 here"]
+  assert troubles((2, 4), (4, 4)) == [
+    f"{kernel} has 4 attention heads in W and 2 here" for kernel in (kernels[0], kernels[2])
+  ]
+
+
 def test_what_load_says_comes_through():
   def load(workdir):
     raise UserError(f"{workdir} has no checkpoint")
