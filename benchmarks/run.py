@@ -114,9 +114,9 @@ def checkpoint(args) -> dict:
   default, _ = configuration.from_flags(
     "run", "", [f"--config={re.sub(',(steps|batch)=[0-9]+', '', args.recipe)}"], {}
   )
-  began, held, writing = [], [], []
-  polled = {}  # step that is being written or signed -> seconds for which the loop asked after it
-  to_global, save, poll = parallel.to_global, room.Checkpoints.save, room.Checkpoints.poll
+  began, held, polls, signed = [], [], [], []
+  to_global, save = parallel.to_global, room.Checkpoints.save
+  poll, sign = room.Checkpoints.poll, room.Checkpoints.sign
 
   def timed_to_global(*given):
     began.append(time.perf_counter())
@@ -126,27 +126,24 @@ def checkpoint(args) -> dict:
     at = time.perf_counter()
     save(self, step, *given, **named)
     held.append((step, time.perf_counter() - at))
-    polled[step] = 0.0
 
   def timed_poll(self):
     at = time.perf_counter()
     poll(self)
-    for step in list(polled):
-      polled[step] += time.perf_counter() - at
-      if self.pending is None and self.signing is None:
-        writing.append((step, len(began), polled.pop(step)))
+    polls.append(time.perf_counter() - at)
 
-  parallel.to_global, room.Checkpoints.save, room.Checkpoints.poll = (
-    timed_to_global,
-    timed_save,
-    timed_poll,
-  )
+  def noted_sign(self, step, *given):
+    sign(self, step, *given)
+    signed.append((step, len(began)))
+
+  parallel.to_global, room.Checkpoints.save = timed_to_global, timed_save
+  room.Checkpoints.poll, room.Checkpoints.sign = timed_poll, noted_sign
   with contextlib.redirect_stdout(io.StringIO()):
     train.train(config, flags.workdir)
   # took[i]: step i + 1 and what came between it and the next batch
   took = [b - a for a, b in zip(began, began[1:])]
   # steps that ran while it was written
-  beside = {step: range(step, signed) for step, signed, _ in writing if step < config.steps}
+  beside = {step: range(step, last) for step, last in signed if step < config.steps}
   saving = {step - 1 for step, _ in held} | {0, 1}
   calm = statistics.median(
     t
@@ -154,7 +151,7 @@ def checkpoint(args) -> dict:
     if i not in saving and not any(i in steps for steps in beside.values())
   )
   slower = [sum(took[i] - calm for i in steps if i < len(took)) for steps in beside.values()]
-  signing = [seconds for step, _, seconds in writing if step < config.steps]
+  polling = sum(polls) / len(held)
   stall = statistics.median(seconds for step, seconds in held if step < config.steps)
   size = sum(
     f.stat().st_size
@@ -162,11 +159,11 @@ def checkpoint(args) -> dict:
     if f.is_file()
   )
   # the steps beside are slower by the noise, or more
-  whole = stall + max(statistics.median(slower), statistics.median(signing))
+  whole = stall + max(statistics.median(slower), polling)
   return {
     "step_ms": round(1e3 * calm, 1),
     "save_call_s": round(stall, 3),
-    "signing_s": round(statistics.median(signing), 3),
+    "polling_s": round(polling, 3),
     "slower_beside_s": round(statistics.median(slower), 3),
     "mib": round(size / 2**20, 1),
     "saves": len(slower),
