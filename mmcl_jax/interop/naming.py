@@ -10,7 +10,7 @@ channels one after the other. All of them are torch's numbers with the axes in t
 in, out, and the axes of 1 left out.
 
 Of the columns of a qkv, torch has all of the queries first, [3, heads, width], we all of the first
-head, [heads, 3, width] (vit.split_qkv).
+head, [heads, 3, width] (kernels.split_qkv).
 """
 
 import re

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
+from mmcl_jax.models import short_attention
 from mmcl_jax.support.numerics import at_least_float32
 
 OWN = {"linear", "gelu", "attention", "permute", "convolve"}
@@ -29,19 +30,53 @@ OWN = {"linear", "gelu", "attention", "permute", "convolve"}
 def linear(x, w, b=None):
   """x [..., I] @ w [I, O] + b [O], all of one dtype; None: no bias.
 
-  Rows are flattened, since a CPU would take the weight's gradient of a 3-D x from a transposed copy
-  of it. What makes the incoming gradient would be computed once more, with strided access, in that
-  product, were it not for the barrier.
+  On a CPU what makes the incoming gradient would be computed once more, with strided access, in the
+  weight's, were it not for the barrier.
   """
   if "linear" not in OWN:
-    last_with_first = ((x.ndim - 1,), (0,)), ((), ())
-    y = lax.dot_general(x, w, last_with_first)
+    y = product(x, w)
     return y if b is None else y + b
-  rows = x.reshape(-1, x.shape[-1])
-  y = rows @ w
+  y = own_product(x, w)
   if b is not None:
     y = y + b
-  return gradient_barrier(y).reshape(*x.shape[:-1], w.shape[1])
+  return gradient_barrier(y)
+
+
+def product(x, w):
+  last_with_first = ((x.ndim - 1,), (0,)), ((), ())
+  return lax.dot_general(x, w, last_with_first)
+
+
+@jax.custom_vjp
+def own_product(x, w):
+  """x [..., I] @ w [I, O]; on a CPU alone its gradients are of flattened rows.
+
+  A CPU would take the weight's from a transposed copy of a 3-D x. On a TPU it is flattening that
+  copies, where the number of tokens is no multiple of 8.
+  """
+  return product(x, w)
+
+
+def product_forward(x, w):
+  return product(x, w), (x, w)
+
+
+def product_backward(saved, g):
+  return lax.platform_dependent(*saved, g, cpu=gradients_of_rows, default=gradients)
+
+
+def gradients(x, w, g):
+  """Those of x and w, as JAX derives them from the gradient of `product`."""
+  _, pull = jax.vjp(product, x, w)
+  return pull(g)
+
+
+def gradients_of_rows(x, w, g):
+  d_rows, d_w = gradients(x.reshape(-1, x.shape[-1]), w, g.reshape(-1, g.shape[-1]))
+  return d_rows.reshape(x.shape), d_w
+
+
+own_product.defvjp(product_forward, product_backward)
 
 
 @jax.custom_vjp
@@ -106,14 +141,44 @@ own_gelu.defvjp(gelu_and_derivative, gelu_backward)
 # attention
 
 
+def self_attention(qkv, heads: int):
+  """Softmax attention of N tokens to each other: qkv [B, N, 3 D], columns as of `split_qkv`, ->
+  [B, N, D].
+
+  On a TPU one kernel that reads qkv where it lies and keeps no N x N weights
+  (models/short_attention.py); else `attention`.
+  """
+
+  B, N, columns = qkv.shape
+
+  def of_parts(qkv):
+    q, k, v = split_qkv(qkv, heads)
+    return attention(q, k, v).reshape(B, N, columns // 3)
+
+  if "attention" not in OWN or not short_attention.suits(qkv, heads):
+    return of_parts(qkv)
+  on_tpu = functools.partial(short_attention.attention, heads=heads)
+  return lax.platform_dependent(qkv, tpu=on_tpu, default=of_parts)
+
+
+def split_qkv(qkv, heads: int):
+  """[B, N, 3 D] -> queries, keys and values [B, N, H, D / H].
+
+  The columns lie as [H, 3, D / H]: an equal part of them is all of some heads, so that devices that
+  share a matrix (config.sharding) need nothing of each other's (Shoeybi et al. 2019).
+  """
+  B, N, columns = qkv.shape
+  qkv = qkv.reshape(B, N, heads, 3, columns // (3 * heads))
+  return qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+
+
 def attention(q, k, v):
   """Softmax attention: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; the softmax in at
   least float32.
 
   On a CPU `own_attention`. On NVIDIA's GPUs in half precision cuDNN's flash attention, which
-  keeps no N x M weights. Elsewhere jax.nn.dot_product_attention as XLA compiles it, on a TPU too:
-  there JAX has no other. float64, which JAX would take down to float32, is `own_attention`
-  everywhere.
+  keeps no N x M weights. Elsewhere jax.nn.dot_product_attention as XLA compiles it. float64, which
+  JAX would take down to float32, is `own_attention` everywhere.
   """
   if q.dtype == jnp.float64:
     return own_attention(q, k, v)

@@ -12,7 +12,7 @@ class AttentionPool(nn.Module):
   the tokens.
 
   As MMCL fine-tunes (Turgut et al. 2025), with torch.nn.MultiheadAttention's parameters: `qkv` [D,
-  3D], its columns as of vit.split_qkv, and `proj` [D, D], both with bias.
+  3D], its columns as of kernels.split_qkv, and `proj` [D, D], both with bias.
   """
 
   heads: int
@@ -24,7 +24,7 @@ class AttentionPool(nn.Module):
 
     start = vit.by_heads(vit.Dense.kernel_init, self.heads)
     qkv = vit.Dense(3 * D, self.dtype, kernel_init=start, name="qkv")(tokens)
-    q, k, v = vit.split_qkv(qkv, self.heads)
+    q, k, v = kernels.split_qkv(qkv, self.heads)
     # a Linear of the mean token is the mean of the tokens' Linear
     q = q.mean(axis=1, keepdims=True)
     pooled = kernels.attention(q, k, v)

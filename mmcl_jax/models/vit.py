@@ -147,7 +147,8 @@ class Dense(nn.Module):
 
 
 def by_heads(init: nn.initializers.Initializer, heads: int) -> nn.initializers.Initializer:
-  """`init` for the `qkv` of an attention, whose columns lie as [heads, 3, width] (`split_qkv`).
+  """`init` for the `qkv` of an attention, whose columns lie as [heads, 3, width]
+  (kernels.split_qkv).
 
   It draws them as [3, heads, width], PyTorch's order, and sorts them.
   """
@@ -159,22 +160,11 @@ def by_heads(init: nn.initializers.Initializer, heads: int) -> nn.initializers.I
   return draw
 
 
-def split_qkv(qkv, heads: int):
-  """[B, N, 3 D] -> queries, keys and values [B, N, H, D / H].
-
-  The columns lie as [H, 3, D / H]: an equal part of them is all of some heads, so that devices that
-  share a matrix (config.sharding) need nothing of each other's (Shoeybi et al. 2019).
-  """
-  B, N, columns = qkv.shape
-  qkv = qkv.reshape(B, N, heads, 3, columns // (3 * heads))
-  return qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
-
-
 class Block(nn.Module):
   """Pre-norm transformer block; x [B, N, D].
 
-  Exact GELU, qkv in one matrix (`split_qkv`); dropout as timm's drop_rate: after `proj`, GELU and
-  `fc2`.
+  Exact GELU, qkv in one matrix (kernels.split_qkv); dropout as timm's drop_rate: after `proj`, GELU
+  and `fc2`.
   """
 
   heads: int
@@ -187,7 +177,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, keys=None):
-    B, N, D = x.shape
+    D = x.shape[-1]
 
     def dense(width, name, kernel_init=self.kernel_init):
       return Dense(width, self.dtype, kernel_init=kernel_init, name=name)
@@ -206,9 +196,7 @@ class Block(nn.Module):
     # attention between the tokens
     y = norm("norm1")(x)
     qkv = dense(3 * D, "qkv", by_heads(self.kernel_init, self.heads))(y)
-    q, k, v = split_qkv(qkv, self.heads)
-    y = kernels.attention(q, k, v)
-    y = y.reshape(B, N, D)
+    y = kernels.self_attention(qkv, self.heads)
     y = drop(dense(D, "proj")(y), 1)
     x = add(x, y, 0)
     # a perceptron on each token
@@ -309,7 +297,7 @@ def attention_weights(q, k):
 
 def queries_and_keys(qkv, heads: int):
   """[B, N, 3 D] -> queries and keys [B, N, H, D / H], float32."""
-  q, k, _ = split_qkv(qkv.astype(jnp.float32), heads)
+  q, k, _ = kernels.split_qkv(qkv.astype(jnp.float32), heads)
   return q, k
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mmcl_jax import models
 from mmcl_jax.data import schema
 from mmcl_jax.evaluators import statistics
-from mmcl_jax.models import inputs, towers, vit
+from mmcl_jax.models import inputs, kernels, towers, vit
 from mmcl_jax.models.cmr_tower import select_view
 from mmcl_jax.models.towers import ecg_vit, video_vit
 from mmcl_jax.projects.localisation import drawings, evaluator, maps, score
@@ -102,7 +102,7 @@ def test_a_token_is_embedded_as_if_all_were_like_it(pool):
     def dense(z, q):
       return z @ q["kernel"] + q["bias"]
 
-    _, _, value = vit.split_qkv(dense(z, p["pool"]["qkv"]), 2)
+    _, _, value = kernels.split_qkv(dense(z, p["pool"]["qkv"]), 2)
     z = dense(value.reshape(z.shape), p["pool"]["proj"])
   z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * norm[
     "scale"

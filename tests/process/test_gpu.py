@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attentions import RECIPES
 from common import ROOT, python
 from jax import export
 from jax._src.cudnn import fused_attention_stablehlo as wrapper
@@ -111,6 +112,14 @@ def test_every_attention_of_the_recipes_lowers_for_a_gpu_as_cudnns(recipes, gpu,
     q, k = tokens(n, width), tokens(m, width)
     calls = on_cuda(value_and_grad(kernels.attention), q, k, k)
     assert calls == ((1, 1) if n > 1 else (0, 0)), (name, n, m, width)
+
+
+def test_the_tpu_s_kernel_is_tested_on_every_self_attention_of_the_recipes(recipes):
+  found = {}
+  for n, m, width in sorted(recipes):
+    if n == m:
+      found[width] = (*found.get(width, ()), n)
+  assert found == RECIPES
 
 
 @pytest.mark.parametrize(

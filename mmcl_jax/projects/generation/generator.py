@@ -59,19 +59,16 @@ class Block(nn.Module):
     def by_head(x):
       return x.reshape(B, -1, self.heads, D // self.heads)
 
-    def attend(q, k, v):
-      return kernels.attention(q, k, v).reshape(B, N, D)
-
     start = vit.by_heads(vit.Dense.kernel_init, self.heads)
     qkv = dense(3 * D, "qkv", kernel_init=start)(norm(x, 0))
-    attended = attend(*vit.split_qkv(qkv, self.heads))
+    attended = kernels.self_attention(qkv, self.heads)
     x = x + gates[:, 0] * dense(D, "proj")(attended)
 
     kv = dense(2 * D, "cross_kv")(context)
     q = dense(D, "cross_q")(norm(x, 1))
     k, v = jnp.split(kv, 2, axis=-1)
-    attended = attend(by_head(q), by_head(k), by_head(v))
-    x = x + gates[:, 1] * dense(D, "cross_proj")(attended)
+    attended = kernels.attention(by_head(q), by_head(k), by_head(v))
+    x = x + gates[:, 1] * dense(D, "cross_proj")(attended.reshape(B, N, D))
 
     hidden = kernels.gelu(dense(4 * D, "fc1")(norm(x, 2)))
     return x + gates[:, 2] * dense(D, "fc2")(hidden)
