@@ -1,15 +1,15 @@
-"""What the joint recipe asks of TPU slices: `mmcl compile` of its sizes on slices of 16 to 512
-chips, as one table.
+"""What the joint recipe asks of TPU slices and nodes of GPUs: `mmcl compile` of its sizes on 8 to
+512 chips, as one table.
 
-    JAX_OPTIMIZATION_LEVEL=O0 python benchmarks/topologies.py --out=topologies.jsonl    # minutes a
-    case; run again, it goes on
+    python benchmarks/topologies.py --out=topologies.jsonl    # minutes a case; run again, it goes on
     python benchmarks/topologies.py --sizes demo tiny --topologies v5e:4x4 --config.sharding="(('.*', 'fsdp'),)"
 
-No TPU is needed, but libtpu is (pip install 'mmcl-jax[tpu]'). Every case is a process of its own
-and a line of --out, with what `mmcl compile` found or, where it refused (a step that does not fit
-the memory), its one line; a case that died leaves none and is tried again. Further words go to
-`mmcl compile`: --batch, --config.x.y. Products are bfloat16 unless they say otherwise. Ends with
-the table in Markdown of the cases asked for: bounds from published peaks, not times.
+No TPU and no GPU is needed, but their compilers are (pip install 'mmcl-jax[tpu]', 'mmcl-jax[cuda]').
+Every case is a process of its own and a line of --out, with what `mmcl compile` found or, where it
+refused (a step that does not fit the memory), its one line; a case that died, or whose compiler is
+not here, leaves none and is tried again. Further words go to `mmcl compile`: --batch, --config.x.y.
+Products are bfloat16 unless they say otherwise. Ends with the table in Markdown of the cases asked
+for: bounds from published peaks, not times.
 """
 
 import argparse
@@ -21,22 +21,33 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = ("demo", "tiny", "medium", "base", "large")
-TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:8x8x8")
+TOPOLOGIES = (
+  "v5e:4x4",
+  "v5e:16x16",
+  "v6e:16x16",
+  "v5p:8x8x8",
+  "2xv5e:16x16",
+  "h100:8",
+  "h100:4x8",
+)
 HEADER = (
   "size",
-  "slice",
+  "on",
   "batch",
   "parameters, M",
-  "HBM, GiB",
+  "buffers, GiB",
   "of",
+  "HBM traffic, GB",
   "TFLOP a chip",
   "sent, MB",
   "compute, ms",
   "memory, ms",
   "network, ms",
+  "latency, ms",
   "limited by",
   "MFU at most",
 )
+TIMES = ("compute", "memory", "network", "latency")
 
 
 def main():
@@ -44,7 +55,7 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--out", default="topologies.jsonl")
-  parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
+  parser.add_argument("--sizes", nargs="+", default=SIZES[1:], choices=SIZES)
   parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
   args, more = parser.parse_known_args()
   out, arguments = pathlib.Path(args.out), ["--config.model.dtype=bfloat16", *more]
@@ -90,7 +101,8 @@ def read(out: pathlib.Path, arguments: list[str]) -> dict[tuple[str, str], dict]
 
 
 def compile_case(size: str, topology: str, arguments: list[str]) -> dict | None:
-  """What `mmcl compile` says, {"error": its line} where it refused, None where it died."""
+  """What `mmcl compile` says, {"error": its line} where it refused the step, None where it died or
+  has no compiler."""
   command = [
     sys.executable,
     "-m",
@@ -106,7 +118,9 @@ def compile_case(size: str, topology: str, arguments: list[str]) -> dict | None:
   if done.returncode == 0:
     return json.loads(done.stdout.splitlines()[-1])
   print(done.stderr[-2000:], flush=True)
-  return {"error": done.stderr.strip().splitlines()[-1]} if done.returncode == 2 else None
+  if done.returncode != 2 or "pip install" in done.stderr:
+    return None
+  return {"error": done.stderr.strip().splitlines()[-1]}
 
 
 def table(cases) -> str:
@@ -118,7 +132,7 @@ def table(cases) -> str:
       )
       continue
     bound = found["estimate"]
-    times = [f"{1e3 * bound[f'{name}_s']:.2f}" for name in ("compute", "memory", "network")]
+    times = [f"{1e3 * bound[f'{name}_s']:.2f}" for name in TIMES]
     lines.append(
       [
         size,
@@ -127,6 +141,7 @@ def table(cases) -> str:
         f"{found['params'] / 1e6:.1f}",
         f"{found['memory']['total'] / 2**30:.2f}",
         f"{found['memory']['capacity'] / 2**30:.0f}",
+        f"{found['hbm_bytes'] / 1e9:.1f}",
         f"{found['matmul_flops'] / 1e12:.3f}",
         f"{sum(kind['sent'] for kind in found['collectives'].values()) / 1e6:.1f}",
         *times,

@@ -12,7 +12,7 @@ PROGRAMS = {
   "prepare": "raw recordings and images, or the synthetic heart, to a cohort",
   "inspect": "what a cohort holds, and one of its records as a picture",
   "train": "a recipe: joint pre-training of an ECG encoder with cardiac MRI, or a stage of it",
-  "compile": "what a recipe's training step needs on a TPU slice, told without a TPU",
+  "compile": "what a recipe's training step needs on TPUs or GPUs, told without one",
   "evaluate": "phenotypes, diseases, retrieval and localisation from a saved checkpoint",
   "compare": "evaluated runs side by side, on the same test subjects",
   "convert": "weights of PyTorch to a workdir, and a tower back to PyTorch",

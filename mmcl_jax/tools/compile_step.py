@@ -1,44 +1,47 @@
-"""`mmcl compile`: what a recipe's training step will need on a TPU slice, from the TPU's own
-compiler, without a TPU.
+"""`mmcl compile`: what a recipe's training step will need on TPUs or GPUs, from their own compiler,
+without one of them.
 
     mmcl compile --config=joint:base --topology=v5e:4x4 --config.model.dtype=bfloat16
 
 The very step of `mmcl train` is compiled ahead of time and read; nothing runs. The compiler comes
-with libtpu (pip install 'mmcl-jax[tpu]'). No cohort is needed: records are as `mmcl prepare` makes
-them by default; with --config.data.cohort=DIR as that cohort has them.
+with libtpu (pip install 'mmcl-jax[tpu]') or with jax's CUDA plugin (pip install 'mmcl-jax[cuda]', on
+Python 3.12 and later). No cohort is needed: records are as `mmcl prepare` makes them by default;
+with --config.data.cohort=DIR as that cohort has them.
 
-  --topology  chips of a slice: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB; or cpu:N, simulated devices
+  --topology  chips of a slice: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB; several slices: 2xv5e:16x16;
+              GPUs of a node: h100:N, h200:N; nodes x GPUs: h100:MxN; or cpu:N, simulated devices
               (no libtpu, no times)
   --batch     rows of the global batch. Default: config.per_device_batch times the devices of the
               data axis, where a recipe sets it; else the recipe's batch, taken up to the next one
               that they and config.accumulation divide
 
-The last line is a JSON object, of one device unless it says otherwise: memory (bytes), flops and
-bytes_accessed (the compiler's count, bodies of loops once; `loops` tells how often each runs, 0:
-not known), matmul_flops (matrix products of the step as written, loops and recomputation included,
-split evenly over the chips), collectives (kind -> count, bytes of the arrays exchanged, bytes
-sent), and an estimate: the least time for each of compute, memory and network at the published
-peaks, the largest of which bounds the step from below and the MFU from above. Waiting, latency and
-what cannot overlap come on top.
+The last line is a JSON object, of one device unless it says otherwise: memory (bytes), hbm_bytes
+(what the step reads from the memory and writes to it), flops (matrix products of the compiled step,
+but those of kernels that it calls), matmul_flops (of the step as written, recomputation included,
+split evenly over the chips), collectives (kind -> count, bytes of the arrays exchanged, bytes sent),
+loops (how often each runs; 0: not known, counted once), and an estimate: the least time for each of
+compute, memory and network at the published peaks, the largest of which bounds the step from below
+and the MFU from above. Waiting and what cannot overlap come on top; `latency_s` is what the hops of
+all exchanges would take one after the other (tools.estimate).
 
-A recipe with ResNet towers takes the TPU's compiler a quarter of an hour and more.
-JAX_OPTIMIZATION_LEVEL=O0 in the environment makes minutes of it, of a program that is a little
-worse: 300 MiB of buffers instead of 270 for joint:demo. `optimization` tells which it was.
+A TPU's program is read after XLA's optimisations, at which buffers are assigned. Code generation, a
+quarter of an hour for a recipe with ResNet towers, would come next and is not waited for.
 """
 
 import argparse
-import importlib.util
 import json
 import math
-import os
+import pathlib
 import re
+import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from mmcl_jax import configuration, models, objectives, ranges
@@ -46,18 +49,20 @@ from mmcl_jax.data import cohort as cohort_lib, pipeline, schema, standardise
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import exchange, inference, inputs
-from mmcl_jax.tools import hlo
-from mmcl_jax.training import chips, cohorts, flops, parallel, state as state_lib, step as step_lib
+from mmcl_jax.tools import estimate, hlo, targets
+from mmcl_jax.training import cohorts, flops, parallel, state as state_lib, step as step_lib
 
 USAGE = (
   "usage: mmcl compile --config=joint:base --topology=v5e:4x4 [--batch=N] [--config.x.y=V ...]"
 )
-
-
-# chip -> how libtpu is told whether both cores of a chip are one device
-TPUS = {"v4": "megacore", "v5e": "default", "v5p": "megacore", "v6e": "default"}
-SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # of v5e and v6e
-LARGEST = {"v4": 4096, "v5p": 6144}  # chips of one job
+# "Used 23.01G of 15.75G hbm", "temporaries (24.25G) exceeds available HBM (15.75G)"
+OUT_OF_MEMORY = re.compile(
+  r"\b([\d.]+[KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+[KMGT]?)\b", re.IGNORECASE
+)
+# XLA's names of what it writes down
+OPTIMISED = "after_optimizations"
+PROGRAM = f"{OPTIMISED}.txt"
+BUFFERS = f"{OPTIMISED}-buffer-assignment.txt"
 
 
 def main(argv):
@@ -71,7 +76,7 @@ def main(argv):
     USAGE,
     rest,
     paths={},
-    words={"topology": f"TPU slice ({', '.join(TPUS)}, such as v5e:4x4 or v5p:8x8x8), or cpu:N"},
+    words={"topology": "TPU slice (v5e:4x4, v5p:8x8x8, 2xv5e:16x16), GPUs (h100:4x8), or cpu:N"},
   )
   print(json.dumps(compile_step(config, flags.topology, given.batch)))
 
@@ -91,15 +96,18 @@ class Step(NamedTuple):
 
 
 def compile_step(config, topology: str, batch: int | None = None) -> dict:
-  """What `main` prints, as a dict. To be called in a process that has not used JAX's devices yet.
+  """What `main` prints, as a dict.
+
+  To be called in a process that has not used JAX's devices yet. For a TPU, a daemon thread goes on to
+  generate code until the process ends.
 
   Args:
     batch: rows of the global batch; None: see the module.
   """
   ranges.check(config)
   exchange.check(config)
-  devices, chip = find_devices(topology)
-  mesh = parallel.make_mesh(**config.mesh, devices=devices)
+  target = targets.find(topology)
+  mesh = parallel.make_mesh(**config.mesh, devices=target.devices)
   config.batch = batch or batch_of(config, mesh)
   parallel.check_batch(config.batch, mesh)
   step = training_step(config, mesh, topology)
@@ -108,29 +116,31 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
     begun = time.perf_counter()
     traced = step.function.trace(step.state, step.batch)
     say(f"traced and checked in {time.perf_counter() - begun:.0f} s; compiling")
-    compiled = compile_or_explain(traced.lower(), topology, config)
+    text, memory = compile_or_explain(traced.lower(), target, config)
     seconds = time.perf_counter() - begun
     say(f"compiled in {seconds:.0f} s")
 
-  collectives, loops = hlo.read(compiled.as_text())
-  memory = hlo.memory(compiled)
-  costs = hlo.costs(compiled)
-  if chip:
-    memory["capacity"] = chip.hbm_gib * 2**30
-  matmul_flops = flops.matmul_flops(traced.jaxpr) / len(devices)
-  sent = sum(collective.sent for collective in collectives)
+  collectives, loops = hlo.read(text)
+  counted = {
+    "flops": hlo.product_flops(text),
+    "hbm_bytes": hlo.hbm_bytes(text),
+    "matmul_flops": flops.matmul_flops(traced.jaxpr) / mesh.size,
+  }
+  bounds = None
+  if target.chip:
+    network = estimate.Network(target.groups, target.sides, mesh.shape["model"])
+    bounds = estimate.estimate(target.chip, network, collectives=collectives, **counted)
   return {
     "topology": topology,
-    "chips": len(devices),
+    "chips": mesh.size,
     "mesh": dict(mesh.shape),
     "batch": config.batch,
     "params": hlo.arrays(step.state.params),
     "memory": memory,
-    **costs,
-    "matmul_flops": matmul_flops,
+    **counted,
     "collectives": hlo.by_kind(collectives),
     "loops": sorted((loop.trips for loop in loops), reverse=True),
-    "estimate": estimate(chip, costs, matmul_flops, sent) if chip else None,
+    "estimate": bounds,
     "compile_s": round(seconds, 1),
     "jax": jax.__version__,
     "optimization": jax.config.jax_optimization_level,
@@ -178,75 +188,6 @@ def say(text: str) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # what to compile
-
-
-def find_devices(topology: str) -> tuple[list, chips.Chip | None]:
-  """Devices to compile for, none of which need exist, and what their chip can do (None: a CPU)."""
-  name, _, size = topology.partition(":")
-  if name == "cpu" and re.fullmatch("[1-9][0-9]{0,3}", size):
-    return simulated_devices(topology, int(size)), None
-  sides = ()
-  if re.fullmatch(r"\d{1,3}(x\d{1,3}){1,2}", size):
-    sides = tuple(int(side) for side in size.split("x"))
-  if name not in TPUS or not is_slice(name, sides):
-    expected = " ".join("x".join(map(str, slice_)) for slice_ in SLICES)
-    raise UserError(
-      f"--topology is {topology!r}; expected v5e: or v6e: with one of {expected}, v4: or v5p: with "
-      f"three sides of 1, 2 or multiples of 4 (v5p:8x8x8; up to {LARGEST['v4']:,} and "
-      f"{LARGEST['v5p']:,} chips), or cpu:N"
-    )
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError(
-      f"--topology={topology} needs the TPU's compiler, libtpu, which is not installed; pip "
-      "install 'mmcl-jax[tpu]' (no TPU is needed), or take --topology=cpu:8"
-    )
-  prepare_libtpu()
-  host = tuple(min(side, most) for side, most in zip((*sides, 1)[:3], (2, 2, 1)))
-  try:
-    description = topologies.get_topology_desc(
-      platform="tpu",
-      topology_name=topology,
-      chip_config_name=TPUS[name],
-      chips_per_host_bounds=host,
-    )
-    return description.devices, chips.CHIPS[name]
-  except Exception as error:  # libtpu has errors of its own for what it does not know
-    raise UserError(f"--topology={topology}: libtpu refuses it: {error}") from None
-
-
-def simulated_devices(topology: str, count: int) -> list:
-  """`count` devices of the CPU, which must be the first that this process asks for."""
-  jax.config.update("jax_platforms", "cpu")
-  earlier = os.environ.get("XLA_FLAGS", "")
-  os.environ["XLA_FLAGS"] = f"{earlier} --xla_force_host_platform_device_count={count}"
-  if len(jax.devices()) != count:
-    raise UserError(
-      f"--topology is {topology}, and this process has {len(jax.devices())} devices already; "
-      "compile in a process of its own"
-    )
-  return jax.devices()
-
-
-def prepare_libtpu() -> None:
-  """The step is traced with the CPU at hand; libtpu looks for no TPU, locks none, writes no log."""
-  jax.config.update("jax_platforms", "cpu")
-  for variable, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }.items():
-    os.environ.setdefault(variable, value)
-
-
-def is_slice(name: str, sides: tuple[int, ...]) -> bool:
-  if chips.CHIPS[name].dimensions == 2:
-    return sides in SLICES
-  if len(sides) != 3 or int(np.prod(sides)) > LARGEST[name]:
-    return False
-  return all(side in (1, 2) or (side and side % 4 == 0) for side in sides)
 
 
 def batch_of(config, mesh) -> int:
@@ -312,40 +253,64 @@ def global_batch(model, config, shapes, variables, mesh):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
 
 
-def compile_or_explain(lowered, topology: str, config):
+def compile_or_explain(lowered, target: targets.Target, config) -> tuple[str, dict[str, int]]:
+  """The text of the compiled step and its memory (hlo.memory)."""
+  needs = None
   try:
-    return lowered.compile()
+    if target.chip and target.chip.dimensions:
+      text, memory = optimised(lowered)
+    else:
+      compiled = lowered.compile()
+      text, memory = compiled.as_text(), hlo.memory(compiled)
+    if target.chip:
+      memory["capacity"] = target.chip.hbm_gib * 2**30
+      if memory["total"] > memory["capacity"]:
+        needs = f"{memory['total'] / 2**30:.2f}G of the {target.chip.hbm_gib}G"
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    needs = "does not fit a chip's memory"
-    if used := re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error)):
-      needs = f"needs {used[1]} of the {used[2]} bytes of a chip's memory"
+    used = OUT_OF_MEMORY.search(str(error))
+    needs = f"{used[1]} of the {used[2]}" if used else "more than the"
+  if needs:
     raise UserError(
-      f"a batch of {config.batch} on {topology} {needs}; take a smaller --batch, "
-      "config.accumulation, config.model.remat=blocks, "
+      f"a batch of {config.batch} on {target.topology} needs {needs} bytes of a chip's memory; take "
+      "a smaller --batch, config.accumulation, config.model.remat=blocks, "
       "config.sharding \"(('.*', 'fsdp'),)\" or a larger slice"
-    ) from None
+    )
+  return text, memory
 
 
-# --------------------------------------------------------------------------------------------------
-# estimate
+def optimised(lowered) -> tuple[str, dict[str, int]]:
+  """A TPU's program after XLA's optimisations and its memory, as soon as XLA has written both down.
+
+  The compiler goes on, in a daemon thread, to generate code.
+  """
+  compiled = futures.Future()
+
+  def compile_all(folder):
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      compiled.set_result(lowered.compile(compiler_options=options))
+    except Exception as error:
+      compiled.set_exception(error)
+
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    threading.Thread(target=compile_all, args=(folder,), daemon=True).start()
+    before, found = {}, written(folder)
+    while not compiled.done() and (len(found) < 2 or found != before):
+      time.sleep(1)
+      before, found = found, written(folder)
+    if compiled.done():
+      compiled.result()  # raises what the compiler did
+    files = written(folder)
+    texts = {file.name[file.name.index(OPTIMISED) :]: file.read_text() for file in files}
+  return texts[PROGRAM], hlo.memory_of_buffers(texts[BUFFERS])
 
 
-def estimate(chip: chips.Chip, costs: dict[str, float], matmul_flops: float, sent: float) -> dict:
-  """Bounds from the published peaks: no step is faster than the slowest of its three, each by
-  itself."""
-  seconds = {
-    "compute": max(costs["flops"], matmul_flops) / chip.flops,
-    "memory": costs["bytes_accessed"] / chip.hbm,
-    "network": sent / chip.network,
-  }
-  slowest = max(seconds, key=seconds.get)
-  return {f"{name}_s": value for name, value in seconds.items()} | {
-    "step_s": seconds[slowest],
-    "limited_by": slowest,
-    "mfu_bound": matmul_flops / chip.flops / seconds[slowest],
-  }
+def written(folder: str) -> dict[pathlib.Path, int]:
+  """Files of the program and of its buffer assignment, as far as XLA has written them -> bytes."""
+  files = pathlib.Path(folder).glob(f"*{OPTIMISED}*")
+  return {file: file.stat().st_size for file in files if file.name.endswith((PROGRAM, BUFFERS))}
 
 
 if __name__ == "__main__":

@@ -23,14 +23,18 @@ KINDS = (
   "collective-broadcast",
 )
 # others end in their number of bits: f32, u8, s4
-BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128, "bf16": 16}
+BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128, "bf16": 16}
 
-COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+# An array of a type, with its layout: f32[8,16]{1,0:T(8,128)S(1)}
+ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](?:\{([^}]*)\})?")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([^\s=]+) = (.+)$")
 OPERATION = re.compile(r"(?:^|\s)([a-z][a-z0-9\-]*)\(")
 CALLED = re.compile(
   r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([^\s,}]+)"
 )
+# What stands before the names of operands: types, with their layouts, and comments.
+TYPES = re.compile(r"/\*.*?\*/|\[[^\]]*\]|\{[^}]*\}")
 CALLED_LIST = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 
 
@@ -70,17 +74,56 @@ class Instruction(NamedTuple):
   name: str
   result: str  # its type, as in the text
   operation: str
+  operands: list[str]  # their names
   rest: str  # operands and attributes
 
 
+class Array(NamedTuple):
+  """An array of the compiled text."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  layout: str  # minor to major dimensions, tiles, memory: 1,0:T(8,128)S(1)
+
+  @property
+  def bytes(self) -> int:
+    return self.of_elements(math.prod(self.shape))
+
+  @property
+  def padded_bytes(self) -> int:
+    """What it takes in memory, where whole tiles lie."""
+    order, _, more = self.layout.partition(":")
+    minor_to_major = [int(dimension) for dimension in order.split(",") if dimension]
+    tile = re.match(r"T\(([\d,]+)\)", more)
+    lengths = list(self.shape)
+    if tile:
+      sides = [int(side) for side in tile[1].split(",")]
+      for dimension, side in zip(minor_to_major, reversed(sides)):
+        lengths[dimension] = math.ceil(lengths[dimension] / side) * side
+    return self.of_elements(math.prod(lengths))
+
+  @property
+  def in_hbm(self) -> bool:
+    """Not in another memory: S(1), VMEM, or further ones."""
+    return re.search(r"S\([1-9]", self.layout) is None
+
+  def of_elements(self, count: int) -> int:
+    bits = BITS[self.dtype] if self.dtype in BITS else int(re.search(r"\d+", self.dtype)[0])
+    return math.ceil(count * bits / 8)
+
+
+def arrays_of(text: str) -> list[Array]:
+  """The arrays of a type such as `(f32[8,16]{1,0}, bf16[3]{0})`."""
+  found = []
+  for dtype, lengths, layout in ARRAY.findall(text):
+    shape = tuple(int(length.lstrip("<=")) for length in lengths.split(",") if length)
+    found.append(Array(dtype, shape, layout))
+  return found
+
+
 def shape_bytes(text: str) -> int:
-  """Bytes of all arrays in a type such as `(f32[8,16]{1,0}, bf16[3]{0})`."""
-  total = 0
-  for dtype, shape in re.findall(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\]", text):
-    bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype)[0])
-    elements = math.prod(int(length.lstrip("<=")) for length in shape.split(",") if length)
-    total += math.ceil(elements * bits / 8)
-  return total
+  """Bytes of all arrays in a type, without padding."""
+  return sum(array.bytes for array in arrays_of(text))
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -98,8 +141,22 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
       if operation := OPERATION.search(value):
         result = value[: operation.start()]
         rest = value[operation.end() :]
-        here.append(Instruction(name, result, operation[1], rest))
+        here.append(Instruction(name, result, operation[1], operands_of(rest), rest))
   return modules, entry
+
+
+def operands_of(rest: str) -> list[str]:
+  """Names in `%x, f32[8]{0} %y), attributes`, from behind an operation's opening parenthesis."""
+  depth, inside = 1, ""
+  for letter in rest:
+    depth += (letter in "([{") - (letter in ")]}")
+    if depth == 0:
+      break
+    inside += letter
+  names = []
+  for operand in re.sub(r"\([^()]*\)", "", TYPES.sub("", inside)).split(","):
+    names += [word.lstrip("%") for word in operand.split()[-1:]]
+  return names
 
 
 def executions(
@@ -113,9 +170,9 @@ def executions(
     for instruction in modules[name]:
       trips = 1
       if instruction.operation == "while":
-        count = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
-        trips = int(count[1]) if count else 1
-        loops.append(Loop(instruction.name, trips if count else 0))
+        known = trip_count(instruction, modules)
+        trips = known or 1
+        loops.append(Loop(instruction.name, known))
       # they name what their async-start has run
       if instruction.operation in ("async-update", "async-done"):
         continue
@@ -123,6 +180,22 @@ def executions(
         if callee in modules:
           times[callee] += times[name] * trips
   return times, loops
+
+
+def trip_count(loop: Instruction, modules: dict[str, list[Instruction]]) -> int:
+  """How often a `while` runs; 0: not known.
+
+  As the compiler says, or else by a condition as JAX writes it, a counter below a constant: it
+  starts at 0 and goes up by 1.
+  """
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+    return int(known[1])
+  condition = modules.get(re.search(r"condition=%?([^\s,}]+)", loop.rest)[1])
+  if condition and condition[-1].operation == "compare" and "direction=LT" in condition[-1].rest:
+    for instruction in condition:
+      if instruction.name == condition[-1].operands[1] and instruction.operation == "constant":
+        return int(instruction.operands[0])
+  return 0
 
 
 def called_by(rest: str) -> list[str]:
@@ -194,6 +267,225 @@ def exchanges(
     yield kind, size, group
 
 
+# --------------------------------------------------------------------------------------------------
+# traffic of the memory
+
+# What a computation runs as its own instructions; those of a fusion are one.
+RUNS = ("while", "conditional", "call", "async-start")
+# What only names what lies in memory, or is counted where it starts or in what it runs.
+FREE = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "opt-barrier",
+  "domain",
+  "async-update",
+  *RUNS,
+}
+SLICES = ("slice", "dynamic-slice", "gather")
+
+
+def hbm_bytes(text: str) -> int:
+  """Bytes that a compiled step reads from a device's memory and writes to it.
+
+  Every instruction reads its operands and writes its results once, padded to the tiles of their
+  layout, unless they lie in VMEM. Of what it only slices it reads the slices, and of what it updates
+  in place it writes the update. What stands in a loop counts as often as it runs; all branches of a
+  conditional count.
+  """
+  modules, entry = computations(text)
+  times, _ = executions(modules, entry)
+  total = 0
+  for name in run_by(modules, entry):
+    scope = {instruction.name: instruction for instruction in modules[name]}
+    moved = 0
+    for instruction in modules[name]:
+      moved += bytes_read(instruction, scope, modules) + bytes_written(instruction, scope, modules)
+    total += times[name] * moved
+  return total
+
+
+def run_by(modules: dict[str, list[Instruction]], entry: str) -> set[str]:
+  """The entry and all that it runs by RUNS."""
+  found, ahead = set(), [entry]
+  while ahead:
+    name = ahead.pop()
+    if name in found or name not in modules:
+      continue
+    found.add(name)
+    for instruction in modules[name]:
+      if instruction.operation in RUNS:
+        ahead += called_by(instruction.rest)
+  return found
+
+
+def moves_nothing(instruction: Instruction) -> bool:
+  operation = instruction.operation
+  return (
+    operation in FREE
+    or operation.endswith("-done")
+    or 'custom_call_target="AllocateBuffer"' in instruction.rest
+  )
+
+
+def bytes_read(instruction: Instruction, scope: dict[str, Instruction], modules) -> int:
+  """Bytes of its operands, which `scope` names, that an instruction reads from HBM."""
+  operation = instruction.operation
+  # the type of a copy-start holds the source too, that of another start (all-gather) its operand
+  started = operation.endswith("-start") and operation != "all-reduce-start"
+  if started or moves_nothing(instruction):
+    return 0
+  total = 0
+  for i, name in enumerate(instruction.operands):
+    if name not in scope:
+      continue
+    whole = 0
+    for array in arrays_of(scope[name].result):
+      whole += array.padded_bytes if array.in_hbm else 0
+    part = part_read(instruction, i, modules)
+    total += whole if part is None else min(whole, part)
+  return total
+
+
+def part_read(instruction: Instruction, i: int, modules) -> int | None:
+  """Bytes of its i-th operand that an instruction looks at; None: all."""
+  if instruction.operation in SLICES and i == 0:
+    return sum(array.padded_bytes for array in arrays_of(instruction.result))
+  if instruction.operation == "dynamic-update-slice" and i == 0:
+    return 0
+  if instruction.operation == "fusion":
+    body = modules[called_by(instruction.rest)[0]]
+    for inner in body:
+      if inner.operation == "parameter" and inner.operands == [str(i)]:
+        return part_used(inner.name, body, modules)
+  return None
+
+
+def part_used(name: str, body: list[Instruction], modules) -> int | None:
+  """Bytes of `name` that the body of a fusion looks at; None: all."""
+  if name == body[-1].name:  # it is the result
+    return None
+  total = 0
+  for user in body:
+    for i, operand in enumerate(user.operands):
+      if operand != name or user.operation == "parameter":
+        continue
+      if user.operation == "bitcast":
+        part = part_used(user.name, body, modules)
+      else:
+        part = part_read(user, i, modules)
+      if part is None:
+        return None
+      total += part
+  return total
+
+
+def bytes_written(instruction: Instruction, scope: dict[str, Instruction], modules) -> int:
+  """Bytes that an instruction writes to HBM."""
+  if moves_nothing(instruction):
+    return 0
+  made_by, inner = [instruction], scope
+  if instruction.operation == "fusion":
+    body = modules[called_by(instruction.rest)[0]]
+    inner = {one.name: one for one in body}
+    made_by = [body[-1]]
+    if body[-1].operation == "tuple":
+      made_by = [inner[name] for name in body[-1].operands]
+  total = 0
+  for i, array in enumerate(arrays_of(instruction.result)):
+    if array.in_hbm:
+      part = part_written(made_by[i], inner) if i < len(made_by) else None
+      total += array.padded_bytes if part is None else min(array.padded_bytes, part)
+  return total
+
+
+def part_written(instruction: Instruction, scope: dict[str, Instruction]) -> int | None:
+  """Bytes of an update in place; None: the instruction writes all of its result."""
+  while instruction.operation == "bitcast" and instruction.operands[0] in scope:
+    instruction = scope[instruction.operands[0]]
+  if instruction.operation != "dynamic-update-slice":
+    return None
+  update = scope[instruction.operands[1]]
+  return sum(array.padded_bytes for array in arrays_of(update.result))
+
+
+# --------------------------------------------------------------------------------------------------
+# products
+
+
+def product_flops(text: str) -> int:
+  """FLOPs of the matrix products and convolutions that a device computes; 2 a multiply-add.
+
+  What stands in a loop counts as often as it runs, what meets padding or the zeros of a dilation
+  counts for nothing. Kernels that the program calls (Pallas, cuDNN) are not seen.
+  """
+  modules, entry = computations(text)
+  times, _ = executions(modules, entry)
+  total = 0
+  for name, instructions in modules.items():
+    scope = {instruction.name: instruction for instruction in instructions}
+    for instruction in instructions:
+      if instruction.operation == "dot":
+        total += times[name] * 2 * dot_products(instruction, scope)
+      elif instruction.operation == "convolution":
+        total += times[name] * 2 * convolution_products(instruction, scope)
+  return total
+
+
+def dot_products(instruction: Instruction, scope: dict[str, Instruction]) -> int:
+  left = arrays_of(scope[instruction.operands[0]].result)[0]
+  out = arrays_of(instruction.result)[0]
+  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+  dimensions = [int(one) for one in contracted[1].split(",") if one] if contracted else []
+  return math.prod(out.shape) * math.prod(left.shape[one] for one in dimensions)
+
+
+def convolution_products(instruction: Instruction, scope: dict[str, Instruction]) -> int:
+  """Multiply-adds; a TPU's products of matrices are convolutions too, batches as windows."""
+  x, kernel = (arrays_of(scope[name].result)[0] for name in instruction.operands[:2])
+  out = arrays_of(instruction.result)[0]
+  # b01f_01io->b01f: which dimension is what
+  of_x, of_kernel, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
+  window = re.search(r"window=\{([^}]*)\}", instruction.rest)
+  parts = dict(part.split("=") for part in window[1].split()) if window else {}
+  count = 1
+  for dimension in filter(str.isdigit, of_out):
+    place = int(dimension)
+
+    def part(name, default, place=place):
+      return int(parts[name].split("x")[place].split("_")[0]) if name in parts else default
+
+    count *= meetings(
+      x.shape[of_x.index(dimension)],
+      kernel.shape[of_kernel.index(dimension)],
+      out.shape[of_out.index(dimension)],
+      stride=part("stride", 1),
+      low=part("pad", 0),
+      dilation=part("lhs_dilate", 1),
+      kernel_dilation=part("rhs_dilate", 1),
+    )
+  features = kernel.shape[of_kernel.index("i")]
+  return count * features * out.shape[of_out.index("b")] * out.shape[of_out.index("f")]
+
+
+def meetings(
+  length: int, size: int, out: int, stride: int, low: int, dilation: int, kernel_dilation: int
+) -> int:
+  """Pairs of an output and a place of the window, along one dimension, that see an element of the
+  input."""
+  at = np.arange(out)[:, None] * stride + np.arange(size) * kernel_dilation - low
+  seen = (at >= 0) & (at <= (length - 1) * dilation) & (at % dilation == 0)
+  return int(seen.sum())
+
+
+# --------------------------------------------------------------------------------------------------
+
+
 def by_kind(collectives: list[Collective]) -> dict[str, dict[str, int]]:
   """{kind: count, bytes (of the arrays exchanged), sent (by a device)}."""
   total = {}
@@ -216,6 +508,21 @@ def memory(compiled) -> dict[str, int]:
     "temporaries": stats.temp_size_in_bytes,
     "code": stats.generated_code_size_in_bytes,
   }
+  return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
+
+
+def memory_of_buffers(text: str) -> dict[str, int]:
+  """`memory`, but for the code, from XLA's buffer assignment: the allocations in a device's own
+  memory, `color 0`. Constants count as temporaries."""
+  parts = {"arguments": 0, "output": 0, "aliased": 0, "temporaries": 0}
+  for size, uses in re.findall(r"^allocation \d+: size (\d+)(.*):$", text, re.MULTILINE):
+    if re.search(r", color [1-9]", uses):
+      continue
+    argument, output = ", parameter " in uses, ", maybe-live-out" in uses
+    parts["arguments"] += int(size) if argument else 0
+    parts["output"] += int(size) if output else 0
+    parts["aliased"] += int(size) if argument and output else 0
+    parts["temporaries"] += 0 if argument or output else int(size)
   return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
 
 

@@ -60,6 +60,8 @@ def inner_flops(eqn) -> int:
     return max(inner, default=0)
   if name == "scan":
     return eqn.params["length"] * sum(inner)
+  if name == "pallas_call":
+    return math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
   if name == "shard_map":
     # newly_manual_axes in jax 0.10
     axes = next(value for key, value in eqn.params.items() if key.endswith("manual_axes"))

@@ -4,229 +4,86 @@ table of topologies."""
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import threading
 import types
 
 import jax
-import jax.numpy as jnp
 import pytest
 from common import ROOT
-from jax.sharding import PartitionSpec as P
 
 from mmcl_jax import models
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import inputs
-from mmcl_jax.tools import compile_step as program, hlo
-from mmcl_jax.training import chips, flops, state as state_lib
+from mmcl_jax.tools import compile_step as program, estimate, gpus, hlo, targets
+from mmcl_jax.training import chips, state as state_lib
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import joint
 import topologies
 
-HLO = """\
-HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4,8]{1,0:T(8,128)})->f32[4,8]{1,0}}, num_partitions=8
 
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
-  %p = (s32[], f32[4,8]{1,0}) parameter(0)
-  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
-  %scattered = f32[2,8]{1,0} reduce-scatter(%x), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add
-  ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%p, %x)
-}
-
-%condition (p: (s32[], f32[4,8])) -> pred[] {
-  %p = (s32[], f32[4,8]{1,0}) parameter(0)
-  ROOT %yes = pred[] constant(true)
-}
-
-%inner (p: f32[4,8]) -> f32[4,8] {
-  %p = f32[4,8]{1,0} parameter(0)
-  ROOT %moved = f32[4,8]{1,0} all-to-all(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-}
-
-%all-reduce-scatter.3 (p: f32[4,8]) -> f32[2,8] {
-  %p = f32[4,8]{1,0:T(8,128)} parameter(0)
-  %all-reduce.9 = f32[4,8]{1,0:T(8,128)} all-reduce(%p), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
-  ROOT %slice = f32[2,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.9)
-}
-
-%never (p: f32[4,8]) -> f32[4,8] {
-  %p = f32[4,8]{1,0} parameter(0)
-  ROOT %lost = f32[4,8]{1,0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
-}
-
-ENTRY %main (x: f32[4,8]) -> f32[4,8] {
-  %x = f32[4,8]{1,0:T(8,128)} parameter(0)
-  %all-reduce.1 = (f32[4,8]{1,0:T(8,128)S(1)}, /*index=1*/bf16[3]{0}) all-reduce(%x, %x), replica_groups={}, to_apply=%add
-  %all-gather-start = (f32[4,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
-  %shifted = f32[4,8]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
-  %all-gather-done = f32[16,8]{1,0} all-gather-done(%all-gather-start)
-  %async = ((f32[4,8]), f32[4,8], u32[]) async-start(%x), calls=%inner
-  %async-done = f32[4,8]{1,0} async-done(%async), calls=%inner
-  %loop = (s32[], f32[4,8]{1,0}) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %unknown = (s32[], f32[4,8]{1,0}) while(%t), condition=%condition, body=%body
-  ROOT %fusion = f32[2,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3, metadata={op_name="all-reduce(x)"}
-}
-"""
-
-
-def test_collectives_of_a_known_text():
-  found, loops = hlo.read(HLO)
-  assert {(one.kind, one.count, one.bytes, one.group) for one in found} == {
-    ("all-reduce", 1, 4 * 8 * 4 + 3 * 2, 8),  # no groups given: all 8
-    ("all-gather", 1, 16 * 8 * 4, 4),  # the result, not the operand in the tuple
-    ("collective-permute", 1, 4 * 8 * 4, 8),
-    ("all-to-all", 1, 4 * 8 * 4, 4),  # once, though start and done both name it
-    ("reduce-scatter", 6, 2 * 8 * 4 * 2, 2),  # 5 turns and 1; of the operand
-    ("reduce-scatter", 1, 4 * 8 * 4, 4),
-  }  # the fusion, which sums all and keeps a slice
-  assert sorted(loop.trips for loop in loops) == [0, 5]
-
-
-def test_bytes_sent_by_a_device():
-  def sent(kind, group):
-    return hlo.Collective(kind, 3, 800, group).sent
-
-  assert sent("all-reduce", 4) == 3 * 2 * 600
-  assert sent("all-gather", 4) == sent("reduce-scatter", 4) == sent("all-to-all", 4) == 3 * 600
-  assert sent("collective-permute", 4) == 3 * 800
-  assert sent("all-reduce", 1) == 0
-  total = hlo.by_kind(
-    [hlo.Collective("all-reduce", 3, 800, 4), hlo.Collective("all-reduce", 1, 8, 2)]
-  )
-  assert total == {"all-reduce": {"count": 4, "bytes": 2408, "sent": 3608}}
-
-
-@pytest.mark.parametrize(
-  "text, size",
-  [
-    ("f32[]", 4),
-    ("bf16[3,5]{1,0:T(8,128)(2,1)}", 30),
-    ("pred[7]", 7),
-    ("s4[3]", 2),
-    ("token[]", 0),
-    ("(f32[2]{0}, u8[3]{0:S(1)}, c64[2])", 27),
-    ("f8e4m3fn[6]", 6),
-    ("f32[<=4,2]", 32),
-  ],
-)
-def test_bytes_of_a_type(text, size):
-  assert hlo.shape_bytes(text) == size
-
-
-@pytest.mark.parametrize(
-  "text, size",
-  [
-    ("replica_groups={{0,1},{2,3}}", 2),
-    ("replica_groups=[4,2]<=[8]", 2),
-    ("replica_groups=[1,8]<=[2,4]T(1,0)", 8),
-    ("", 16),
-    ("replica_groups={}", 16),
-    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
-    ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
-    ("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}", 4),
-    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, x={7}", 4),
-  ],
-)
-def test_devices_of_a_group(text, size):
-  assert hlo.group_size(text, 16) == size
-
-
-def test_products_are_counted_by_hand():
-  def count(f, *shapes):
-    return flops.matmul_flops(
-      jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
-    )
-
-  assert count(lambda x, w: x @ w, (6, 5), (5, 4)) == 2 * 6 * 5 * 4
-  assert (
-    count(lambda x, w: jnp.einsum("bij,bjk->bik", x, w), (3, 6, 5), (3, 5, 4)) == 3 * 2 * 6 * 5 * 4
-  )
-  # forwards, and of w
-  assert count(jax.grad(lambda w, x: jnp.square(x @ w).sum()), (5, 4), (6, 5)) == 2 * (
-    2 * 6 * 5 * 4
-  )
-
-  def loop(w, x):
-    return jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
-
-  assert count(loop, (4, 4), (3, 4)) == 7 * 2 * 3 * 4 * 4
-  again = jax.value_and_grad(
-    lambda w, x: jax.checkpoint(lambda w: jnp.sin(jnp.sin(x @ w) @ w))(w).sum()
-  )
-  # both; both again; of w twice and of sin(x @ w)
-  assert count(again, (4, 4), (3, 4)) == (2 + 2 + 3) * 2 * 3 * 4 * 4
-
-  def conv(x, k):
-    return jax.lax.conv_general_dilated(
-      x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-  assert count(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
-
-  def branch(x, w):
-    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
-
-  assert count(branch, (3, 4), (4, 4)) == 2 * 2 * 3 * 4 * 4
-  idle = jax.jit(lambda x, w: (x @ w, x @ w @ w))
-  # the compiler leaves the other out too
-  assert count(lambda x, w: idle(x, w)[0], (3, 4), (4, 4)) == 2 * 3 * 4 * 4
-  mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  split = jax.shard_map(
-    lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
-  )
-  assert count(split, (16, 4), (4, 4)) == 2 * 16 * 4 * 4
-
-
-def test_memory_and_costs_of_a_product():
-  shape = (
-    jax.ShapeDtypeStruct((128, 256), jnp.float32),
-    jax.ShapeDtypeStruct((256, 64), jnp.float32),
-  )
-  compiled = jax.jit(lambda x, w: x @ w).lower(*shape).compile()
-  memory, costs = hlo.memory(compiled), hlo.costs(compiled)
-  assert (memory["arguments"], memory["output"], memory["aliased"]) == (
-    4 * (128 * 256 + 256 * 64),
-    4 * 128 * 64,
-    0,
-  )
-  assert (
-    memory["total"]
-    == memory["arguments"] + memory["output"] + memory["temporaries"] + memory["code"]
-  )
-  assert 1 <= costs["flops"] / (2 * 128 * 256 * 64) < 1.1
-  assert 1 <= costs["bytes_accessed"] / (memory["arguments"] + memory["output"]) < 1.5
-  given_up = jax.jit(lambda x: x + 1, donate_argnums=0).lower(shape[0]).compile()
-  # once, not twice
-  assert hlo.memory(given_up)["total"] - hlo.memory(given_up)["code"] == 4 * 128 * 256
+CHIP = chips.Chip(flops=100.0, hbm_gib=1, hbm=10.0, network=5.0, network_between=0.5, dimensions=2)
+ONE = estimate.Network(groups=1, sides=(2, 2), model=1)
 
 
 def test_estimate_is_the_slowest_of_three():
-  chip = chips.Chip(
-    flops=100.0, hbm_gib=1, hbm=10.0, network=5.0, network_between=1.0, dimensions=2
-  )
-  found = program.estimate(
-    chip, {"flops": 200.0, "bytes_accessed": 80.0}, matmul_flops=150.0, sent=20.0
-  )
+  gathered = [hlo.Collective("all-gather", 2, 20, 2)]  # 10 sent, twice, over one hop
+  found = estimate.estimate(CHIP, ONE, 200.0, 80.0, 150.0, gathered)
   assert found == {
     "compute_s": 2.0,
     "memory_s": 8.0,
     "network_s": 4.0,
+    "latency_s": pytest.approx(2 * 2e-6),
     "step_s": 8.0,
     "limited_by": "memory",
     "mfu_bound": 150 / 100 / 8,
   }
-  looped = program.estimate(
-    chip, {"flops": 200.0, "bytes_accessed": 10.0}, matmul_flops=900.0, sent=20.0
-  )
-  # the compiler counts a loop's body once
+  looped = estimate.estimate(CHIP, ONE, 200.0, 10.0, 900.0, gathered)
+  # a kernel's products are seen in the step as written alone
   assert (looped["limited_by"], looped["mfu_bound"]) == ("compute", 1.0)
+
+
+@pytest.mark.parametrize(
+  "kind, within, between",
+  [
+    # of 4 devices in each of 2 slices: 800 bytes, a device's part 100
+    ("all-gather", 3 * 2 * 100, 100),
+    ("reduce-scatter", 3 * 2 * 100, 100),
+    ("all-reduce", 2 * 3 * 2 * 100, 2 * 100),
+    ("all-to-all", 3 * 100, 4 * 100),
+    ("collective-permute", 0, 800),
+  ],
+)
+def test_exchanges_between_slices_go_over_the_slow_network(kind, within, between):
+  network = estimate.Network(groups=2, sides=(2, 2), model=1)
+  seconds = estimate.exchange_seconds(CHIP, network, hlo.Collective(kind, 3, 800, 8))
+  assert seconds == pytest.approx(3 * (within / 5.0 + between / 0.5))
+  of_model = estimate.Network(groups=2, sides=(2, 2), model=2)
+  one = hlo.Collective(kind, 3, 800, 2)
+  assert estimate.exchange_seconds(CHIP, of_model, one) == one.sent / 5.0
+
+
+@pytest.mark.parametrize(
+  "name, network, kind, group, microseconds",
+  [
+    ("v5e", (1, (16, 16), 1), "all-reduce", 256, 2 * (8 + 8)),  # half way round both rings
+    ("v5e", (1, (4, 4), 1), "all-reduce", 16, 2 * (3 + 3)),  # no rings
+    ("v5p", (1, (4, 4, 8), 1), "all-gather", 128, 2 + 2 + 4),
+    ("v5e", (2, (16, 16), 1), "all-reduce", 512, 2 * (8 + 8 + 10)),
+    ("v5e", (2, (16, 16), 2), "all-reduce", 2, 2 * 1),  # the model axis stays within a slice
+    ("v5e", (1, (16, 16), 1), "collective-permute", 256, 1),
+    ("v5e", (1, (1, 1), 1), "all-reduce", 1, 0),
+    ("h100", (1, (8,), 1), "all-reduce", 8, 6.6 + 2 * 7 * 0.6),
+    ("h100", (4, (8,), 1), "all-reduce", 32, 6.6 + 2 * (7 * 0.6 + 2 * 5)),
+  ],
+)
+def test_latency_by_hops(name, network, kind, group, microseconds):
+  one = hlo.Collective(kind, 1, 4, group)
+  seconds = estimate.latency(chips.CHIPS[name], estimate.Network(*network), one)
+  assert 1e6 * seconds == pytest.approx(microseconds)
 
 
 def test_default_batch():
@@ -258,6 +115,14 @@ CONFIG = f"--config={ROOT}/configs/joint.py:test"
     (["--topology=v5p:8x8x9"], ["multiples of 4"]),
     (["--topology=v5p:32x32x32"], ["6,144 chips"]),
     (["--topology=cpu:0"], ["cpu:N"]),
+    (["--topology=0xv5e:4x4"], ["expected"]),
+    (["--topology=65xv5e:4x4"], ["2xv5e:16x16"]),
+    (["--topology=2xcpu:4"], ["expected"]),
+    (["--topology=2xh100:8"], ["nodes x GPUs (h100:4x8)"]),
+    (["--topology=h100:9"], ["1 to 8 GPUs"]),
+    (["--topology=h100:0"], ["1 to 8 GPUs"]),
+    (["--topology=h200:2x2x2"], ["expected"]),
+    (["--topology=a100:8"], ["h100: or h200:"]),
     (["--topology="], ["expected"]),
     (["--topology=v5e:4x4; rm"], ["expected"]),
     ([], ["missing --topology"]),
@@ -280,26 +145,88 @@ def test_what_cannot_be_compiled_is_one_line_before_any_compile(flags, words, mo
   assert "\n" not in text and all(word in text for word in words), text
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+  "topology, words",
+  [
+    ("v5e:4x4", r"libtpu, which is not installed; pip install 'mmcl-jax\[tpu\]'"),
+    ("h100:4x8", r"here is jax [\d.]+; pip install 'mmcl-jax\[cuda\]' on Python 3.12"),
+  ],
+)
+def test_without_its_compiler_it_says_what_to_install(topology, words, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(
-    UserError, match=r"libtpu, which is not installed; pip install 'mmcl-jax\[tpu\]'"
-  ):
-    program.find_devices("v5e:4x4")
+  with pytest.raises(UserError, match=words):
+    targets.find(topology)
 
 
-def test_a_step_that_does_not_fit_is_told_with_its_size():
-  class Lowered:
-    def compile(self):
-      raise jax.errors.JaxRuntimeError(
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.01G of 15.75G hbm. "
-        "Exceeded\n..."
-      )
+def test_a_cuda_plugin_of_an_older_jax_does_not_do(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  with pytest.raises(UserError, match=r"needs jax 0\.12 or later .* and its CUDA plugin; pip"):
+    targets.find("h200:8")
 
-  with pytest.raises(
-    UserError, match=r"batch of 8 on v5e:4x4 needs 23.01G of the 15.75G bytes.*--batch"
-  ):
-    program.compile_or_explain(Lowered(), "v5e:4x4", types.SimpleNamespace(batch=8))
+
+def test_a_gpus_step_is_compiled_as_a_launch_would():
+  assert f'XLA_FLAGS="{gpus.FLAGS} ' in (ROOT / "launch/env.sh").read_text()
+
+
+V5E = targets.Target("v5e:4x4", [], chips.CHIPS["v5e"], 1, (4, 4))
+ASSIGNED = "BufferAssignment:\nallocation 0: size {size}, preallocated-temp:\n"
+
+
+class Lowered:
+  """A program whose compiler writes what XLA does, and then goes on until the test ends."""
+
+  def __init__(self, size):
+    self.size, self.ends = size, threading.Event()
+
+  def compile(self, compiler_options):
+    for name, text in (
+      ("module_1.jit_step.before_optimizations.txt", "HloModule before"),
+      ("module_1.jit_step.after_optimizations_before_buffer_assignment.txt", "HloModule between"),
+      ("module_1.jit_step.after_optimizations-buffer-assignment-values.txt", "values"),
+      ("module_1.jit_step.after_optimizations-buffer-assignment.txt", ASSIGNED),
+      ("module_1.jit_step.after_optimizations.txt", "HloModule after"),
+    ):
+      path = pathlib.Path(compiler_options["xla_dump_to"], name)
+      path.write_text(text.format(size=self.size))
+    self.ends.wait(60)
+
+
+def test_a_tpus_program_is_read_before_its_code_is_there():
+  lowered = Lowered(2**20)
+  text, memory = program.compile_or_explain(lowered, V5E, types.SimpleNamespace(batch=8))
+  assert not lowered.ends.is_set()
+  lowered.ends.set()
+  assert text == "HloModule after"
+  assert memory["temporaries"] == memory["total"] == 2**20 and memory["capacity"] == 2**34
+
+
+@pytest.mark.parametrize(
+  "error, needs",
+  [
+    ("memory space hbm. Used 23.01G of 15.75G hbm. Exceeded\n...", "23.01G of the 15.75G bytes"),
+    (
+      "Ran out of memory on HBM, the total memory required for HLO temporaries (24.25G) exceeds "
+      "available HBM (15.75G).",
+      "24.25G of the 15.75G bytes",
+    ),
+    ("Ran out of memory", "more than the bytes"),
+  ],
+)
+def test_a_step_that_does_not_fit_is_told_with_its_size(error, needs):
+  class Refused:
+    def compile(self, compiler_options):
+      raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {error}")
+
+  with pytest.raises(UserError, match=f"batch of 8 on v5e:4x4 needs {needs}.*--batch"):
+    program.compile_or_explain(Refused(), V5E, types.SimpleNamespace(batch=8))
+
+
+def test_a_step_whose_buffers_are_too_many_is_refused():
+  lowered = Lowered(17 * 2**30)
+  lowered.ends.set()
+  with pytest.raises(UserError, match=r"needs 17.00G of the 16G bytes"):
+    program.compile_or_explain(lowered, V5E, types.SimpleNamespace(batch=8))
 
 
 def compile_in_a_process(*flags, timeout=600):
@@ -342,7 +269,7 @@ def test_the_step_on_simulated_devices():
   assert found["memory"]["aliased"] >= whole  # the state is donated
   assert found["collectives"].keys() == {"all-reduce", "all-gather"}  # as in test_devices.py
   assert found["collectives"]["all-reduce"]["bytes"] >= 4 * count
-  assert found["matmul_flops"] > 0 and found["flops"] > 0 and found["bytes_accessed"] > whole
+  assert found["matmul_flops"] > 0 and found["flops"] > 0 and found["hbm_bytes"] > whole
   assert "params/" in printed and "compiled in" in printed
 
 
@@ -354,7 +281,7 @@ def test_the_step_on_a_tpu_slice():
   found, _ = compile_in_a_process(
     "--topology=v5e:2x2", "--config.sharding=(('head_ecg/fc1/kernel', ('data', None)),)"
   )
-  assert (found["chips"], found["batch"]) == (4, 8)
+  assert (found["chips"], found["batch"]) == (4, 4 * 32)  # 32 a chip, as the recipe says
   assert (
     found["memory"]["capacity"]
     == 16 * 2**30
@@ -376,12 +303,14 @@ FOUND = {
   "batch": 2048,
   "params": 1_500_000,
   "memory": {"total": 2**31, "capacity": 2**34},
+  "hbm_bytes": 2.05e10,
   "matmul_flops": 2.5e12,
   "collectives": {"all-reduce": {"count": 1, "bytes": 10, "sent": 5_000_000}},
   "estimate": {
     "compute_s": 0.01,
     "memory_s": 0.025,
     "network_s": 0.001,
+    "latency_s": 0.002,
     "limited_by": "memory",
     "mfu_bound": 0.4,
   },
@@ -419,7 +348,7 @@ def test_table_of_topologies_goes_on_where_it_stopped(monkeypatch, tmp_path, cap
   printed = capsys.readouterr().out.splitlines()
   assert (
     printed[-2]
-    == "| demo | v5e:4x4 | 2,048 | 1.5 | 2.00 | 16 | 2.500 | 5.0 | 10.00 | 25.00 | 1.00 | memory | 40% |"
+    == "| demo | v5e:4x4 | 2,048 | 1.5 | 2.00 | 16 | 20.5 | 2.500 | 5.0 | 10.00 | 25.00 | 1.00 | 2.00 | memory | 40% |"
   )
   assert printed[-1].startswith("| demo | v6e:16x16 | does not fit |")
   monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")

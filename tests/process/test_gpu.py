@@ -19,22 +19,10 @@ from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
 from mmcl_jax import models
 from mmcl_jax.models import inputs, kernels, vit
-from mmcl_jax.tools import compile_step as program
+from mmcl_jax.tools import compile_step as program, gpus
 from mmcl_jax.training import state as state_lib
 
-AMPERE, HOPPER = kernels.Gpu((8, 0), 90800), kernels.Gpu((9, 0), 91200)
-
-
-def tell(patch, gpu):
-  """Everything that asks for the GPU at hand is told that it is this one."""
-
-  def parsed(capability):
-    return tuple(map(int, capability.split(".")))
-
-  patch(wrapper, "check_cudnn_version", lambda: gpu.cudnn)
-  patch(wrapper, "check_compute_capability", lambda least: gpu.capability >= parsed(least))
-  patch(wrapper, "is_cuda_compute_capability_equal", lambda one: gpu.capability == parsed(one))
-  patch(kernels, "gpu_at_hand", lambda: gpu)
+AMPERE, HOPPER = kernels.Gpu((8, 0), 90800), gpus.HOPPER
 
 
 def value_and_grad(function):
@@ -95,7 +83,7 @@ def noted(found, name, q, k, v):
 @pytest.mark.parametrize("gpu", [AMPERE, HOPPER], ids=["ampere", "hopper"])
 def test_every_attention_of_the_recipes_lowers_for_a_gpu_as_cudnns(recipes, gpu, monkeypatch):
   """With CLS (601, 301, 361), of masked views (121, 61), of CMR, across from latents to an ECG."""
-  tell(monkeypatch.setattr, gpu)
+  gpus.tell(monkeypatch.setattr, gpu)
   assert {
     (601, 601, 64),
     (121, 121, 64),
@@ -129,7 +117,7 @@ def test_the_tpu_s_kernel_is_tested_on_every_self_attention_of_the_recipes(recip
 )
 def test_what_cudnns_wrapper_refuses_is_left_to_xla(gpu, monkeypatch):
   """Nothing of this raises, and what has a call of cuDNN's is what `suits_cudnn` says."""
-  tell(monkeypatch.setattr, gpu)
+  gpus.tell(monkeypatch.setattr, gpu)
   for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
     for n, m, width in (
       (9, 9, 64),
@@ -200,7 +188,7 @@ def test_padded_tokens_are_seen_by_none(n, m):
 
 @pytest.mark.parametrize("levers", [dict(remat="blocks"), dict(remat="dots", scan=True)], ids=str)
 def test_remat_and_scan_lower_for_a_gpu(levers, monkeypatch):
-  tell(monkeypatch.setattr, HOPPER)
+  gpus.tell(monkeypatch.setattr, HOPPER)
   x = tokens(5, 16).update(shape=(2, 5, 16))
   params = jax.eval_shape(vit.Block(2).init, jax.random.key(0), x)["params"]
 
@@ -216,37 +204,15 @@ def test_remat_and_scan_lower_for_a_gpu(levers, monkeypatch):
   assert calls == (2 * blocks, blocks)  # forwards again in the backward pass
 
 
-# What XLA must know of a GPU to compile for it: NVIDIA's published figures of an H100 SXM and the
-# limits of compute capability 9.0 (CUDA C++ Programming Guide, "Compute Capabilities").
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  registers_per_block_limit: 65536  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  l2_cache_size: 52428800  memory_bandwidth: 3352320000000  device_memory_size: 85899345920
-  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 COMPILE = """
 import json, re, sys
 import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-import test_gpu
 from mmcl_jax.models.towers import ecg_vit
-from mmcl_jax.tools import hlo
+from mmcl_jax.tools import hlo, targets
 from mmcl_jax.training import parallel
 
-test_gpu.tell(setattr, test_gpu.HOPPER)
-nodes = topologies.get_topology_desc(platform="cuda", target_config=test_gpu.H100, topology="2x1x2")
-mesh = parallel.make_mesh(-1, 2, nodes.devices)
+mesh = parallel.make_mesh(-1, 2, targets.find("h100:2x2").devices)
 size = dict(width=128, depth=2, heads=2, decoder=(64, 1, 2))
 tower = ecg_vit.EcgViT(size, 500, patch=100, mask_ratio=0.8, dtype=jnp.bfloat16)
 def loss(params, x, keys):

@@ -116,18 +116,14 @@ def test_chips_that_are_a_part_of_their_slice_are_taken_as_they_come():
 TOPOLOGIES = """
 import json
 import jax
-from jax.experimental import topologies
 from jax.sharding import AxisType
-from mmcl_jax.tools import compile_step as program
+from mmcl_jax.tools import targets
 from mmcl_jax.training import parallel
 
 found = {}
 for size in ("v5e:4x4", "v4:4x4x4", "v5p:4x4x4", "v6e:4x4"):
-  program.find_devices(size)
   for slices in (1, 2):
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=size, chip_config_name=program.TPUS[size.partition(":")[0]],
-        chips_per_host_bounds=(2, 2, 1), num_slices=slices).devices
+    devices = targets.find(f"{slices}x{size}").devices
     for model in (1, 2, 4):
       grid = parallel.make_mesh(-1, model, devices).devices
       found[f"{size} {slices} {model}"] = [
