@@ -16,10 +16,10 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mmcl_jax.models import kernels
-from mmcl_jax.tools import compile_step as program
+from mmcl_jax.tools import targets
 from mmcl_jax.training import parallel
 
-devices, _ = program.find_devices(sys.argv[1])
+devices = targets.find(sys.argv[1]).devices
 mesh = parallel.make_mesh(-1, 1, devices)
 found = {}
 for tokens, heads, width, dtype in json.loads(sys.argv[2]):
