@@ -20,7 +20,6 @@ from mmcl_jax.training import (
   checkpoint,
   goodput,
   loop,
-  metrics,
   monitor,
   parallel,
   people,
@@ -68,23 +67,10 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       make_train_step(job.model, job.objectives, begun.optimizer, config, job.standardiser),
       begun.shardings,
     )
-    writer = metrics.create_writer(
-      config.writers, workdir, job.start, just_logging=jax.process_index() > 0
-    )
     checkpoints = checkpoint.Checkpoints(workdir, config.keep, people.as_arrays(job.people))
     at_the_end.callback(checkpoints.release)  # before another run may hold the workdir
     requests = loop.Requests(asked_to_stop, clock, config.every.save_minutes)
-    watch = monitor.Monitor(
-      config,
-      workdir,
-      job.objectives,
-      writer,
-      checkpoints,
-      spent,
-      job.start,
-      begun.best,
-      begun.skipped,
-    )
+    watch = monitor.Monitor(job, begun, checkpoints, spent)
     trace = profile.Profile(config.profile, workdir)
 
     # Evaluate -> save -> take the next batch -> step -> write the metrics of the step before. What
@@ -101,8 +87,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       if watching or saving or request:
         request = max(request, watch.flush())
       if watching:
-        with spent.on("evaluating"):
-          watch.evaluated(step, evaluators.scores(watching, context.at(step, state)))
+        watch.evaluated(step, evaluators.scores(watching, context.at(step, state)))
       over = watch.is_over(step)
       if saving or (not begins and (request or over or step == watch.best.step)):
         about = loop.meta(job, step, watch.best, watch.skipped, data.spacing)
@@ -115,13 +100,10 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
       with spent.on("waiting_for_data", unless=watch.is_computing):
         rows = requests.add_to(next(data.batches))
         batch = parallel.to_global(rows, job.mesh)
-      if begins:
-        with spent.on("compiling"):
+      with spent.on("compiling" if begins else "training"), trace.step(step + 1):
+        if begins:
           watch.at_peak_s = loop.seconds_at_peak(train_step, state, batch)
-          state, values = train_step(state, batch)
-      else:
-        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-          state, values = train_step(state, batch)
+        state, values = train_step(state, batch)
       request = watch.flush()
       with spent.on("saving"):
         checkpoints.poll()
@@ -129,7 +111,7 @@ def train(config, workdir: str, asked_to_stop=lambda: False, clock=time.monotoni
     with spent.on("saving"):
       trace.end(step, state, over=True)
       checkpoints.close()
-    writer.close()
+    watch.close()
   loop.finish(job, step, over, watch.best, spent)
   return state
 

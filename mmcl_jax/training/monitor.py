@@ -49,22 +49,27 @@ class Monitor:
   device; counts, writes and prints.
 
   Args:
+    job: the run (setup.Job).
+    begun: where it begins or resumes (setup.Start).
     spent: what the time goes to (goodput.Goodput).
-    start: the step that the run begins or resumes at.
-    best, skipped: as of `start`.
   """
 
-  def __init__(self, config, workdir, objectives, writer, checkpoints, spent, start, best, skipped):
-    self.config, self.workdir, self.objectives = config, workdir, objectives
-    self.writer, self.checkpoints, self.spent = writer, checkpoints, spent
-    self.best, self.skipped = best, skipped
+  def __init__(self, job, begun, checkpoints, spent):
+    config = job.config
+    self.config, self.workdir, self.objectives = config, job.workdir, job.objectives
+    self.checkpoints, self.spent = checkpoints, spent
+    self.best, self.skipped = begun.best, begun.skipped
+    self.first_process = jax.process_index() == 0
+    self.writer = metrics.create_writer(
+      config.writers, job.workdir, job.start, just_logging=not self.first_process
+    )
     self.spikes = Spikes()
-    self.progress = metrics.Progress(start, config.steps, config.batch)
+    self.progress = metrics.Progress(job.start, config.steps, config.batch)
     self.pending = None  # (step, metrics) on the device
     # a step's products at the devices' published peak, where that is known (loop.seconds_at_peak)
     self.at_peak_s = None
-    self.looked = start, 0.0  # step and seconds of steps when utilisation was last computed
-    self.first_process = jax.process_index() == 0
+    # step and seconds of steps when utilisation was last computed
+    self.looked = job.start, 0.0
 
   def add(self, step: int, values) -> None:
     """The metrics of `step`, which may not be computed yet."""
@@ -126,12 +131,13 @@ class Monitor:
   def evaluated(self, step: int, scores_of_each: Iterable[dict[str, float]]) -> None:
     """Writes and prints what each evaluator finds, as it is found, and keeps the best step."""
     scores = {}
-    for of_evaluator in scores_of_each:
-      self.writer.write_scalars(step, of_evaluator)
-      if self.first_process:
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in of_evaluator.items())
-        print(f"validation {step}/{self.config.steps}  {shown}", flush=True)
-      scores |= of_evaluator
+    with self.spent.on("evaluating"):
+      for of_evaluator in scores_of_each:
+        self.writer.write_scalars(step, of_evaluator)
+        if self.first_process:
+          shown = "  ".join(f"{name} {value:.3f}" for name, value in of_evaluator.items())
+          print(f"validation {step}/{self.config.steps}  {shown}", flush=True)
+        scores |= of_evaluator
     if self.config.stop_after and self.config.stop_on in scores:
       # by the first host's number: hosts that differed by a rounding would part for good
       mine = np.float32([scores[self.config.stop_on]])
@@ -153,6 +159,9 @@ class Monitor:
         "--config.stop_after=0 trains without it"
       )
     return over
+
+  def close(self) -> None:
+    self.writer.close()
 
 
 # -- Bad rows and steps --

@@ -45,6 +45,10 @@ class Profile:
       jax.profiler.start_trace(self.folder)
       self.began = step
 
+  def step(self, step: int):
+    """A context in which what is given to the devices counts as `step` in a trace."""
+    return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
   def end(self, step: int, state, over: bool = False) -> None:
     """Writes the trace if `step`, which computes `state`, is the last to trace or the run is
     over."""
