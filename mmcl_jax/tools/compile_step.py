@@ -49,7 +49,7 @@ from mmcl_jax.data import cohort as cohort_lib, pipeline, schema, standardise
 from mmcl_jax.data.preprocess import cmr as preprocess_cmr, ecg as preprocess_ecg
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import exchange, inference, inputs
-from mmcl_jax.tools import estimate, hlo, targets
+from mmcl_jax.tools import estimate, hlo, targets, traffic
 from mmcl_jax.training import cohorts, flops, parallel, state as state_lib, step as step_lib
 
 USAGE = (
@@ -123,7 +123,7 @@ def compile_step(config, topology: str, batch: int | None = None) -> dict:
   collectives, loops = hlo.read(text)
   counted = {
     "flops": hlo.product_flops(text),
-    "hbm_bytes": hlo.hbm_bytes(text),
+    "hbm_bytes": traffic.hbm_bytes(text),
     "matmul_flops": flops.matmul_flops(traced.jaxpr) / mesh.size,
   }
   bounds = None
@@ -297,7 +297,7 @@ def optimised(lowered) -> tuple[str, dict[str, int]]:
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     threading.Thread(target=compile_all, args=(folder,), daemon=True).start()
     before, found = {}, written(folder)
-    while not compiled.done() and (len(found) < 2 or found != before):
+    while not compiled.done() and not (len(found) == 2 and found == before and all(found.values())):
       time.sleep(1)
       before, found = found, written(folder)
     if compiled.done():

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from mmcl_jax.tools import hlo
+from mmcl_jax.tools import hlo, traffic
 from mmcl_jax.training import flops
 
 HLO = """\
@@ -287,7 +287,7 @@ def test_bytes_of_the_memory_by_hand():
   fetched, converted = x, half
   exchanged = (half + half) + (half + gathered)
   kernel = gathered + x
-  assert hlo.hbm_bytes(TRAFFIC) == 5 * turn + fetched + converted + exchanged + kernel
+  assert traffic.hbm_bytes(TRAFFIC) == 5 * turn + fetched + converted + exchanged + kernel
 
 
 @pytest.mark.parametrize(
