@@ -1,9 +1,9 @@
 """Functions with a derivative of their own, where the one that JAX derives loses time or memory.
 
-What is as good everywhere has one form. What helps a CPU alone is chosen when a program is lowered,
-by its platform (jax.lax.platform_dependent), so that a TPU's program is the same wherever it was
-compiled. They have no forward-mode derivative (jax.jvp). Letters: B batch, N tokens, H heads, D
-width of a head.
+What is as good everywhere has one form. What helps one platform alone is chosen when a program is
+lowered (jax.lax.platform_dependent), so that a TPU's program is the same wherever it was compiled.
+They have no forward-mode derivative (jax.jvp). Letters: B batch, N tokens, H heads, D width of a
+head.
 
 OWN names those in use. To measure one (docs/performance.md), take its name out before anything is
 traced: JAX's form takes its place.

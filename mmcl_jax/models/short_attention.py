@@ -222,7 +222,9 @@ def softmax(q, k):
 def dot(a, b, of_a: int, of_b: int):
   """Product over the dimensions of_a and of_b of two matrices, float32."""
   contracted = ((of_a,), (of_b,)), ((), ())
-  return lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+  # jax_default_matmul_precision is of float32; products of bfloat16 numbers are exact in it
+  precision = lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+  return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
 
 
 def columns(ref, i: int, width: int):
