@@ -229,9 +229,10 @@ def read(text: str) -> tuple[list[Collective], list[Loop]]:
   partitions = re.search(r"num_partitions=(\d+)", text)
   everyone = int(partitions[1]) if partitions else 1
   counts = collections.Counter()
+  chains = set()
   for name, instructions in modules.items():
     if times[name]:
-      for exchange in exchanges(name, instructions, everyone):
+      for exchange in exchanges(name, instructions, everyone, chains):
         counts[exchange] += times[name]
   collectives = []
   for (kind, size, group), count in sorted(counts.items()):
@@ -240,15 +241,26 @@ def read(text: str) -> tuple[list[Collective], list[Loop]]:
 
 
 def exchanges(
-  name: str, instructions: list[Instruction], everyone: int
+  name: str, instructions: list[Instruction], everyone: int, chains: set[str]
 ) -> Iterator[tuple[str, int, int]]:
-  """(kind, bytes, group) of every exchange in the computation `name`, see Collective."""
+  """(kind, bytes, group) of every exchange in the computation `name`, see Collective.
+
+  Args:
+    chains: channels of the chains that were counted, to which those of this computation are added.
+      A TPU runs an exchange piece by piece beside the products of a chain of fusions, and each of
+      them names it.
+  """
   groups = {}  # of what has started, by its name
   for instruction in instructions:
     operation, rest = instruction.operation, instruction.rest
     kind = operation.removesuffix("-start").removesuffix("-done")
     if kind not in KINDS:
       continue
+    if "chain_id=" in rest:
+      channel = re.search(r"channel_id=(\d+)", rest)[1]
+      if channel in chains:
+        continue
+      chains.add(channel)
     # its type also holds operands; that of its -done is the result alone
     if operation.endswith("-start"):
       groups[instruction.name] = group_size(rest, everyone)

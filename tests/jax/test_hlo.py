@@ -41,6 +41,16 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4,8]{1,0:T
   ROOT %slice = f32[2,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.9)
 }
 
+%async_collective_fusion.1 (p: f32[4,8]) -> f32[32,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %piece = f32[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.2 (p: f32[4,8]) -> f32[32,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %piece.1 = f32[32,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
 %never (p: f32[4,8]) -> f32[4,8] {
   %p = f32[4,8]{1,0} parameter(0)
   ROOT %lost = f32[4,8]{1,0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
@@ -50,6 +60,8 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
   %x = f32[4,8]{1,0:T(8,128)} parameter(0)
   %all-reduce.1 = (f32[4,8]{1,0:T(8,128)S(1)}, /*index=1*/bf16[3]{0}) all-reduce(%x, %x), replica_groups={}, to_apply=%add
   %all-gather-start = (f32[4,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %first = f32[32,8]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %second = f32[32,8]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
   %shifted = f32[4,8]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
   %all-gather-done = f32[16,8]{1,0} all-gather-done(%all-gather-start)
   %async = ((f32[4,8]), f32[4,8], u32[]) async-start(%x), calls=%inner
@@ -65,6 +77,7 @@ def test_collectives_of_a_known_text():
   found, loops = hlo.read(HLO)
   assert {(one.kind, one.count, one.bytes, one.group) for one in found} == {
     ("all-reduce", 1, 4 * 8 * 4 + 3 * 2, 8),  # no groups given: all 8
+    ("all-gather", 1, 32 * 8 * 4, 8),  # once, though both fusions of its chain name it
     ("all-gather", 1, 16 * 8 * 4, 4),  # the result, not the operand in the tuple
     ("collective-permute", 1, 4 * 8 * 4, 8),
     ("all-to-all", 1, 4 * 8 * 4, 4),  # once, though start and done both name it
