@@ -156,18 +156,19 @@ class Progress:
   def __init__(self, start: int, end: int, batch: int):
     self.step, self.end, self.batch, self.time = start, end, batch, time.monotonic()
 
-  def report(self, step: int, scalars: dict[str, float], utilisation: float | None = None) -> None:
-    """Prints the line of a step; utilisation: a share, None where it is not known."""
+  def report(self, step: int, scalars: dict[str, float], utilisation: str) -> None:
+    """Prints the line of a step; utilisation: such as `MFU 38.2%`, or empty."""
     now = time.monotonic()
     rate = (step - self.step) / max(now - self.time, 1e-9)
     left = round((self.end - step) / rate) if rate else 0
     values = "  ".join(f"{name} {x:.4g}" for name, x in scalars.items())
     recordings = rate * self.batch
-    mfu = "" if utilisation is None else f"MFU {utilisation:.1%}  "
+    if utilisation:
+      utilisation += "  "
     minutes, seconds = divmod(left, 60)
     print(
       f"train {step}/{self.end}  {values}  {rate:.2f} steps/s  {recordings:.0f} recordings/s  "
-      f"{mfu}ETA {minutes}:{seconds:02d}",
+      f"{utilisation}ETA {minutes}:{seconds:02d}",
       flush=True,
     )
     self.step, self.time = step, now

@@ -120,13 +120,19 @@ class Monitor:
         shown[objective.name] = values[f"{objective.name}/loss"]
       self.progress.report(step, shown, self.utilisation(step))
 
-  def utilisation(self, step: int) -> float | None:
-    """Model FLOP/s utilisation since it was last asked for: products at peak, as a share of the
-    time that steps took."""
+  def utilisation(self, step: int) -> str:
+    """Such as `MFU 38.2%`, since it was last asked for: products at peak, as a share of the time
+    that steps took. "" where no peak is known.
+
+    Model FLOP/s utilisation; hardware FLOP/s utilisation, HFU, where products are computed again
+    for the backward pass and count again (Chowdhery et al. 2022).
+    """
     (earlier, before), self.looked = self.looked, (step, self.spent.stepping())
     if self.at_peak_s is None:
-      return None
-    return (step - earlier) * self.at_peak_s / max(self.looked[1] - before, 1e-9)
+      return ""
+    share = (step - earlier) * self.at_peak_s / max(self.looked[1] - before, 1e-9)
+    again = self.config.model.remat != "none" or self.config.accumulation > 1
+    return f"{'HFU' if again else 'MFU'} {share:.1%}"
 
   def evaluated(self, step: int, scores_of_each: Iterable[dict[str, float]]) -> None:
     """Writes and prints what each evaluator finds, as it is found, and keeps the best step."""

@@ -9,6 +9,7 @@ import json
 import re
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ import pytest
 from common import ecg_config, python
 from ml_collections import ConfigDict
 
-from mmcl_jax import augment, models, train
+from mmcl_jax import augment, configuration, models, train
 from mmcl_jax.errors import UserError
 from mmcl_jax.models import cmr_tower
 from mmcl_jax.training import (
   checkpoint,
   chips,
   goodput,
+  monitor,
   over_split,
   parallel,
   profile,
@@ -114,6 +116,19 @@ def test_the_log_tells_utilisation(watched):
   found = re.findall(r"^train (\d)/6 .*  MFU (\S+)%  ETA", watched[1], re.MULTILINE)
   assert [step for step, _ in found] == ["2", "4", "6"]
   assert all(0 <= float(share) < 1 for _, share in found)  # a tick is a second
+
+
+@pytest.mark.parametrize(
+  "remat, accumulation, name",
+  [("none", 1, "MFU"), ("blocks", 1, "HFU"), ("none", 2, "HFU")],
+)
+def test_what_is_computed_again_is_utilisation_of_the_hardware(remat, accumulation, name):
+  watch = object.__new__(monitor.Monitor)
+  watch.config = configuration.defaults(batch=4, steps=9)
+  watch.config.model.remat, watch.config.accumulation = remat, accumulation
+  watch.spent, watch.looked = types.SimpleNamespace(stepping=lambda: 10.0), (3, 6.0)
+  watch.at_peak_s = 0.5
+  assert watch.utilisation(7) == f"{name} 50.0%"  # 4 steps of 0.5 s at peak in 4 s
 
 
 def test_utilisation_is_products_at_peak_of_the_time_of_steps():
