@@ -71,9 +71,14 @@ def estimate(
 
 
 def groups_of(network: Network, collective: Collective) -> int:
-  """Slices or nodes that one exchange spans: all, unless it is of the model axis."""
-  of_model = collective.group == network.model > 1
-  return 1 if of_model or collective.group % network.groups else network.groups
+  """Slices or nodes that one exchange spans: all, unless it is of as many devices as the model axis
+  or one group has (XLA may divide what all exchange into such stages)."""
+  each = math.prod(network.sides)
+  of_all = (each * network.groups, each * network.groups // network.model)
+  of_one = (network.model, each, each // network.model)
+  if collective.group not in of_all and collective.group in of_one:
+    return 1
+  return network.groups if collective.group % network.groups == 0 else 1
 
 
 def exchange_seconds(chip: Chip, network: Network, collective: Collective) -> float:
@@ -109,6 +114,8 @@ def latency(chip: Chip, network: Network, collective: Collective) -> float:
   sides = network.sides
   if collective.group == network.model > 1:
     sides = (network.model,)
+  elif collective.group == groups:  # one device of each
+    sides = ()
   hops = sum(farthest(chip, side) for side in sides)
   between = math.ceil(math.log2(groups))
   turns = 2 if collective.kind == "all-reduce" else 1  # gathers the sum, then spreads it

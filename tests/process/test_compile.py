@@ -61,6 +61,8 @@ def test_exchanges_between_slices_go_over_the_slow_network(kind, within, between
   network = estimate.Network(groups=2, sides=(2, 2), model=1)
   seconds = estimate.exchange_seconds(CHIP, network, hlo.Collective(kind, 3, 800, 8))
   assert seconds == pytest.approx(3 * (within / 5.0 + between / 0.5))
+  one_slice = hlo.Collective(kind, 3, 800, 4)
+  assert estimate.exchange_seconds(CHIP, network, one_slice) == one_slice.sent / 5.0
   of_model = estimate.Network(groups=2, sides=(2, 2), model=2)
   one = hlo.Collective(kind, 3, 800, 2)
   assert estimate.exchange_seconds(CHIP, of_model, one) == one.sent / 5.0
@@ -73,6 +75,8 @@ def test_exchanges_between_slices_go_over_the_slow_network(kind, within, between
     ("v5e", (1, (4, 4), 1), "all-reduce", 16, 2 * (3 + 3)),  # no rings
     ("v5p", (1, (4, 4, 8), 1), "all-gather", 128, 2 + 2 + 4),
     ("v5e", (2, (16, 16), 1), "all-reduce", 512, 2 * (8 + 8 + 10)),
+    ("v5e", (2, (16, 16), 1), "all-reduce", 256, 2 * (8 + 8)),  # of one slice
+    ("v5e", (2, (16, 16), 1), "all-reduce", 2, 2 * 10),  # of both, one device each
     ("v5e", (2, (16, 16), 2), "all-reduce", 2, 2 * 1),  # the model axis stays within a slice
     ("v5e", (1, (16, 16), 1), "collective-permute", 256, 1),
     ("v5e", (1, (1, 1), 1), "all-reduce", 1, 0),
