@@ -38,8 +38,8 @@ def check(config) -> None:
     raise UserError(f"config.gradient_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
   if dtype == "bfloat16" and config.model.dtype != dtype:
     raise UserError(
-      f"config.gradient_dtype is bfloat16, and config.model.dtype is {config.model.dtype}; expected "
-      "bfloat16 there too, or config.gradient_dtype=float32"
+      f"config.gradient_dtype is bfloat16, and config.model.dtype is {config.model.dtype}; "
+      "expected bfloat16 there too, or config.gradient_dtype=float32"
     )
 
 

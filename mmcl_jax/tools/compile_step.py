@@ -4,8 +4,8 @@ without one of them.
     mmcl compile --config=joint:base --topology=v5e:4x4 --config.model.dtype=bfloat16
 
 The very step of `mmcl train` is compiled ahead of time and read; nothing runs. The compiler comes
-with libtpu (pip install 'mmcl-jax[tpu]') or with jax's CUDA plugin (pip install 'mmcl-jax[cuda]', on
-Python 3.12 and later). No cohort is needed: records are as `mmcl prepare` makes them by default;
+with libtpu (pip install 'mmcl-jax[tpu]') or with jax's CUDA plugin (pip install 'mmcl-jax[cuda]',
+on Python 3.12 and later). No cohort is needed: records are as `mmcl prepare` makes them by default;
 with --config.data.cohort=DIR as that cohort has them.
 
   --topology  chips of a slice: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB; several slices: 2xv5e:16x16;
@@ -18,11 +18,11 @@ with --config.data.cohort=DIR as that cohort has them.
 The last line is a JSON object, of one device unless it says otherwise: memory (bytes), hbm_bytes
 (what the step reads from the memory and writes to it), flops (matrix products of the compiled step,
 but those of kernels that it calls), matmul_flops (of the step as written, recomputation included,
-split evenly over the chips), collectives (kind -> count, bytes of the arrays exchanged, bytes sent),
-loops (how often each runs; 0: not known, counted once), and an estimate: the least time for each of
-compute, memory and network at the published peaks, the largest of which bounds the step from below
-and the MFU from above. Waiting and what cannot overlap come on top; `latency_s` is what the hops of
-all exchanges would take one after the other (tools.estimate).
+split evenly over the chips), collectives (kind -> count, bytes of the arrays exchanged, bytes
+sent), loops (how often each runs; 0: not known, counted once), and an estimate: the least time for
+each of compute, memory and network at the published peaks, the largest of which bounds the step
+from below and the MFU from above. Waiting and what cannot overlap come on top; `latency_s` is what
+the hops of all exchanges would take one after the other (tools.estimate).
 
 A TPU's program is read after XLA's optimisations, at which buffers are assigned. Code generation, a
 quarter of an hour for a recipe with ResNet towers, would come next and is not waited for.
@@ -98,8 +98,8 @@ class Step(NamedTuple):
 def compile_step(config, topology: str, batch: int | None = None) -> dict:
   """What `main` prints, as a dict.
 
-  To be called in a process that has not used JAX's devices yet. For a TPU, a daemon thread goes on to
-  generate code until the process ends.
+  To be called in a process that has not used JAX's devices yet. For a TPU, a daemon thread goes on
+  to generate code until the process ends.
 
   Args:
     batch: rows of the global batch; None: see the module.
@@ -273,8 +273,8 @@ def compile_or_explain(lowered, target: targets.Target, config) -> tuple[str, di
     needs = f"{used[1]} of the {used[2]}" if used else "more than the"
   if needs:
     raise UserError(
-      f"a batch of {config.batch} on {target.topology} needs {needs} bytes of a chip's memory; take "
-      "a smaller --batch, config.accumulation, config.model.remat=blocks, "
+      f"a batch of {config.batch} on {target.topology} needs {needs} bytes of a chip's memory; "
+      "take a smaller --batch, config.accumulation, config.model.remat=blocks, "
       "config.sharding \"(('.*', 'fsdp'),)\" or a larger slice"
     )
   return text, memory

@@ -125,9 +125,9 @@ def latency(chip: Chip, network: Network, collective: Collective) -> float:
 def farthest(chip: Chip, side: int) -> int:
   """Hops to the farthest chip of a dimension.
 
-  Half way round where the dimension is a ring: sides that are multiples of 4 on v4 and v5p, of 16 on
-  v5e and v6e (Cloud TPU documentation, "TPU configurations"). GPUs pass on in a ring of NCCL's, one
-  way.
+  Half way round where the dimension is a ring: sides that are multiples of 4 on v4 and v5p, of 16
+  on v5e and v6e (Cloud TPU documentation, "TPU configurations"). GPUs pass on in a ring of NCCL's,
+  one way.
   """
   closed = {2: side == 16, 3: side % 4 == 0}.get(chip.dimensions, False)
   return side // 2 if closed else side - 1

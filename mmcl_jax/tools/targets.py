@@ -46,7 +46,7 @@ class Target(NamedTuple):
 def find(topology: str) -> Target:
   """The target that --topology names (see the module).
 
-  It must be the first use of JAX's devices in this process, of which it takes the CPU to trace with.
+  It must be the first use of JAX's devices in this process: steps are traced with its CPU.
 
   Raises:
     UserError: there is no such topology, or its compiler is not installed.

@@ -26,9 +26,9 @@ def hbm_bytes(text: str) -> int:
   """Bytes that a compiled step reads from a device's memory and writes to it.
 
   Every instruction reads its operands and writes its results once, padded to the tiles of their
-  layout, unless they lie in VMEM. Of what it only slices it reads the slices, and of what it updates
-  in place it writes the update. What stands in a loop counts as often as it runs; all branches of a
-  conditional count.
+  layout, unless they lie in VMEM. Of what it only slices it reads the slices, and of what it
+  updates in place it writes the update. What stands in a loop counts as often as it runs; all
+  branches of a conditional count.
   """
   modules, entry = computations(text)
   times, _ = executions(modules, entry)

@@ -1,7 +1,7 @@
 """Goodput: the share of a run's wall time that was training, and what the rest went to.
 
-    WORKDIR/goodput.jsonl      a line each time that `mmcl train` ends in order: {"from": step, "to":
-                               step, KIND: seconds, ...}
+    WORKDIR/goodput.jsonl      a line each time that `mmcl train` ends in order:
+                               {"from": step, "to": step, KIND: seconds, ...}
 
 Each moment counts as one of KINDS: compiling, the first call of the step; loading, all before the
 first batch is asked for; saving, where the loop waits for a checkpoint (or a profile); evaluating,

@@ -18,10 +18,8 @@ from mmcl_jax.support.tree import flatten_variables
 from mmcl_jax.training import state as state_lib
 
 FRESH = "fresh"
-WITH_HEADS = (
-  "ecg_vit",
-  "st_mem",
-)  # ECG towers whose `size` says how many attention heads they have
+# ECG towers whose `size` says how many attention heads they have
+WITH_HEADS = ("ecg_vit", "st_mem")
 Key = tuple[str, str]  # of a leaf: its collection, params or batch_stats, and its path
 
 
@@ -91,10 +89,7 @@ def load_pretrained(
   check_excepted(excepted, paths, wanted)
   origin = transfer.origin
   check_frozen(config, origin)
-  for path, treatment in state_lib.treatments(config, state.params).items():
-    if treatment.frozen and origin["params", path].startswith(FRESH):
-      origin["params", path] += ", and frozen so"
-
+  note_frozen(config, state.params, origin)
   state = state.replace(
     params=replaced(state.params, "params", transfer.new),
     statistics=replaced(state.statistics, "batch_stats", transfer.new),
@@ -369,3 +364,10 @@ def check_frozen(config, origin) -> None:
       f"{' and '.join(random)}; give config.init_from.{random[0]} the workdir of a stage that "
       f"trained {them}"
     )
+
+
+def note_frozen(config, params, origin: dict[Key, str]) -> None:
+  """Adds to the origin of parameters that start fresh and are frozen that they stay as they are."""
+  for path, treatment in state_lib.treatments(config, params).items():
+    if treatment.frozen and origin["params", path].startswith(FRESH):
+      origin["params", path] += ", and frozen so"

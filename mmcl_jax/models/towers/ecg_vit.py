@@ -208,7 +208,7 @@ class EcgViT(nn.Module):
       x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
       position = position[0][keep]
     x = self.patch_embed(x)  # [B, M, D]
-    # one for each row before they are rounded, so that a learned one's gradient is summed in float32
+    # one for each row before they are rounded: the gradient of a learned one is summed in float32
     x += jnp.broadcast_to(position, x.shape).astype(x.dtype)
     cls = self.cls_token
     if learned:

@@ -62,7 +62,9 @@ def shares_of(spec, record: dict, cells: np.ndarray) -> dict[str, np.ndarray]:
   for phase, (planes, labels) in truth(spec, record["labels"]).items():
     inside = []
     for names in STRUCTURES.values():
-      inside.append(np.isin(labels, [schema.LABELS[name] for name in names]).ravel())
+      values = [schema.LABELS[name] for name in names]
+      of_structure = np.isin(labels, values)
+      inside.append(of_structure.ravel())
     inside = np.stack(inside)
     chance = np.where(inside.any(axis=1), inside.mean(axis=1), np.nan)
     share = top_share(relevance[:, planes].reshape(len(relevance), -1), inside)
