@@ -86,9 +86,10 @@ def main(argv):
     (folder / ARTEFACT).write_bytes(artefact)
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     (folder / CARD).write_text(card, encoding="utf-8")
+  megabytes = len(artefact) / 1e6
   print(
-    f"step {run.step} for {', '.join(platforms)}: {place / ARTEFACT} ({len(artefact) / 1e6:,.1f} "
-    f"MB), {ABOUT}, {CARD}"
+    f"step {run.step} for {', '.join(platforms)}: {place / ARTEFACT} ({megabytes:,.1f} MB), "
+    f"{ABOUT}, {CARD}"
   )
 
 

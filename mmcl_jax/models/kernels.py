@@ -72,7 +72,9 @@ def gradients(x, w, g):
 
 
 def gradients_of_rows(x, w, g):
-  d_rows, d_w = gradients(x.reshape(-1, x.shape[-1]), w, g.reshape(-1, g.shape[-1]))
+  rows = x.reshape(-1, x.shape[-1])
+  g_rows = g.reshape(-1, g.shape[-1])
+  d_rows, d_w = gradients(rows, w, g_rows)
   return d_rows.reshape(x.shape), d_w
 
 

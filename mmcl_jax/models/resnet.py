@@ -160,7 +160,8 @@ class Bottleneck(Residual):
     if self.span > 1:  # neighbours along the slice axis beside each other, then one matrix product
       reach = self.span // 2
       x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
-      x = jnp.concatenate([x[:, i : i + Z] for i in range(self.span)], axis=-1)
+      neighbours = [x[:, i : i + Z] for i in range(self.span)]
+      x = jnp.concatenate(neighbours, axis=-1)
     y = self.pointwise(self.width, "conv1")(x)
     y = nn.relu(norm("norm1")(y))
     y = self.plane(self.stride, "conv2")(y)

@@ -155,7 +155,9 @@ def by_heads(init: nn.initializers.Initializer, heads: int) -> nn.initializers.I
 
   def draw(key, shape, dtype):
     x = init(key, shape, dtype)
-    return x.reshape(*shape[:-1], 3, heads, -1).swapaxes(-3, -2).reshape(shape)
+    x = x.reshape(*shape[:-1], 3, heads, -1)
+    x = x.swapaxes(-3, -2)
+    return x.reshape(shape)
 
   return draw
 

@@ -85,9 +85,10 @@ def is_slice(name: str, sides: tuple[int, ...]) -> bool:
 
 def are_nodes(sides: tuple[int, ...]) -> bool:
   """Whether sides are (GPUs,) or (nodes, GPUs)."""
-  return (
-    len(sides) < 3 and 1 <= sides[-1] <= GPUS_A_NODE and 1 <= math.prod(sides[:-1]) <= MOST_GROUPS
-  )
+  if len(sides) > 2:
+    return False
+  nodes = math.prod(sides[:-1])
+  return 1 <= sides[-1] <= GPUS_A_NODE and 1 <= nodes <= MOST_GROUPS
 
 
 def simulated_devices(topology: str, count: int) -> list:
@@ -110,13 +111,16 @@ def tpu(topology: str, name: str, sides: tuple[int, ...], slices: int) -> Target
       "install 'mmcl-jax[tpu]' (no TPU is needed), or take --topology=cpu:8"
     )
   prepare_libtpu()
-  host = tuple(min(side, most) for side, most in zip((*sides, 1)[:3], (2, 2, 1)))
+  # of the chips of a slice, a host has 2 x 2
+  host = []
+  for side, most in zip((*sides, 1)[:3], (2, 2, 1)):
+    host.append(min(side, most))
   try:
     description = topologies.get_topology_desc(
       platform="tpu",
       topology_name=f"{name}:{'x'.join(map(str, sides))}",
       chip_config_name=TPUS[name],
-      chips_per_host_bounds=host,
+      chips_per_host_bounds=tuple(host),
       num_slices=slices,
     )
   except Exception as error:  # libtpu has errors of its own for what it does not know

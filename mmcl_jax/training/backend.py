@@ -47,7 +47,11 @@ def devices() -> list[jax.Device]:
     ) from None
   if distributed.this_host.index == 0:
     counts = Counter(x.device_kind for x in found)
-    say(", ".join(f"{count} device{'s' * (count > 1)}: {kind}" for kind, count in counts.items()))
+    kinds = []
+    for kind, count in counts.items():
+      devices = "1 device" if count == 1 else f"{count} devices"
+      kinds.append(f"{devices}: {kind}")
+    say(", ".join(kinds))
   return found
 
 

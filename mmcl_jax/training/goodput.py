@@ -73,5 +73,9 @@ def describe(shares: dict[str, float], seconds: float) -> str:
   """A line such as `goodput 91.0%: of 1:02:03 training 91.0%, compiling 4.0%, ...`."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  parts = [f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in shares.items()]
-  return f"goodput {shares['training']:.1%}: of {hours}:{minutes:02d}:{rest:02d} {', '.join(parts)}"
+  parts = []
+  for kind, share in shares.items():
+    words = kind.replace("_", " ")
+    parts.append(f"{words} {share:.1%}")
+  useful = shares["training"]
+  return f"goodput {useful:.1%}: of {hours}:{minutes:02d}:{rest:02d} {', '.join(parts)}"
