@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmcl_jax.models import short_attention
+
 # Width of a head -> tokens of all self-attention of the recipes at full size (test_gpu.py looks
 # them up): ECGs with CLS and of masked views, CMR, latents.
 RECIPES = {
@@ -42,3 +44,19 @@ def difference(found, expected):
     float(np.abs(np.subtract(a, b, dtype=np.float64)).max() / np.abs(b).max())
     for a, b in zip(found, expected, strict=True)
   )
+
+
+def check_kernel(tokens, heads, width):
+  """Value and gradient of the kernel in interpret mode are those of JAX's own attention.
+
+  float32; and bfloat16 against float32 of the same numbers, of which rounding (2^-9) is left: of
+  the output and its gradient, and of weights and gradients of logits before their products.
+  """
+  ours = functools.partial(short_attention.attention, heads=heads, interpret=True)
+  plain = functools.partial(plain_attention, heads=heads)
+  for dtype, bound in (("float32", 4e-6), ("bfloat16", 1e-2)):
+    qkv, weight = drawn(tokens, heads, width, dtype, rows=1)
+    found = value_and_gradient(ours, qkv, weight)
+    assert {x.dtype.name for x in found} == {dtype}
+    expected = value_and_gradient(plain, *(x.astype(jnp.float32) for x in (qkv, weight)))
+    assert difference(found, expected) < bound, dtype

@@ -396,7 +396,8 @@ def test_integrated_gradients_are_complete_and_explain_the_model_s_own_cosine(
   gains["ecg"] = np.mean([cosine(ecg, z) - cosine(flat_ecg, z) for z in towers], axis=0)
   for name, found in completeness.items():
     np.testing.assert_allclose(found["gain"], gains[name], atol=1e-5)
-    assert np.abs(found["gain"]).min() > 0.003, found
+    # ten times what the sum may be off by
+    assert np.abs(found["gain"]).min() > 0.001, found
     np.testing.assert_allclose(found["sum"], found["gain"], rtol=0.02, atol=1e-4)
     assert found["error"] == pytest.approx(np.abs(np.subtract(found["sum"], found["gain"])).max())
 

@@ -1,15 +1,20 @@
-"""The TPU's attention in the hands of the TPU's compiler, without a TPU."""
+"""The TPU's attention at every size of the recipes, in interpret mode and in the hands of the TPU's
+compiler, without a TPU."""
 
 import importlib.util
 import json
 
 import pytest
+from attentions import RECIPES, check_kernel
 from common import python
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason="no libtpu: pip install 'mmcl-jax[tpu]' brings the TPU's compiler",
-)
+SELF_ATTENTIONS = [(tokens, 2, width) for width, counts in RECIPES.items() for tokens in counts]
+
+
+@pytest.mark.parametrize("tokens, heads, width", [*SELF_ATTENTIONS, (501, 2, 64)])
+def test_value_and_gradient_are_jaxs_at_every_size_of_the_recipes(tokens, heads, width):
+  check_kernel(tokens, heads, width)
+
 
 COMPILE = """
 import json, sys
@@ -47,6 +52,10 @@ CASES = (
 )
 
 
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="no libtpu: pip install 'mmcl-jax[tpu]' brings the TPU's compiler",
+)
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_value_and_gradient_compile_for_a_tpu(topology):
   """Two calls of the kernel, nothing gathered from other chips, nothing N x N kept."""
