@@ -18,6 +18,9 @@ from mmcl_jax import prepare
 from mmcl_jax.data import cohort as cohort_lib
 from mmcl_jax.support import processes
 
+# XLA reads its flags once a process: before a test that changes them, for all that come after it.
+jax.devices()
+
 # Under nohup some are ignored, and would be by the programs that tests start and signal.
 for signum in processes.SIGNALS:
   if signal.getsignal(signum) is signal.SIG_IGN:
