@@ -3,7 +3,7 @@
 if command -v nvidia-smi > /dev/null; then
   # Collectives beside computation: off in XLA, on in NVIDIA's images (docs.nvidia.com/jax-toolbox/environment-variables).
   # No merged products: XLA would copy the rows of the encoder's two passes side by side to multiply both at once by the same weights,
-  # an eighth of what the memory of an H100 moves in a step of joint:base (compiled ahead of time).
+  # a sixth of what the ECG part of joint:base moves through an H100's memory (compiled ahead of time).
   # XLA_FLAGS of your own come last, and win.
   export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_dot_merger_threshold_mb=0 ${XLA_FLAGS:-}"
 else
